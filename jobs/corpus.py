@@ -1,0 +1,12 @@
+"""Documents -> rows.
+
+ray job submit --working-dir . -- python jobs/corpus.py RECIPE [SECTION.KEY=VALUE ...]
+"""
+
+import sys
+
+from rayfuse.cli import main
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "corpus")
+    main()

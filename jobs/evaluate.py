@@ -1,0 +1,12 @@
+"""Models -> bits per byte.
+
+ray job submit --working-dir . -- python jobs/evaluate.py RECIPE [SECTION.KEY=VALUE ...]
+"""
+
+import sys
+
+from rayfuse.cli import main
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "evaluate")
+    main()

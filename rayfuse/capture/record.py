@@ -1,0 +1,97 @@
+"""Top-k records -> CAPTURED rows: same rows, same order, nothing padded."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int
+
+from rayfuse.capture.top_k import TopLogprobs
+from rayfuse.schema import CAPTURED, build_list_column, codes, encode_logprobs, halfs, ints
+from rayfuse.storage.dataset import Reject
+from rayfuse.tokens import TextTokenizer
+
+NOT_FINITE = "log-probabilities are not finite"
+
+
+def tokenise_rows(corpus: pa.Table, tokenizer: TextTokenizer) -> list[Int[np.ndarray, " seq_len"]]:
+    """Return the source's own tokens of each corpus row, start token and EOS included."""
+    return tokenizer.encode_rows(corpus["text"].to_pylist(), corpus["ends_document"].to_pylist())
+
+
+def build_captured(
+    corpus: pa.Table,
+    token_rows: Sequence[Int[np.ndarray, " seq_len"]],
+    records: Sequence[TopLogprobs],
+    eos_id: int | None,
+) -> tuple[pa.Table, list[Reject]]:
+    """Return the CAPTURED rows, and the rows that had to be left empty.
+
+    Args:
+        corpus: The CORPUS rows.
+        token_rows: Their tokens.
+        records: What the source said of them.
+        eos_id: The source's EOS, which ends rows that end documents.
+    """
+    row_ids: list[str] = corpus["row_id"].to_pylist()
+    is_good = [record.is_finite() for record in records]
+    rejects = [
+        Reject(row_id, NOT_FINITE)
+        for row_id, good in zip(row_ids, is_good, strict=True)
+        if not good
+    ]
+    kept = [record for record, good in zip(records, is_good, strict=True) if good]
+    lengths = [len(tokens) if good else 0 for tokens, good in zip(token_rows, is_good, strict=True)]
+    top_k = records[0].top_ids.shape[1] if records else 0
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    tokens = _join([t for t, good in zip(token_rows, is_good, strict=True) if good], np.int32)
+    next_logprobs = _join([record.next_logprobs for record in kept], np.float32)
+    columns = {
+        "row_id": pa.array(row_ids, type=pa.string()),
+        "token_ids": build_list_column(tokens, offsets, ints),
+        "top_ids": build_list_column(
+            _join([record.top_ids.reshape(-1) for record in kept], np.int32), offsets * top_k, ints
+        ),
+        "top_logprobs": build_list_column(
+            _join([encode_logprobs(record.top_logprobs) for record in kept], np.uint8),
+            offsets * top_k,
+            codes,
+        ),
+        "tail_logprobs": build_list_column(
+            _join([record.tail_logprobs for record in kept], np.float16), offsets, halfs
+        ),
+        "next_logprobs": build_list_column(next_logprobs.astype(np.float16), offsets, halfs),
+        "nats": pa.array(
+            _sum_nats(ends_with_eos(tokens, offsets, eos_id), next_logprobs, offsets, is_good),
+            type=pa.float32(),
+        ),
+    }
+    return pa.Table.from_pydict(columns, schema=CAPTURED), rejects
+
+
+def ends_with_eos(
+    tokens: Int[np.ndarray, " flat"], offsets: Int[np.ndarray, " rows_plus_1"], eos_id: int | None
+) -> np.ndarray:
+    """Return for each row whether its last token, beyond the first, is EOS."""
+    lengths = np.diff(offsets)
+    last = np.maximum(offsets[1:] - 1, 0)
+    if eos_id is None or not len(tokens):
+        return np.zeros(len(lengths), dtype=bool)
+    return (lengths > 1) & (tokens[last] == eos_id)
+
+
+def _sum_nats(
+    has_eos: np.ndarray,
+    next_logprobs: np.ndarray,
+    offsets: Int[np.ndarray, " rows_plus_1"],
+    is_good: list[bool],
+) -> np.ndarray:
+    """Sum -next_logprobs over each row's text: EOS, said by the last but one, is left out."""
+    totals = np.concatenate([[0.0], np.cumsum(next_logprobs, dtype=np.float64)])
+    ends = offsets[1:] - np.where(has_eos, 2, 0)
+    nats = totals[offsets[:-1]] - totals[np.maximum(ends, offsets[:-1])]
+    return np.where(is_good, nats, np.inf).astype(np.float32)
+
+
+def _join(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype=dtype), *parts]).astype(dtype)

@@ -1,0 +1,82 @@
+"""Hidden states -> top-k records, without the full logits ever being there at once."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import nn
+
+
+@dataclass(frozen=True)
+class TopLogprobs:
+    """What a source says of each position of one row."""
+
+    top_ids: Int[np.ndarray, "seq_len top_k"]
+    """Likeliest first; -1 where the vocabulary has fewer than k tokens."""
+    top_logprobs: Float[np.ndarray, "seq_len top_k"]
+    """Natural log, normalised over the whole vocabulary, temperature 1."""
+    tail_logprobs: Float[np.ndarray, " seq_len"]
+    """Log of the mass outside the top k."""
+    next_logprobs: Float[np.ndarray, " seq_len"]
+    """Of the token that really comes next; 0 at the last position, which has none."""
+
+    def is_finite(self) -> bool:
+        """Return whether the model gave numbers and no NaN."""
+        return bool(
+            np.isfinite(self.next_logprobs).all()
+            and np.isfinite(self.top_logprobs[self.top_ids >= 0]).all()
+        )
+
+
+@torch.inference_mode()
+def keep_top_k(
+    hidden: Float[torch.Tensor, "positions width"],
+    head: nn.Linear,
+    known_ids: Bool[torch.Tensor, " head_width"],
+    next_ids: Int[torch.Tensor, " positions"],
+    *,
+    top_k: int,
+    chunk_positions: int,
+) -> TopLogprobs:
+    """Return the top-k record of positions, applying the head to a chunk of them at a time.
+
+    Args:
+        hidden: The head's inputs.
+        head: The model's output embedding.
+        known_ids: Head rows that the tokenizer has; the others are masked before normalising.
+        next_ids: The token that comes next at each position; -1 where none does.
+        top_k: Entries kept.
+        chunk_positions: Positions whose logits exist at a time.
+    """
+    parts = [
+        _reduce_chunk(head(part).float(), known_ids, following, top_k)
+        for part, following in zip(
+            hidden.split(chunk_positions), next_ids.split(chunk_positions), strict=True
+        )
+    ]
+    ids, logprobs, tails, following = (
+        torch.cat(pieces).cpu().numpy() for pieces in zip(*parts, strict=True)
+    )
+    return TopLogprobs(ids.astype(np.int32), logprobs, tails, following)
+
+
+def _reduce_chunk(
+    logits: Float[torch.Tensor, "positions head_width"],
+    known_ids: Bool[torch.Tensor, " head_width"],
+    next_ids: Int[torch.Tensor, " positions"],
+    top_k: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits = logits.masked_fill(~known_ids, -torch.inf)
+    normaliser = logits.logsumexp(1, keepdim=True)
+    top = logits.topk(min(top_k, logits.shape[1]), dim=1)
+    logprobs = top.values - normaliser
+    ids = top.indices.masked_fill(top.values == -torch.inf, -1)
+    missing = top_k - ids.shape[1]
+    if missing:
+        ids = nn.functional.pad(ids, (0, missing), value=-1)
+        logprobs = nn.functional.pad(logprobs, (0, missing), value=-torch.inf)
+    # Below 1e-7 a float32 sum near 1 says nothing, so the tail ends there.
+    tail = (1 - logprobs.double().exp().sum(1)).clamp(min=1e-7).log()
+    following = logits.gather(1, next_ids.clamp(min=0)[:, None]) - normaliser
+    return ids, logprobs, tail, following[:, 0].masked_fill(next_ids < 0, 0.0)

@@ -1,0 +1,216 @@
+"""The `rayfuse` command: each sub-command calls stages. Imports are late, so that help is quick."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="rayfuse",
+    help="Fuse several LLMs into one, on a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="A recipe file (YAML).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="section.key=value, over the recipe's own.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
+
+BAD_INPUT, FAILED = 2, 1
+
+
+def main() -> None:
+    """Run the command; user errors become one message and exit code 2, failures exit code 1."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        _fail("stopped; the same command goes on where it was", 130)
+    except ValueError as error:
+        _fail(str(error), BAD_INPUT)
+    except Exception as error:  # the last place that can turn a failure into a message
+        cause = _root_cause(error)
+        if isinstance(cause, ValueError):
+            _fail(str(cause), BAD_INPUT)
+        _fail(f"{type(cause).__name__}: {cause}", FAILED)
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """Find what was raised first, through Ray's wrappers."""
+    inner = getattr(error, "cause", None) or error.__cause__
+    for failure in getattr(error, "worker_failures", {}).values():
+        inner = failure
+    return _root_cause(inner) if isinstance(inner, BaseException) else error
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"rayfuse: error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+@app.command()
+def run(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Run all stages; those that are done are skipped, broken ones go on where they stopped."""
+    from rayfuse.pipeline import STAGES
+
+    _run_recipe(recipe, overrides, STAGES, as_json)
+
+
+@app.command()
+def corpus(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Read documents and cut them into rows that fit every tokenizer."""
+    _run_recipe(recipe, overrides, ("corpus",), as_json)
+
+
+@app.command()
+def capture(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Run every source LLM over the corpus, and align what it says behind it."""
+    _run_recipe(recipe, overrides, ("capture",), as_json)
+
+
+@app.command()
+def align(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Align captured shards with the target's tokens; needs no GPU."""
+    _run_recipe(recipe, overrides, ("align",), as_json)
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Train the target on the fused rows, and without fusion for comparison."""
+    _run_recipe(recipe, overrides, ("train",), as_json)
+
+
+@app.command()
+def evaluate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Score every model on held-out text, in bits per byte."""
+    _run_recipe(recipe, overrides, ("evaluate",), as_json)
+
+
+@app.command()
+def report(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Write tables and plots of a finished run."""
+    _run_recipe(recipe, overrides, ("report",), as_json)
+
+
+@app.command()
+def demo(
+    storage: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path("demo-run"),
+    seed: Annotated[int, typer.Option(help="Of the models and the training.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Run a whole fusion on this machine, offline, on text and models made on the spot."""
+    began = time.monotonic()
+    from rayfuse.console import ProgressBars, open_console
+
+    console = open_console(to_stderr=as_json)
+    root = storage.absolute()
+    console.print(f"rayfuse demo: three tiny LLMs are trained, then fused into a fourth, in {root}")
+    _check_folder(root)
+    from rayfuse.session import join_cluster
+
+    join_cluster()
+    from rayfuse.demo.stage import prepare_demo
+
+    with ProgressBars(console) as bars:
+        recipe = prepare_demo(str(root), seed, bars)
+    from rayfuse.pipeline import STAGES
+
+    result = _run_recipe(recipe, None, STAGES, False, console)
+    result["seconds"] = round(time.monotonic() - began, 1)
+    console.print(f"the whole demo took {result['seconds']:.0f} s; its recipe: {recipe}")
+    console.print(f"run it again, changed:  rayfuse run {recipe} train.lambda=0.9")
+    if as_json:
+        print(json.dumps(result))
+
+
+def _check_folder(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        (root / ".probe").write_text("")
+        (root / ".probe").unlink()
+    except OSError as error:
+        raise ValueError(f"storage is {str(root)!r}, which cannot be written: {error}") from error
+
+
+def _run_recipe(
+    path: Path,
+    overrides: list[str] | None,
+    stages: tuple[str, ...],
+    as_json: bool,
+    console: Any = None,
+) -> dict[str, Any]:
+    """Run stages of a recipe file, print what happens, and return the numbers."""
+    began = time.monotonic()
+    from rayfuse.console import ProgressBars, open_console
+    from rayfuse.pipeline import StageResult, is_stage_done, prepare_run, run_stages
+    from rayfuse.recipe import read_recipe
+
+    console = console or open_console(to_stderr=as_json)
+    recipe = read_recipe(path, overrides)
+    layout = prepare_run(recipe)
+    console.print(f"recipe {path}: {', '.join(stages)} in {layout.store.root}")
+
+    def tell(result: StageResult) -> None:
+        done = "done before" if result.was_done else f"done in {result.seconds:.1f} s"
+        console.print(f"{result.stage:<9} {done}", highlight=False)
+
+    if all(is_stage_done(stage, layout) for stage in stages):
+        console.print("nothing to do: everything is done already", highlight=False)
+    else:
+        with ProgressBars(console) as bars:
+            run_stages(recipe, layout, stages, bars, tell)
+    numbers = _summarise(layout, stages, console, path)
+    numbers["seconds"] = round(time.monotonic() - began, 1)
+    if as_json:
+        print(json.dumps(numbers))
+    return numbers
+
+
+def _summarise(layout: Any, stages: tuple[str, ...], console: Any, path: Path) -> dict[str, Any]:
+    """Print the numbers of a run and the next command, and return them."""
+    from rayfuse.pipeline import STAGES, is_stage_done
+
+    numbers: dict[str, Any] = {"stages": {s: is_stage_done(s, layout) for s in stages}}
+    for name, data in {"corpus": layout.corpus, **layout.captured}.items():
+        commits = data.commits().values()
+        rejects = sum(commit.rejects for commit in commits)
+        if commits:
+            tokens = sum(commit.tokens for commit in commits)
+            numbers[name] = {"shards": len(commits), "tokens": tokens, "rejects": rejects}
+            console.print(
+                f"  {name:<18} {len(commits)} shards, {tokens:,} tokens, {rejects} rejected",
+                highlight=False,
+            )
+    if is_stage_done("evaluate", layout) and stages[-1] in ("evaluate", "report"):
+        numbers |= _print_scores(layout, console)
+    following = [stage for stage in STAGES if not is_stage_done(stage, layout)]
+    if following:
+        console.print(f"next: rayfuse {following[0]} {path}", highlight=False)
+    return numbers
+
+
+def _print_scores(layout: Any, console: Any) -> dict[str, Any]:
+    from rayfuse.report.stage import is_report_current, read_verdict, render_scores
+
+    models = {
+        name: json.loads(layout.store.read(file)) for name, file in layout.evaluations.items()
+    }
+    console.print("\nbits per byte on held-out text (lower is better)", highlight=False)
+    console.print(render_scores(layout), highlight=False)
+    numbers: dict[str, Any] = {
+        "models": {
+            name: {"role": model["role"], "bits_per_byte": model["bits_per_byte"]}
+            for name, model in models.items()
+        }
+    }
+    if is_report_current(layout):
+        numbers["report"] = f"{layout.store.root}/report/index.html"
+        console.print(read_verdict(layout), highlight=False)
+        console.print(f"report: {numbers['report']}", highlight=False)
+    return numbers

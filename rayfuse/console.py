@@ -1,0 +1,77 @@
+"""What the command prints: progress bars on a terminal, now and then a line in a log."""
+
+import sys
+import threading
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LOG_SECONDS = 15.0
+"""Between two lines of one title where there is no terminal."""
+
+
+class ProgressBars:
+    """A bar per title; safe to call from several threads."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.lock = threading.Lock()
+        self.tasks: dict[str, TaskID] = {}
+        self.began: dict[str, float] = {}
+        self.told: dict[str, float] = {}
+        self.bars = Progress(
+            TextColumn("{task.description:<24}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]} {task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> "ProgressBars":
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bars.stop()
+
+    def __call__(self, title: str, done: float, total: float, unit: str = "") -> None:
+        """Show that `done` of `total` units of the work called `title` are done."""
+        now = time.monotonic()
+        with self.lock:
+            began = self.began.setdefault(title, now)
+            rate = f"{done / (now - began):.2f}/s" if now > began and done else ""
+            if self.console.is_terminal:
+                if title not in self.tasks:
+                    self.tasks[title] = self.bars.add_task(title, total=total, unit=unit, rate=rate)
+                self.bars.update(self.tasks[title], completed=done, total=total, rate=rate)
+            elif done >= total or now - self.told.get(title, -LOG_SECONDS) >= LOG_SECONDS:
+                if self.told.get(title) == float("inf"):
+                    return
+                self.told[title] = float("inf") if done >= total else now
+                self.console.print(
+                    f"  {title}: {done:g} of {total:g} {unit} {rate}", highlight=False
+                )
+
+
+def open_console(*, to_stderr: bool) -> Console:
+    """Return where the command prints; stderr where stdout is for a program."""
+    return Console(file=sys.stderr if to_stderr else sys.stdout, soft_wrap=True)

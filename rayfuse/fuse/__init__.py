@@ -1,0 +1,1 @@
+"""Several aligned sources in; out comes one distribution per position, as training reads."""

@@ -1,0 +1,183 @@
+"""Where each data set and result of a recipe lies: folders named by fingerprints."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from rayfuse.corpus.documents import list_inputs
+from rayfuse.model_files import ModelFiles, check_model, load_recipe_tokenizer
+from rayfuse.recipe import Documents, ModelSettings, Recipe
+from rayfuse.storage.dataset import DataSet, fingerprint_of
+from rayfuse.storage.store import Store, open_store
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """One training of the target."""
+
+    name: str
+    """`fused` or `clm`."""
+    folder: str
+    """Below the storage root; checkpoints, metrics and the model lie in it."""
+    fingerprint: str
+    clm_weight: float
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The folders of one recipe's run."""
+
+    store: Store
+    corpus: DataSet
+    held_out: DataSet
+    captured: dict[str, DataSet]
+    """By source."""
+    aligned: dict[str, DataSet]
+    """By source."""
+    runs: tuple[TrainRun, ...]
+    evaluations: dict[str, str]
+    """Result file by model name: sources, `target`, `clm`, `fused`."""
+
+    def input_fingerprint(self) -> str:
+        """Return a hash of everything that is reported on."""
+        return fingerprint_of(evaluations=self.evaluations, runs=[run.folder for run in self.runs])
+
+
+def plan_layout(recipe: Recipe) -> Layout:
+    """Return where a recipe's run lies. Reads model and document listings, never their content.
+
+    Raises:
+        ValueError: A model cannot be used, or documents cannot be found.
+    """
+    max_tokens = recipe.corpus.max_tokens
+    target_files = check_model(recipe.target, max_tokens, role="target")
+    source_files = {
+        source.name: check_model(source, max_tokens, role=f"source {source.name}")
+        for source in recipe.sources
+    }
+    store = open_store(recipe.storage)
+    corpus, held_out = _place_corpora(recipe, store)
+    captured = {
+        source.name: _place_captured(recipe, source.name, source_files[source.name], corpus)
+        for source in recipe.sources
+    }
+    target_tokenizer = load_recipe_tokenizer(recipe.target).content_hash
+    aligned = {
+        name: _place(
+            store,
+            f"aligned/{name}-",
+            of=data.fingerprint,
+            target=target_tokenizer,
+            method=recipe.align.method,
+        )
+        for name, data in captured.items()
+    }
+    runs = _place_runs(recipe, target_files, corpus, aligned)
+    scored = {name: files.identity for name, files in source_files.items()}
+    scored |= {"target": target_files.identity} | {run.name: run.fingerprint for run in runs}
+    evaluations = {
+        name: f"evaluate/{name}-{fingerprint_of(model=model, text=held_out.fingerprint)}.json"
+        for name, model in scored.items()
+    }
+    return Layout(store, corpus, held_out, captured, aligned, runs, evaluations)
+
+
+def _place(store: Store, prefix: str, **parts: Any) -> DataSet:
+    fingerprint = fingerprint_of(**parts)
+    return DataSet(store, f"{prefix}{fingerprint}", fingerprint)
+
+
+def _place_corpora(recipe: Recipe, store: Store) -> tuple[DataSet, DataSet]:
+    tokenizers = {
+        load_recipe_tokenizer(model).content_hash for model in (recipe.target, *recipe.sources)
+    }
+    rows = {
+        "max_tokens": recipe.corpus.max_tokens,
+        "shard_tokens": recipe.corpus.shard_tokens,
+        "max_document_bytes": recipe.corpus.max_document_bytes,
+        "tokenizers": sorted(tokenizers),
+        "target": load_recipe_tokenizer(recipe.target).content_hash,
+    }
+    inputs = _identify_inputs(recipe.corpus.documents, "corpus.documents")
+    if recipe.evaluate.documents is None:
+        share = recipe.evaluate.held_out_share
+        held_out_inputs = inputs
+    else:
+        share = 0.0
+        held_out_inputs = _identify_inputs(recipe.evaluate.documents, "evaluate.documents")
+    corpus = _place(store, "corpus/", **rows, inputs=inputs, held_out_share=share)
+    held_out = _place(
+        store, "corpus/held-out-", **rows, inputs=held_out_inputs, held_out_share=share
+    )
+    return corpus, held_out
+
+
+def _identify_inputs(documents: Documents, setting: str) -> list[Any]:
+    return [
+        [
+            item.model_dump(mode="json"),
+            [[i.path, i.num_bytes, i.version] for i in list_inputs(item, setting)],
+        ]
+        for item in documents
+    ]
+
+
+def _place_captured(recipe: Recipe, name: str, files: ModelFiles, corpus: DataSet) -> DataSet:
+    source = next(source for source in recipe.sources if source.name == name)
+    return _place(
+        corpus.store,
+        f"captured/{name}-",
+        corpus=corpus.fingerprint,
+        model=files.identity,
+        dtype=source.dtype,
+        tokenizer=load_recipe_tokenizer(source).content_hash,
+        top_k=recipe.capture.top_k,
+    )
+
+
+def _place_runs(
+    recipe: Recipe, target: ModelFiles, corpus: DataSet, aligned: dict[str, DataSet]
+) -> tuple[TrainRun, ...]:
+    settings = recipe.train.model_dump(mode="json", by_alias=True)
+    for speed_only in (
+        "chunk_positions",
+        "max_failures",
+        "checkpoint_every_steps",
+        "baseline",
+        "gpus_per_worker",
+        "cpus_per_worker",
+        "gradient_checkpointing",
+    ):
+        del settings[speed_only]
+    common = {
+        "corpus": corpus.fingerprint,
+        "target": [target.identity, recipe.target.dtype],
+        "seed": recipe.seed,
+    }
+    fused = fingerprint_of(
+        **common,
+        train=settings,
+        aligned=[data.fingerprint for data in aligned.values()],
+        fuse=recipe.fuse.model_dump(mode="json"),
+    )
+    runs = [TrainRun("fused", f"train/fused-{fused}", fused, recipe.train.clm_weight)]
+    if recipe.train.baseline:
+        clm = fingerprint_of(**common, train=settings | {"lambda": 1.0})
+        runs.append(TrainRun("clm", f"train/clm-{clm}", clm, 1.0))
+    return tuple(runs)
+
+
+def describe_model(recipe: Recipe, name: str, layout: Layout) -> ModelSettings:
+    """Return the settings of a model by its name in tables.
+
+    Raises:
+        KeyError: There is no model of this name.
+    """
+    if name == "target":
+        return recipe.target
+    for source in recipe.sources:
+        if source.name == name:
+            return source
+    run = {run.name: run for run in layout.runs}[name]
+    return recipe.target.model_copy(
+        update={"model": f"{layout.store.root}/{run.folder}/model", "revision": None}
+    )

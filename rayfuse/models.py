@@ -1,0 +1,142 @@
+"""A causal LLM as rayfuse uses it: a body that gives hidden states, and a head of its own."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import nn
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """A Hugging Face causal LLM, taken apart at its head."""
+
+    model: nn.Module
+    body: nn.Module
+    """ids -> hidden states, the final norm included."""
+    head: nn.Linear
+    """hidden states -> logits."""
+
+    def hidden_states(
+        self, token_ids: Int[torch.Tensor, "batch seq_len"]
+    ) -> Float[torch.Tensor, "batch seq_len width"]:
+        """Return the head's inputs. Pad on the right: causal attention never looks there."""
+        return self.body(input_ids=token_ids, use_cache=False).last_hidden_state
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.weight.device
+
+
+def resolve_dtype(dtype: str, device: str) -> torch.dtype:
+    """Return the torch dtype of a recipe's `dtype`; `auto` goes by the device."""
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    return cast(torch.dtype, getattr(torch, dtype))
+
+
+def load_causal_lm(
+    model: str,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> CausalLM:
+    """Return a model folder's or hub id's LLM, from safetensors only.
+
+    Raises:
+        ValueError: It cannot be loaded, or its logits are not its head applied to its body.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            dtype=dtype,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(
+            f"model is {model!r}, which cannot be loaded: {str(error).strip()}"
+        ) from error
+    return split_head(loaded.to(device).eval(), name=model)
+
+
+def split_head(model: Any, *, name: str) -> CausalLM:
+    """Return a model taken apart at its head, after checking that nothing comes behind it.
+
+    Raises:
+        ValueError: The model has no linear head on top of a body, or changes the head's logits.
+    """
+    head, body = model.get_output_embeddings(), model.base_model
+    if not isinstance(head, nn.Linear) or body is model:
+        raise ValueError(f"model is {name!r}, which has no linear head on top of a body")
+    parts = CausalLM(model, body, head)
+    probe = torch.arange(1, 9, device=parts.device)[None]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=probe, use_cache=False).logits.float()
+        ours = head(parts.hidden_states(probe)).float()
+    model.train(was_training)
+    if logits.shape != ours.shape or not torch.allclose(logits, ours, rtol=0.02, atol=0.02):
+        raise ValueError(
+            f"model is {name!r}, whose logits are not its head applied to its last hidden state "
+            "(soft-capping or scaling); rayfuse cannot use this family yet"
+        )
+    return parts
+
+
+def next_token_logprobs(
+    lm: CausalLM, rows: list[np.ndarray], chunk_positions: int
+) -> list[Float[np.ndarray, " tokens"]]:
+    """Return the log-probability of each row's next tokens, 0 at the row's last position.
+
+    Args:
+        lm: The LLM.
+        rows: Token ids of each row, one batch.
+        chunk_positions: Positions whose logits exist at a time.
+    """
+    token_ids = pad_rows(rows).to(lm.device)
+    results = [np.zeros(len(row)) for row in rows]
+    with torch.inference_mode():
+        hidden = lm.hidden_states(token_ids)
+        for row, hidden_row, result in zip(rows, hidden, results, strict=True):
+            following = torch.from_numpy(row[1:].astype(np.int64)).to(lm.device)
+            for start in range(0, len(row) - 1, chunk_positions):
+                part = following[start : start + chunk_positions]
+                logits = lm.head(hidden_row[start : start + len(part)]).float()
+                chosen = logits.gather(1, part[:, None])[:, 0] - logits.logsumexp(1)
+                result[start : start + len(part)] = chosen.double().cpu().numpy()
+    return results
+
+
+def pad_rows(rows: list[np.ndarray]) -> Int[torch.Tensor, "batch seq_len"]:
+    """Return rows of ids as one tensor, padded on the right with id 0."""
+    padded = np.zeros((len(rows), max(len(row) for row in rows)), dtype=np.int64)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+    return torch.from_numpy(padded)
+
+
+def batch_by_tokens(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Yield batches of row numbers, longest rows first, of at most `batch_tokens` with padding.
+
+    A row longer than that is a batch of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    batch: list[int] = []
+    for index in order:
+        if batch and lengths[batch[0]] * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -1,0 +1,111 @@
+"""The stages of a run in order, and which of them are done. Ray is joined only for what is not."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rayfuse.layout import Layout, plan_layout
+from rayfuse.progress import Progress
+from rayfuse.recipe import Recipe
+from rayfuse.storage.store import check_writable
+
+STAGES = ("corpus", "capture", "align", "train", "evaluate", "report")
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What became of one stage."""
+
+    stage: str
+    was_done: bool
+    seconds: float
+
+
+def prepare_run(recipe: Recipe) -> Layout:
+    """Return where a run lies, after checking what can be checked without a cluster.
+
+    Raises:
+        ValueError: A model, the documents or the storage cannot be used.
+    """
+    layout = plan_layout(recipe)
+    check_writable(layout.store)
+    return layout
+
+
+def run_stages(
+    recipe: Recipe,
+    layout: Layout,
+    stages: tuple[str, ...],
+    progress: Progress,
+    tell: Callable[[StageResult], None],
+) -> None:
+    """Run stages in order, skipping those that are done; each one's end is told.
+
+    Raises:
+        ValueError: The input of a stage is missing or cannot be used.
+        ShardError: A shard that is read is missing or damaged.
+    """
+    for stage in stages:
+        began = time.monotonic()
+        was_done = is_stage_done(stage, layout)
+        if not was_done:
+            _run_stage(stage, recipe, layout, progress)
+        tell(StageResult(stage, was_done, time.monotonic() - began))
+
+
+def is_stage_done(stage: str, layout: Layout) -> bool:
+    """Return whether a stage's results are all there."""
+    store = layout.store
+    if stage == "corpus":
+        return layout.corpus.is_whole() and layout.held_out.is_whole()
+    if stage == "capture":
+        return all(data.is_whole() for data in layout.captured.values())
+    if stage == "align":
+        return all(data.is_whole() for data in layout.aligned.values())
+    if stage == "train":
+        return all("done.json" in store.sizes(run.folder) for run in layout.runs)
+    if stage == "evaluate":
+        present = store.sizes("evaluate")
+        names = [name.removeprefix("evaluate/") for name in layout.evaluations.values()]
+        return all(name in present for name in names)
+    return _is_report_current(layout)
+
+
+def _is_report_current(layout: Layout) -> bool:
+    try:
+        findings = json.loads(layout.store.read("report/findings.json"))
+    except FileNotFoundError:
+        return False
+    return findings["input"] == layout.input_fingerprint()
+
+
+def _run_stage(stage: str, recipe: Recipe, layout: Layout, progress: Progress) -> None:
+    if stage == "report":
+        from rayfuse.report.stage import write_report
+
+        write_report(recipe, layout)
+        return
+    from rayfuse.session import join_cluster
+
+    join_cluster()
+    if stage == "corpus":
+        from rayfuse.corpus.stage import build_corpora
+
+        build_corpora(recipe, layout, progress)
+    elif stage == "capture":
+        from rayfuse.capture.stage import capture_sources
+
+        capture_sources(recipe, layout, progress)
+    elif stage == "align":
+        from rayfuse.align.stage import align_sources
+
+        align_sources(recipe, layout, progress)
+    elif stage == "train":
+        from rayfuse.train.stage import train_runs
+
+        train_runs(recipe, layout, progress)
+    else:
+        from rayfuse.evaluate.stage import evaluate_models
+
+        evaluate_models(recipe, layout, progress)

@@ -1,0 +1,362 @@
+"""The Recipe: what a run is, read from a YAML file; its parts are frozen models."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+Share = Annotated[float, Field(ge=0, le=1)]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+RESERVED_NAMES = ("target", "clm", "fused", "all")
+
+
+class RecipeError(ValueError):
+    """The recipe cannot be run as it is written; the message names the setting and the remedy."""
+
+
+class Settings(BaseModel):
+    """A part of the recipe: frozen, and closed to keys it does not know."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True
+    )
+
+
+class DocumentsSettings(Settings):
+    """Where documents lie and how they are read."""
+
+    path: str
+    """A file, a folder, a pattern such as `s3://bucket/*.parquet`, or a data set of the hub."""
+    format: Literal["auto", "jsonl", "parquet", "text", "dataset"] = "auto"
+    """By the file's name, or said: `dataset` is a Hugging Face data set, a folder or a hub id."""
+    text: str = "text"
+    """The field or column that holds the text."""
+    domain: str | None = None
+    """The domain of all these documents; without it, each document's own field `domain`."""
+    split: str = "train"
+    """The split of a Hugging Face data set."""
+
+
+def _list_documents(value: object) -> object:
+    """Let `documents: PATH` and `documents: [PATH, {path: PATH, ...}]` be written short."""
+    items = cast(list[object], value) if isinstance(value, list) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+Documents = Annotated[
+    tuple[DocumentsSettings, ...],
+    BeforeValidator(_list_documents, json_schema_input_type=Any),
+    Field(min_length=1),
+]
+
+
+class CorpusSettings(Settings):
+    """How documents become rows that fit every tokenizer of the recipe."""
+
+    documents: Documents
+    """The text to learn from."""
+    max_tokens: Annotated[int, Field(ge=16)] = 2048
+    """Tokens in a row at most, counted by every tokenizer of the recipe, specials included."""
+    shard_tokens: PositiveInt = 1_000_000
+    """About how many tokens go into one shard, counted as four bytes of text each."""
+    max_document_bytes: PositiveInt = 50_000_000
+    """Documents longer than this are rejected: a dump that lost its line ends, most likely."""
+
+
+class ModelSettings(Settings):
+    """One LLM: a local folder or a hub id."""
+
+    model: str
+    """A folder that `AutoModelForCausalLM.from_pretrained` loads, or a hub id."""
+    revision: str | None = None
+    """The hub commit; write it down for a run that can be repeated."""
+    dtype: DType = "auto"
+    """`auto`: bfloat16 on a GPU, float32 on a CPU."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models whose code you have read."""
+
+
+class SourceSettings(ModelSettings):
+    """One source LLM and the machines it runs on."""
+
+    name: str
+    """What the source is called in folders and tables."""
+    gpus: NonNegativeFloat | None = None
+    """GPUs of one actor, fractions allowed; by default 1 where the cluster has any, else 0."""
+    accelerator_type: str | None = None
+    """The kind of GPU, as Ray names it: `L4`, `A10G`, `H100`, ..."""
+    cpus: PositiveFloat = 1.0
+    """CPUs of one actor."""
+    min_actors: PositiveInt = 1
+    """Actors that are started at once."""
+    max_actors: PositiveInt = 1
+    """Actors that the cluster may grow to."""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not NAME_PATTERN.fullmatch(name):
+            raise ValueError("use letters, digits, '.', '_' and '-', a letter or digit first")
+        if name in RESERVED_NAMES:
+            raise ValueError(f"{', '.join(RESERVED_NAMES)} are names rayfuse uses itself")
+        return name
+
+    @model_validator(mode="after")
+    def _check_actors(self) -> "SourceSettings":
+        if self.max_actors < self.min_actors:
+            raise ValueError(
+                f"max_actors {self.max_actors} is below min_actors {self.min_actors}; raise it"
+            )
+        return self
+
+
+class CaptureSettings(Settings):
+    """How each source LLM is run over the corpus."""
+
+    top_k: PositiveInt = 16
+    """Log-probabilities kept per position; the rest becomes one tail mass."""
+    batch_tokens: PositiveInt = 16_384
+    """Tokens in one forward pass, padding counted; raise it until the GPU's memory is used."""
+    chunk_positions: PositiveInt = 1024
+    """Positions that the head is applied to at a time: they alone exist as full logits."""
+
+
+class AlignSettings(Settings):
+    """How a source's tokens become the target's."""
+
+    method: Literal["bytes"] = "bytes"
+    """`bytes`: positions that start at the same byte, entries that spell the same bytes."""
+
+
+class FuseSettings(Settings):
+    """How several aligned sources become one distribution."""
+
+    method: Literal["min_ce", "avg_ce"] = "min_ce"
+    """`min_ce`: the source with the lowest cross-entropy; `avg_ce`: a mean weighted by it."""
+    unit: Literal["row"] = "row"
+    """The text that one choice is made for."""
+    temperature: PositiveFloat = 1.0
+    """Of the `avg_ce` weights, softmax(-nats per byte / temperature)."""
+
+
+class TrainSettings(Settings):
+    """How the target is trained on the fused rows."""
+
+    clm_weight: Share = Field(default=0.5, alias="lambda")
+    """lambda of L = lambda * CLM + (1 - lambda) * D(fused || target); the paper has 0.9."""
+    baseline: bool = True
+    """Also train the target on the same rows, in the same order, without fusion (CLM)."""
+    learning_rate: PositiveFloat = 1e-5
+    """The peak, reached after the warm-up; a cosine leads down from it."""
+    final_learning_rate_share: Share = 0.0
+    """Where the cosine ends, as a share of the peak."""
+    warmup_share: Share = 0.008
+    """Share of all steps in which the learning rate rises."""
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    """Of AdamW."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Of AdamW; not applied to vectors (norms and biases)."""
+    gradient_clipping: PositiveFloat = 1.0
+    """Norm that the gradient is cut to."""
+    epochs: PositiveInt = 1
+    """Times that every row is seen."""
+    rows_per_step: PositiveInt = 128
+    """Rows of one optimiser step, over all workers."""
+    micro_batch_rows: PositiveInt = 1
+    """Rows of one forward pass of one worker."""
+    chunk_positions: PositiveInt = 1024
+    """Positions whose logits exist at a time."""
+    num_workers: PositiveInt = 1
+    """Ray Train workers; rows_per_step must be a multiple of num_workers * micro_batch_rows."""
+    gpus_per_worker: NonNegativeFloat | None = None
+    """By default 1 where the cluster has any, else 0 (gloo on CPUs)."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """CPUs of one worker."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed's ZeRO: 1 shards optimiser states, 2 gradients as well, 3 weights as well."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them."""
+    checkpoint_every_steps: PositiveInt = 500
+    """Steps between checkpoints."""
+    max_failures: NonNegativeInt = 3
+    """Failures of workers that are answered by going on from the last checkpoint."""
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> "TrainSettings":
+        unit = self.num_workers * self.micro_batch_rows
+        if self.rows_per_step % unit:
+            raise ValueError(
+                f"rows_per_step {self.rows_per_step} is no multiple of num_workers * "
+                f"micro_batch_rows = {unit}; use {-(-self.rows_per_step // unit) * unit}"
+            )
+        return self
+
+
+class EvaluateSettings(Settings):
+    """The held-out text and how models are scored on it."""
+
+    documents: Documents | None = None
+    """Text that no model here was trained on; by default a share of the corpus is kept back."""
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Share of the corpus' documents that is kept back where `documents` is not given."""
+    batch_tokens: PositiveInt = 16_384
+    """Tokens in one forward pass."""
+    bootstrap_samples: PositiveInt = 2000
+    """Resamples of the documents for the confidence intervals."""
+
+
+class Recipe(Settings):
+    """A whole run."""
+
+    storage: str
+    """The folder or `s3://` prefix that everything is kept under."""
+    seed: NonNegativeInt = 0
+    """Of the order in which rows are trained on."""
+    corpus: CorpusSettings
+    target: ModelSettings
+    sources: Annotated[tuple[SourceSettings, ...], Field(min_length=1)]
+    capture: CaptureSettings = CaptureSettings()
+    align: AlignSettings = AlignSettings()
+    fuse: FuseSettings = FuseSettings()
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+    @field_validator("sources")
+    @classmethod
+    def _check_sources(cls, sources: tuple[SourceSettings, ...]) -> tuple[SourceSettings, ...]:
+        names = [source.name for source in sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two sources are called {twice[0]!r}; give each its own name")
+        return sources
+
+
+def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Return the recipe of a YAML file, with `section.key=value` overrides applied.
+
+    Raises:
+        RecipeError: The file cannot be read, or a setting is unknown or wrong; every fault is
+            listed, with the setting, its value and the remedy.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"the recipe {path} holds no settings; begin with `storage: FOLDER`")
+    for override in overrides or []:
+        _apply_override(cast(dict[str, Any], values), override)
+    return parse_recipe(cast(dict[str, Any], values))
+
+
+def parse_recipe(values: dict[str, Any]) -> Recipe:
+    """Return the recipe of plain values.
+
+    Raises:
+        RecipeError: As for `read_recipe`.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(cast(dict[str, Any], fault)) for fault in error.errors()]
+        raise RecipeError("\n".join(lines)) from error
+
+
+def dump_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Return the full, resolved recipe as plain values that `parse_recipe` reads back."""
+    return recipe.model_dump(mode="json", by_alias=True)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {override!r} is not of the form section.key=value")
+    *sections, last = key.split(".")
+    place: Any = values
+    for depth, part in enumerate(sections):
+        place = _step_into(place, part, ".".join(sections[: depth + 1]))
+    if isinstance(place, list):
+        place = cast(list[Any], place)
+        place[_index(place, last, key)] = yaml.safe_load(text)
+    else:
+        place[last] = yaml.safe_load(text)
+
+
+def _step_into(place: Any, part: str, key: str) -> Any:
+    if isinstance(place, list):
+        place = cast(list[Any], place)
+        inner = place[_index(place, part, key)]
+    else:
+        inner = place.setdefault(part, {})
+    if not isinstance(inner, dict | list):
+        raise RecipeError(f"override of {key!r}: it is {inner!r}, which has no keys of its own")
+    return cast(Any, inner)
+
+
+def _index(items: list[Any], part: str, key: str) -> int:
+    """Find an item of a list by its `name` or its number."""
+    for index, item in enumerate(items):
+        if isinstance(item, dict) and cast(dict[str, Any], item).get("name") == part:
+            return index
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    raise RecipeError(f"override of {key!r}: the list has no item {part!r}")
+
+
+def _explain(fault: dict[str, Any]) -> str:
+    """Say one of pydantic's faults as setting, value and remedy."""
+    setting = ".".join(str(part) for part in fault["loc"]) or "the recipe"
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(fault["loc"][:-1])
+        near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{setting} is no setting of rayfuse; {remedy}"
+    if fault["type"] == "missing":
+        return f"{setting} is missing; it has no default, so the recipe must set it"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{setting} is {_short(fault['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _known_keys(location: tuple[str | int, ...]) -> list[str]:
+    """List the keys that the settings at a location have, aliases for names."""
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        fields = {field.alias or name: field for name, field in model.model_fields.items()}
+        model = _settings_within(fields[part].annotation)
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _settings_within(annotation: Any) -> Any:
+    """Find the Settings class inside a tuple, a union or an Annotated."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return annotation
+    found = (_settings_within(inner) for inner in get_args(annotation))
+    return next((model for model in found if model), None)

@@ -1,0 +1,47 @@
+"""Joining a Ray cluster, or starting one on this machine."""
+
+import os
+import secrets
+import sys
+from typing import Any
+
+LEAST_LOCAL_CPUS = 4
+"""Logical CPUs of a cluster on this machine at least: Ray Data stalls with fewer."""
+
+
+def join_cluster() -> None:
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine.
+
+    A cluster of our own asks for a token that nobody else knows, and leaves no token file behind.
+    """
+    is_own = not os.environ.get("RAY_ADDRESS")
+    if is_own and "ray" not in sys.modules:  # ray reads these as it is imported
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
+    if ray.is_initialized():
+        return
+    options: dict[str, Any] = {"log_to_driver": False, "runtime_env": {"env_vars": worker_env()}}
+    if is_own:
+        options |= {
+            "address": "local",
+            "include_dashboard": False,
+            "num_cpus": max(os.cpu_count() or 1, LEAST_LOCAL_CPUS),
+        }
+    ray.init(**options)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # ours count shards
+    context.print_on_execution_start = False
+
+
+def worker_env() -> dict[str, str]:
+    """Return the environment that workers need and do not inherit from the driver."""
+    names = ("HF_HUB_OFFLINE", "HF_HOME", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR")
+    kept = {name: os.environ[name] for name in names if name in os.environ}
+    return kept | {
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }

@@ -1,0 +1,221 @@
+"""One model's tokenizer as rayfuse uses it: text is only ever text, every token spells bytes."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from tokenizers import Tokenizer
+
+BLANK = "\u2581"
+"""SentencePiece's sign for a blank."""
+
+MARKER_PATTERN = re.compile(r"<\S+>")
+"""Added tokens of this shape are control tokens, whatever flag their file gives them."""
+
+BYTE_PATTERN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Classes that use tokenizer.json unchanged."""
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer that reads control tokens in a text as plain characters."""
+
+    backend: Tokenizer
+    token_bytes: tuple[bytes | None, ...]
+    """What each id spells in UTF-8; empty for special tokens, None for ids that do not exist."""
+    start_id: int | None
+    """The token before a text: BOS, or EOS where the model has no BOS."""
+    eos_id: int | None
+    adds_blank: bool
+    """A blank that the text does not have is put before it (SentencePiece's dummy prefix)."""
+    content_hash: str
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids run from 0 to this, holes included."""
+        return len(self.token_bytes)
+
+    def encode(self, texts: list[str]) -> list[Int[np.ndarray, " tokens"]]:
+        """Return the ids of each text, without start token or EOS."""
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def encode_rows(
+        self, texts: list[str], ends_document: list[bool]
+    ) -> list[Int[np.ndarray, " tokens"]]:
+        """Return the ids of each row: start token, text, and EOS where the document ends."""
+        start = [] if self.start_id is None else [self.start_id]
+        eos = [] if self.eos_id is None else [self.eos_id]
+        return [
+            np.concatenate([start, ids, eos if ends else []]).astype(np.int32)
+            for ids, ends in zip(self.encode(texts), ends_document, strict=True)
+        ]
+
+    def count_specials(self) -> int:
+        """Return how many tokens of a row can be start token and EOS."""
+        return (self.start_id is not None) + (self.eos_id is not None)
+
+    def known_ids(self) -> np.ndarray:
+        """Return a mask over ids: the tokenizer has the id."""
+        return np.array([spelled is not None for spelled in self.token_bytes])
+
+
+@lru_cache(maxsize=16)
+def load_tokenizer(
+    model: str, revision: str | None = None, trust_remote_code: bool = False
+) -> TextTokenizer:
+    """Return the tokenizer of a model folder or hub id.
+
+    Raises:
+        ValueError: It cannot be loaded, or its tokens cannot be read as bytes.
+    """
+    plain = _read_plain_folder(Path(model).expanduser())
+    if plain is not None:
+        return build_tokenizer(plain[0], name=model, start_id=plain[1], eos_id=plain[2])
+    from transformers import AutoTokenizer
+
+    try:
+        loaded: Any = AutoTokenizer.from_pretrained(
+            model, revision=revision, trust_remote_code=trust_remote_code, use_fast=True
+        )
+    except Exception as error:  # every loader of the library raises its own kind
+        raise ValueError(
+            f"model is {model!r}, whose tokenizer cannot be loaded ({_first_line(error)}); "
+            "give a folder with tokenizer.json or a hub id that this machine may read"
+        ) from error
+    if not loaded.is_fast:
+        raise ValueError(f"model is {model!r}, which has no fast tokenizer (tokenizer.json)")
+    return build_tokenizer(
+        loaded.backend_tokenizer.to_str(),
+        name=model,
+        start_id=_first_of(loaded.bos_token_id, loaded.eos_token_id),
+        eos_id=loaded.eos_token_id,
+    )
+
+
+def _read_plain_folder(folder: Path) -> tuple[str, int | None, int | None] | None:
+    """Return tokenizer.json, start id and EOS id where the library would take the file as it is.
+
+    It spares the import of transformers, 5 seconds on a slow core.
+    """
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_bytes())
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    if config.get("tokenizer_class") not in PLAIN_CLASSES:
+        return None
+    ids = Tokenizer.from_str(text)
+    bos, eos = (
+        None
+        if name is None
+        else ids.token_to_id(name if isinstance(name, str) else name["content"])
+        for name in (config.get("bos_token"), config.get("eos_token"))
+    )
+    return text, _first_of(bos, eos), eos
+
+
+def build_tokenizer(
+    tokenizer_json: str, *, name: str, start_id: int | None, eos_id: int | None
+) -> TextTokenizer:
+    """Return a tokenizer from the text of a `tokenizer.json`.
+
+    Raises:
+        ValueError: Its tokens cannot be read as bytes.
+    """
+    content = json.loads(tokenizer_json)
+    content["truncation"] = content["padding"] = None
+    for added in content["added_tokens"]:
+        added["special"] = added["special"] or bool(MARKER_PATTERN.fullmatch(added["content"]))
+    backend = Tokenizer.from_str(json.dumps(content))
+    backend.encode_special_tokens = True
+    roles = json.dumps([start_id, eos_id])
+    canonical = json.dumps(content, sort_keys=True) + roles
+    return TextTokenizer(
+        backend=backend,
+        token_bytes=_spell_vocabulary(content, backend, name),
+        start_id=start_id,
+        eos_id=eos_id,
+        adds_blank=_adds_blank(backend),
+        content_hash=hashlib.sha256(canonical.encode()).hexdigest(),
+    )
+
+
+def _spell_vocabulary(
+    content: dict[str, Any], backend: Tokenizer, name: str
+) -> tuple[bytes | None, ...]:
+    kinds = _kinds_of(content["decoder"])
+    if "ByteLevel" in kinds:
+        spell = _spell_byte_level
+    elif "ByteFallback" in kinds or (
+        "Metaspace" in kinds and content["model"].get("byte_fallback")
+    ):
+        spell = _spell_sentencepiece
+    else:
+        raise ValueError(
+            f"model is {name!r}, whose tokenizer ({content['model']['type']}, decoder "
+            f"{'/'.join(kinds) or 'none'}) does not say which bytes its tokens spell; use a model "
+            "with byte-level BPE or SentencePiece with byte fallback"
+        )
+    added = {token["id"]: token for token in content["added_tokens"]}
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    spelled: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
+    for token, token_id in vocabulary.items():
+        if token_id in added:
+            special = added[token_id]["special"]
+            spelled[token_id] = b"" if special else token.replace(BLANK, " ").encode()
+        else:
+            spelled[token_id] = spell(token)
+    return tuple(spelled)
+
+
+def _kinds_of(part: dict[str, Any] | None) -> list[str]:
+    """List the types of a decoder and of those inside it."""
+    if part is None:
+        return []
+    inner = [kind for decoder in part.get("decoders", []) for kind in _kinds_of(decoder)]
+    return [part["type"], *inner]
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Return the byte each character of GPT-2's printable alphabet stands for."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    shifted = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(256 + index): byte for index, byte in enumerate(shifted)}
+
+
+_ALPHABET = _byte_level_alphabet()
+
+
+def _spell_byte_level(token: str) -> bytes:
+    if all(char in _ALPHABET for char in token):
+        return bytes(_ALPHABET[char] for char in token)
+    return token.encode()  # an entry outside the alphabet is plain text
+
+
+def _spell_sentencepiece(token: str) -> bytes:
+    byte = BYTE_PATTERN.fullmatch(token)
+    return bytes([int(byte[1], 16)]) if byte else token.replace(BLANK, " ").encode()
+
+
+def _adds_blank(backend: Tokenizer) -> bool:
+    tokens = backend.encode("a", add_special_tokens=False).tokens
+    return bool(tokens) and tokens[0][0] in (BLANK, "\u0120")
+
+
+def _first_of(*ids: int | None) -> int | None:
+    return next((token_id for token_id in ids if token_id is not None), None)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

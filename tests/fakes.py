@@ -1,0 +1,129 @@
+"""Tiny real models and tokenizers, made on the spot; workers of Ray can import this too."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MptConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+SAMPLE = [
+    "The cat sat on the mat, and the dog looked at the cat.\n",
+    "def add(a, b):\n    return a + b\n\nprint(add(12, 30))\n",
+    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. 漢字 и буквы\n",
+    "12 + 30 = 42, 7 * 6 = 42, 100 - 58 = 42. What is forty-two?\n",
+]
+
+
+def byte_level_tokenizer(vocab_size: int, texts: list[str] | None = None) -> Tokenizer:
+    """Train a GPT-2-style tokenizer; `<|end|>` is its only special token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts or SAMPLE, trainer)
+    return tokenizer
+
+
+def sentencepiece_tokenizer(vocab_size: int, texts: list[str] | None = None) -> Tokenizer:
+    """Train a Llama-style tokenizer: blanks as U+2581, one put before the text, byte fallback."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts or SAMPLE, trainer)
+    return _without_special_bytes(tokenizer)
+
+
+def _without_special_bytes(tokenizer: Tokenizer) -> Tokenizer:
+    """Keep only the three control tokens as added tokens; byte tokens are plain entries."""
+    import json
+
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = content["added_tokens"][:3]
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, bos: str | None, eos: str) -> None:
+    """Write a tokenizer as a Hugging Face folder."""
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos
+    ).save_pretrained(folder)
+
+
+def tiny_config(family: str, vocab_size: int, *, tied: bool = False, context: int = 512) -> Any:
+    """Return the config of a model of a family with two layers of width 32."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": context,
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": tied,
+    }
+    if family == "llama":
+        return LlamaConfig(**sizes, num_key_value_heads=1)
+    if family == "mistral":
+        return MistralConfig(**sizes, num_key_value_heads=1)
+    if family == "qwen2":
+        return Qwen2Config(**sizes, num_key_value_heads=1)
+    if family == "gpt_neox":
+        return GPTNeoXConfig(**sizes)
+    if family == "mpt":
+        return MptConfig(
+            d_model=32, n_layers=2, n_heads=2, max_seq_len=context, vocab_size=vocab_size
+        )
+    assert family == "gpt2"
+    return GPT2Config(
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=context,
+        vocab_size=vocab_size,
+        resid_pdrop=0.0,  # random numbers differ between processes
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        tie_word_embeddings=tied,
+    )
+
+
+def save_model(family: str, vocab_size: int, folder: Path, *, tied: bool = False) -> None:
+    """Write a random tiny model of a family as a Hugging Face folder."""
+    torch.manual_seed(len(family) + vocab_size)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, vocab_size, tied=tied))
+    model.save_pretrained(folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy a tokenizer's files beside a model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, folder / name)

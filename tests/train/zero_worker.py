@@ -1,0 +1,116 @@
+"""One process of a training without Ray: `python zero_worker.py RANK WORLD PORT OUT STAGE...`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from rayfuse.fuse.fuse import FusedRow
+from rayfuse.models import split_head
+from rayfuse.recipe import TrainSettings
+from rayfuse.train import engine as engine_module
+from rayfuse.train.engine import FusionModel, build_engine, save_model
+from rayfuse.train.feed import MicroBatch, build_micro_batch
+from rayfuse.train.loop import train_steps
+from tests.fakes import tiny_config
+
+VOCAB, STEPS, ROWS, MICRO = 97, 4, 8, 2
+
+
+def random_row(random: np.random.Generator) -> tuple[np.ndarray, FusedRow]:
+    length = int(random.integers(3, 20))
+    ids = np.stack([random.permutation(VOCAB)[:5] for _ in range(length)]).astype(np.int32)
+    probs = random.dirichlet(np.ones(6), size=length)
+    fused = FusedRow(random.random(length) < 0.7, ids, probs[:, :5], probs[:, 5])
+    return random.integers(0, VOCAB, length).astype(np.int32), fused
+
+
+def micro_batches(rank: int, num_workers: int) -> list[list[MicroBatch]]:
+    """Deal the same rows of every step to any number of workers; the last step is short."""
+    random = np.random.default_rng(7)
+    steps = [[random_row(random) for _ in range(ROWS)] for _ in range(STEPS)]
+    steps[-1] = steps[-1][:3]
+    share = ROWS // num_workers
+    mine = [rows[rank * share : (rank + 1) * share] for rows in steps]
+    return [
+        [build_micro_batch(rows[start : start + MICRO]) for start in range(0, share, MICRO)]
+        for rows in mine
+    ]
+
+
+def train_once(family: str, tied: bool, stage: int, rank: int, num_workers: int) -> list[float]:
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, VOCAB, tied=tied))
+    settings = TrainSettings(
+        rows_per_step=ROWS,
+        micro_batch_rows=MICRO,
+        num_workers=num_workers,
+        zero_stage=stage,
+        learning_rate=1e-2,
+        chunk_positions=7,
+    )
+    engine = build_engine(
+        FusionModel(split_head(model, name=family), settings.chunk_positions),
+        settings,
+        num_steps=STEPS,
+        num_workers=num_workers,
+        device="cpu",
+    )
+    losses: list[float] = []
+    train_steps(
+        engine,
+        iter(micro_batches(rank, num_workers)),
+        clm_weight=0.9,
+        first_step=0,
+        num_workers=num_workers,
+        after_step=lambda metrics: losses.append(metrics.loss),
+    )
+    if stage == 3 and num_workers > 1:
+        weight = engine.module.head_loss.weight
+        assert weight.numel() == 0, "the head's weight is not partitioned"
+    folder = Path(os.environ["MODEL_FOLDER"], f"{family}-{stage}-{num_workers}")
+    save_model(engine, str(folder), rank=rank)
+    return losses
+
+
+def shard_even_tiny_weights() -> None:
+    """Let ZeRO-3 partition every parameter; by default it leaves those of a tiny model whole."""
+    plain = engine_module.deepspeed_config
+
+    def with_threshold(*args: Any) -> dict[str, Any]:
+        config = plain(*args)
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return config
+
+    engine_module.deepspeed_config = with_threshold
+
+
+def main() -> None:
+    rank, num_workers, port, out, *stages = sys.argv[1:]
+    os.environ |= {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": num_workers,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    torch.set_num_threads(1)
+    shard_even_tiny_weights()
+    torch.distributed.init_process_group("gloo")
+    losses = {
+        f"{family}-{stage}": train_once(family, tied, int(stage), int(rank), int(num_workers))
+        for family, tied in (("llama", False), ("gpt2", True))
+        for stage in stages
+    }
+    if rank == "0":
+        Path(out).write_text(json.dumps(losses))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
