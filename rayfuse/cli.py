@@ -196,21 +196,30 @@ def _summarise(layout: Any, stages: tuple[str, ...], console: Any, path: Path) -
 
 
 def _print_scores(layout: Any, console: Any) -> dict[str, Any]:
-    from rayfuse.report.stage import is_report_current, read_verdict, render_scores
+    """Print the table of scores and, if the report is there, its verdict; return both."""
+    from rich.table import Table
 
-    models = {
-        name: json.loads(layout.store.read(file)) for name, file in layout.evaluations.items()
+    from rayfuse.evaluate.scores import bits_per_byte, parse_evaluation
+    from rayfuse.report.stage import FINDINGS_FILE, PAGE_FILE, is_report_current
+    from rayfuse.report.tables import build_table, render_rich
+
+    evaluations = {
+        name: parse_evaluation(layout.store.read(file)) for name, file in layout.evaluations.items()
     }
-    console.print("\nbits per byte on held-out text (lower is better)", highlight=False)
-    console.print(render_scores(layout), highlight=False)
+    header, *rows = render_rich(build_table(evaluations))
+    table = Table(*header, title="bits per byte on held-out text (lower is better)")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
     numbers: dict[str, Any] = {
         "models": {
-            name: {"role": model["role"], "bits_per_byte": model["bits_per_byte"]}
-            for name, model in models.items()
+            name: {"role": each.role, "bits_per_byte": bits_per_byte(each.documents)}
+            for name, each in evaluations.items()
         }
     }
     if is_report_current(layout):
-        numbers["report"] = f"{layout.store.root}/report/index.html"
-        console.print(read_verdict(layout), highlight=False)
+        verdict = json.loads(layout.store.read(FINDINGS_FILE))["verdict"]
+        console.print("\n".join([verdict["headline"], *verdict["sentences"]]), highlight=False)
+        numbers["report"] = f"{layout.store.root}/{PAGE_FILE}"
         console.print(f"report: {numbers['report']}", highlight=False)
     return numbers

@@ -27,7 +27,8 @@ class ProgressBars:
         self.console = console
         self.lock = threading.Lock()
         self.tasks: dict[str, TaskID] = {}
-        self.began: dict[str, float] = {}
+        self.began: dict[str, tuple[float, float]] = {}
+        """When a title was first heard of, and what was done by then."""
         self.told: dict[str, float] = {}
         self.bars = Progress(
             TextColumn("{task.description:<24}"),
@@ -57,8 +58,9 @@ class ProgressBars:
         """Show that `done` of `total` units of the work called `title` are done."""
         now = time.monotonic()
         with self.lock:
-            began = self.began.setdefault(title, now)
-            rate = f"{done / (now - began):.2f}/s" if now > began and done else ""
+            began, done_before = self.began.setdefault(title, (now, done))
+            fresh = done - done_before
+            rate = f"{fresh / (now - began):.2f}/s" if now > began and fresh else ""
             if self.console.is_terminal:
                 if title not in self.tasks:
                     self.tasks[title] = self.bars.add_task(title, total=total, unit=unit, rate=rate)

@@ -96,7 +96,7 @@ def split_head(model: Any, *, name: str) -> CausalLM:
 
 def next_token_logprobs(
     lm: CausalLM, rows: list[np.ndarray], chunk_positions: int
-) -> list[Float[np.ndarray, " tokens"]]:
+) -> list[Float[np.ndarray, " _"]]:
     """Return the log-probability of each row's next tokens, 0 at the row's last position.
 
     Args:

@@ -1,6 +1,5 @@
 """The stages of a run in order, and which of them are done. Ray is joined only for what is not."""
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,15 +68,9 @@ def is_stage_done(stage: str, layout: Layout) -> bool:
         present = store.sizes("evaluate")
         names = [name.removeprefix("evaluate/") for name in layout.evaluations.values()]
         return all(name in present for name in names)
-    return _is_report_current(layout)
+    from rayfuse.report.stage import is_report_current
 
-
-def _is_report_current(layout: Layout) -> bool:
-    try:
-        findings = json.loads(layout.store.read("report/findings.json"))
-    except FileNotFoundError:
-        return False
-    return findings["input"] == layout.input_fingerprint()
+    return is_report_current(layout)
 
 
 def _run_stage(stage: str, recipe: Recipe, layout: Layout, progress: Progress) -> None:

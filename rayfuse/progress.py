@@ -1,8 +1,9 @@
 """How stages tell how far they are, without knowing who listens."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Called with a title, what is done, of how much, in which unit."""
 

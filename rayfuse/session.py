@@ -1,5 +1,6 @@
 """Joining a Ray cluster, or starting one on this machine."""
 
+import logging
 import os
 import secrets
 import sys
@@ -29,6 +30,9 @@ def join_cluster() -> None:
             "include_dashboard": False,
             "num_cpus": max(os.cpu_count() or 1, LEAST_LOCAL_CPUS),
         }
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    options["logging_level"] = logging.WARNING
     ray.init(**options)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours count shards

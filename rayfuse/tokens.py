@@ -44,14 +44,14 @@ class TextTokenizer:
         """Ids run from 0 to this, holes included."""
         return len(self.token_bytes)
 
-    def encode(self, texts: list[str]) -> list[Int[np.ndarray, " tokens"]]:
+    def encode(self, texts: list[str]) -> list[Int[np.ndarray, " _"]]:
         """Return the ids of each text, without start token or EOS."""
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def encode_rows(
         self, texts: list[str], ends_document: list[bool]
-    ) -> list[Int[np.ndarray, " tokens"]]:
+    ) -> list[Int[np.ndarray, " _"]]:
         """Return the ids of each row: start token, text, and EOS where the document ends."""
         start = [] if self.start_id is None else [self.start_id]
         eos = [] if self.eos_id is None else [self.eos_id]

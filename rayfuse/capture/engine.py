@@ -1,7 +1,7 @@
 """A source LLM that answers with top-k records."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,9 +12,10 @@ from rayfuse.model_files import load_recipe_tokenizer
 from rayfuse.models import batch_by_tokens, load_causal_lm, pad_rows, resolve_dtype
 from rayfuse.recipe import CaptureSettings, ModelSettings
 
-TokenRows = Sequence[Int[np.ndarray, " seq_len"]]
+TokenRows = Sequence[Int[np.ndarray, " _"]]
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Scores rows of token ids; holds the weights."""
 

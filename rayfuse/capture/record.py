@@ -14,14 +14,14 @@ from rayfuse.tokens import TextTokenizer
 NOT_FINITE = "log-probabilities are not finite"
 
 
-def tokenise_rows(corpus: pa.Table, tokenizer: TextTokenizer) -> list[Int[np.ndarray, " seq_len"]]:
+def tokenise_rows(corpus: pa.Table, tokenizer: TextTokenizer) -> list[Int[np.ndarray, " _"]]:
     """Return the source's own tokens of each corpus row, start token and EOS included."""
     return tokenizer.encode_rows(corpus["text"].to_pylist(), corpus["ends_document"].to_pylist())
 
 
 def build_captured(
     corpus: pa.Table,
-    token_rows: Sequence[Int[np.ndarray, " seq_len"]],
+    token_rows: Sequence[Int[np.ndarray, " _"]],
     records: Sequence[TopLogprobs],
     eos_id: int | None,
 ) -> tuple[pa.Table, list[Reject]]:

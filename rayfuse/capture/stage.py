@@ -126,6 +126,7 @@ def _capture_source(
             )
         )
         done = work.num_shards - len(work.shards)
+        progress(f"capture {source.name}", done, work.num_shards, "shards")
         for _ in rows.iter_rows():
             done += 1
             progress(f"capture {source.name}", done, work.num_shards, "shards")

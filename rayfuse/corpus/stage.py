@@ -99,6 +99,7 @@ def build_corpus(
         shards = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
             partial(_cut_groups, task=task), batch_size=1, batch_format="pyarrow"
         )
+        progress(f"{title}: cut into rows", done, sum(counts), "shards")
         for _ in shards.iter_rows():
             done += 1
             progress(f"{title}: cut into rows", done, sum(counts), "shards")

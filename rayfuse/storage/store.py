@@ -7,9 +7,10 @@ import uuid
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Store(Protocol):
     """Names and bytes. Every write is whole or not there at all."""
 

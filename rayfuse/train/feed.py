@@ -136,7 +136,7 @@ def _open_source(table: pa.Table, num_tokens: int) -> OpenSource:
 
 
 def build_micro_batch(
-    rows: Sequence[tuple[Int[np.ndarray, " seq_len"], FusedRow | None]],
+    rows: Sequence[tuple[Int[np.ndarray, " _"], FusedRow | None]],
 ) -> MicroBatch:
     """Return rows side by side; a row's last position has no next token and learns nothing."""
     seq_len = max((len(ids) for ids, _ in rows), default=1)

@@ -35,7 +35,6 @@ class WorkerTask:
     """The actor that hears of steps."""
 
 
-@ray.remote(num_cpus=0)
 class Board:
     """Where workers write how far they are, and the driver reads it."""
 
@@ -68,9 +67,10 @@ def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     for data in (layout.corpus, *layout.aligned.values()):
         if not data.is_whole():
             raise ValueError(f"{data.folder} is not whole; run `rayfuse capture` first")
-    board: Any = Board.remote()  # pyright: ignore
+    board: Any = ray.remote(num_cpus=0)(Board).remote()
     tasks = [_plan_run(recipe, layout, run, board) for run in runs]
-    pending = [_fit.remote(task) for task in tasks]
+    fit: Any = ray.remote(num_cpus=0, max_retries=0)(_fit)
+    pending = [fit.remote(task) for task in tasks]
     while pending:
         ready, pending = ray.wait(pending, timeout=POLL_SECONDS)
         ray.get(ready)
@@ -94,7 +94,6 @@ def _plan_run(recipe: Recipe, layout: Layout, run: TrainRun, board: Any) -> Work
     )
 
 
-@ray.remote(num_cpus=0, max_retries=0)
 def _fit(task: WorkerTask) -> None:
     """Run one training to its end; in a process of its own, as Ray Train sets signal handlers."""
     settings = task.recipe.train

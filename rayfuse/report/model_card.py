@@ -1,0 +1,80 @@
+"""Findings -> the README.md that goes with the trained model."""
+
+import yaml
+
+from rayfuse.recipe import Recipe, dump_recipe
+from rayfuse.report.gather import Findings
+from rayfuse.report.tables import build_table, escape_markdown, render_markdown
+from rayfuse.report.verdict import Verdict
+
+
+def build_model_card(findings: Findings, verdict: Verdict, recipe: Recipe) -> str:
+    """Return the model card: what the model is made from, how, and how good it is.
+
+    Args:
+        findings: All numbers.
+        verdict: What may be claimed of them.
+        recipe: The run's.
+    """
+    front = {
+        "base_model": recipe.target.model,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["knowledge-fusion", "rayfuse"],
+    }
+    sentences = "\n".join(f"- {escape_markdown(sentence)}" for sentence in verdict.sentences)
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+
+# {_code(recipe.target.model)}, fused with {_say_sources(recipe)}
+
+{escape_markdown(verdict.headline)}
+
+{sentences}
+
+## Scores
+
+Bits per byte on held-out text, lower is better, the lowest of each column in bold.
+
+{render_markdown(build_table(findings.evaluations))}
+## What it is made from
+
+- Base model (the target): {_say_model(recipe.target.model, recipe.target.revision)}
+{_list_sources(recipe)}
+
+The licences and terms of use of the base model, of every source and of the text apply.
+
+## How it was made
+
+Every source scored the training text; its distributions over next tokens were aligned with the
+target's tokens byte by byte, fused by `{recipe.fuse.method}`, and the target was trained on
+lambda \\* CLM + (1 - lambda) \\* D(fused || target) with lambda = {recipe.train.clm_weight:g}.
+The method is that of FuseLLM (arXiv 2401.10491) as rayfuse computes it.
+
+The whole recipe:
+
+```yaml
+{yaml.safe_dump(dump_recipe(recipe), sort_keys=False, allow_unicode=True).strip()}
+```
+"""
+
+
+def _say_sources(recipe: Recipe) -> str:
+    number = len(recipe.sources)
+    return "1 source" if number == 1 else f"{number} sources"
+
+
+def _list_sources(recipe: Recipe) -> str:
+    return "\n".join(
+        f"- Source {escape_markdown(source.name)}: {_say_model(source.model, source.revision)}"
+        for source in recipe.sources
+    )
+
+
+def _say_model(model: str, revision: str | None) -> str:
+    return _code(model) if revision is None else f"{_code(model)} at {_code(revision)}"
+
+
+def _code(text: str) -> str:
+    return f"`{text.replace('`', '')}`"

@@ -1,0 +1,127 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rayfuse.capture.engine import TransformersEngine
+from rayfuse.capture.record import NOT_FINITE, build_captured, tokenise_rows
+from rayfuse.capture.top_k import keep_top_k
+from rayfuse.corpus.documents import Document
+from rayfuse.corpus.shards import build_rows
+from rayfuse.model_files import load_recipe_tokenizer
+from rayfuse.recipe import CaptureSettings, ModelSettings
+from rayfuse.schema import decode_logprobs, flatten_column
+from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
+
+FAMILIES = ["llama", "mistral", "qwen2", "gpt_neox", "gpt2", "mpt"]
+VOCAB, PADDED = 300, 320
+
+
+def make_source(family: str, folder: Path, *, tied: bool = False) -> ModelSettings:
+    """Make a model whose head is wider than its tokenizer."""
+    save_model(family, PADDED, folder, tied=tied)
+    save_tokenizer(byte_level_tokenizer(VOCAB), folder, bos="<|end|>", eos="<|end|>")
+    return ModelSettings(model=str(folder))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_records_are_the_models_own_logits_over_the_ids_its_tokenizer_has(family, tied, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    source = make_source(family, tmp_path, tied=tied)
+    settings = CaptureSettings(top_k=5, batch_tokens=64, chunk_positions=7)
+    engine = TransformersEngine(source, settings)
+    tokenizer = load_recipe_tokenizer(source)
+    assert tokenizer.vocab_size <= VOCAB
+    rows = tokenizer.encode_rows(SAMPLE, [True, False, True, False])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for row, record in zip(rows, engine.score_rows(rows), strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.from_numpy(row)[None].long()).logits[0].double()
+        logprobs = logits[:, : tokenizer.vocab_size].log_softmax(1).numpy()
+        expected = -np.sort(-logprobs, axis=1)[:, :5]
+        np.testing.assert_allclose(record.top_logprobs, expected, atol=2e-5)
+        chosen = np.take_along_axis(logprobs, record.top_ids.astype(np.int64), axis=1)
+        np.testing.assert_allclose(chosen, expected, atol=2e-5)
+        tail = 1 - np.exp(expected).sum(axis=1)
+        np.testing.assert_allclose(np.exp(record.tail_logprobs), tail, atol=1e-5)
+        following = logprobs[np.arange(len(row) - 1), row[1:]]
+        np.testing.assert_allclose(record.next_logprobs[:-1], following, atol=2e-5)
+        assert record.next_logprobs[-1] == 0
+
+
+def test_neither_batches_nor_chunks_change_a_record(tmp_path):
+    source = make_source("llama", tmp_path)
+    rows = load_recipe_tokenizer(source).encode_rows(SAMPLE, [True] * len(SAMPLE))
+    alone = TransformersEngine(source, CaptureSettings(top_k=4, batch_tokens=1, chunk_positions=3))
+    together = TransformersEngine(source, CaptureSettings(top_k=4, batch_tokens=10_000))
+    for one, other in zip(alone.score_rows(rows), together.score_rows(rows), strict=True):
+        np.testing.assert_allclose(one.top_logprobs, other.top_logprobs, atol=1e-5)
+        np.testing.assert_allclose(one.next_logprobs, other.next_logprobs, atol=1e-5)
+
+
+def test_a_vocabulary_smaller_than_top_k_leaves_empty_entries():
+    record = keep_top_k(
+        torch.randn(3, 4),
+        nn.Linear(4, 5),
+        torch.tensor([True, True, True, False, False]),
+        torch.tensor([0, 1, -1]),
+        top_k=8,
+        chunk_positions=2,
+    )
+    assert (record.top_ids[:, 3:] == -1).all()
+    np.testing.assert_allclose(np.exp(record.top_logprobs[:, :3]).sum(axis=1), 1, atol=1e-6)
+
+
+def test_a_row_that_is_not_finite_is_rejected_and_its_neighbours_are_not(tmp_path):
+    source = make_source("llama", tmp_path)
+    tokenizer = load_recipe_tokenizer(source)
+    corpus = build_rows(
+        [Document(f"d{i}", "", text) for i, text in enumerate(SAMPLE)],
+        tokenizer,
+        [tokenizer],
+        max_tokens=512,
+    )
+    rows = tokenise_rows(corpus, tokenizer)
+    engine = TransformersEngine(source, CaptureSettings(top_k=4))
+    poison = set(rows[2].tolist()) - set(rows[0].tolist()) - set(rows[1].tolist())
+    with torch.no_grad():
+        engine.lm.model.get_input_embeddings().weight[min(poison)] = float("nan")
+    records = engine.score_rows(rows)
+    table, rejects = build_captured(corpus, rows, records, tokenizer.eos_id)
+    rejected = {reject.name for reject in rejects}
+    assert "d2#0" in rejected
+    assert not {"d0#0", "d1#0"} & rejected
+    assert {reject.reason for reject in rejects} == {NOT_FINITE}
+    lengths = np.diff(flatten_column(table, "token_ids")[1])
+    assert lengths[2] == 0
+    assert lengths[0] == len(rows[0])
+    assert np.isinf(table["nats"].to_pylist()[2])
+    assert table["row_id"].to_pylist() == corpus["row_id"].to_pylist()
+
+
+def test_captured_columns_give_back_the_record(tmp_path):
+    source = make_source("gpt2", tmp_path)
+    tokenizer = load_recipe_tokenizer(source)
+    documents = [Document(f"d{i}", "", text) for i, text in enumerate(SAMPLE)]
+    corpus = build_rows(documents, tokenizer, [tokenizer], max_tokens=512)
+    rows = tokenise_rows(corpus, tokenizer)
+    records = TransformersEngine(source, CaptureSettings(top_k=6)).score_rows(rows)
+    table, rejects = build_captured(corpus, rows, records, tokenizer.eos_id)
+    assert not rejects
+    np.testing.assert_array_equal(flatten_column(table, "token_ids")[0], np.concatenate(rows))
+    top_ids = flatten_column(table, "top_ids")[0].reshape(-1, 6)
+    np.testing.assert_array_equal(top_ids, np.concatenate([record.top_ids for record in records]))
+    tails = flatten_column(table, "tail_logprobs")[0]
+    stored = decode_logprobs(flatten_column(table, "top_logprobs")[0], top_ids, tails)
+    exact = np.concatenate([record.top_logprobs for record in records])
+    np.testing.assert_allclose(stored, exact, atol=0.1)
+    np.testing.assert_allclose(np.exp(stored).sum(1) + np.exp(tails.astype(float)), 1, atol=1e-12)
+    divergence = (np.exp(exact) * (exact - stored)).sum(axis=1).mean()
+    assert abs(divergence) < 1e-3
+    for row, record, nats in zip(rows, records, table["nats"].to_pylist(), strict=True):
+        assert row[-1] == tokenizer.eos_id
+        assert nats == pytest.approx(-record.next_logprobs[:-2].sum(), rel=1e-5)

@@ -1,0 +1,143 @@
+"""Models of a run are each scored once, on all held-out shards."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from rayfuse.evaluate.scores import bits_per_byte, sum_documents
+from rayfuse.evaluate.scoring import load_scored_model, score_documents, score_rows
+from rayfuse.evaluate.stage import (
+    ScoreTask,
+    copy_folder,
+    evaluate_models,
+    group_shards,
+    hold_model,
+)
+from rayfuse.layout import Layout, TrainRun
+from rayfuse.recipe import ModelSettings, Recipe, parse_recipe
+from rayfuse.storage.dataset import Commit, DataSet
+from rayfuse.storage.store import LocalStore, open_store
+from rayfuse.tokens import load_tokenizer
+
+
+def commit(shard: int, tokens: int, rows: int = 1) -> Commit:
+    return Commit(shard, "file", 1, "hash", rows, tokens, 0, "attempt")
+
+
+def test_small_shards_share_a_task_and_empty_ones_need_none():
+    commits = [commit(3, 10), commit(0, 40), commit(1, 40), commit(2, 40), commit(4, 0, rows=0)]
+    assert group_shards(commits, task_tokens=100) == [[0, 1], [2, 3]]
+    assert group_shards(commits, task_tokens=1) == [[0], [1], [2], [3]]
+    assert group_shards([], task_tokens=100) == []
+
+
+def test_a_trained_model_is_copied_out_of_a_store_whole(tmp_path: Path):
+    store = LocalStore(str(tmp_path / "store"))
+    store.write("train/x/model/config.json", b"{}")
+    store.write("train/x/model/model.safetensors", b"weights")
+    (tmp_path / "copy").mkdir()
+    copy_folder(store, "train/x/model", tmp_path / "copy")
+    found = {path.name: path.read_bytes() for path in (tmp_path / "copy").iterdir()}
+    assert found == {"config.json": b"{}", "model.safetensors": b"weights"}
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_only_a_model_trained_into_object_storage_is_held_in_a_local_copy(is_trained: bool):
+    store = open_store("memory://bucket/run")
+    store.write("train/x/model/config.json", b"{}")
+    model = ModelSettings(model="memory://bucket/run/train/x/model" if is_trained else "some/model")
+    folder = "train/x/model" if is_trained else None
+    task = ScoreTask("x", model, DataSet(store, "corpus/0", "0"), 100, folder)
+    with hold_model(task) as held:
+        if is_trained:
+            assert Path(held.model, "config.json").read_bytes() == b"{}"
+        else:
+            assert held == model
+    assert not Path(held.model).exists()
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, make_model: Callable[[int], Path]) -> Recipe:
+    return parse_recipe(
+        {
+            "storage": str(tmp_path / "store"),
+            "corpus": {"documents": "unused.jsonl", "max_tokens": 64},
+            "target": {"model": str(make_model(260))},
+            "sources": [{"name": "small", "model": str(make_model(257))}],
+        }
+    )
+
+
+@pytest.fixture
+def layout(recipe: Recipe, rows: pa.Table) -> Layout:
+    store = open_store(recipe.storage)
+    held_out = DataSet(store, "corpus/held-out-0", "0")
+    held_out.claim({})
+    held_out.write_shard(0, rows.slice(0, 3), tokens=3)
+    held_out.write_shard(1, rows.slice(3), tokens=2)
+    held_out.finish(2)
+    run = TrainRun("fused", "train/fused-0", "0", 0.5)
+    shutil.copytree(recipe.target.model, f"{recipe.storage}/{run.folder}/model")
+    names = ["small", "target", "fused"]
+    evaluations = {name: f"evaluate/{name}-0.json" for name in names}
+    return Layout(store, held_out, held_out, {}, {}, (run,), evaluations)
+
+
+class Notes:
+    """Remembers what progress was told."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, float, float]] = []
+
+    def __call__(self, title: str, done: float, total: float, unit: str = "") -> None:
+        self.calls.append((title, done, total))
+
+
+@pytest.mark.ray
+def test_every_model_is_scored_once_on_all_held_out_rows(
+    ray_cluster: Any, recipe: Recipe, layout: Layout, rows: pa.Table
+):
+    layout.store.write("train/fused-0/done.json", b"{}")
+    notes = Notes()
+    found = evaluate_models(recipe, layout, notes)
+    assert {name: each.role for name, each in found.items()} == {
+        "small": "source",
+        "target": "target",
+        "fused": "fused",
+    }
+    for name, model in {"small": recipe.sources[0], "target": recipe.target}.items():
+        lm = load_scored_model(ModelSettings(model=model.model))
+        nats = score_rows(lm, load_tokenizer(model.model), rows, name=name, batch_tokens=500)
+        expected = bits_per_byte(sum_documents(score_documents(rows, nats)))
+        assert bits_per_byte(found[name].documents) == pytest.approx(expected, rel=1e-5)
+    assert [d.nats for d in found["fused"].documents] == pytest.approx(
+        [d.nats for d in found["target"].documents]
+    )
+    record = json.loads(layout.store.read("evaluate/small-0.json"))
+    assert set(record) == {"name", "role", "model", "bits_per_byte", "documents", "seconds"}
+    assert ("evaluate small", 2, 2) in notes.calls
+
+    again = Notes()
+    assert evaluate_models(recipe, layout, again) == found
+    assert again.calls == []
+
+
+@pytest.mark.ray
+def test_a_model_that_is_not_trained_yet_is_named(ray_cluster: Any, recipe: Recipe, layout: Layout):
+    with pytest.raises(ValueError, match="model fused is not trained; run `rayfuse train` first"):
+        evaluate_models(recipe, layout, Notes())
+
+
+@pytest.mark.ray
+def test_what_goes_wrong_in_a_task_is_said_as_plainly_as_here(
+    ray_cluster: Any, recipe: Recipe, layout: Layout
+):
+    layout.store.write("train/fused-0/done.json", b"{}")
+    layout.store.remove("train/fused-0/model/config.json")
+    with pytest.raises(ValueError, match=r"^model is '.*/train/fused-0/model'"):
+        evaluate_models(recipe, layout, Notes())

@@ -1,0 +1,91 @@
+"""What the report tells is what lies in the store."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rayfuse.layout import Layout
+from rayfuse.recipe import Recipe
+from rayfuse.report import gather
+from rayfuse.report.gather import (
+    SourceWins,
+    choose_winners,
+    count_wins,
+    gather_findings,
+    measure_signal,
+    read_curve,
+    read_evaluations,
+)
+from tests.report.conftest import make_aligned, make_data
+
+
+def test_the_lowest_cost_wins_a_row_and_ties_go_to_the_first():
+    nats = np.array([[1.0, 5.0, 4.0, np.inf, np.inf], [2.0, 4.0, 4.0, 9.0, np.nan]])
+    found = choose_winners(nats, np.full(5, 10))
+    np.testing.assert_array_equal(found, [0, 1, 0, 1, -1])
+
+
+def test_wins_are_counted_by_domain(layout: Layout):
+    counts = {"code": {"big": 1, "coder": 1}, "wiki": {"big": 1, "coder": 0}}
+    assert count_wins(layout.corpus, layout.aligned) == SourceWins(counts, 1, 2, 2)
+
+
+def test_a_large_run_is_counted_on_its_first_shards_and_says_so(layout: Layout, monkeypatch):
+    monkeypatch.setattr(gather, "MOST_SHARDS", 1)
+    found = count_wins(layout.corpus, layout.aligned)
+    assert (found.shards_read, found.num_shards) == (1, 2)
+    assert sum(sum(row.values()) for row in found.counts.values()) == 2
+
+
+def test_a_shard_of_other_rows_is_not_counted(layout: Layout):
+    tables = [make_aligned(range(5, 7), [1.0, 1.0]), make_aligned(range(2, 4), [1.0, 1.0])]
+    foreign = make_data(layout.store, "aligned/foreign", tables)
+    with pytest.raises(ValueError, match="shard 0 holds other rows than the corpus"):
+        count_wins(layout.corpus, {"foreign": foreign})
+
+
+def test_signal_and_tail_are_means_over_all_shards(layout: Layout):
+    found = measure_signal(layout.aligned["big"])
+    assert (found.positions, found.with_signal, found.share) == (20, 16, 0.8)
+    assert (found.tail_mass, found.captured_tail_mass) == (0.25, 0.125)
+
+
+def test_a_source_without_signal_has_no_tail_rather_than_a_division_by_zero(layout: Layout):
+    stats = {"positions": 0.0, "with_signal": 0.0, "tail_mass": 0.0}
+    tables = [make_aligned(range(1), [1.0])]
+    found = measure_signal(make_data(layout.store, "aligned/mute", tables, stats=stats))
+    assert (found.share, found.tail_mass, found.captured_tail_mass) == (0.0, 0.0, None)
+
+
+def test_a_step_done_twice_counts_once_and_a_run_without_fusion_has_none(layout: Layout):
+    fused, clm = (read_curve(layout.store, run) for run in layout.runs)
+    assert fused is not None
+    assert clm is not None
+    np.testing.assert_array_equal(fused.steps, [1, 2, 3])
+    np.testing.assert_array_equal(fused.tokens, [100, 200, 300])
+    np.testing.assert_allclose(fused.clm_loss, [2.0, 1.0, 0.0])
+    assert np.isnan(clm.fusion_loss).all()
+
+
+def test_a_run_without_metrics_has_no_curve(layout: Layout):
+    assert read_curve(layout.store, replace(layout.runs[0], folder="train/none")) is None
+    layout.store.write("train/empty/metrics.jsonl", b"")
+    assert read_curve(layout.store, replace(layout.runs[0], folder="train/empty")) is None
+
+
+def test_sources_come_first_and_fused_last(layout: Layout):
+    assert list(read_evaluations(layout)) == ["big", "coder", "target", "clm", "fused"]
+
+
+def test_a_model_that_is_not_evaluated_is_named(layout: Layout):
+    layout.store.remove(layout.evaluations["clm"])
+    with pytest.raises(ValueError, match="model clm is not evaluated; run `rayfuse evaluate`"):
+        read_evaluations(layout)
+
+
+def test_fused_is_compared_with_every_other_model(layout: Layout, recipe: Recipe):
+    found = gather_findings(recipe, layout)
+    assert set(found.differences) == {"big", "coder", "target", "clm"}
+    assert found.differences["big"]["all"].difference > 0 > found.differences["clm"]["all"].high
+    assert {count.stage: count.rejects for count in found.counts}["corpus"] == 2

@@ -1,0 +1,58 @@
+"""The report is written whole, and is current until a result changes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rayfuse.layout import Layout
+from rayfuse.recipe import Recipe
+from rayfuse.report.stage import is_report_current, write_report
+
+
+def test_a_report_is_current_once_written_and_until_a_result_changes(
+    layout: Layout, recipe: Recipe
+):
+    assert not is_report_current(layout)
+    place = write_report(recipe, layout)
+    assert is_report_current(layout)
+    assert place == f"{layout.store.root}/report/index.html"
+    assert Path(place).read_text().startswith("<!doctype html>")
+    changed = layout.evaluations | {"clm": "evaluate/clm-1.json"}
+    assert not is_report_current(replace(layout, evaluations=changed))
+    layout.store.remove("report/index.html")
+    assert not is_report_current(layout)
+
+
+def test_every_part_of_the_report_is_written(layout: Layout, recipe: Recipe):
+    write_report(recipe, layout)
+    assert set(layout.store.sizes("report")) == {
+        "alignment.png",
+        "bits_per_byte.png",
+        "differences.png",
+        "findings.json",
+        "index.html",
+        "source_wins.png",
+        "table.md",
+        "training_curves.png",
+    }
+    assert "README.md" in layout.store.sizes("train/fused-0/model")
+
+
+def test_the_findings_are_json_that_any_reader_takes(layout: Layout, recipe: Recipe):
+    write_report(recipe, layout)
+    found = json.loads(layout.store.read("report/findings.json"))
+    assert found["input"] == layout.input_fingerprint()
+    assert found["verdict"]["outcome"] == "lost"
+    assert found["source_wins"]["counts"]["wiki"] == {"big": 1, "coder": 0}
+    assert found["training"]["fused"]["steps"] == 3
+    assert found["training"]["clm"]["last_fusion_loss"] is None
+    assert found["fused_minus"]["clm"]["all"]["outcome"] == "better"
+
+
+def test_a_report_of_what_is_not_evaluated_is_refused(layout: Layout, recipe: Recipe):
+    layout.store.remove(layout.evaluations["fused"])
+    with pytest.raises(ValueError, match="model fused is not evaluated"):
+        write_report(recipe, layout)
+    assert not is_report_current(layout)

@@ -1,0 +1,84 @@
+"""The verdict claims no more than the intervals allow."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from rayfuse.evaluate.scores import Difference
+from rayfuse.report.gather import Findings
+from rayfuse.report.verdict import NO_BASELINE, join_names, judge, sign
+
+BETTER = Difference(-0.02, -0.03, -0.01, 50)
+WORSE = Difference(0.02, 0.01, 0.03, 50)
+UNCLEAR = Difference(-0.01, -0.02, 0.01, 50)
+FEW = Difference(-0.01, -math.inf, math.inf, 3)
+
+
+def with_outcomes(findings: Findings, **outcomes: Difference) -> Findings:
+    return replace(findings, differences={name: {"all": d} for name, d in outcomes.items()})
+
+
+def test_a_run_that_beats_all_says_so(findings: Findings):
+    verdict = judge(with_outcomes(findings, big=BETTER, target=BETTER, clm=BETTER))
+    assert verdict.outcome == "won"
+    assert verdict.headline == (
+        "The fused model wins: it is better than CLM, the untouched target and source big."
+    )
+
+
+def test_one_model_that_is_better_is_a_run_that_did_not_win(findings: Findings):
+    verdict = judge(with_outcomes(findings, big=WORSE, coder=UNCLEAR, clm=BETTER))
+    assert verdict.outcome == "lost"
+    assert verdict.headline == (
+        "The fused model did not win: it is worse than source big and there is no clear "
+        "difference from source coder. It is better than CLM."
+    )
+
+
+def test_an_interval_that_includes_zero_is_no_clear_difference(findings: Findings):
+    verdict = judge(with_outcomes(findings, clm=UNCLEAR, big=BETTER))
+    assert verdict.outcome == "unclear"
+    assert verdict.headline.startswith("The fused model did not clearly win: there is no clear")
+    assert "no clear difference, the interval includes zero." in verdict.sentences[0]
+    assert (
+        "\u22120.0100 (95 % interval \u22120.0200 to +0.0100, 50 documents)"
+        in (verdict.sentences[0])
+    )
+
+
+def test_losing_to_the_baseline_is_said_plainly(findings: Findings):
+    verdict = judge(with_outcomes(findings, clm=WORSE))
+    assert verdict.headline == "The fused model did not win: it is worse than CLM."
+    assert "worse, fusion did not win here" in verdict.sentences[0]
+
+
+def test_too_few_documents_make_no_claim_and_no_interval(findings: Findings):
+    verdict = judge(with_outcomes(findings, clm=FEW))
+    assert verdict.outcome == "unclear"
+    assert "3 held-out documents are too few for an interval" in verdict.sentences[0]
+    assert "inf" not in " ".join(verdict.sentences)
+
+
+def test_a_run_without_baseline_says_what_cannot_be_told(findings: Findings):
+    assert NO_BASELINE in judge(with_outcomes(findings, big=BETTER)).sentences
+    assert NO_BASELINE not in judge(with_outcomes(findings, clm=BETTER)).sentences
+
+
+def test_domains_are_told_apart_against_the_baseline(findings: Findings):
+    groups = {"all": BETTER, "code": WORSE, "": BETTER, "wiki": UNCLEAR}
+    verdict = judge(replace(findings, differences={"clm": groups}))
+    assert verdict.sentences[1] == (
+        "By domain, against CLM: better on (no domain); worse on code; no clear difference on wiki."
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "said"), [([], ""), (["a"], "a"), (["a", "b"], "a and b"), ([*"abc"], "a, b and c")]
+)
+def test_names_are_joined_as_in_prose(names: list[str], said: str):
+    assert join_names(names) == said
+
+
+def test_a_sign_is_always_there():
+    assert (sign(0.1234), sign(-0.5)) == ("+0.1234", "\u22120.5000")
