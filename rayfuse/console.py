@@ -54,7 +54,7 @@ class ProgressBars:
     ) -> None:
         self.bars.stop()
 
-    def __call__(self, title: str, done: float, total: float, unit: str = "") -> None:
+    def __call__(self, title: str, done: int, total: int, unit: str = "") -> None:
         """Show that `done` of `total` units of the work called `title` are done."""
         now = time.monotonic()
         with self.lock:
@@ -70,7 +70,7 @@ class ProgressBars:
                     return
                 self.told[title] = float("inf") if done >= total else now
                 self.console.print(
-                    f"  {title}: {done:g} of {total:g} {unit} {rate}", highlight=False
+                    f"  {title}: {done} of {total} {unit} {rate}", highlight=False
                 )
 
 

@@ -1,6 +1,7 @@
 """The Recipe: what a run is, read from a YAML file; its parts are frozen models."""
 
 import difflib
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
@@ -360,3 +361,7 @@ def _settings_within(annotation: Any) -> Any:
         return annotation
     found = (_settings_within(inner) for inner in get_args(annotation))
     return next((model for model in found if model), None)
+
+
+if __name__ == "__main__":
+    print(json.dumps(Recipe.model_json_schema(by_alias=True), indent=2))

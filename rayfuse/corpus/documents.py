@@ -5,13 +5,15 @@ import gzip
 import io
 import json
 import posixpath
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, Literal, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import zstandard
 
 from rayfuse.recipe import DocumentsSettings
 
@@ -28,6 +30,10 @@ SUFFIXES: dict[str, Format] = {
     ".rst": "text",
 }
 PACKED_SUFFIXES = (".gz", ".zst")
+
+
+DAMAGE = (OSError, EOFError, ValueError, pa.ArrowException, zlib.error, zstandard.ZstdError)
+"""What readers raise on a file that is not what its name says."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ def read_documents(file: InputFile) -> Iterator[Document]:
     }
     try:
         yield from readers[file.format](file)
-    except (OSError, EOFError, ValueError, pa.ArrowException) as error:
+    except DAMAGE as error:
         reason = f"file is no {file.format} file or is damaged: {error}"
         yield Document(file.path, _domain_of(file, None), "", reason)
 
@@ -244,8 +250,8 @@ def _list_uri(uri: str) -> list[tuple[str, int, str]]:
     ]
 
 
-def _open(path: str) -> BinaryIO:
-    """Open a local file or URI, unpacked if its name ends in .gz or .zst."""
+def _open(path: str) -> Any:
+    """Open a local file or URI as bytes, unpacked if its name ends in .gz or .zst."""
     if "://" in path:
         import fsspec
 
@@ -254,10 +260,8 @@ def _open(path: str) -> BinaryIO:
     else:
         raw = open(path, "rb")  # noqa: SIM115 (the caller closes it)
     if path.endswith(".gz"):
-        return cast(BinaryIO, gzip.open(raw, "rb"))
+        return gzip.open(raw, "rb")
     if path.endswith(".zst"):
-        import zstandard
-
-        unpacked = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return io.BufferedReader(cast(Any, unpacked))
+        unpacked: Any = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        return io.BufferedReader(unpacked)
     return raw

@@ -158,7 +158,10 @@ def _commit_rows(data: DataSet, shard: int, rows: pa.Table, batch: DocumentBatch
         rows,
         tokens=tokens,
         rejects=batch.rejects,
-        stats={"documents": len(batch.documents), "bytes": sum(rows["num_bytes"].to_pylist())},
+        stats={
+            "documents": float(len(batch.documents)),
+            "bytes": float(sum(rows["num_bytes"].to_pylist())),
+        },
     )
 
 

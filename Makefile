@@ -1,0 +1,39 @@
+# `make demo` and `make test` need nothing but Python 3.10-3.13 and make: each sets up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+STORAGE ?= demo-run
+
+.PHONY: setup demo test check format schema clean
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/.dev: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+setup: .venv/.dev
+
+demo: .venv/.installed
+	$(BIN)/rayfuse demo --storage $(STORAGE)
+
+test: .venv/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: .venv/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: .venv/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+schema: .venv/.installed
+	$(BIN)/python -m rayfuse.recipe > recipes/schema.json
+
+clean:
+	rm -rf .venv demo-run build *.egg-info

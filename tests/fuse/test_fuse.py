@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayfuse.fuse.fuse import AlignedRow, FusedRow, fuse_row
+from rayfuse.recipe import FuseSettings
+
+MIN_CE, AVG_CE = FuseSettings(method="min_ce"), FuseSettings(method="avg_ce")
+
+
+def random_source(seed: int, nats_per_byte: float, seq_len: int = 7) -> AlignedRow:
+    random = np.random.default_rng(seed)
+    probs = random.dirichlet(np.ones(4), size=seq_len)
+    return AlignedRow(
+        has_signal=random.random(seq_len) < 0.7,
+        top_ids=np.stack([random.permutation(6)[:3] for _ in range(seq_len)]).astype(np.int32),
+        top_probs=probs[:, :3],
+        tail_probs=probs[:, 3],
+        nats_per_byte=nats_per_byte,
+    )
+
+
+def dense(row: FusedRow, position: int) -> dict[int, float]:
+    pairs = zip(row.top_ids[position], row.top_probs[position], strict=True)
+    return {int(token): float(p) for token, p in pairs if token >= 0}
+
+
+def test_min_ce_takes_the_cheapest_source_where_it_has_a_signal_and_the_next_where_not():
+    dear, cheap = random_source(1, 0.9), random_source(2, 0.5)
+    fused = fuse_row([dear, cheap], MIN_CE)
+    for t in range(7):
+        source = cheap if cheap.has_signal[t] else dear
+        assert fused.has_signal[t] == (cheap.has_signal[t] or dear.has_signal[t])
+        if fused.has_signal[t]:
+            np.testing.assert_array_equal(fused.top_probs[t], source.top_probs[t])
+            assert fused.tail_probs[t] == source.tail_probs[t]
+
+
+def test_avg_ce_is_the_mean_weighted_by_softmax_of_minus_nats_per_byte():
+    left, right = random_source(3, 0.4), random_source(4, 0.9)
+    fused = fuse_row([left, right], AVG_CE)
+    both = left.has_signal & right.has_signal
+    assert both.any()
+    weights = np.exp([-0.4, -0.9]) / np.exp([-0.4, -0.9]).sum()
+    for t in np.flatnonzero(both):
+        expected: dict[int, float] = {}
+        for weight, source in zip(weights, (left, right), strict=True):
+            for token, p in zip(source.top_ids[t], source.top_probs[t], strict=True):
+                expected[int(token)] = expected.get(int(token), 0.0) + weight * p
+        assert dense(fused, t) == pytest.approx(expected)
+
+
+@given(seed=st.integers(0, 1000))
+def test_fused_distributions_sum_to_one_and_hold_no_token_twice(seed):
+    sources = [random_source(seed + i, 0.1 + 0.2 * i) for i in range(3)]
+    for settings in (MIN_CE, AVG_CE):
+        fused = fuse_row(sources, settings)
+        for t in np.flatnonzero(fused.has_signal):
+            ids = fused.top_ids[t][fused.top_ids[t] >= 0].tolist()
+            assert len(ids) == len(set(ids))
+            assert fused.top_probs[t].sum() + fused.tail_probs[t] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("settings", [MIN_CE, AVG_CE])
+def test_a_rejected_source_changes_nothing(settings):
+    good, bad = random_source(5, 0.5), random_source(6, float("inf"))
+    silent = AlignedRow(
+        np.zeros(7, dtype=bool), bad.top_ids, bad.top_probs, bad.tail_probs, float("inf")
+    )
+    alone, beside = fuse_row([good], settings), fuse_row([silent, good], settings)
+    np.testing.assert_array_equal(alone.has_signal, beside.has_signal)
+    for t in np.flatnonzero(alone.has_signal):
+        assert dense(alone, t) == dense(beside, t)
+        assert alone.tail_probs[t] == beside.tail_probs[t]
+
+
+def test_a_colder_temperature_trusts_the_cheaper_source_more():
+    sources = [random_source(7, 0.4), random_source(8, 0.6)]
+    t = int(np.flatnonzero(sources[0].has_signal & sources[1].has_signal)[0])
+    tails = [
+        fuse_row(sources, FuseSettings(method="avg_ce", temperature=heat)).tail_probs[t]
+        for heat in (100.0, 1.0, 0.01)
+    ]
+    near = sources[0].tail_probs[t]
+    assert abs(tails[2] - near) < abs(tails[1] - near) < abs(tails[0] - near)

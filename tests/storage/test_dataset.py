@@ -1,0 +1,152 @@
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rayfuse.schema import CORPUS
+from rayfuse.storage.dataset import DataSet, Reject, ShardError, encode_table, fingerprint_of
+from rayfuse.storage.store import LocalStore, check_writable, open_store
+
+
+def make_data(folder: Path, fingerprint: str = "f00d") -> DataSet:
+    data = DataSet(LocalStore(str(folder)), f"corpus/{fingerprint}", fingerprint)
+    data.claim({"recipe": {}})
+    return data
+
+
+def make_table(rows: int = 3) -> pa.Table:
+    return pa.Table.from_pydict(
+        {
+            "row_id": [f"d#{i}" for i in range(rows)],
+            "doc_id": ["d"] * rows,
+            "domain": [""] * rows,
+            "text": ["text"] * rows,
+            "num_bytes": [4] * rows,
+            "ends_document": [False] * rows,
+            "target_ids": [np.arange(i + 100) for i in range(rows)],
+        },
+        schema=CORPUS,
+    )
+
+
+def test_a_shard_reads_back_as_it_was_written(tmp_path):
+    data = make_data(tmp_path)
+    commit = data.write_shard(0, make_table(), tokens=9, rejects=[Reject("x", "empty")])
+    assert data.read_shard(commit).equals(make_table())
+    assert data.commits() == {0: commit}
+    assert (commit.rows, commit.tokens, commit.rejects) == (3, 9, 1)
+    lines = (tmp_path / data.folder / "rejects/00000.jsonl").read_text()
+    assert json.loads(lines) == {"name": "x", "reason": "empty"}
+
+
+def test_the_first_commit_wins_and_the_loser_leaves_nothing(tmp_path):
+    data = make_data(tmp_path)
+    first = data.write_shard(0, make_table(3), tokens=1)
+    second = data.write_shard(0, make_table(4), tokens=2)
+    assert second == first
+    assert len(list((tmp_path / data.folder / "data").iterdir())) == 1
+
+
+def test_a_commit_whose_answer_was_lost_is_known_as_ours(tmp_path, monkeypatch):
+    data = make_data(tmp_path)
+    create = LocalStore.create
+
+    def create_and_lose_the_answer(self, name, content):
+        create(self, name, content)
+        return False
+
+    monkeypatch.setattr(LocalStore, "create", create_and_lose_the_answer)
+    commit = data.write_shard(0, make_table(), tokens=1)
+    assert data.read_shard(commit).num_rows == 3
+
+
+@pytest.mark.parametrize("offset", [10, 200, -30])
+def test_a_flipped_bit_is_found(tmp_path, offset):
+    data = make_data(tmp_path)
+    commit = data.write_shard(0, make_table(), tokens=1)
+    path = tmp_path / data.folder / commit.file
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ShardError, match="is not what was committed"):
+        data.read_shard(commit)
+
+
+def test_a_shard_that_is_gone_is_named(tmp_path):
+    data = make_data(tmp_path)
+    commit = data.write_shard(0, make_table(), tokens=1)
+    os.remove(tmp_path / data.folder / commit.file)
+    with pytest.raises(ShardError, match=f"{commit.file} is gone"):
+        data.read_shard(commit)
+
+
+def test_a_data_set_is_whole_once_every_shard_is_there_and_not_after_one_is_lost(tmp_path):
+    data = make_data(tmp_path)
+    commits = [data.write_shard(shard, make_table(), tokens=1) for shard in range(3)]
+    assert not data.is_whole()
+    with pytest.raises(ShardError, match="2 shards missing, first 3"):
+        data.finish(5)
+    data.finish(3)
+    assert data.is_whole()
+    assert list(data.commits()) == [0, 1, 2]
+    os.remove(tmp_path / data.folder / commits[1].file)
+    assert not data.is_whole()
+    assert data.drop_lost_shards() == [1]
+    assert list(data.commits()) == [0, 2]
+    data.write_shard(1, make_table(), tokens=1)
+    data.finish(3)
+    assert data.is_whole()
+
+
+def test_a_folder_of_another_fingerprint_is_refused(tmp_path):
+    data = make_data(tmp_path)
+    other = DataSet(data.store, data.folder, "beef")
+    with pytest.raises(ValueError, match="fingerprint f00d, not beef"):
+        other.claim({})
+
+
+def test_lists_are_split_into_byte_planes_without_a_dictionary():
+    metadata = pq.ParquetFile(pa.BufferReader(encode_table(make_table(), "f"))).metadata
+    column = next(
+        metadata.row_group(0).column(i)
+        for i in range(metadata.num_columns)
+        if metadata.row_group(0).column(i).path_in_schema == "target_ids.list.element"
+    )
+    assert "BYTE_STREAM_SPLIT" in column.encodings
+    assert "RLE_DICTIONARY" not in column.encodings
+    assert column.compression == "ZSTD"
+
+
+def test_two_writes_of_one_table_are_the_same_bytes():
+    assert encode_table(make_table(), "f") == encode_table(make_table(), "f")
+
+
+def test_a_fingerprint_changes_with_every_part():
+    base = fingerprint_of(a=1, b="x")
+    assert base == fingerprint_of(b="x", a=1)
+    assert len({base, fingerprint_of(a=2, b="x"), fingerprint_of(a=1), fingerprint_of(a="1")}) == 4
+
+
+def test_a_storage_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"storage is .*file/run.*cannot be written"):
+        check_writable(open_store(str(tmp_path / "file" / "run")))
+
+
+def test_an_object_store_keeps_what_it_is_asked_to_create_only_once():
+    store = open_store("memory://rayfuse-test")
+    check_writable(store)
+    assert store.create("a/b.json", b"1")
+    assert not store.create("a/b.json", b"2")
+    assert store.read("a/b.json") == b"1"
+    store.write("a/c", b"333")
+    assert store.sizes("a") == {"b.json": 1, "c": 3}
+    store.remove("a/c")
+    store.remove("a/c")
+    assert store.sizes("nowhere") == {}
+    with pytest.raises(FileNotFoundError):
+        store.read("a/c")
