@@ -69,9 +69,7 @@ class ProgressBars:
                 if self.told.get(title) == float("inf"):
                     return
                 self.told[title] = float("inf") if done >= total else now
-                self.console.print(
-                    f"  {title}: {done} of {total} {unit} {rate}", highlight=False
-                )
+                self.console.print(f"  {title}: {done} of {total} {unit} {rate}", highlight=False)
 
 
 def open_console(*, to_stderr: bool) -> Console:

@@ -14,3 +14,18 @@ class Progress(Protocol):
 
 def report_nothing(title: str, done: int, total: int, unit: str = "") -> None:
     """Take note of nothing: for scripts and tests."""
+
+
+class Board:
+    """An actor where workers write how far they are, and the driver reads it."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, tuple[int, int]] = {}
+
+    def write(self, name: str, step: int, num_steps: int) -> None:
+        """Take note of a step of something that runs."""
+        self.steps[name] = (step, num_steps)
+
+    def read(self) -> dict[str, tuple[int, int]]:
+        """Return the step and the number of steps of all that runs."""
+        return self.steps

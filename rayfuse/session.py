@@ -30,13 +30,21 @@ def join_cluster() -> None:
             "include_dashboard": False,
             "num_cpus": max(os.cpu_count() or 1, LEAST_LOCAL_CPUS),
         }
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     options["logging_level"] = logging.WARNING
     ray.init(**options)
+    _quieten_ray_data()
+
+
+def _quieten_ray_data() -> None:
+    """Leave progress to ours, which counts shards, and keep warnings and errors."""
+    import ray.data
+
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # ours count shards
+    context.enable_progress_bars = False
     context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # It warns that progress bars are off.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 
 def worker_env() -> dict[str, str]:

@@ -43,6 +43,7 @@ def cluster_env(tmp_path) -> Iterator[dict[str, str]]:
     port, dashboard = free_port(), free_port()
     env = os.environ | {
         "HOME": str(tmp_path),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "disabled",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "DS_ACCELERATOR": "cpu",

@@ -12,7 +12,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayfuse.layout import Layout, TrainRun
-from rayfuse.progress import Progress
+from rayfuse.progress import Board, Progress
 from rayfuse.recipe import Recipe, dump_recipe
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import Store
@@ -35,21 +35,6 @@ class WorkerTask:
     """The actor that hears of steps."""
 
 
-class Board:
-    """Where workers write how far they are, and the driver reads it."""
-
-    def __init__(self) -> None:
-        self.steps: dict[str, tuple[int, int]] = {}
-
-    def write(self, run: str, step: int, num_steps: int) -> None:
-        """Take note of a run's step."""
-        self.steps[run] = (step, num_steps)
-
-    def read(self) -> dict[str, tuple[int, int]]:
-        """Return each run's step and number of steps."""
-        return self.steps
-
-
 def is_trained(run: TrainRun, store: Store) -> bool:
     """Return whether a run's model is complete."""
     return "done.json" in store.sizes(run.folder)
@@ -68,15 +53,36 @@ def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
         if not data.is_whole():
             raise ValueError(f"{data.folder} is not whole; run `rayfuse capture` first")
     board: Any = ray.remote(num_cpus=0)(Board).remote()
-    tasks = [_plan_run(recipe, layout, run, board) for run in runs]
     fit: Any = ray.remote(num_cpus=0, max_retries=0)(_fit)
-    pending = [fit.remote(task) for task in tasks]
-    while pending:
-        ready, pending = ray.wait(pending, timeout=POLL_SECONDS)
+    waiting = [_plan_run(recipe, layout, run, board) for run in runs]
+    at_once = _count_runs_at_once(waiting[0])
+    running: list[Any] = []
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            running.append(fit.remote(waiting.pop(0)))
+        ready, running = ray.wait(running, timeout=POLL_SECONDS)
         ray.get(ready)
         steps: Any = ray.get(board.read.remote())
         for name, (step, num_steps) in steps.items():
             progress(f"train {name}", step, num_steps, "steps")
+
+
+def _count_runs_at_once(task: WorkerTask) -> int:
+    """Return how many runs the cluster has room for now; a second one beyond it would time out."""
+    available = ray.cluster_resources()
+    needed = _worker_resources(task)
+    num_workers = task.recipe.train.num_workers
+    rooms = [available.get(kind, 0) // (each * num_workers) for kind, each in needed.items()]
+    return max(1, int(min(rooms)))
+
+
+def _worker_resources(task: WorkerTask) -> dict[str, float]:
+    """Return what one worker asks of Ray."""
+    settings = task.recipe.train
+    resources = {"CPU": settings.cpus_per_worker}
+    if task.use_gpu:
+        resources["GPU"] = settings.gpus_per_worker or 1.0
+    return resources
 
 
 def _plan_run(recipe: Recipe, layout: Layout, run: TrainRun, board: Any) -> WorkerTask:
@@ -97,9 +103,6 @@ def _plan_run(recipe: Recipe, layout: Layout, run: TrainRun, board: Any) -> Work
 def _fit(task: WorkerTask) -> None:
     """Run one training to its end; in a process of its own, as Ray Train sets signal handlers."""
     settings = task.recipe.train
-    resources = {"CPU": settings.cpus_per_worker}
-    if task.use_gpu:
-        resources["GPU"] = settings.gpus_per_worker or 1
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"task": task},
@@ -107,7 +110,7 @@ def _fit(task: WorkerTask) -> None:
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.num_workers,
             use_gpu=task.use_gpu,
-            resources_per_worker=resources,
+            resources_per_worker=_worker_resources(task),
         ),
         run_config=ray.train.RunConfig(
             name="checkpoints",

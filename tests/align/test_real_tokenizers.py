@@ -3,7 +3,7 @@
 import gzip
 import json
 import unicodedata
-from itertools import permutations
+from itertools import islice, permutations
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ def sample_texts(shared_data: Path) -> list[str]:
     texts = list(ODD_TEXTS)
     for domain in DOMAINS:
         with gzip.open(shared_data / f"corpus/{domain}/valid.jsonl.gz", "rt") as lines:
-            texts += [json.loads(line)["text"][:1500] for line, _ in zip(lines, range(5))]
+            texts += [json.loads(line)["text"][:1500] for line in islice(lines, 5)]
     return texts
 
 

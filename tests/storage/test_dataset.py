@@ -9,13 +9,17 @@ import pytest
 
 from rayfuse.schema import CORPUS
 from rayfuse.storage.dataset import DataSet, Reject, ShardError, encode_table, fingerprint_of
-from rayfuse.storage.store import LocalStore, check_writable, open_store
+from rayfuse.storage.store import LocalStore, Store, check_writable, open_store
 
 
-def make_data(folder: Path, fingerprint: str = "f00d") -> DataSet:
-    data = DataSet(LocalStore(str(folder)), f"corpus/{fingerprint}", fingerprint)
+def make_data_in(store: Store) -> DataSet:
+    data = DataSet(store, "corpus/f00d", "f00d")
     data.claim({"recipe": {}})
     return data
+
+
+def make_data(folder: Path) -> DataSet:
+    return make_data_in(LocalStore(str(folder)))
 
 
 def make_table(rows: int = 3) -> pa.Table:

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -41,6 +43,6 @@ def test_the_learning_rate_warms_up_then_falls_by_a_cosine():
     shares = [learning_rate_share(step, settings, 100) for step in range(100)]
     np.testing.assert_allclose(shares[:10], np.arange(1, 11) / 10)
     assert shares[10] == 1.0
-    assert all(a >= b for a, b in zip(shares[10:], shares[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(shares[10:]))
     np.testing.assert_allclose(learning_rate_share(100, settings, 100), 0.2)
     np.testing.assert_allclose(learning_rate_share(55, settings, 100), 0.6)

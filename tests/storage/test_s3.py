@@ -1,0 +1,55 @@
+"""The object store on a real S3 server (moto, loopback), through s3fs."""
+
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from moto.server import ThreadedMotoServer
+
+from rayfuse.storage.dataset import Reject
+from rayfuse.storage.store import ObjectStore, Store, check_writable, open_store
+from tests.storage.test_dataset import make_data_in, make_table
+
+
+@pytest.fixture
+def bucket(monkeypatch) -> Iterator[Store]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    import s3fs
+
+    name = f"bucket-{port}"  # the server's buckets outlive it in this process
+    s3fs.S3FileSystem(skip_instance_cache=True).mkdir(name)
+    yield open_store(f"s3://{name}/run")
+    server.stop()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_shards_on_s3_are_committed_once_and_read_back_checked(bucket):
+    assert isinstance(bucket, ObjectStore)
+    check_writable(bucket)
+    data = make_data_in(bucket)
+    first = data.write_shard(0, make_table(3), tokens=1, rejects=[Reject("x", "empty")])
+    second = data.write_shard(0, make_table(4), tokens=2)
+    assert second == first
+    assert data.read_shard(first).equals(make_table(3))
+    assert list(bucket.sizes(f"{data.folder}/data")) == [first.file.removeprefix("data/")]
+    data.finish(1)
+    assert data.is_whole()
+    bucket.remove(f"{data.folder}/{first.file}")
+    assert not data.is_whole()
+    assert data.drop_lost_shards() == [0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_of_many_writers_of_one_name_exactly_one_creates_it(bucket):
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(lambda i: bucket.create("commit", b"%d" % i), range(8)))
+    assert made.count(True) == 1
+    assert bucket.read("commit") == b"%d" % made.index(True)
