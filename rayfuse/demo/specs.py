@@ -1,0 +1,46 @@
+"""Four tiny LLMs of four families: three know one domain each, the target a little of all."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+CONTEXT_TOKENS = 256
+"""The longest row: that of the demo's corpus."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One tiny model: what it is made of, and what it is trained on."""
+
+    name: str
+    family: Literal["llama", "neox", "mpt", "gpt2"]
+    tokenizer: Literal["sentencepiece", "byte_level"]
+    vocab_size: int
+    head_width: int
+    """Logits per position; where more than vocab_size, the rest is padding."""
+    width: int
+    layers: int
+    shares: tuple[tuple[str, float], ...]
+    """Each domain's share of the tokens."""
+    steps: int
+    rows_per_step: int = 4
+    learning_rate: float = 5e-3
+
+
+SOURCES = (
+    ModelSpec(
+        "llama-code", "llama", "sentencepiece", vocab_size=1536, head_width=1536, width=128,
+        layers=2, shares=(("code", 0.96), ("prose", 0.02), ("arithmetic", 0.02)), steps=700,
+    ),
+    ModelSpec(
+        "neox-prose", "neox", "byte_level", vocab_size=1792, head_width=1792, width=128,
+        layers=2, shares=(("code", 0.02), ("prose", 0.96), ("arithmetic", 0.02)), steps=700,
+    ),
+    ModelSpec(
+        "mpt-arithmetic", "mpt", "byte_level", vocab_size=1100, head_width=1152, width=128,
+        layers=2, shares=(("code", 0.02), ("prose", 0.02), ("arithmetic", 0.96)), steps=700,
+    ),
+)  # fmt: skip
+TARGET = ModelSpec(
+    "gpt2-target", "gpt2", "byte_level", vocab_size=1280, head_width=1280, width=128,
+    layers=2, shares=(("code", 0.34), ("prose", 0.33), ("arithmetic", 0.33)), steps=650,
+)  # fmt: skip

@@ -1,0 +1,132 @@
+"""The demo stage: text, four tiny models as Ray tasks, and the recipe that fuses them."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+
+import rayfuse
+from rayfuse.demo.recipe_text import render_recipe
+from rayfuse.demo.specs import SOURCES, TARGET, ModelSpec
+from rayfuse.demo.text import Document, collect_domains, split_documents, write_documents
+from rayfuse.progress import Board, Progress
+from rayfuse.storage.dataset import fingerprint_of
+
+POLL_SECONDS = 0.5
+STEPS_BETWEEN_REPORTS = 10
+
+
+def prepare_demo(
+    storage: str,
+    seed: int,
+    report_progress: Progress,
+    specs: Sequence[ModelSpec] = (*SOURCES, TARGET),
+) -> Path:
+    """Make documents and models below `storage`/demo, and return the recipe that fuses them.
+
+    What is there already, made by the same spec from the same text and seed, stays. Ray must have
+    been joined.
+
+    Args:
+        storage: A local folder.
+        seed: Of the text's split, the models and, in the recipe, the training.
+        report_progress: Hears of every model's steps.
+        specs: The sources, and last the target.
+
+    Raises:
+        ValueError: This Python lacks the sources of the standard library.
+    """
+    root = Path(storage).absolute()
+    folder = root / "demo"
+    folder.mkdir(parents=True, exist_ok=True)
+    report_progress("demo: collect text", 0, 1)
+    parts = split_documents(collect_domains(seed), seed)
+    write_documents(parts.corpus, folder / "corpus.jsonl")
+    write_documents(parts.held_out, folder / "held_out.jsonl")
+    report_progress("demo: collect text", 1, 1)
+    _pretrain_all(specs, parts.pretrain, folder, seed, report_progress)
+    recipe = root / "recipe.yaml"
+    recipe.write_text(render_recipe(root, seed, specs), encoding="utf-8")
+    return recipe
+
+
+def _pretrain_all(
+    specs: Sequence[ModelSpec],
+    documents: tuple[Document, ...],
+    folder: Path,
+    seed: int,
+    report_progress: Progress,
+) -> None:
+    """Train the models that are not there, one per processor at a time, and report their steps."""
+    text_hash = _hash_documents(documents)
+    fingerprints = {
+        spec.name: fingerprint_of(
+            spec=asdict(spec), seed=seed, text=text_hash, version=rayfuse.__version__
+        )
+        for spec in specs
+    }
+    todo = [spec for spec in specs if not _is_done(folder / spec.name, fingerprints[spec.name])]
+    if not todo:
+        return
+    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    stored = ray.put(documents)
+    train: Any = ray.remote(num_cpus=_cpus_per_task(), max_retries=0)(_pretrain)
+    pending = [
+        train.remote(spec, stored, folder / spec.name, seed, fingerprints[spec.name], board)
+        for spec in todo
+    ]
+    while pending:
+        ready, pending = ray.wait(pending, timeout=POLL_SECONDS)
+        ray.get(ready)
+        steps: Any = ray.get(board.read.remote())
+        for name, (step, num_steps) in steps.items():
+            report_progress(f"pretrain {name}", step, num_steps, "steps")
+
+
+def _cpus_per_task() -> int:
+    """Return how many of Ray's CPUs make one real one: a small machine claims more than it has."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)) // (os.cpu_count() or 1))
+
+
+def _pretrain(
+    spec: ModelSpec,
+    documents: tuple[Document, ...],
+    folder: Path,
+    seed: int,
+    fingerprint: str,
+    board: Any,
+) -> None:
+    """Train one model on one thread; `done.json` is written last."""
+    import torch
+
+    from rayfuse.demo.tiny_models import pretrain
+
+    torch.set_num_threads(1)
+
+    def on_step(step: int, num_steps: int, loss: float) -> None:
+        if step % STEPS_BETWEEN_REPORTS == 0 or step == num_steps:
+            board.write.remote(spec.name, step, num_steps)
+
+    (folder / "done.json").unlink(missing_ok=True)
+    pretrain(spec, documents, folder, seed=seed, on_step=on_step)
+    ray.get(board.write.remote(spec.name, spec.steps, spec.steps))
+    (folder / "done.json").write_text(json.dumps({"fingerprint": fingerprint}))
+
+
+def _is_done(folder: Path, fingerprint: str) -> bool:
+    try:
+        return json.loads((folder / "done.json").read_bytes())["fingerprint"] == fingerprint
+    except (OSError, ValueError, KeyError):  # not there, or cut off while it was written
+        return False
+
+
+def _hash_documents(documents: Sequence[Document]) -> str:
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(f"{document.doc_id}\0{document.text}\0".encode())
+    return digest.hexdigest()
