@@ -114,14 +114,14 @@ def _read_plain_folder(folder: Path) -> tuple[str, int | None, int | None] | Non
         return None
     if config.get("tokenizer_class") not in PLAIN_CLASSES:
         return None
-    ids = Tokenizer.from_str(text)
+    plain = Tokenizer.from_str(text)
     bos, eos = (
         None
         if name is None
-        else ids.token_to_id(name if isinstance(name, str) else name["content"])
+        else plain.token_to_id(name if isinstance(name, str) else name["content"])
         for name in (config.get("bos_token"), config.get("eos_token"))
     )
-    return text, _first_of(bos, eos), eos
+    return plain.to_str(), _first_of(bos, eos), eos
 
 
 def build_tokenizer(

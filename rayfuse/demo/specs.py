@@ -29,15 +29,15 @@ class ModelSpec:
 SOURCES = (
     ModelSpec(
         "llama-code", "llama", "sentencepiece", vocab_size=1536, head_width=1536, width=128,
-        layers=2, shares=(("code", 0.96), ("prose", 0.02), ("arithmetic", 0.02)), steps=700,
+        layers=2, shares=(("code", 1.0),), steps=700,
     ),
     ModelSpec(
         "neox-prose", "neox", "byte_level", vocab_size=1792, head_width=1792, width=128,
-        layers=2, shares=(("code", 0.02), ("prose", 0.96), ("arithmetic", 0.02)), steps=700,
+        layers=2, shares=(("prose", 1.0),), steps=700,
     ),
     ModelSpec(
         "mpt-arithmetic", "mpt", "byte_level", vocab_size=1100, head_width=1152, width=128,
-        layers=2, shares=(("code", 0.02), ("prose", 0.02), ("arithmetic", 0.96)), steps=700,
+        layers=2, shares=(("arithmetic", 1.0),), steps=700,
     ),
 )  # fmt: skip
 TARGET = ModelSpec(

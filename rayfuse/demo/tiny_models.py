@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch.nn.functional import cross_entropy
 
 from rayfuse.demo.specs import CONTEXT_TOKENS, ModelSpec
-from rayfuse.demo.text import Document
+from rayfuse.demo.text import DOMAINS, Document
 from rayfuse.demo.tiny_tokenizers import save_tokenizer, train_tokenizer
 from rayfuse.tokens import TextTokenizer, load_tokenizer
 
@@ -48,7 +48,7 @@ def pretrain(
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(
-        train_tokenizer(spec.tokenizer, _sample_texts(spec, documents), spec.vocab_size), folder
+        train_tokenizer(spec.tokenizer, _sample_texts(documents), spec.vocab_size), folder
     )
     load_tokenizer.cache_clear()  # the folder may have held another
     tokenizer = load_tokenizer(str(folder))
@@ -206,11 +206,14 @@ def _learning_rate_share(step: int, steps: int) -> float:
     return min((step + 1) / rise, (1 + cos(pi * step / steps)) / 2)
 
 
-def _sample_texts(spec: ModelSpec, documents: Sequence[Document]) -> list[str]:
-    """Return the text that merges are counted on, the same amount of each domain."""
+def _sample_texts(documents: Sequence[Document]) -> list[str]:
+    """Return the text that merges are counted on, the same amount of each domain.
+
+    Whatever a model is trained on, its tokenizer knows all domains, as those of real models do.
+    """
     texts: list[str] = []
-    for domain, _ in spec.shares:
-        room = TOKENIZER_BYTES // len(spec.shares)
+    for domain in DOMAINS:
+        room = TOKENIZER_BYTES // len(DOMAINS)
         for document in documents:
             if document.domain == domain and room > 0:
                 texts.append(document.text)

@@ -1,0 +1,129 @@
+"""The command as a user types it: quick help, one clear message for bad input, exit codes."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.fakes import (
+    byte_level_tokenizer,
+    save_model,
+    save_tokenizer,
+    sentencepiece_tokenizer,
+)
+
+
+def rayfuse(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("rayfuse")), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    save_model("llama", 330, root / "target")
+    save_tokenizer(sentencepiece_tokenizer(330), root / "target", bos="<s>", eos="</s>")
+    save_model("gpt2", 300, root / "source")
+    save_tokenizer(byte_level_tokenizer(300), root / "source", bos="<|end|>", eos="<|end|>")
+    save_model("gpt2", 280, root / "narrow")
+    save_tokenizer(byte_level_tokenizer(300), root / "narrow", bos="<|end|>", eos="<|end|>")
+    (root / "bare").mkdir()
+    return root
+
+
+def write_recipe(folder: Path, models: Path, **changes: object) -> Path:
+    (folder / "docs.jsonl").write_text('{"text": "some text"}\n')
+    recipe = {
+        "storage": str(folder / "storage"),
+        "corpus": {"documents": str(folder / "docs.jsonl"), "max_tokens": 64},
+        "target": {"model": str(models / "target")},
+        "sources": [{"name": "a", "model": str(models / "source")}],
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | changes))
+    return path
+
+
+def test_help_answers_in_half_a_second_without_torch_or_ray():
+    program = (
+        "import sys, rayfuse.cli; "
+        "sys.argv = ['rayfuse', '--help']\n"
+        "try: rayfuse.cli.main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'ray', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    seconds = []
+    for _ in range(3):
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        )
+        seconds.append(time.monotonic() - began)
+    assert done.stdout.splitlines()[-1] == "[]"
+    for command in ("run", "corpus", "capture", "align", "train", "evaluate", "report", "demo"):
+        assert command in done.stdout
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({}, ["train.lamda=1"], "train.lamda is no setting of rayfuse; did you mean 'lambda'?"),
+        (
+            {"target": {"model": "/nowhere/llama"}},
+            [],
+            "target: model is '/nowhere/llama', a folder",
+        ),
+        ({"target": {"model": "BARE"}}, [], "a folder without config.json and *.safetensors"),
+        ({"sources": [{"name": "a", "model": "NARROW"}]}, [], "whose tokenizer has 300 ids but"),
+        ({}, ["corpus.max_tokens=4096"], "corpus.max_tokens is 4096, more than the 512 tokens"),
+        ({}, ["corpus.documents=/nowhere/*.jsonl"], "no documents were found"),
+        ({}, ["storage=/proc/rayfuse"], "storage is '/proc/rayfuse', which cannot be written"),
+        ({}, ["train.rows_per_step=10", "train.num_workers=4"], "rows_per_step 10 is no multiple"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(changes, arguments, message, models, tmp_path):
+    changes = json.loads(
+        json.dumps(changes)
+        .replace("BARE", str(models / "bare"))
+        .replace("NARROW", str(models / "narrow"))
+    )
+    recipe = write_recipe(tmp_path, models, **changes)
+    done = rayfuse("run", str(recipe), *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("rayfuse: error: ")
+
+
+def test_tokenizers_that_cannot_be_read_as_bytes_are_refused(shared_data, models, tmp_path):
+    folder = tmp_path / "t5"
+    save_model("llama", 32128, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((shared_data / "tokenizers/t5-small" / name).read_bytes())
+    recipe = write_recipe(tmp_path, models, sources=[{"name": "t5", "model": str(folder)}])
+    done = rayfuse("run", str(recipe))
+    assert done.returncode == 2
+    assert "source t5: model is" in done.stderr
+    assert "does not say which bytes its tokens spell" in done.stderr
+
+
+@pytest.mark.ray
+def test_documents_without_any_text_end_with_the_place_of_the_reasons(models, tmp_path):
+    recipe = write_recipe(tmp_path, models)
+    (tmp_path / "docs.jsonl").write_bytes(b'{"text": ""}\n{"text": "\xff"}\nno json\n')
+    done = rayfuse("corpus", str(recipe))
+    assert done.returncode == 2
+    assert "3 documents rejected" in done.stderr
+    assert "Traceback" not in done.stderr
+    lines = next((tmp_path / "storage/corpus").glob("*/rejects/*.jsonl")).read_text().splitlines()
+    reasons = [json.loads(line)["reason"] for line in lines]
+    assert [reason.split(":")[0] for reason in reasons] == [
+        "empty",
+        "invalid UTF-8",
+        "no JSON object",
+    ]
