@@ -20,7 +20,7 @@ OnStep = Callable[[int, int, float], None]
 """Called with steps done, steps in all, and the loss in nats per token."""
 
 TOKENIZER_BYTES = 400_000
-"""Text that merges are counted on; 4 times as much makes the same rows within 1 %."""
+"""Text that merges are counted on; 4 times as much made 2 % fewer tokens of prose, 1 % of code."""
 
 
 def ignore_step(step: int, steps: int, loss: float) -> None:
