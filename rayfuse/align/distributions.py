@@ -40,7 +40,7 @@ def put_true_token(
 
     Where the target's token spans several source tokens, that is the product of theirs. The first
     piece's entry goes: its mass beyond the product joins the tail, since nobody knows which longer
-    token it meant (METHOD.md 3).
+    token it meant.
 
     Args:
         entries: In target ids.

@@ -18,7 +18,7 @@ def map_vocabulary(
 
     A source token goes to the target token with the same bytes; failing that, to the first token
     of the target's own tokenisation of those bytes. EOS goes to EOS; other special tokens have no
-    counterpart (METHOD.md 3, `bytes`).
+    counterpart.
     """
     by_bytes: dict[bytes, int] = {}
     for token_id, spelled in enumerate(target.token_bytes):

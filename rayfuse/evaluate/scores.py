@@ -1,7 +1,6 @@
 """What models pay for held-out documents, in bits per byte, and how sure a difference is.
 
-Bytes are the same for every tokenizer, so bits per byte compare where nats per token do not
-(METHOD.md 6).
+Bytes are the same for every tokenizer, so bits per byte compare where nats per token do not.
 """
 
 import json
@@ -134,7 +133,7 @@ class Difference:
 def compare(a: Evaluation, b: Evaluation, *, samples: int, seed: int) -> dict[str, Difference]:
     """Return by how much `a` pays more than `b`, on all documents and on each domain.
 
-    The interval is that of a paired bootstrap over documents (METHOD.md 6): documents are drawn
+    The interval is that of a paired bootstrap over documents: documents are drawn
     with replacement, both models pay for the same draw, and the middle 95 % of the differences
     count. It covers the choice of documents, not another training with another seed.
 

@@ -1,7 +1,7 @@
 """Several aligned sources -> one distribution per target position, for one row.
 
 The choice or the weights go by each source's cross-entropy over the whole row, in nats per byte:
-the same bytes for every source, so tokenizers compare (METHOD.md 4; FuseLLM, arXiv 2401.10491,
+the same bytes for every source, so tokenizers compare (FuseLLM, arXiv 2401.10491,
 section 3.3, with bytes for tokens).
 """
 

@@ -59,7 +59,7 @@ def build_engine(
 
     if device == "cpu":
         # Without it the first engine compiles a shared-memory all-reduce: a minute, and a failure
-        # where there is no compiler. Gloo alone serves (facts: DeepSpeed 0.19.8).
+        # where there is no compiler. Gloo alone serves (DeepSpeed 0.19.8).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore
     if settings.gradient_checkpointing:
         model.lm[0].model.gradient_checkpointing_enable()  # pyright: ignore

@@ -1,4 +1,4 @@
-"""The loss of METHOD.md 5, from hidden states: the full logits exist for a chunk at a time.
+"""The loss, from hidden states: the full logits exist for a chunk of positions at a time.
 
 L = lambda * CLM + (1 - lambda) * KL(fused || target), the tail as one more outcome (FuseLLM, arXiv
 2401.10491, equation 5, with the tail that the paper leaves out). Gradients are formed in the same

@@ -33,7 +33,7 @@ def random_targets(seed: int = 0) -> LossTargets:
 
 
 def dense_loss(logits: torch.Tensor, targets: LossTargets, clm_weight: float) -> torch.Tensor:
-    """METHOD.md 5 written out with full distributions, one position at a time."""
+    """The loss written out with full distributions, one position at a time."""
     logprobs = logits.log_softmax(1)
     clm = nn.functional.nll_loss(logprobs, targets.next_ids)
     divergences = []
