@@ -40,7 +40,7 @@ def ray_command(*arguments: str) -> list[str]:
 @pytest.fixture
 def cluster_env(tmp_path) -> Iterator[dict[str, str]]:
     """Start a head with a job server on loopback; end it, and only it, afterwards."""
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     env = os.environ | {
         "HOME": str(tmp_path),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -53,7 +53,9 @@ def cluster_env(tmp_path) -> Iterator[dict[str, str]]:
         head = subprocess.Popen(
             ray_command(
                 *("start", "--head", "--block", f"--port={port}", "--num-cpus=6"),
-                *(f"--dashboard-port={dashboard}", f"--temp-dir={short}"),
+                # The agent's usual port is another cluster's on this machine: jobs would not start.
+                *(f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
+                f"--temp-dir={short}",
                 *("--object-store-memory=300000000", "--disable-usage-stats"),
                 *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"),
             ),

@@ -61,10 +61,17 @@ def put_true_token(
     return TopEntries(ids.astype(np.int32), probs, np.maximum(tail, 0.0))
 
 
-def merge_entries(entries: TopEntries, num_entries: int) -> TopEntries:
+def merge_entries(
+    entries: TopEntries, num_entries: int, kept_ids: Int[np.ndarray, " positions"]
+) -> TopEntries:
     """Return the likeliest `num_entries`, entries of one token added up; the rest joins the tail.
 
     Rows come out sorted, likeliest first; ids of empty entries are -1.
+
+    Args:
+        entries: A token may stand in several.
+        num_entries: How many stay.
+        kept_ids: The token of each position that stays however unlikely it is.
     """
     order = np.argsort(entries.ids, axis=1, kind="stable")
     ids = np.take_along_axis(entries.ids, order, axis=1)
@@ -75,13 +82,17 @@ def merge_entries(entries: TopEntries, num_entries: int) -> TopEntries:
     merged = np.zeros_like(probs)
     merged[is_new] = sums
     merged[ids < 0] = 0.0
-    best = np.argsort(-merged, axis=1, kind="stable")
-    kept_probs = np.take_along_axis(merged, best[:, :num_entries], axis=1)
-    kept_ids = np.take_along_axis(ids, best[:, :num_entries], axis=1)
-    dropped = merged.sum(axis=1) - kept_probs.sum(axis=1)
-    missing = num_entries - kept_ids.shape[1]
+    is_kept = (ids == kept_ids[:, None]) & (merged > 0)
+    chosen = np.argsort(-merged - is_kept, axis=1, kind="stable")[:, :num_entries]
+    best_ids = np.take_along_axis(ids, chosen, axis=1)
+    best_probs = np.take_along_axis(merged, chosen, axis=1)
+    ranks = np.argsort(-best_probs, axis=1, kind="stable")  # the kept one came first
+    best_ids = np.take_along_axis(best_ids, ranks, axis=1)
+    best_probs = np.take_along_axis(best_probs, ranks, axis=1)
+    dropped = merged.sum(axis=1) - best_probs.sum(axis=1)
+    missing = num_entries - best_ids.shape[1]
     if missing > 0:
-        kept_ids = np.pad(kept_ids, ((0, 0), (0, missing)), constant_values=-1)
-        kept_probs = np.pad(kept_probs, ((0, 0), (0, missing)))
-    kept_ids = np.where(kept_probs > 0, kept_ids, -1).astype(np.int32)
-    return TopEntries(kept_ids, kept_probs, entries.tail + np.maximum(dropped, 0.0))
+        best_ids = np.pad(best_ids, ((0, 0), (0, missing)), constant_values=-1)
+        best_probs = np.pad(best_probs, ((0, 0), (0, missing)))
+    best_ids = np.where(best_probs > 0, best_ids, -1).astype(np.int32)
+    return TopEntries(best_ids, best_probs, entries.tail + np.maximum(dropped, 0.0))

@@ -167,7 +167,7 @@ def _map_matches(
     target_at, source_at = matches.target_at[part], matches.source_at[part]
     source_until = matches.source_until[part]
     top_ids = records.top_ids[source_at]
-    first_ids = source.ids[source_at + 1]
+    first_ids, true_ids = source.ids[source_at + 1], target.ids[target_at + 1]
     first_logprobs = records.next_logprobs[source_at]
     chain = records.log_totals[source_until] - records.log_totals[source_at]
     entries = TopEntries(
@@ -178,9 +178,9 @@ def _map_matches(
         is_first_piece=(top_ids == first_ids[:, None]) & (vocab_map[top_ids] >= 0),
         first_probs=np.exp(first_logprobs),
         continuation_probs=np.exp(np.minimum(chain - first_logprobs, 0.0)),
-        true_ids=target.ids[target_at + 1],
+        true_ids=true_ids,
     )
-    return merge_entries(mapped, top_ids.shape[1])
+    return merge_entries(mapped, top_ids.shape[1], true_ids)
 
 
 def _read_records(captured: pa.Table) -> Records:

@@ -131,6 +131,8 @@ def _capture_source(
             done += 1
             progress(f"capture {source.name}", done, work.num_shards, "shards")
     task.captured.finish(work.num_shards)
+    if len(task.aligned.commits()) == work.num_shards:
+        task.aligned.finish(work.num_shards)  # else shards captured before are left to `align`
 
 
 def _align_behind(batch: pa.Table, task: AlignTask) -> pa.Table:

@@ -51,7 +51,9 @@ def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
         return
     for data in (layout.corpus, *layout.aligned.values()):
         if not data.is_whole():
-            raise ValueError(f"{data.folder} is not whole; run `rayfuse capture` first")
+            raise ValueError(
+                f"{data.folder} is not whole; run `rayfuse corpus`, `capture` and `align` first"
+            )
     board: Any = ray.remote(num_cpus=0)(Board).remote()
     fit: Any = ray.remote(num_cpus=0, max_retries=0)(_fit)
     waiting = [_plan_run(recipe, layout, run, board) for run in runs]

@@ -33,7 +33,7 @@ def test_mapping_truth_and_merging_keep_all_mass(seed):
         continuation_probs=random.random(9),
         true_ids=np.full(9, 3),
     )
-    merged = merge_entries(true, 4)
+    merged = merge_entries(true, 4, np.full(9, 3))
     for step in (mapped, true, merged):
         np.testing.assert_allclose(total(step), 1.0, atol=1e-12)
         assert (step.probs >= 0).all()
@@ -44,7 +44,7 @@ def test_mapping_truth_and_merging_keep_all_mass(seed):
 def test_merged_entries_are_sorted_and_distinct(seed):
     entries = random_entries(seed)
     few = TopEntries(entries.ids % 4, entries.probs, entries.tail)
-    merged = merge_entries(few, 5)
+    merged = merge_entries(few, 5, np.full(9, 2))
     assert (np.diff(merged.probs, axis=1) <= 0).all()
     for ids in merged.ids:
         real = ids[ids >= 0]
@@ -55,7 +55,7 @@ def test_entries_that_meet_on_one_token_are_added():
     entries = TopEntries(
         np.array([[7, 3, 7]], dtype=np.int32), np.array([[0.4, 0.3, 0.2]]), np.array([0.1])
     )
-    merged = merge_entries(entries, 3)
+    merged = merge_entries(entries, 3, np.array([7]))
     assert merged.ids.tolist() == [[7, 3, -1]]
     np.testing.assert_allclose(merged.probs, [[0.6, 0.3, 0.0]])
 
@@ -69,7 +69,17 @@ def test_a_true_token_outside_the_head_is_taken_from_the_tail():
         continuation_probs=np.array([0.5]),
         true_ids=np.array([9]),
     )
-    merged = merge_entries(true, 2)
+    merged = merge_entries(true, 2, np.array([9]))
     assert merged.ids.tolist() == [[1, 9]]
     np.testing.assert_allclose(merged.probs, [[0.7, 0.1]])
     np.testing.assert_allclose(merged.tail, [0.2])
+
+
+def test_the_true_token_stays_however_unlikely_it_is():
+    entries = TopEntries(
+        np.array([[4, 5, 6]], dtype=np.int32), np.array([[0.5, 0.3, 0.01]]), np.array([0.19])
+    )
+    merged = merge_entries(entries, 2, np.array([6]))
+    assert merged.ids.tolist() == [[4, 6]]
+    np.testing.assert_allclose(merged.probs, [[0.5, 0.01]])
+    np.testing.assert_allclose(merged.tail, [0.49])
