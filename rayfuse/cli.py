@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -106,6 +106,7 @@ def demo(
 ) -> None:
     """Run a whole fusion on this machine, offline, on text and models made on the spot."""
     began = time.monotonic()
+    stdout = _claim_stdout() if as_json else sys.stdout
     from rayfuse.console import ProgressBars, open_console
 
     console = open_console(to_stderr=as_json)
@@ -126,7 +127,16 @@ def demo(
     console.print(f"the whole demo took {result['seconds']:.0f} s; its recipe: {recipe}")
     console.print(f"run it again, changed:  rayfuse run {recipe} train.lambda=0.9")
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(result), file=stdout)
+
+
+def _claim_stdout() -> TextIO:
+    """Return stdout for the one JSON object; whatever else is printed, by Ray too, goes to stderr.
+
+    It is never given back: Ray prints its warnings whenever they come, even after our last word.
+    """
+    stdout, sys.stdout = sys.stdout, sys.stderr
+    return stdout
 
 
 def _check_folder(root: Path) -> None:
@@ -147,6 +157,7 @@ def _run_recipe(
 ) -> dict[str, Any]:
     """Run stages of a recipe file, print what happens, and return the numbers."""
     began = time.monotonic()
+    stdout = _claim_stdout() if as_json else sys.stdout
     from rayfuse.console import ProgressBars, open_console
     from rayfuse.pipeline import StageResult, is_stage_done, prepare_run, run_stages
     from rayfuse.recipe import read_recipe
@@ -168,7 +179,7 @@ def _run_recipe(
     numbers = _summarise(layout, stages, console, path)
     numbers["seconds"] = round(time.monotonic() - began, 1)
     if as_json:
-        print(json.dumps(numbers))
+        print(json.dumps(numbers), file=stdout)
     return numbers
 
 

@@ -127,3 +127,27 @@ def test_documents_without_any_text_end_with_the_place_of_the_reasons(models, tm
         "invalid UTF-8",
         "no JSON object",
     ]
+
+
+@pytest.mark.ray
+def test_json_is_all_that_stdout_gets_and_a_second_run_has_nothing_to_do(models, tmp_path):
+    recipe = write_recipe(tmp_path, models)
+    lines = "".join(json.dumps({"text": f"document {i} of some text"}) + "\n" for i in range(200))
+    (tmp_path / "docs.jsonl").write_text(lines)
+    for _ in range(2):
+        done = rayfuse("corpus", str(recipe), "evaluate.held_out_share=0.2", "--json")
+        assert done.returncode == 0, done.stderr
+        (line,) = done.stdout.splitlines()
+        numbers = json.loads(line)
+        assert numbers["stages"] == {"corpus": True}
+        assert numbers["corpus"]["rejects"] == 0
+    assert "nothing to do" in done.stderr
+
+
+def test_what_others_print_while_json_is_asked_for_goes_to_stderr():
+    program = (
+        "import rayfuse.cli; out = rayfuse.cli._claim_stdout(); print('a warning'); "
+        "print('{}', file=out, flush=True); print('a late one')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("{}\n", "a warning\na late one\n")
