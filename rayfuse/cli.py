@@ -99,6 +99,31 @@ def report(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fa
 
 
 @app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="A tokenizer (folder or hub id), or a recipe.")],
+    target: Annotated[
+        str | None, typer.Argument(help="A tokenizer; of a recipe, the name of one source.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="A text file to tokenise.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a picture of the alignment.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how two tokenizers align: coverage, what is lost, the worst tokens."""
+    stdout = _claim_stdout() if as_json else sys.stdout
+    from rayfuse.align.show import inspect_pairs, print_report
+
+    results = inspect_pairs(source, target, text, html)
+    if as_json:
+        (only,) = results.values() if len(results) == 1 else (None,)
+        print(json.dumps(only or {"pairs": results}, ensure_ascii=False), file=stdout)
+        return
+    for name, numbers in results.items():
+        print_report(name, numbers)
+    if html:
+        print(f"picture: {html}")
+
+
+@app.command()
 def demo(
     storage: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path("demo-run"),
     seed: Annotated[int, typer.Option(help="Of the models and the training.")] = 0,

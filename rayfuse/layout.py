@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from rayfuse.align.inspect import check_pair
 from rayfuse.corpus.documents import list_inputs
 from rayfuse.model_files import ModelFiles, check_model, load_recipe_tokenizer
 from rayfuse.recipe import Documents, ModelSettings, Recipe
@@ -33,6 +34,8 @@ class Layout:
     """By source."""
     aligned: dict[str, DataSet]
     """By source."""
+    map_files: dict[str, str]
+    """Stored vocabulary maps by source, for the methods that take long to make one."""
     runs: tuple[TrainRun, ...]
     evaluations: dict[str, str]
     """Result file by model name: sources, `target`, `clm`, `fused`."""
@@ -54,6 +57,11 @@ def plan_layout(recipe: Recipe) -> Layout:
         source.name: check_model(source, max_tokens, role=f"source {source.name}")
         for source in recipe.sources
     }
+    for source in recipe.sources:
+        try:
+            check_pair(load_recipe_tokenizer(source), load_recipe_tokenizer(recipe.target))
+        except ValueError as error:
+            raise ValueError(f"source {source.name}: {error}") from error
     store = open_store(recipe.storage)
     corpus, held_out = _place_corpora(recipe, store)
     captured = {
@@ -71,6 +79,7 @@ def plan_layout(recipe: Recipe) -> Layout:
         )
         for name, data in captured.items()
     }
+    map_files = _place_maps(recipe, corpus)
     runs = _place_runs(recipe, target_files, corpus, aligned)
     scored = {name: files.identity for name, files in source_files.items()}
     scored |= {"target": target_files.identity} | {run.name: run.fingerprint for run in runs}
@@ -78,7 +87,7 @@ def plan_layout(recipe: Recipe) -> Layout:
         name: f"evaluate/{name}-{fingerprint_of(model=model, text=held_out.fingerprint)}.json"
         for name, model in scored.items()
     }
-    return Layout(store, corpus, held_out, captured, aligned, runs, evaluations)
+    return Layout(store, corpus, held_out, captured, aligned, map_files, runs, evaluations)
 
 
 def _place(store: Store, prefix: str, **parts: Any) -> DataSet:
@@ -132,6 +141,21 @@ def _place_captured(recipe: Recipe, name: str, files: ModelFiles, corpus: DataSe
         tokenizer=load_recipe_tokenizer(source).content_hash,
         top_k=recipe.capture.top_k,
     )
+
+
+def _place_maps(recipe: Recipe, corpus: DataSet) -> dict[str, str]:
+    """Name the stored vocabulary maps: `mined` ones by the pair, `statistics` by the text too."""
+    method = recipe.align.method
+    if method not in ("mined", "statistics"):
+        return {}
+    text = corpus.fingerprint if method == "statistics" else None
+    target = load_recipe_tokenizer(recipe.target).content_hash
+    names: dict[str, str] = {}
+    for source in recipe.sources:
+        pair = [load_recipe_tokenizer(source).content_hash, target]
+        fingerprint = fingerprint_of(method=method, pair=pair, text=text)
+        names[source.name] = f"maps/{source.name}-{fingerprint}.parquet"
+    return names
 
 
 def _place_runs(

@@ -87,8 +87,10 @@ def _run_stage(stage: str, recipe: Recipe, layout: Layout, progress: Progress) -
 
         build_corpora(recipe, layout, progress)
     elif stage == "capture":
+        from rayfuse.align.stage import build_vocab_maps
         from rayfuse.capture.stage import capture_sources
 
+        build_vocab_maps(recipe, layout, progress)  # alignment runs right behind capture
         capture_sources(recipe, layout, progress)
     elif stage == "align":
         from rayfuse.align.stage import align_sources

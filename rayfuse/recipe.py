@@ -142,8 +142,11 @@ class CaptureSettings(Settings):
 class AlignSettings(Settings):
     """How a source's tokens become the target's."""
 
-    method: Literal["bytes"] = "bytes"
-    """`bytes`: positions that start at the same byte, entries that spell the same bytes."""
+    method: Literal["bytes", "exact", "mined", "statistics"] = "bytes"
+    """`bytes`: positions that start at the same byte, entries that spell the same bytes, or begin
+    with them. `exact`: one source token for one target token, of the same bytes; the rest is tail.
+    `mined`: FuseLLM's minimum edit distance. `statistics`: FuseChat's, the target token that the
+    corpus shows most often."""
 
 
 class FuseSettings(Settings):
@@ -151,10 +154,29 @@ class FuseSettings(Settings):
 
     method: Literal["min_ce", "avg_ce"] = "min_ce"
     """`min_ce`: the source with the lowest cross-entropy; `avg_ce`: a mean weighted by it."""
-    unit: Literal["row"] = "row"
-    """The text that one choice is made for."""
+    unit: Literal["row", "document", "span", "token"] = "row"
+    """The text that one choice is made for: a row, all rows of a document, a sliding window of
+    `span_tokens` target tokens around each position, or each token by itself."""
+    span_tokens: PositiveInt = 32
+    """Target tokens in the window of the unit `span`."""
+    cost: Literal["nats_per_byte", "nats_per_token"] = "nats_per_byte"
+    """What sources are compared by. Per token, as the papers do, favours the finer tokenizer."""
     temperature: PositiveFloat = 1.0
-    """Of the `avg_ce` weights, softmax(-nats per byte / temperature)."""
+    """Of the `avg_ce` weights, softmax(-cost / temperature)."""
+    weights: dict[str, NonNegativeFloat] = {}
+    """By source: its share of `avg_ce` is multiplied by it; 0 leaves the source out. Default 1."""
+    tail: Literal["bucket", "renormalise"] = "bucket"
+    """`bucket`: the mass outside the top k is one more outcome. `renormalise`: it is left out and
+    the top k scaled up to 1, as the papers do."""
+
+    @model_validator(mode="after")
+    def _check_cost(self) -> "FuseSettings":
+        if self.cost == "nats_per_token" and self.unit in ("span", "token"):
+            raise ValueError(
+                f"cost nats_per_token cannot be told for unit {self.unit}, where sources have no "
+                "whole tokens; use unit row or document, or cost nats_per_byte"
+            )
+        return self
 
 
 class TrainSettings(Settings):
@@ -223,6 +245,18 @@ class EvaluateSettings(Settings):
     """Resamples of the documents for the confidence intervals."""
 
 
+PAPER: dict[tuple[str, str], Any] = {
+    ("capture", "top_k"): 10,
+    ("align", "method"): "mined",
+    ("fuse", "method"): "min_ce",
+    ("fuse", "unit"): "row",
+    ("fuse", "cost"): "nats_per_token",
+    ("fuse", "tail"): "renormalise",
+    ("train", "lambda"): 0.9,
+}
+"""What `fusion: paper` sets: FuseLLM, arXiv 2401.10491, section 4.1."""
+
+
 class Recipe(Settings):
     """A whole run."""
 
@@ -238,6 +272,42 @@ class Recipe(Settings):
     fuse: FuseSettings = FuseSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    fusion: Literal["default", "paper"] = "default"
+    """`paper` sets what FuseLLM's own experiments had: capture.top_k 10, align.method mined,
+    fuse.cost nats_per_token, fuse.tail renormalise, train.lambda 0.9, one choice per row."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        filled = dict(cast(dict[str, Any], values))
+        if filled.get("fusion") != "paper":
+            return filled
+        for (section, key), value in PAPER.items():
+            given = filled.get(section, {})
+            if not isinstance(given, dict):
+                continue  # wrong anyway, and said so where it is checked
+            part = cast(dict[str, Any], given)
+            if part.get(key, value) != value:
+                raise ValueError(
+                    f"fusion paper sets {section}.{key} to {value!r}, but the recipe says "
+                    f"{part[key]!r}; remove one of the two"
+                )
+            filled[section] = part | {key: value}
+        return filled
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> "Recipe":
+        names = [source.name for source in self.sources]
+        for name in self.fuse.weights:
+            if name not in names:
+                raise ValueError(
+                    f"fuse.weights names {name!r}, which is no source; sources: {', '.join(names)}"
+                )
+        if not any(self.fuse.weights.get(name, 1.0) for name in names):
+            raise ValueError("fuse.weights leaves every source out; raise one above 0")
+        return self
 
     @field_validator("sources")
     @classmethod

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import re
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,18 @@ PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 class TextTokenizer:
     """A tokenizer that reads control tokens in a text as plain characters."""
 
-    backend: Tokenizer
-    token_bytes: tuple[bytes | None, ...]
+    backend: Tokenizer = field(repr=False)
+    token_names: tuple[str, ...] = field(repr=False)
+    """Each id's entry as the vocabulary writes it; empty for ids that do not exist."""
+    token_bytes: tuple[bytes | None, ...] = field(repr=False)
     """What each id spells in UTF-8; empty for special tokens, None for ids that do not exist."""
     start_id: int | None
     """The token before a text: BOS, or EOS where the model has no BOS."""
     eos_id: int | None
     adds_blank: bool
     """A blank that the text does not have is put before it (SentencePiece's dummy prefix)."""
+    implies_blank: bool
+    """A token that begins a word spells a blank even where the text has none (WordPiece)."""
     content_hash: str
 
     @property
@@ -48,6 +53,19 @@ class TextTokenizer:
         """Return the ids of each text, without start token or EOS."""
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def encode_with_ends(
+        self, texts: list[str]
+    ) -> list[tuple[Int[np.ndarray, " _"], Int[np.ndarray, "_ 2"]]]:
+        """Return the ids of each text and where each token begins and ends, in characters."""
+        encodings = self.backend.encode_batch(texts, add_special_tokens=False)
+        return [
+            (
+                np.array(each.ids, dtype=np.int32),
+                np.array(each.offsets, dtype=np.int64).reshape(-1, 2),
+            )
+            for each in encodings
+        ]
 
     def encode_rows(
         self, texts: list[str], ends_document: list[bool]
@@ -64,6 +82,21 @@ class TextTokenizer:
         """Return how many tokens of a row can be start token and EOS."""
         return (self.start_id is not None) + (self.eos_id is not None)
 
+    def count_bytes(self) -> Int[np.ndarray, " vocab"]:
+        """Return how many bytes each id spells; 0 for special tokens and holes."""
+        return np.array([len(spelled or b"") for spelled in self.token_bytes], dtype=np.int64)
+
+    def list_by_bytes(self) -> dict[bytes, int]:
+        """Return the token for each string of bytes: of several, one that is no byte token."""
+        by_bytes: dict[bytes, int] = {}
+        for token_id, spelled in enumerate(self.token_bytes):
+            if spelled and not BYTE_PATTERN.fullmatch(self.token_names[token_id]):
+                by_bytes.setdefault(spelled, token_id)
+        for token_id, spelled in enumerate(self.token_bytes):
+            if spelled:
+                by_bytes.setdefault(spelled, token_id)
+        return by_bytes
+
     def known_ids(self) -> np.ndarray:
         """Return a mask over ids: the tokenizer has the id."""
         return np.array([spelled is not None for spelled in self.token_bytes])
@@ -76,11 +109,11 @@ def load_tokenizer(
     """Return the tokenizer of a model folder or hub id.
 
     Raises:
-        ValueError: It cannot be loaded, or its tokens cannot be read as bytes.
+        ValueError: It cannot be loaded.
     """
     plain = _read_plain_folder(Path(model).expanduser())
     if plain is not None:
-        return build_tokenizer(plain[0], name=model, start_id=plain[1], eos_id=plain[2])
+        return build_tokenizer(plain[0], start_id=plain[1], eos_id=plain[2])
     from transformers import AutoTokenizer
 
     try:
@@ -96,7 +129,6 @@ def load_tokenizer(
         raise ValueError(f"model is {model!r}, which has no fast tokenizer (tokenizer.json)")
     return build_tokenizer(
         loaded.backend_tokenizer.to_str(),
-        name=model,
         start_id=_first_of(loaded.bos_token_id, loaded.eos_token_id),
         eos_id=loaded.eos_token_id,
     )
@@ -125,57 +157,78 @@ def _read_plain_folder(folder: Path) -> tuple[str, int | None, int | None] | Non
 
 
 def build_tokenizer(
-    tokenizer_json: str, *, name: str, start_id: int | None, eos_id: int | None
+    tokenizer_json: str, *, start_id: int | None, eos_id: int | None
 ) -> TextTokenizer:
-    """Return a tokenizer from the text of a `tokenizer.json`.
-
-    Raises:
-        ValueError: Its tokens cannot be read as bytes.
-    """
+    """Return a tokenizer from the text of a `tokenizer.json`."""
     content = json.loads(tokenizer_json)
-    content["truncation"] = content["padding"] = None
+    # Start token and EOS are put by `encode_rows`; a post-processor would also trim offsets.
+    content["truncation"] = content["padding"] = content["post_processor"] = None
     for added in content["added_tokens"]:
         added["special"] = added["special"] or bool(MARKER_PATTERN.fullmatch(added["content"]))
     backend = Tokenizer.from_str(json.dumps(content))
     backend.encode_special_tokens = True
     roles = json.dumps([start_id, eos_id])
     canonical = json.dumps(content, sort_keys=True) + roles
+    names = _list_names(backend)
     return TextTokenizer(
         backend=backend,
-        token_bytes=_spell_vocabulary(content, backend, name),
+        token_names=names,
+        token_bytes=_spell_vocabulary(content, names, roles={start_id, eos_id}),
         start_id=start_id,
         eos_id=eos_id,
         adds_blank=_adds_blank(backend),
+        implies_blank=_continuation_mark(content) is not None,
         content_hash=hashlib.sha256(canonical.encode()).hexdigest(),
     )
 
 
-def _spell_vocabulary(
-    content: dict[str, Any], backend: Tokenizer, name: str
-) -> tuple[bytes | None, ...]:
-    kinds = _kinds_of(content["decoder"])
-    if "ByteLevel" in kinds:
-        spell = _spell_byte_level
-    elif "ByteFallback" in kinds or (
-        "Metaspace" in kinds and content["model"].get("byte_fallback")
-    ):
-        spell = _spell_sentencepiece
-    else:
-        raise ValueError(
-            f"model is {name!r}, whose tokenizer ({content['model']['type']}, decoder "
-            f"{'/'.join(kinds) or 'none'}) does not say which bytes its tokens spell; use a model "
-            "with byte-level BPE or SentencePiece with byte fallback"
-        )
-    added = {token["id"]: token for token in content["added_tokens"]}
+def _list_names(backend: Tokenizer) -> tuple[str, ...]:
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    spelled: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
-    for token, token_id in vocabulary.items():
-        if token_id in added:
+    names = [""] * (max(vocabulary.values()) + 1)
+    for name, token_id in vocabulary.items():
+        names[token_id] = name
+    return tuple(names)
+
+
+def _spell_vocabulary(
+    content: dict[str, Any], names: tuple[str, ...], roles: set[int | None]
+) -> tuple[bytes | None, ...]:
+    spell = _choose_spelling(content)
+    added = {token["id"]: token for token in content["added_tokens"]}
+    unknown = content["model"].get("unk_token")
+    spelled: list[bytes | None] = []
+    for token_id, name in enumerate(names):
+        if not name:
+            spelled.append(None)
+        elif name == unknown or token_id in roles:
+            spelled.append(b"")
+        elif token_id in added:
             special = added[token_id]["special"]
-            spelled[token_id] = b"" if special else token.replace(BLANK, " ").encode()
+            spelled.append(b"" if special else name.replace(BLANK, " ").encode())
         else:
-            spelled[token_id] = spell(token)
+            spelled.append(spell(name))
     return tuple(spelled)
+
+
+def _choose_spelling(content: dict[str, Any]) -> Callable[[str], bytes]:
+    """Return how a vocabulary's entries are read; what they say is checked against each text."""
+    kinds = _kinds_of(content["decoder"])
+    mark = _continuation_mark(content)
+    if "ByteLevel" in kinds:
+        return _spell_byte_level
+    if mark is not None:
+        return partial(_spell_wordpiece, mark=mark)
+    if content["model"].get("byte_fallback") or "ByteFallback" in kinds:
+        return _spell_sentencepiece
+    if "Metaspace" in kinds:
+        return _spell_metaspace
+    return str.encode
+
+
+def _continuation_mark(content: dict[str, Any]) -> str | None:
+    """Return what WordPiece writes before a token that goes on with a word."""
+    model = content["model"]
+    return model["continuing_subword_prefix"] if model["type"] == "WordPiece" else None
 
 
 def _kinds_of(part: dict[str, Any] | None) -> list[str]:
@@ -205,7 +258,16 @@ def _spell_byte_level(token: str) -> bytes:
 
 def _spell_sentencepiece(token: str) -> bytes:
     byte = BYTE_PATTERN.fullmatch(token)
-    return bytes([int(byte[1], 16)]) if byte else token.replace(BLANK, " ").encode()
+    return bytes([int(byte[1], 16)]) if byte else _spell_metaspace(token)
+
+
+def _spell_metaspace(token: str) -> bytes:
+    return token.replace(BLANK, " ").encode()
+
+
+def _spell_wordpiece(token: str, mark: str) -> bytes:
+    """Return the bytes of a WordPiece token: one that begins a word comes after a blank."""
+    return token.removeprefix(mark).encode() if token.startswith(mark) else f" {token}".encode()
 
 
 def _adds_blank(backend: Tokenizer) -> bool:

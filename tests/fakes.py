@@ -71,6 +71,13 @@ def _without_special_bytes(tokenizer: Tokenizer) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(content))
 
 
+def line_tokenizer() -> Tokenizer:
+    """Return a tokenizer that knows no word: each line is one unknown token."""
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "[E]": 1}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+    return tokenizer
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, bos: str | None, eos: str) -> None:
     """Write a tokenizer as a Hugging Face folder."""
     PreTrainedTokenizerFast(

@@ -11,6 +11,7 @@ import yaml
 
 from tests.fakes import (
     byte_level_tokenizer,
+    line_tokenizer,
     save_model,
     save_tokenizer,
     sentencepiece_tokenizer,
@@ -100,16 +101,14 @@ def test_bad_input_is_one_message_and_exit_code_2(changes, arguments, message, m
     assert done.stderr.startswith("rayfuse: error: ")
 
 
-def test_tokenizers_that_cannot_be_read_as_bytes_are_refused(shared_data, models, tmp_path):
-    folder = tmp_path / "t5"
-    save_model("llama", 32128, folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((shared_data / "tokenizers/t5-small" / name).read_bytes())
-    recipe = write_recipe(tmp_path, models, sources=[{"name": "t5", "model": str(folder)}])
-    done = rayfuse("run", str(recipe))
+def test_tokenizers_that_cannot_be_aligned_are_refused(models, tmp_path):
+    save_model("gpt2", 300, tmp_path / "lines")
+    save_tokenizer(line_tokenizer(), tmp_path / "lines", bos=None, eos="[E]")
+    sources = [{"name": "lines", "model": str(tmp_path / "lines")}]
+    done = rayfuse("run", str(write_recipe(tmp_path, models, sources=sources)))
     assert done.returncode == 2
-    assert "source t5: model is" in done.stderr
-    assert "does not say which bytes its tokens spell" in done.stderr
+    assert "source lines: these tokenizers cannot be aligned" in done.stderr
+    assert "'Hello world' is ['[UNK]'] to the source" in done.stderr
 
 
 @pytest.mark.ray

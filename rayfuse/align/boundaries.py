@@ -1,16 +1,36 @@
 """Where tokens end in the text, for all rows of a shard at once.
 
 The rows of a shard are laid out as one long text with a gap of one byte between rows, so that a
-byte's number says which row it is in and one sorted search serves the whole shard.
+byte's number says which row it is in and one search serves the whole shard.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt8
 
 from rayfuse.tokens import TextTokenizer
+
+SPACE = b" "
+
+
+class Fault(IntEnum):
+    """Why a token cannot be placed: what a model says of it is not about the text's own bytes."""
+
+    NONE = 0
+    CHANGED_TEXT = 1
+    """It spells other bytes than the text has there: case, accents, blanks, Unicode forms."""
+    INSIDE_CHARACTER = 2
+    """It begins inside a character of the text that the tokenizer took apart."""
+    UNKNOWN_TOKEN = 3
+    """It stands for text that the vocabulary cannot spell."""
+
+    @property
+    def reason(self) -> str:
+        """Return the fault as a report says it."""
+        return self.name.lower().replace("_", " ")
 
 
 @dataclass(frozen=True)
@@ -21,12 +41,20 @@ class SpelledVocabulary:
     """Bytes that each token spells; 0 for special tokens and ids that do not exist."""
     starts: Int[np.ndarray, " vocab"]
     """Where each token's bytes begin in `blob`."""
-    blob: np.ndarray
-    """uint8: all tokens' bytes."""
+    blob: UInt8[np.ndarray, " _"]
+    """All tokens' bytes."""
     adds_blank: bool
     """The first token of a text spells a blank that the text does not have."""
     eos_id: int | None
     start_id: int | None
+    tokenizer: TextTokenizer | None
+    """Asked for offsets where tokens do not spell their text; None for vocabularies that always
+    do."""
+
+    def spell(self, token_id: int) -> bytes:
+        """Return one token's bytes."""
+        start = self.starts[token_id]
+        return self.blob[start : start + self.lengths[token_id]].tobytes()
 
 
 @dataclass(frozen=True)
@@ -37,25 +65,25 @@ class PlacedTokens:
     ends: Int[np.ndarray, " tokens"]
     """The byte after the last one a token spells: what the model says at the token starts there.
     Never decreases."""
-    is_placed: Bool[np.ndarray, " tokens"]
-    """The tokens up to here spell the text, so `ends` can be trusted."""
+    faults: UInt8[np.ndarray, " tokens"]
+    """`Fault` of the next token: with any, the model speaks of other text than the row has."""
     next_is_eos: Bool[np.ndarray, " tokens"]
     """EOS comes next."""
     next_has_blank: Bool[np.ndarray, " tokens"]
-    """The next token spells the blank that the tokenizer added before the text."""
+    """The next token spells a leading blank that the text does not have there."""
     has_next: Bool[np.ndarray, " tokens"]
-    """A token of the same row comes next, and it spells bytes or is EOS."""
+    """A token of the same row comes next."""
 
     @property
     def can_match(self) -> Bool[np.ndarray, " tokens"]:
         """Positions that say something of the text, at a byte that is known."""
-        return self.is_placed & self.has_next
+        return self.has_next & (self.faults == Fault.NONE)
 
 
 def spell_vocabulary(tokenizer: TextTokenizer) -> SpelledVocabulary:
     """Return the bytes of a tokenizer's vocabulary as arrays."""
     spelled = [token or b"" for token in tokenizer.token_bytes]
-    lengths = np.array([len(token) for token in spelled], dtype=np.int64)
+    lengths = tokenizer.count_bytes()
     return SpelledVocabulary(
         lengths=lengths,
         starts=np.cumsum(lengths) - lengths,
@@ -63,6 +91,7 @@ def spell_vocabulary(tokenizer: TextTokenizer) -> SpelledVocabulary:
         adds_blank=tokenizer.adds_blank,
         eos_id=tokenizer.eos_id,
         start_id=tokenizer.start_id,
+        tokenizer=tokenizer,
     )
 
 
@@ -79,85 +108,173 @@ def place_tokens(
 ) -> PlacedTokens:
     """Return where each token of a shard ends, checked against the rows' own bytes.
 
+    Rows whose tokens spell their text exactly are placed by that alone. Where a tokenizer changes
+    its text, its offsets say where tokens end, and each token must still spell the bytes it covers.
+
     Args:
         ids: All rows' tokens: start token, text and EOS.
         offsets: Where each row's tokens begin, and the end of the last.
         texts: The rows' UTF-8 bytes.
         vocabulary: What the tokens spell.
+
+    Raises:
+        ValueError: An id is outside the vocabulary, or a row's tokens are not those of its text.
     """
-    num_rows = len(texts)
-    rows = np.repeat(np.arange(num_rows), np.diff(offsets))
-    lengths = vocabulary.lengths[ids].copy()
-    blank_at = _find_added_blanks(ids, offsets, lengths, vocabulary)
-    lengths[blank_at] -= 1
-    num_bytes = np.array([len(text) for text in texts], dtype=np.int64)
-    starts = row_starts(num_bytes)
-    totals = np.concatenate([[0], np.cumsum(lengths)])
-    ends_in_row = totals[1:] - np.repeat(totals[offsets[:-1]], np.diff(offsets))
-    trusted = _count_right_bytes(ids, offsets, texts, vocabulary, lengths, blank_at)
-    is_last = np.zeros(len(ids), dtype=bool)
-    is_last[offsets[1:][np.diff(offsets) > 0] - 1] = True
-    next_ids = np.append(ids[1:], -1)
-    next_is_eos = ~is_last & (next_ids == (-1 if vocabulary.eos_id is None else vocabulary.eos_id))
-    next_has_blank = np.zeros(len(ids), dtype=bool)
-    next_has_blank[blank_at[(blank_at > 0)] - 1] = True
-    next_has_blank &= ~is_last
-    spells_next = np.append(lengths[1:], 0) > 0
+    _check_ids(ids, offsets, len(vocabulary.lengths))
+    num_tokens = np.diff(offsets)
+    first_text, has_eos = _find_text_tokens(ids, offsets, vocabulary)
+    lengths = vocabulary.lengths[ids]
+    has_blank = np.zeros(len(ids), dtype=bool)
+    if vocabulary.adds_blank:
+        at = first_text[first_text < offsets[1:] - has_eos]
+        has_blank[at[vocabulary.blob[vocabulary.starts[ids[at]]] == SPACE[0]]] = True
+        lengths -= has_blank
+    ends, is_right = _place_spelled(ids, offsets, texts, vocabulary, lengths, has_blank)
+    faults = np.zeros(len(ids), dtype=np.uint8)
+    stops = offsets[1:] - has_eos
+    changed = np.flatnonzero(~is_right & (num_tokens > 0))
+    places = (
+        _place_by_offsets([texts[row] for row in changed.tolist()], vocabulary)
+        if len(changed)
+        else []
+    )
+    for row, place in zip(changed.tolist(), places, strict=True):
+        part = slice(first_text[row], stops[row])
+        if not np.array_equal(place.ids, ids[part]):
+            raise ValueError(
+                f"row {row}: its tokens are not those of its text; "
+                f"they begin {ids[part][:8].tolist()}, the text's {place.ids[:8].tolist()}"
+            )
+        ends[part], faults[part], has_blank[part] = place.ends, place.faults, place.has_blank
+        ends[stops[row] : offsets[row + 1]] = len(texts[row])
+    starts = row_starts(np.array([len(text) for text in texts], dtype=np.int64))
+    ends += np.repeat(starts, num_tokens)
+    return _look_ahead(ids, offsets, ends, faults, has_blank, has_eos)
+
+
+def _look_ahead(
+    ids: Int[np.ndarray, " tokens"],
+    offsets: Int[np.ndarray, " rows_plus_1"],
+    ends: Int[np.ndarray, " tokens"],
+    faults: UInt8[np.ndarray, " tokens"],
+    has_blank: Bool[np.ndarray, " tokens"],
+    has_eos: Bool[np.ndarray, " rows"],
+) -> PlacedTokens:
+    """Return what each position says of the token after it, from what is known of each token."""
+    has_next = np.ones(len(ids), dtype=bool)
+    is_filled = np.diff(offsets) > 0
+    has_next[offsets[1:][is_filled] - 1] = False
+    next_is_eos = np.zeros(len(ids), dtype=bool)
+    next_is_eos[offsets[1:][has_eos] - 2] = True
     return PlacedTokens(
         ids=ids,
-        ends=starts[rows] + np.minimum(ends_in_row, num_bytes[rows]),
-        is_placed=ends_in_row <= trusted[rows],
+        ends=ends,
+        faults=np.append(faults[1:], np.uint8(0)) * has_next,
         next_is_eos=next_is_eos,
-        next_has_blank=next_has_blank,
-        has_next=~is_last & (spells_next | next_is_eos),
+        next_has_blank=np.append(has_blank[1:], False) & has_next,
+        has_next=has_next,
     )
 
 
-def _find_added_blanks(
-    ids: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, vocabulary: SpelledVocabulary
-) -> Int[np.ndarray, " rows"]:
-    """Return the tokens that spell a blank the text does not have: each row's first of text."""
-    if not vocabulary.adds_blank or not len(ids):
-        return np.zeros(0, dtype=np.int64)
-    firsts = offsets[:-1][np.diff(offsets) > 0]
-    begins_with_special = lengths[firsts] == 0
-    at = firsts + begins_with_special
-    at = at[at < len(ids)]
-    blank = ord(" ")
-    spells_blank = (lengths[at] > 0) & (
-        vocabulary.blob[np.minimum(vocabulary.starts[ids[at]], len(vocabulary.blob) - 1)] == blank
-    )
-    return at[spells_blank]
+def _check_ids(
+    ids: Int[np.ndarray, " tokens"], offsets: Int[np.ndarray, " rows_plus_1"], vocab_size: int
+) -> None:
+    wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if len(wrong):
+        row = int(np.searchsorted(offsets, wrong[0], side="right")) - 1
+        raise ValueError(
+            f"row {row}, position {wrong[0] - offsets[row]}: token {ids[wrong[0]]} is outside the "
+            f"vocabulary of {vocab_size}"
+        )
 
 
-def _count_right_bytes(
-    ids: np.ndarray,
-    offsets: np.ndarray,
+def _find_text_tokens(
+    ids: Int[np.ndarray, " tokens"],
+    offsets: Int[np.ndarray, " rows_plus_1"],
+    vocabulary: SpelledVocabulary,
+) -> tuple[Int[np.ndarray, " rows"], Bool[np.ndarray, " rows"]]:
+    """Return each row's first token of text, and whether the row ends with EOS."""
+    num_tokens = np.diff(offsets)
+    has_start = np.zeros(len(num_tokens), dtype=bool)
+    has_eos = np.zeros(len(num_tokens), dtype=bool)
+    filled = np.flatnonzero(num_tokens > 0)
+    if vocabulary.start_id is not None:
+        has_start[filled] = ids[offsets[filled]] == vocabulary.start_id
+    if vocabulary.eos_id is not None:
+        longer = np.flatnonzero(num_tokens > has_start)
+        has_eos[longer] = ids[offsets[longer + 1] - 1] == vocabulary.eos_id
+    return offsets[:-1] + has_start, has_eos
+
+
+def _place_spelled(
+    ids: Int[np.ndarray, " tokens"],
+    offsets: Int[np.ndarray, " rows_plus_1"],
     texts: Sequence[bytes],
     vocabulary: SpelledVocabulary,
-    lengths: np.ndarray,
-    blank_at: np.ndarray,
-) -> Int[np.ndarray, " rows"]:
-    """Return for each row how many bytes its tokens spell before the first that is wrong."""
-    skipped = np.zeros(len(ids), dtype=np.int64)
-    skipped[blank_at] = 1
-    out_starts = np.cumsum(lengths) - lengths
-    index = np.arange(int(lengths.sum()))
-    index += np.repeat(vocabulary.starts[ids] + skipped - out_starts, lengths)
+    lengths: Int[np.ndarray, " tokens"],
+    has_blank: Bool[np.ndarray, " tokens"],
+) -> tuple[Int[np.ndarray, " tokens"], Bool[np.ndarray, " rows"]]:
+    """Return where tokens end in their row by what they spell, and which rows they spell right."""
+    totals = np.concatenate([[0], np.cumsum(lengths)])
+    bounds = totals[offsets]
+    ends = totals[1:] - np.repeat(bounds[:-1], np.diff(offsets))
+    index = np.arange(totals[-1])
+    index += np.repeat(vocabulary.starts[ids] + has_blank - totals[:-1], lengths)
     spelled = vocabulary.blob[index].tobytes()
-    bounds = np.concatenate([[0], np.cumsum(lengths)])[offsets]
-    return np.array(
-        [
-            _common_prefix(spelled[bounds[row] : bounds[row + 1]], text)
-            for row, text in enumerate(texts)
-        ],
-        dtype=np.int64,
-    )
+    is_right = [
+        spelled[start:stop] == text
+        for start, stop, text in zip(bounds[:-1], bounds[1:], texts, strict=True)
+    ]
+    return ends, np.array(is_right, dtype=bool)
 
 
-def _common_prefix(left: bytes, right: bytes) -> int:
-    if left == right:
-        return len(right)
-    length = min(len(left), len(right))
-    differs = np.frombuffer(left[:length], np.uint8) != np.frombuffer(right[:length], np.uint8)
-    return int(differs.argmax()) if differs.any() else length
+@dataclass(frozen=True)
+class _RowPlace:
+    """One row's tokens of text, placed by the tokenizer's offsets."""
+
+    ids: Int[np.ndarray, " tokens"]
+    ends: Int[np.ndarray, " tokens"]
+    faults: UInt8[np.ndarray, " tokens"]
+    has_blank: Bool[np.ndarray, " tokens"]
+
+
+def _place_by_offsets(texts: Sequence[bytes], vocabulary: SpelledVocabulary) -> list[_RowPlace]:
+    """Return rows placed by offsets: text that no token covers belongs to the token after it."""
+    tokenizer = vocabulary.tokenizer
+    if tokenizer is None:
+        raise ValueError("tokens do not spell their text, and there is no tokenizer to ask")
+    rows = tokenizer.encode_with_ends([text.decode() for text in texts])
+    return [
+        _place_row(text, ids, chars, vocabulary, tokenizer.implies_blank)
+        for text, (ids, chars) in zip(texts, rows, strict=True)
+    ]
+
+
+def _place_row(
+    text: bytes,
+    ids: Int[np.ndarray, " tokens"],
+    chars: Int[np.ndarray, "tokens 2"],
+    vocabulary: SpelledVocabulary,
+    implies_blank: bool,
+) -> _RowPlace:
+    is_char_start = (np.frombuffer(text, dtype=np.uint8) & 0xC0) != 0x80
+    byte_of_char = np.append(np.flatnonzero(is_char_start), len(text))
+    begins, ends = byte_of_char[chars[:, 0]], byte_of_char[chars[:, 1]]
+    # A blank put before a word is given the word's first character: it ends where that begins.
+    ends[:-1] = np.minimum(ends[:-1], begins[1:])
+    ends = np.maximum.accumulate(ends)
+    faults = np.zeros(len(ids), dtype=np.uint8)
+    has_blank = np.zeros(len(ids), dtype=bool)
+    done = 0
+    for at, token_id in enumerate(ids.tolist()):
+        spelled, covered = vocabulary.spell(token_id), text[done : ends[at]]
+        may_add = implies_blank or (at == 0 and vocabulary.adds_blank)
+        has_blank[at] = may_add and spelled == SPACE + covered
+        if not spelled:
+            faults[at] = Fault.UNKNOWN_TOKEN
+        elif begins[at] < done or not (covered or has_blank[at]):
+            faults[at] = Fault.INSIDE_CHARACTER
+        elif spelled != covered and not has_blank[at]:
+            faults[at] = Fault.CHANGED_TEXT
+        done = int(ends[at])
+    return _RowPlace(ids, ends, faults, has_blank)

@@ -1,30 +1,39 @@
 """CORPUS and CAPTURED rows of a shard -> its ALIGNED rows."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 
-from rayfuse.align.boundaries import PlacedTokens, SpelledVocabulary, place_tokens, spell_vocabulary
-from rayfuse.align.distributions import TopEntries, map_entries, merge_entries, put_true_token
-from rayfuse.align.vocab_map import map_vocabulary
+from rayfuse.align.boundaries import PlacedTokens, SpelledVocabulary, place_tokens
+from rayfuse.align.distributions import (
+    TopEntries,
+    find_renamed,
+    map_entries,
+    merge_entries,
+    put_true_token,
+)
+from rayfuse.align.matches import Matches, keep_one_to_one, match_positions
+from rayfuse.align.vocab_map import PLAIN, VocabMaps
 from rayfuse.schema import (
     ALIGNED,
     LOWEST_LOGPROB,
     build_list_column,
     codes,
-    decode_logprobs,
-    encode_logprobs,
+    decode_probs,
+    encode_probs,
     flags,
     flatten_column,
     halfs,
     ints,
 )
-from rayfuse.tokens import TextTokenizer
 
-SLICE_POSITIONS = 32_768
-"""Positions whose distributions are mapped at a time: about 30 MB at top-16."""
+Method = Literal["bytes", "exact", "mined", "statistics"]
+
+SLICE_POSITIONS = 8_192
+"""Positions whose distributions are mapped at a time: few enough for a core's own cache."""
 
 
 @dataclass(frozen=True)
@@ -33,37 +42,29 @@ class Alignment:
 
     source: SpelledVocabulary
     target: SpelledVocabulary
-    vocab_map: Int[np.ndarray, " source_vocab"]
-
-
-def build_alignment(source: TextTokenizer, target: TextTokenizer) -> Alignment:
-    """Return what aligning a source's tokens with the target's needs."""
-    return Alignment(
-        spell_vocabulary(source), spell_vocabulary(target), map_vocabulary(source, target)
-    )
-
-
-@dataclass(frozen=True)
-class Matches:
-    """Target positions and the source positions that start at the same byte."""
-
-    target_at: Int[np.ndarray, " matches"]
-    source_at: Int[np.ndarray, " matches"]
-    source_until: Int[np.ndarray, " matches"]
-    """The first source position that starts where the target's next token ends, or beyond."""
+    maps: VocabMaps
+    method: Method = "bytes"
 
 
 @dataclass(frozen=True)
 class Records:
-    """A shard's captured records of one source, flat."""
+    """A shard's captured records of one source, flat and as stored."""
 
     top_ids: Int[np.ndarray, "tokens top_k"]
-    top_logprobs: Float[np.ndarray, "tokens top_k"]
-    tail_probs: Float[np.ndarray, " tokens"]
+    top_codes: UInt8[np.ndarray, "tokens top_k"]
+    tail_logprobs: Float[np.ndarray, " tokens"]
     next_logprobs: Float[np.ndarray, " tokens"]
-
     log_totals: Float[np.ndarray, " tokens_plus_1"]
     """Sums of next_logprobs before each token: differences are chain log-probabilities."""
+
+
+@dataclass(frozen=True)
+class AlignedPositions:
+    """What a source says of a shard's target positions, as stored."""
+
+    top_ids: Int[np.ndarray, "tokens top_k"]
+    top_codes: UInt8[np.ndarray, "tokens top_k"]
+    tail_logprobs: Float[np.ndarray, " tokens"]
 
 
 def align_shard(
@@ -71,12 +72,14 @@ def align_shard(
 ) -> tuple[pa.Table, dict[str, float]]:
     """Return the ALIGNED rows of a shard and its sums for reports.
 
-    The sums: `positions` (target positions that a token follows), `with_signal`, and `tail_mass`
-    over the positions with a signal, in the target's vocabulary (`tail_mass`) and before mapping
+    The sums: `positions` (target positions that a token follows), `with_signal`, `one_to_one` (of
+    these, the next token is one source token), `unmatched: REASON`, and over the positions with a
+    signal the mass outside the head, in the target's vocabulary (`tail_mass`) and before mapping
     (`captured_tail_mass`).
 
     Raises:
-        ValueError: The two tables do not hold the same rows.
+        ValueError: The two tables do not hold the same rows, tokens are not those of the text, or
+            an id is outside its vocabulary.
     """
     if corpus["row_id"].to_pylist() != captured["row_id"].to_pylist():
         raise ValueError("corpus and captured shard hold different rows; capture the shard again")
@@ -86,130 +89,180 @@ def align_shard(
     target = place_tokens(target_ids, target_offsets, texts, alignment.target)
     source = place_tokens(source_ids, source_offsets, texts, alignment.source)
     records = _read_records(captured)
-    matches = match_positions(source, target)
-    top_k = records.top_ids.shape[1]
-    ids = np.full((len(target_ids), top_k), -1, dtype=np.int32)
-    logprobs = np.full((len(target_ids), top_k), -np.inf)
-    tails = np.zeros(len(target_ids))
-    captured_tail = float(records.tail_probs[matches.source_at].sum())
-    for start in range(0, len(matches.target_at), SLICE_POSITIONS):
-        part = slice(start, start + SLICE_POSITIONS)
-        entries = _map_matches(source, target, records, matches, part, alignment.vocab_map)
-        at = matches.target_at[part]
-        ids[at] = entries.ids
-        with np.errstate(divide="ignore"):
-            logprobs[at] = np.log(entries.probs)
-        tails[at] = entries.tail
+    _check_entries(records.top_ids, source_offsets, len(alignment.source.lengths))
+    matches = find_matches(source, target, source_offsets, target_offsets, alignment)
+    aligned = map_distributions(source, target, records, matches, alignment)
     has_signal = np.zeros(len(target_ids), dtype=bool)
     has_signal[matches.target_at] = True
+    top_offsets = target_offsets * records.top_ids.shape[1]
     table = pa.Table.from_pydict(
         {
             "row_id": corpus["row_id"],
             "has_signal": build_list_column(has_signal, target_offsets, flags),
-            "top_ids": build_list_column(ids.reshape(-1), target_offsets * top_k, ints),
-            "top_logprobs": build_list_column(
-                encode_logprobs(logprobs), target_offsets * top_k, codes
-            ),
-            "tail_logprobs": build_list_column(_to_logs(tails), target_offsets, halfs),
+            "top_ids": build_list_column(aligned.top_ids.reshape(-1), top_offsets, ints),
+            "top_logprobs": build_list_column(aligned.top_codes.reshape(-1), top_offsets, codes),
+            "tail_logprobs": build_list_column(aligned.tail_logprobs, target_offsets, halfs),
             "nats_per_byte": build_list_column(
-                _spread_nats(source, target, records, texts), target_offsets, halfs
+                spread_nats(source, target, records), target_offsets, halfs
             ),
             "nats": captured["nats"],
+            "num_tokens": _count_text_tokens(source, source_offsets),
         },
         schema=ALIGNED,
     )
+    with_signal = len(matches.target_at)
     return table, {
         "positions": float(target.has_next.sum()),
-        "with_signal": float(len(matches.target_at)),
-        "tail_mass": float(tails.sum()),
-        "captured_tail_mass": captured_tail,
-    }
+        "with_signal": float(with_signal),
+        "one_to_one": float(len(keep_one_to_one(matches, source, target).target_at)),
+        "tail_mass": _sum_mass(aligned.tail_logprobs[matches.target_at]),
+        "captured_tail_mass": _sum_mass(records.tail_logprobs[matches.source_at]),
+    } | {f"unmatched: {reason}": float(count) for reason, count in matches.unmatched.items()}
 
 
-def match_positions(source: PlacedTokens, target: PlacedTokens) -> Matches:
-    """Return the target positions that start at the same byte as a source position.
+def find_matches(
+    source: PlacedTokens,
+    target: PlacedTokens,
+    source_offsets: Int[np.ndarray, " rows_plus_1"],
+    target_offsets: Int[np.ndarray, " rows_plus_1"],
+    alignment: Alignment,
+) -> Matches:
+    """Return the target positions that learn from a source position, by the alignment's method."""
+    if alignment.method == "mined":
+        from rayfuse.align.edit_distance import match_by_edit_distance  # compiled: slow to import
 
-    Where a tokenizer puts a blank before the text and the other does not, what they say of the
-    first token is not about the same bytes: no match there.
-    """
-    usable_source = np.flatnonzero(source.can_match)
-    usable_target = np.flatnonzero(target.can_match)
-    if not len(usable_source) or not len(usable_target):
-        none = np.zeros(0, dtype=np.int64)
-        return Matches(none, none, none)
-    starts = source.ends[usable_source]
-    index = np.searchsorted(starts, target.ends[usable_target])
-    index = np.minimum(index, len(starts) - 1)
-    at = usable_source[index]
-    is_match = (
-        (starts[index] == target.ends[usable_target])
-        & (source.next_has_blank[at] == target.next_has_blank[usable_target])
-        & (source.next_is_eos[at] == target.next_is_eos[usable_target])
-    )
-    target_at, source_at = usable_target[is_match], at[is_match]
-    stop = target.ends[np.minimum(target_at + 1, len(target.ends) - 1)]
-    until = np.searchsorted(source.ends, stop)
-    until = np.where(target.next_is_eos[target_at], source_at + 1, until)
-    until = np.minimum(until, len(source.ends) - 1)
-    is_whole = (until > source_at) & source.is_placed[until]
-    return Matches(target_at[is_whole], source_at[is_whole], until[is_whole])
+        vocabularies = (alignment.source, alignment.target)
+        return match_by_edit_distance(
+            source, target, source_offsets, target_offsets, vocabularies, alignment.maps
+        )
+    matches = match_positions(source, target)
+    return keep_one_to_one(matches, source, target) if alignment.method == "exact" else matches
 
 
-def _map_matches(
+def map_distributions(
     source: PlacedTokens,
     target: PlacedTokens,
     records: Records,
     matches: Matches,
-    part: slice,
-    vocab_map: Int[np.ndarray, " source_vocab"],
-) -> TopEntries:
-    """Return a slice of matches' distributions over target tokens."""
-    target_at, source_at = matches.target_at[part], matches.source_at[part]
-    source_until = matches.source_until[part]
-    top_ids = records.top_ids[source_at]
-    first_ids, true_ids = source.ids[source_at + 1], target.ids[target_at + 1]
-    first_logprobs = records.next_logprobs[source_at]
-    chain = records.log_totals[source_until] - records.log_totals[source_at]
-    entries = TopEntries(
-        top_ids, np.exp(records.top_logprobs[source_at]), records.tail_probs[source_at]
+    alignment: Alignment,
+) -> AlignedPositions:
+    """Return the matched source positions' distributions over target tokens."""
+    num_tokens, top_k = len(target.ids), records.top_ids.shape[1]
+    aligned = AlignedPositions(
+        top_ids=np.full((num_tokens, top_k), -1, dtype=np.int32),
+        top_codes=np.zeros((num_tokens, top_k), dtype=np.uint8),
+        tail_logprobs=np.full(num_tokens, LOWEST_LOGPROB, dtype=np.float16),
     )
+    for start in range(0, len(matches.target_at), SLICE_POSITIONS):
+        part = slice(start, start + SLICE_POSITIONS)
+        _map_slice(source, target, records, matches.part(part), alignment, aligned)
+    return aligned
+
+
+def _map_slice(
+    source: PlacedTokens,
+    target: PlacedTokens,
+    records: Records,
+    matches: Matches,
+    alignment: Alignment,
+    aligned: AlignedPositions,
+) -> None:
+    """Map some matches' distributions: copy what is only renamed, work out the rest."""
+    target_at, source_at, until = matches.target_at, matches.source_at, matches.source_until
+    # The papers' rule knows no token but those it maps, so none is put in for the text's own.
+    puts_truth = alignment.method != "mined"
+    true_ids = target.ids[target_at + 1]
+    top_ids = records.top_ids[source_at].T.copy()
+    is_first_piece = (top_ids == source.ids[source_at + 1]) & puts_truth
+    blanks = target.next_has_blank[target_at].astype(np.int8) - source.next_has_blank[source_at]
+    mapped_ids = _map_ids(top_ids, alignment.maps, blanks)
+    entry, at = np.nonzero(is_first_piece)
+    named_ids = mapped_ids.copy()
+    named_ids[entry, at] = true_ids[at]
+    is_renamed = find_renamed(named_ids, top_ids >= 0) & (until == source_at + 1)
+    is_renamed &= is_first_piece.any(axis=0) | (not puts_truth)
+    ours, theirs = source_at[is_renamed], target_at[is_renamed]
+    aligned.top_ids[theirs] = named_ids[:, is_renamed].T
+    aligned.top_codes[theirs] = records.top_codes[ours]
+    aligned.tail_logprobs[theirs] = records.tail_logprobs[ours]
+
+    rest = np.flatnonzero(~is_renamed)
+    source_at, target_at, true_ids = source_at[rest], target_at[rest], true_ids[rest]
+    tails = records.tail_logprobs[source_at]
+    probs = decode_probs(records.top_codes[source_at].reshape(-1), top_ids[:, rest].T, tails)
+    entries = TopEntries(top_ids[:, rest], probs.T, np.exp(tails.astype(np.float32)))
+    first_logprobs = records.next_logprobs[source_at]
+    chain = records.log_totals[until[rest]] - records.log_totals[source_at]
     mapped = put_true_token(
-        map_entries(entries, vocab_map),
-        is_first_piece=(top_ids == first_ids[:, None]) & (vocab_map[top_ids] >= 0),
-        first_probs=np.exp(first_logprobs),
-        continuation_probs=np.exp(np.minimum(chain - first_logprobs, 0.0)),
+        map_entries(entries, mapped_ids[:, rest]),
+        is_first_piece=is_first_piece[:, rest],
+        first_probs=np.exp(first_logprobs) * puts_truth,
+        continuation_probs=np.exp(np.minimum(chain - first_logprobs, 0.0)).astype(np.float32),
         true_ids=true_ids,
     )
-    return merge_entries(mapped, top_ids.shape[1], true_ids)
+    ids, probs, tail = merge_entries(mapped, true_ids)
+    aligned.top_ids[target_at] = ids
+    aligned.top_codes[target_at] = encode_probs(probs).reshape(probs.shape)
+    lowest = np.exp(np.float32(LOWEST_LOGPROB))
+    aligned.tail_logprobs[target_at] = np.log(np.maximum(tail, lowest))
+
+
+def _map_ids(
+    top_ids: Int[np.ndarray, "entries positions"],
+    maps: VocabMaps,
+    blanks: Int[np.ndarray, " positions"],
+) -> Int[np.ndarray, "entries positions"]:
+    """Return the target ids of entries; `blanks` tells which map each position takes."""
+    mapped_ids = maps[PLAIN][top_ids]
+    differing = np.flatnonzero(blanks)
+    mapped_ids[:, differing] = maps[blanks[differing], top_ids[:, differing]]
+    return mapped_ids
+
+
+def _count_text_tokens(
+    source: PlacedTokens, offsets: Int[np.ndarray, " rows_plus_1"]
+) -> Int[np.ndarray, " rows"]:
+    """Return how many of each row's source tokens a model predicts as text."""
+    before = np.concatenate([[0], np.cumsum(source.has_next & ~source.next_is_eos)])
+    return (before[offsets[1:]] - before[offsets[:-1]]).astype(np.int32)
 
 
 def _read_records(captured: pa.Table) -> Records:
     tokens = len(flatten_column(captured, "token_ids")[0])
     flat_ids = flatten_column(captured, "top_ids")[0]
     top_k = len(flat_ids) // tokens if tokens else 1
-    top_ids = flat_ids.reshape(tokens, top_k)
-    tails = flatten_column(captured, "tail_logprobs")[0].astype(np.float64)
-    differences = flatten_column(captured, "top_logprobs")[0]
-    next_logprobs = flatten_column(captured, "next_logprobs")[0].astype(np.float64)
+    next_logprobs = flatten_column(captured, "next_logprobs")[0].astype(np.float32)
     return Records(
-        top_ids=top_ids,
-        top_logprobs=decode_logprobs(differences, top_ids, tails),
-        tail_probs=np.exp(tails),
+        top_ids=flat_ids.reshape(tokens, top_k),
+        top_codes=flatten_column(captured, "top_logprobs")[0].reshape(tokens, top_k),
+        tail_logprobs=flatten_column(captured, "tail_logprobs")[0],
         next_logprobs=next_logprobs,
-        log_totals=np.concatenate([[0.0], np.cumsum(next_logprobs)]),
+        log_totals=np.concatenate([[0.0], np.cumsum(next_logprobs, dtype=np.float64)]),
     )
 
 
-def _to_logs(probs: Float[np.ndarray, " positions"]) -> np.ndarray:
-    """Return float16 logs, of 0 the lowest that is stored."""
-    lowest = np.exp(LOWEST_LOGPROB)
-    return np.log(np.maximum(probs, lowest)).astype(np.float16)
+def _sum_mass(logprobs: Float[np.ndarray, " positions"]) -> float:
+    return float(np.exp(logprobs.astype(np.float64)).sum())
 
 
-def _spread_nats(
-    source: PlacedTokens, target: PlacedTokens, records: Records, texts: list[bytes]
-) -> np.ndarray:
-    """Return the source's cost of each target position's next token, in nats per byte.
+def _check_entries(
+    top_ids: Int[np.ndarray, "tokens top_k"],
+    offsets: Int[np.ndarray, " rows_plus_1"],
+    vocab_size: int,
+) -> None:
+    if top_ids.size and (top_ids.max() >= vocab_size or top_ids.min() < -1):
+        at = int(np.flatnonzero(((top_ids >= vocab_size) | (top_ids < -1)).any(axis=1))[0])
+        row = int(np.searchsorted(offsets, at, side="right")) - 1
+        raise ValueError(
+            f"row {row}, position {at - offsets[row]}: top_ids {top_ids[at].tolist()} are outside "
+            f"the vocabulary of {vocab_size}"
+        )
+
+
+def spread_nats(
+    source: PlacedTokens, target: PlacedTokens, records: Records
+) -> Float[np.ndarray, " tokens"]:
+    """Return the source's cost of each target position's next token, in nats per byte, float16.
 
     A source token's cost is spread evenly over its bytes, so that any stretch of the text has one.
     """
@@ -221,7 +274,7 @@ def _spread_nats(
         is_last = np.append(ends[1:] != ends[:-1], True)
         upto = np.interp(target.ends, ends[is_last], paid[is_last])
         num_bytes = np.diff(target.ends, append=target.ends[-1])
-        is_text = target.can_match & (num_bytes > 0) & ~target.next_is_eos
+        is_text = target.has_next & (num_bytes > 0) & ~target.next_is_eos
         spent = np.diff(upto, append=upto[-1])
         np.divide(spent, num_bytes, out=costs, where=is_text)
     return costs.astype(np.float16)

@@ -1,14 +1,24 @@
-"""The align stage: captured shards -> aligned shards, on CPUs."""
+"""The align stage: captured shards -> aligned shards, on CPUs, and the vocabulary maps for it."""
 
 from functools import partial
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 
-from rayfuse.align.task import AlignTask, align_committed
+from rayfuse.align.boundaries import spell_vocabulary
+from rayfuse.align.statistics import PairCounts, add_counts, choose_most_matched, count_pairs
+from rayfuse.align.task import AlignTask, align_committed, plan_task, write_map
+from rayfuse.align.vocab_map import PLAIN, map_to_nearest, map_vocabulary
 from rayfuse.layout import Layout
+from rayfuse.model_files import load_recipe_tokenizer
 from rayfuse.progress import Progress
-from rayfuse.recipe import Recipe, dump_recipe
+from rayfuse.recipe import ModelSettings, Recipe, dump_recipe
+from rayfuse.storage.dataset import DataSet
+
+MINED_CHUNK = 2048
+"""Source tokens whose nearest target tokens one task finds: about a second of one core."""
 
 
 def align_sources(recipe: Recipe, layout: Layout, progress: Progress) -> None:
@@ -17,6 +27,7 @@ def align_sources(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     Raises:
         ValueError: A source is not captured.
     """
+    build_vocab_maps(recipe, layout, progress)
     for source in recipe.sources:
         aligned, captured = layout.aligned[source.name], layout.captured[source.name]
         if aligned.is_whole():
@@ -29,7 +40,7 @@ def align_sources(recipe: Recipe, layout: Layout, progress: Progress) -> None:
         aligned.drop_lost_shards()
         shards = sorted(captured.commits())
         todo = sorted(set(shards) - set(aligned.commits()))
-        task = AlignTask(source, recipe.target, layout.corpus, captured, aligned)
+        task = plan_task(recipe, layout, source)
         if todo:
             items = [{"shard": shard} for shard in todo]
             rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
@@ -45,3 +56,65 @@ def align_batch(batch: pa.Table, task: AlignTask) -> pa.Table:
     commits = [align_committed(task, shard) for shard in batch["shard"].to_pylist()]
     tokens = [commit.tokens for commit in commits]
     return pa.table({"shard": [commit.shard for commit in commits], "tokens": tokens})
+
+
+def build_vocab_maps(recipe: Recipe, layout: Layout, progress: Progress) -> None:
+    """Make and store the vocabulary maps that the recipe's method needs and that are not there."""
+    present = layout.store.sizes("maps")
+    for source in recipe.sources:
+        map_file = layout.map_files.get(source.name)
+        if map_file is None or map_file.removeprefix("maps/") in present:
+            continue
+        label = f"map {source.name}"
+        if recipe.align.method == "mined":
+            plain = _mine_map(source, recipe.target, label, progress)
+        else:
+            plain = _count_map(source, recipe.target, layout.corpus, label, progress)
+        write_map(layout.store, map_file, plain)
+
+
+def _mine_map(
+    source: ModelSettings, target: ModelSettings, label: str, progress: Progress
+) -> np.ndarray:
+    vocab_size = load_recipe_tokenizer(source).vocab_size
+    find: Any = ray.remote(_find_nearest)
+    starts = range(0, vocab_size, MINED_CHUNK)
+    parts = [
+        find.remote(source, target, start, min(start + MINED_CHUNK, vocab_size)) for start in starts
+    ]
+    mapped: list[np.ndarray] = []
+    for done, part in enumerate(parts, 1):
+        mapped.append(ray.get(part))
+        progress(label, done, len(parts), "parts")
+    return np.concatenate(mapped)
+
+
+def _find_nearest(
+    source: ModelSettings, target: ModelSettings, start: int, stop: int
+) -> np.ndarray:
+    ids = list(range(start, stop))
+    return map_to_nearest(ids, load_recipe_tokenizer(source), load_recipe_tokenizer(target))
+
+
+def _count_map(
+    source: ModelSettings, target: ModelSettings, corpus: DataSet, label: str, progress: Progress
+) -> np.ndarray:
+    count: Any = ray.remote(_count_shard)
+    waiting = [count.remote(source, target, corpus, shard) for shard in sorted(corpus.commits())]
+    num_shards, total = len(waiting), add_counts([])
+    while waiting:
+        ready, waiting = ray.wait(waiting)
+        total = add_counts([total, *ray.get(ready)])
+        progress(label, num_shards - len(waiting), num_shards, "shards")
+    unseen = map_vocabulary(load_recipe_tokenizer(source), load_recipe_tokenizer(target))
+    return choose_most_matched(total, unseen[PLAIN, :-1])
+
+
+def _count_shard(
+    source: ModelSettings, target: ModelSettings, corpus: DataSet, shard: int
+) -> PairCounts:
+    rows = corpus.read_shard(
+        corpus.read_commit(shard), columns=["text", "ends_document", "target_ids"]
+    )
+    ours, theirs = (spell_vocabulary(load_recipe_tokenizer(model)) for model in (source, target))
+    return count_pairs(rows, ours, theirs)

@@ -1,12 +1,23 @@
 """Aligning one committed shard: read, align, commit. Run by the capture and the align stage."""
 
+import io
 from dataclasses import dataclass
 from functools import lru_cache
 
-from rayfuse.align.shard import Alignment, align_shard, build_alignment
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Int
+
+from rayfuse.align.boundaries import spell_vocabulary
+from rayfuse.align.shard import Alignment, Method, align_shard
+from rayfuse.align.vocab_map import VocabMaps, build_maps, map_vocabulary
+from rayfuse.layout import Layout
 from rayfuse.model_files import load_recipe_tokenizer
-from rayfuse.recipe import ModelSettings
+from rayfuse.recipe import ModelSettings, Recipe, SourceSettings
 from rayfuse.storage.dataset import Commit, DataSet
+from rayfuse.storage.store import Store
+from rayfuse.tokens import TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -18,6 +29,22 @@ class AlignTask:
     corpus: DataSet
     captured: DataSet
     aligned: DataSet
+    method: Method
+    map_file: str | None
+    """The stored vocabulary map, for the methods that take long to make one."""
+
+
+def plan_task(recipe: Recipe, layout: Layout, source: SourceSettings) -> AlignTask:
+    """Return what aligning one source of a recipe needs."""
+    return AlignTask(
+        source=source,
+        target=recipe.target,
+        corpus=layout.corpus,
+        captured=layout.captured[source.name],
+        aligned=layout.aligned[source.name],
+        method=recipe.align.method,
+        map_file=layout.map_files.get(source.name),
+    )
 
 
 def align_committed(task: AlignTask, shard: int) -> Commit:
@@ -25,16 +52,47 @@ def align_committed(task: AlignTask, shard: int) -> Commit:
 
     Raises:
         ShardError: A shard that is read is missing or damaged.
-        ValueError: The captured shard holds other rows than the corpus shard.
+        ValueError: The captured shard does not belong to the corpus shard; the message names the
+            shard, the row and, where it can, the position.
     """
     corpus = task.corpus.read_shard(task.corpus.read_commit(shard))
-    captured = task.captured.read_shard(task.captured.read_commit(shard))
+    captured_commit = task.captured.read_commit(shard)
+    captured = task.captured.read_shard(captured_commit)
     # Frozen pydantic models do hash; the type checker does not know.
-    alignment = _load_alignment(task.source, task.target)  # pyright: ignore[reportArgumentType]
-    table, stats = align_shard(corpus, captured, alignment)
+    alignment = load_alignment(task)  # pyright: ignore[reportArgumentType]
+    try:
+        table, stats = align_shard(corpus, captured, alignment)
+    except ValueError as error:
+        name = f"{task.captured.folder}/{captured_commit.file}"
+        raise ValueError(f"{name}: {error}; remove it and capture the shard again") from error
     return task.aligned.write_shard(shard, table, tokens=int(stats["positions"]), stats=stats)
 
 
 @lru_cache(maxsize=8)
-def _load_alignment(source: ModelSettings, target: ModelSettings) -> Alignment:
-    return build_alignment(load_recipe_tokenizer(source), load_recipe_tokenizer(target))
+def load_alignment(task: AlignTask) -> Alignment:
+    """Return what a task's shards are aligned with.
+
+    Raises:
+        FileNotFoundError: The method's vocabulary map is not stored yet.
+    """
+    source, target = load_recipe_tokenizer(task.source), load_recipe_tokenizer(task.target)
+    if task.map_file is None:
+        maps = map_vocabulary(source, target, only_equal=task.method == "exact")
+    else:
+        maps = read_maps(task.aligned.store, task.map_file, source, target)
+    return Alignment(spell_vocabulary(source), spell_vocabulary(target), maps, task.method)
+
+
+def read_maps(
+    store: Store, map_file: str, source: TextTokenizer, target: TextTokenizer
+) -> VocabMaps:
+    """Return the vocabulary maps of a stored one."""
+    table = pq.read_table(io.BytesIO(store.read(map_file)))
+    return build_maps(table["target_id"].to_numpy(), source, target)
+
+
+def write_map(store: Store, map_file: str, plain: Int[np.ndarray, " source_vocab"]) -> None:
+    """Store a vocabulary map, the target id of each source id; the first one stored stays."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"target_id": plain}), sink, compression="zstd")
+    store.create(map_file, sink.getvalue().to_pybytes())

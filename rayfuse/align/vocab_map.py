@@ -1,41 +1,137 @@
-"""Source vocabulary -> target vocabulary: the same bytes, or the first token that spells them."""
+"""Source vocabulary -> target vocabulary: which target token each source token's mass goes to."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int
+from rapidfuzz.distance import Levenshtein
+from rapidfuzz.process import cdist
 
 from rayfuse.tokens import TextTokenizer
 
 ANCHOR = "\n"
 """Put before a text to keep a tokenizer from adding a blank to it."""
 
+PLAIN, UNBLANKED, BLANKED = 0, -1, 1
+"""Which of a vocabulary's three maps: tokens as they are spelled; without their leading blank,
+where the source adds one to the text and the target does not; with one more, the other way round.
+As indices they are right, -1 being the last of three."""
+
+NEAREST_CHUNK = 512
+"""Source tokens compared with the whole target vocabulary at a time."""
+
+VocabMaps = Int[np.ndarray, "3 source_vocab_plus_1"]
+"""Target ids, -1 for the tail; the last column is for id -1, which is no entry."""
+
 
 def map_vocabulary(
-    source: TextTokenizer, target: TextTokenizer
-) -> Int[np.ndarray, " source_vocab"]:
-    """Return for each source id the target id that its mass goes to, -1 for the tail.
+    source: TextTokenizer, target: TextTokenizer, *, only_equal: bool = False
+) -> VocabMaps:
+    """Return for each source id the target id that its mass goes to, for the methods by bytes.
 
     A source token goes to the target token with the same bytes; failing that, to the first token
     of the target's own tokenisation of those bytes. EOS goes to EOS; other special tokens have no
     counterpart.
+
+    Args:
+        source: The tokenizer mapped from.
+        target: The tokenizer mapped to.
+        only_equal: Map only tokens with the same bytes (the method `exact`).
     """
-    by_bytes: dict[bytes, int] = {}
-    for token_id, spelled in enumerate(target.token_bytes):
-        if spelled:
-            by_bytes.setdefault(spelled, token_id)  # the lowest id of several
-    mapped = np.full(source.vocab_size, -1, dtype=np.int32)
-    unmatched: list[int] = []
-    for token_id, spelled in enumerate(source.token_bytes):
-        if spelled and spelled in by_bytes:
-            mapped[token_id] = by_bytes[spelled]
-        elif spelled:
-            unmatched.append(token_id)
-    texts = [source.token_bytes[token_id] or b"" for token_id in unmatched]
-    mapped[unmatched] = _first_tokens(texts, target, by_bytes)
-    if source.eos_id is not None:
-        mapped[source.eos_id] = -1 if target.eos_id is None else target.eos_id
+    spelled = [token or b"" for token in source.token_bytes]
+    maps = np.full((3, source.vocab_size + 1), -1, dtype=np.int32)
+    by_bytes = target.list_by_bytes()
+    for view in (PLAIN, UNBLANKED, BLANKED):
+        if not _is_view_used(view, source, target):
+            maps[view] = maps[PLAIN]
+            continue
+        tokens = [_change_blank(token, view) for token in spelled]
+        mapped = np.array([by_bytes.get(token, -1) for token in tokens], dtype=np.int32)
+        unmatched = [i for i in np.flatnonzero(mapped < 0).tolist() if tokens[i]]
+        if not only_equal:
+            mapped[unmatched] = _first_tokens([tokens[i] for i in unmatched], target, by_bytes)
+        maps[view, :-1] = mapped
+    for token_id, goal in _list_namesakes(source, target):
+        maps[PLAIN, token_id] = goal
+    return _map_roles(maps, source, target)
+
+
+def _is_view_used(view: int, source: TextTokenizer, target: TextTokenizer) -> bool:
+    """Return whether a blank is ever to be taken off or put on: it takes long to map for that."""
+    ours, theirs = ((each.adds_blank, each.implies_blank) for each in (source, target))
+    if view == PLAIN:
+        return True
+    return ours != theirs and any(ours if view == UNBLANKED else theirs)
+
+
+def _change_blank(token: bytes, view: int) -> bytes:
+    if view == UNBLANKED:
+        return token.removeprefix(b" ")
+    return b" " + token if token and view == BLANKED else token
+
+
+def build_maps(
+    plain: Int[np.ndarray, " source_vocab"], source: TextTokenizer, target: TextTokenizer
+) -> VocabMaps:
+    """Return the maps of a method that knows but one: the same wherever blanks are added."""
+    maps = np.full((3, source.vocab_size + 1), -1, dtype=np.int32)
+    maps[:, :-1] = plain
+    return _map_roles(maps, source, target)
+
+
+def map_to_nearest(
+    token_ids: Sequence[int], source: TextTokenizer, target: TextTokenizer
+) -> Int[np.ndarray, " tokens"]:
+    """Return the target token at the least edit distance from each source token (`mined`).
+
+    The distance is Levenshtein's, over the bytes that tokens spell; ties go to the lowest id.
+    FuseLLM's MinED, section 3.2 of arXiv 2401.10491. Tokens that spell nothing are mapped to -1.
+    """
+    by_bytes = target.list_by_bytes()
+    goals = sorted(by_bytes, key=by_bytes.__getitem__)  # by id: the first of equals is the lowest
+    goal_ids = np.array([by_bytes[goal] for goal in goals], dtype=np.int32)
+    spelled = [source.token_bytes[token_id] or b"" for token_id in token_ids]
+    mapped = np.array([by_bytes.get(token, -1) for token in spelled], dtype=np.int32)
+    namesakes = dict(_list_namesakes(source, target))
+    mapped = np.array(
+        [namesakes.get(i, goal) for i, goal in zip(token_ids, mapped.tolist(), strict=True)],
+        dtype=np.int32,
+    )
+    todo = [i for i in np.flatnonzero(mapped < 0).tolist() if spelled[i]]
+    for start in range(0, len(todo), NEAREST_CHUNK):
+        part = todo[start : start + NEAREST_CHUNK]
+        distances = cdist(
+            [spelled[i] for i in part], goals, scorer=Levenshtein.distance, dtype=np.uint8
+        )
+        mapped[part] = goal_ids[distances.argmin(axis=1)]
     return mapped
+
+
+def _list_namesakes(source: TextTokenizer, target: TextTokenizer) -> Iterator[tuple[int, int]]:
+    """Yield source and target ids of one name that spell the same bytes.
+
+    Where a vocabulary has several tokens of the same bytes, as a blank and the byte 0x20, the name
+    tells which is which.
+    """
+    by_name = {name: token_id for token_id, name in enumerate(target.token_names) if name}
+    for token_id, spelled in enumerate(source.token_bytes):
+        goal = by_name.get(source.token_names[token_id])
+        if spelled and goal is not None and target.token_bytes[goal] == spelled:
+            yield token_id, goal
+
+
+def _map_roles(maps: VocabMaps, source: TextTokenizer, target: TextTokenizer) -> VocabMaps:
+    """Map the tokens that spell nothing: EOS to EOS, BOS to BOS, all others to the tail.
+
+    A tokenizer's own tokens are all mapped to themselves.
+    """
+    if source.content_hash == target.content_hash:
+        maps[PLAIN, :-1] = np.where(source.known_ids(), np.arange(source.vocab_size), -1)
+    if source.start_id is not None and target.start_id is not None:
+        maps[:, source.start_id] = target.start_id
+    if source.eos_id is not None:  # after BOS: where one token is both, it is the end that is meant
+        maps[:, source.eos_id] = -1 if target.eos_id is None else target.eos_id
+    return maps
 
 
 def _first_tokens(

@@ -7,7 +7,7 @@ import pyarrow as pa
 from jaxtyping import Int
 
 from rayfuse.capture.top_k import TopLogprobs
-from rayfuse.schema import CAPTURED, build_list_column, codes, encode_logprobs, halfs, ints
+from rayfuse.schema import CAPTURED, build_list_column, codes, encode_probs, halfs, ints
 from rayfuse.storage.dataset import Reject
 from rayfuse.tokens import TextTokenizer
 
@@ -53,7 +53,7 @@ def build_captured(
             _join([record.top_ids.reshape(-1) for record in kept], np.int32), offsets * top_k, ints
         ),
         "top_logprobs": build_list_column(
-            _join([encode_logprobs(record.top_logprobs) for record in kept], np.uint8),
+            _join([encode_probs(np.exp(record.top_logprobs)) for record in kept], np.uint8),
             offsets * top_k,
             codes,
         ),

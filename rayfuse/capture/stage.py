@@ -13,7 +13,7 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy
 
-from rayfuse.align.task import AlignTask, align_committed
+from rayfuse.align.task import AlignTask, align_committed, plan_task
 from rayfuse.capture.engine import LoadEngine, load_transformers_engine
 from rayfuse.capture.record import build_captured, tokenise_rows
 from rayfuse.layout import Layout
@@ -97,7 +97,7 @@ def _plan_source(recipe: Recipe, layout: Layout, source: SourceSettings) -> Sour
     captured.drop_lost_shards()
     shards = sorted(layout.corpus.commits())
     todo = sorted(set(shards) - set(captured.commits()))
-    task = AlignTask(source, recipe.target, layout.corpus, captured, aligned)
+    task = plan_task(recipe, layout, source)
     return SourceWork(source, todo, len(shards), task)
 
 

@@ -1,8 +1,8 @@
 """Several aligned sources -> one distribution per target position, for one row.
 
-The choice or the weights go by each source's cross-entropy over the whole row, in nats per byte:
-the same bytes for every source, so tokenizers compare (FuseLLM, arXiv 2401.10491,
-section 3.3, with bytes for tokens).
+The choice or the weights go by each source's cross-entropy, at each position over the text that it
+is made for (`costs.py`): the same bytes for every source, so tokenizers compare (FuseLLM, arXiv
+2401.10491, section 3.3, with bytes for tokens).
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,11 @@ class AlignedRow:
     top_ids: Int[np.ndarray, "seq_len top_k"]
     top_probs: Float[np.ndarray, "seq_len top_k"]
     tail_probs: Float[np.ndarray, " seq_len"]
-    nats_per_byte: float
-    """Over the whole row; infinite if the source has nothing to say of it."""
+    costs: Float[np.ndarray, " seq_len"]
+    """Cross-entropy over the text that the choice at each position is made for; infinite if the
+    source has nothing to say of it."""
+    weight: float = 1.0
+    """Its share of a mean is multiplied by it; 0 leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -42,39 +45,61 @@ def fuse_row(sources: Sequence[AlignedRow], settings: FuseSettings) -> FusedRow:
     """Return one distribution per position from the sources that have a signal there.
 
     Args:
-        sources: At least one, all of the same row.
-        settings: The method and its temperature.
+        sources: All of the same row; at least one has a weight above 0.
+        settings: The method, its temperature, and what becomes of the tail.
     """
+    heard = [source for source in sources if source.weight > 0]
+    if settings.tail == "renormalise":
+        heard = [_drop_tail(source) for source in heard]
     if settings.method == "min_ce":
-        return _choose_source(sources)
-    return _average_sources(sources, settings.temperature)
+        return _choose_source(heard)
+    return _average_sources(heard, settings.temperature)
+
+
+def _drop_tail(source: AlignedRow) -> AlignedRow:
+    """Return a source whose head alone sums to 1; without a head there is no signal."""
+    head = source.top_probs.sum(axis=1)
+    scale = np.divide(1.0, head, out=np.zeros_like(head), where=head > 0)
+    return AlignedRow(
+        has_signal=source.has_signal & (head > 0),
+        top_ids=source.top_ids,
+        top_probs=source.top_probs * scale[:, None],
+        tail_probs=np.zeros_like(source.tail_probs),
+        costs=source.costs,
+        weight=source.weight,
+    )
 
 
 def _choose_source(sources: Sequence[AlignedRow]) -> FusedRow:
-    """Take at each position the source with the lowest cross-entropy of those with a signal."""
-    order = np.argsort([source.nats_per_byte for source in sources], kind="stable")
-    ranked = [sources[index] for index in order]
-    best = ranked[0]
-    has_signal = best.has_signal.copy()
+    """Take at each position the source with the lowest cost of those with a signal there."""
+    winners = choose_cheapest(sources)
+    best = sources[0]
     ids, probs, tail = best.top_ids.copy(), best.top_probs.copy(), best.tail_probs.copy()
-    for source in ranked[1:]:
-        fills = source.has_signal & ~has_signal
-        ids[fills], probs[fills] = source.top_ids[fills], source.top_probs[fills]
-        tail[fills] = source.tail_probs[fills]
-        has_signal |= fills
-    return FusedRow(has_signal, ids, probs, tail)
+    for number, source in enumerate(sources[1:], 1):
+        wins = winners == number
+        ids[wins], probs[wins] = source.top_ids[wins], source.top_probs[wins]
+        tail[wins] = source.tail_probs[wins]
+    return FusedRow(winners >= 0, ids, probs, tail)
+
+
+def choose_cheapest(sources: Sequence[AlignedRow]) -> Int[np.ndarray, " seq_len"]:
+    """Return which source has the lowest cost among those with a signal; -1 where none has one.
+
+    Ties go to the source that stands first in the recipe.
+    """
+    signals = np.stack([source.has_signal for source in sources])
+    costs = np.where(signals, np.stack([source.costs for source in sources]), np.inf)
+    return np.where(signals.any(axis=0), costs.argmin(axis=0), -1)
 
 
 def _average_sources(sources: Sequence[AlignedRow], temperature: float) -> FusedRow:
-    """Take the mean of the sources with a signal, weighted by softmax(-nats per byte / T)."""
-    costs = np.array([source.nats_per_byte for source in sources], dtype=np.float64)
-    finite = np.isfinite(costs)
-    lowest = costs[finite].min() if finite.any() else 0.0
-    scores = np.where(finite, np.exp(-(np.where(finite, costs, 0.0) - lowest) / temperature), 0.0)
+    """Take the mean of the sources with a signal, weighted by softmax(-cost / temperature)."""
     signals = np.stack([source.has_signal for source in sources])  # num_sources seq_len
-    weights = scores[:, None] * signals
+    costs = np.where(signals, np.stack([source.costs for source in sources]), np.inf)
+    lowest = np.where(signals.any(axis=0), costs.min(axis=0), 0.0)
+    scores = np.exp(-(costs - lowest) / temperature)
+    weights = scores * np.array([source.weight for source in sources])[:, None]
     total = weights.sum(axis=0)
-    has_signal = total > 0
     weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
     ids = np.concatenate([source.top_ids for source in sources], axis=1)
     probs = np.concatenate(
@@ -85,9 +110,8 @@ def _average_sources(sources: Sequence[AlignedRow], temperature: float) -> Fused
         axis=1,
     )
     tails = np.stack([source.tail_probs for source in sources])
-    tail = (tails * weights).sum(axis=0)
     ids, probs = _add_equal_ids(np.where(probs > 0, ids, -1), probs)
-    return FusedRow(has_signal, ids, probs, tail)
+    return FusedRow(total > 0, ids, probs, (tails * weights).sum(axis=0))
 
 
 def _add_equal_ids(

@@ -1,7 +1,7 @@
 """Rows of a step -> micro-batches: shards are read, sources fused, rows put side by side."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
+from rayfuse.fuse.costs import cost_of_positions, cost_of_rows
 from rayfuse.fuse.fuse import AlignedRow, FusedRow, fuse_row
 from rayfuse.recipe import FuseSettings
-from rayfuse.schema import decode_logprobs, flatten_column
+from rayfuse.schema import decode_probs, flatten_column
 from rayfuse.storage.dataset import Commit, DataSet, ShardError
 from rayfuse.train.order import WINDOW_SHARDS, order_rows, rows_of_step, share_of_worker
 
@@ -38,12 +39,7 @@ class OpenShard:
 
     target_ids: np.ndarray
     offsets: np.ndarray
-    num_bytes: np.ndarray
     sources: tuple["OpenSource", ...]
-
-    def row_ids(self, row: int) -> Int[np.ndarray, " seq_len"]:
-        """Return a row's target tokens."""
-        return self.target_ids[self.offsets[row] : self.offsets[row + 1]]
 
 
 @dataclass(frozen=True)
@@ -54,27 +50,49 @@ class OpenSource:
     top_ids: np.ndarray
     differences: np.ndarray
     tail_logprobs: np.ndarray
-    nats: np.ndarray
+    nats_per_byte: np.ndarray
+    row_costs: np.ndarray
+    """Of each row, or of the document that it belongs to."""
+    weight: float
 
-    def read_row(self, part: slice, nats_per_byte: float) -> AlignedRow:
+    def read_row(
+        self, row: int, part: slice, num_bytes: np.ndarray, settings: FuseSettings
+    ) -> AlignedRow:
         """Return what the source says of the positions of one row."""
-        top_ids, tails = self.top_ids[part], self.tail_logprobs[part].astype(np.float64)
-        logprobs = decode_logprobs(self.differences[part].reshape(-1), top_ids, tails)
+        top_ids, tails = self.top_ids[part], self.tail_logprobs[part]
         return AlignedRow(
             has_signal=self.has_signal[part],
             top_ids=top_ids,
-            top_probs=np.exp(logprobs),
-            tail_probs=np.exp(tails),
-            nats_per_byte=nats_per_byte,
+            top_probs=decode_probs(self.differences[part].reshape(-1), top_ids, tails),
+            tail_probs=np.exp(tails.astype(np.float32)),
+            costs=cost_of_positions(
+                self.nats_per_byte[part], num_bytes, float(self.row_costs[row]), settings
+            ),
+            weight=self.weight,
         )
 
 
 class RowReader:
     """Reads rows of the corpus zipped with every source; keeps the last few shards open."""
 
-    def __init__(self, corpus: DataSet, aligned: Sequence[DataSet], fuse: FuseSettings) -> None:
-        self.fuse = fuse
-        self.data = [corpus, *aligned]
+    def __init__(
+        self,
+        corpus: DataSet,
+        aligned: Mapping[str, DataSet],
+        fuse: FuseSettings,
+        token_bytes: Int[np.ndarray, " vocab"],
+    ) -> None:
+        """Open nothing yet.
+
+        Args:
+            corpus: The rows.
+            aligned: What each source says of them, by its name; none for CLM.
+            fuse: How sources become one.
+            token_bytes: How many bytes each target token spells.
+        """
+        self.fuse, self.token_bytes = fuse, token_bytes
+        self.data = [corpus, *aligned.values()]
+        self.weights = [fuse.weights.get(name, 1.0) for name in aligned]
         self.commits: list[dict[int, Commit]] = [data.commits() for data in self.data]
         self.open: OrderedDict[int, OpenShard] = OrderedDict()
 
@@ -91,11 +109,10 @@ class RowReader:
         """
         opened = self._open_shard(shard)
         part = slice(opened.offsets[row], opened.offsets[row + 1])
-        num_bytes = opened.num_bytes[row]
-        sources = [
-            source.read_row(part, float(source.nats[row] / num_bytes)) for source in opened.sources
-        ]
-        return opened.row_ids(row), fuse_row(sources, self.fuse) if sources else None
+        token_ids = opened.target_ids[part]
+        num_bytes = np.append(self.token_bytes[token_ids[1:]], 0)  # of the next token
+        sources = [source.read_row(row, part, num_bytes, self.fuse) for source in opened.sources]
+        return token_ids, fuse_row(sources, self.fuse) if sources else None
 
     def _open_shard(self, shard: int) -> OpenShard:
         if shard not in self.open:
@@ -116,23 +133,32 @@ class RowReader:
             if table["row_id"].to_pylist() != row_ids:
                 raise ShardError(f"{data.folder}: shard {shard} does not hold the corpus' rows")
         target_ids, offsets = flatten_column(corpus, "target_ids")
-        return OpenShard(
-            target_ids=target_ids,
-            offsets=offsets,
-            num_bytes=corpus["num_bytes"].to_numpy(),
-            sources=tuple(_open_source(table, len(target_ids)) for table in aligned),
+        sources = (
+            self._open_source(corpus, table, weight, len(target_ids))
+            for table, weight in zip(aligned, self.weights, strict=True)
         )
+        return OpenShard(target_ids=target_ids, offsets=offsets, sources=tuple(sources))
 
-
-def _open_source(table: pa.Table, num_tokens: int) -> OpenSource:
-    top_ids = flatten_column(table, "top_ids")[0].reshape(num_tokens, -1)
-    return OpenSource(
-        has_signal=flatten_column(table, "has_signal")[0],
-        top_ids=top_ids,
-        differences=flatten_column(table, "top_logprobs")[0].reshape(top_ids.shape),
-        tail_logprobs=flatten_column(table, "tail_logprobs")[0],
-        nats=table["nats"].to_numpy(),
-    )
+    def _open_source(
+        self, corpus: pa.Table, table: pa.Table, weight: float, num_tokens: int
+    ) -> OpenSource:
+        top_ids = flatten_column(table, "top_ids")[0].reshape(num_tokens, -1)
+        per_byte = self.fuse.cost == "nats_per_byte"
+        documents = np.unique(corpus["doc_id"].to_pylist(), return_inverse=True)[1]
+        row_costs = cost_of_rows(
+            table["nats"].to_numpy(),
+            (corpus["num_bytes"] if per_byte else table["num_tokens"]).to_numpy(),
+            documents if self.fuse.unit == "document" else None,
+        )
+        return OpenSource(
+            has_signal=flatten_column(table, "has_signal")[0],
+            top_ids=top_ids,
+            differences=flatten_column(table, "top_logprobs")[0].reshape(top_ids.shape),
+            tail_logprobs=flatten_column(table, "tail_logprobs")[0],
+            nats_per_byte=flatten_column(table, "nats_per_byte")[0],
+            row_costs=row_costs,
+            weight=weight,
+        )
 
 
 def build_micro_batch(

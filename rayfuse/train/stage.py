@@ -28,7 +28,7 @@ class WorkerTask:
     run: TrainRun
     store: Store
     corpus: DataSet
-    aligned: tuple[DataSet, ...]
+    aligned: dict[str, DataSet]
     """Empty for the run without fusion."""
     use_gpu: bool
     board: Any
@@ -96,7 +96,7 @@ def _plan_run(recipe: Recipe, layout: Layout, run: TrainRun, board: Any) -> Work
         run=run,
         store=layout.store,
         corpus=layout.corpus,
-        aligned=tuple(layout.aligned.values()) if is_fused else (),
+        aligned=layout.aligned if is_fused else {},
         use_gpu=use_gpu,
         board=board,
     )
@@ -126,6 +126,7 @@ def _fit(task: WorkerTask) -> None:
 
 def _train_worker(config: dict[str, Any]) -> None:
     """Train one worker's share of a run; rank 0 writes metrics and the model."""
+    from rayfuse.model_files import load_recipe_tokenizer
     from rayfuse.models import load_causal_lm, resolve_dtype
     from rayfuse.train.engine import FusionModel, build_engine, save_model
     from rayfuse.train.feed import RowReader, iterate_steps
@@ -137,7 +138,8 @@ def _train_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     device = "cuda" if task.use_gpu else "cpu"
-    reader = RowReader(task.corpus, task.aligned, recipe.fuse)
+    token_bytes = load_recipe_tokenizer(recipe.target).count_bytes()
+    reader = RowReader(task.corpus, task.aligned, recipe.fuse, token_bytes)
     num_steps = count_steps(sum(reader.rows_per_shard), settings.rows_per_step, settings.epochs)
     lm = load_causal_lm(
         recipe.target.model,

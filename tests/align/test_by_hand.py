@@ -18,12 +18,12 @@ from rayfuse.align.boundaries import SpelledVocabulary
 from rayfuse.align.shard import Alignment, align_shard
 from rayfuse.capture.record import build_captured
 from rayfuse.capture.top_k import TopLogprobs
-from rayfuse.schema import CORPUS, decode_logprobs, flatten_column
+from rayfuse.schema import CORPUS, decode_probs, flatten_column
 
 SOURCE = ["<s>", "the", " c", "at", "s", " cats", "</s>"]
 TARGET = ["<s>", "th", "e", " cat", "s", "the", " c", "</s>"]
 #          source ids: the=1, _c=2, at=3, s=4, _cats=5, </s>=6
-VOCAB_MAP = np.array([-1, 5, 6, -1, 4, 3, 7], dtype=np.int32)  # "_cats" begins with "_cat"
+VOCAB_MAP = np.array([-1, 5, 6, -1, 4, 3, 7, -1], dtype=np.int32)  # "_cats" begins with "_cat"
 
 SOURCE_IDS = np.array([0, 1, 2, 3, 4, 6], dtype=np.int32)
 TARGET_IDS = np.array([0, 1, 2, 3, 4, 7], dtype=np.int32)
@@ -44,6 +44,7 @@ def spell(tokens: list[str]) -> SpelledVocabulary:
         adds_blank=False,
         eos_id=len(tokens) - 1,
         start_id=0,
+        tokenizer=None,
     )
 
 
@@ -67,18 +68,20 @@ def align_example() -> tuple[pa.Table, dict[str, float]]:
         next_logprobs=np.log(NEXT_PROBS),
     )
     captured, _ = build_captured(corpus, [SOURCE_IDS], [record], eos_id=6)
-    return align_shard(corpus, captured, Alignment(spell(SOURCE), spell(TARGET), VOCAB_MAP))
+    return align_shard(
+        corpus, captured, Alignment(spell(SOURCE), spell(TARGET), np.stack([VOCAB_MAP] * 3))
+    )
 
 
 def distributions(table: pa.Table) -> list[dict[str, float]]:
     """Return each target position's distribution, by token and `tail`."""
     top_ids = flatten_column(table, "top_ids")[0].reshape(-1, 2)
     tails = flatten_column(table, "tail_logprobs")[0].astype(float)
-    logprobs = decode_logprobs(flatten_column(table, "top_logprobs")[0], top_ids, tails)
+    probs = decode_probs(flatten_column(table, "top_logprobs")[0], top_ids, tails)
     return [
-        {TARGET[i]: float(np.exp(x)) for i, x in zip(ids, row, strict=True) if i >= 0}
+        {TARGET[i]: float(p) for i, p in zip(ids, row, strict=True) if i >= 0}
         | {"tail": float(np.exp(tail))}
-        for ids, row, tail in zip(top_ids, logprobs, tails, strict=True)
+        for ids, row, tail in zip(top_ids, probs, tails, strict=True)
     ]
 
 

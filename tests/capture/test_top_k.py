@@ -12,7 +12,7 @@ from rayfuse.corpus.documents import Document
 from rayfuse.corpus.shards import build_rows
 from rayfuse.model_files import load_recipe_tokenizer
 from rayfuse.recipe import CaptureSettings, ModelSettings
-from rayfuse.schema import decode_logprobs, flatten_column
+from rayfuse.schema import decode_probs, flatten_column
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 
 FAMILIES = ["llama", "mistral", "qwen2", "gpt_neox", "gpt2", "mpt"]
@@ -116,11 +116,11 @@ def test_captured_columns_give_back_the_record(tmp_path):
     top_ids = flatten_column(table, "top_ids")[0].reshape(-1, 6)
     np.testing.assert_array_equal(top_ids, np.concatenate([record.top_ids for record in records]))
     tails = flatten_column(table, "tail_logprobs")[0]
-    stored = decode_logprobs(flatten_column(table, "top_logprobs")[0], top_ids, tails)
+    stored = decode_probs(flatten_column(table, "top_logprobs")[0], top_ids, tails)
     exact = np.concatenate([record.top_logprobs for record in records])
-    np.testing.assert_allclose(stored, exact, atol=0.1)
-    np.testing.assert_allclose(np.exp(stored).sum(1) + np.exp(tails.astype(float)), 1, atol=1e-12)
-    divergence = (np.exp(exact) * (exact - stored)).sum(axis=1).mean()
+    np.testing.assert_allclose(np.log(stored), exact, atol=0.1)
+    np.testing.assert_allclose(stored.sum(1) + np.exp(tails.astype(float)), 1, atol=1e-6)
+    divergence = (np.exp(exact) * (exact - np.log(stored))).sum(axis=1).mean()
     assert abs(divergence) < 1e-3
     for row, record, nats in zip(rows, records, table["nats"].to_pylist(), strict=True):
         assert row[-1] == tokenizer.eos_id

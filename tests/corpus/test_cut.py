@@ -11,8 +11,8 @@ from rayfuse.tokens import build_tokenizer
 from tests.fakes import SAMPLE, byte_level_tokenizer, sentencepiece_tokenizer
 
 TOKENIZERS = [
-    build_tokenizer(byte_level_tokenizer(280).to_str(), name="byte", start_id=0, eos_id=0),
-    build_tokenizer(sentencepiece_tokenizer(330).to_str(), name="sp", start_id=1, eos_id=2),
+    build_tokenizer(byte_level_tokenizer(280).to_str(), start_id=0, eos_id=0),
+    build_tokenizer(sentencepiece_tokenizer(330).to_str(), start_id=1, eos_id=2),
 ]
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=400)
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -17,7 +19,7 @@ def random_source(seed: int, nats_per_byte: float, seq_len: int = 7) -> AlignedR
         top_ids=np.stack([random.permutation(6)[:3] for _ in range(seq_len)]).astype(np.int32),
         top_probs=probs[:, :3],
         tail_probs=probs[:, 3],
-        nats_per_byte=nats_per_byte,
+        costs=np.full(seq_len, nats_per_byte),
     )
 
 
@@ -65,9 +67,7 @@ def test_fused_distributions_sum_to_one_and_hold_no_token_twice(seed):
 @pytest.mark.parametrize("settings", [MIN_CE, AVG_CE])
 def test_a_rejected_source_changes_nothing(settings):
     good, bad = random_source(5, 0.5), random_source(6, float("inf"))
-    silent = AlignedRow(
-        np.zeros(7, dtype=bool), bad.top_ids, bad.top_probs, bad.tail_probs, float("inf")
-    )
+    silent = replace(bad, has_signal=np.zeros(7, dtype=bool))
     alone, beside = fuse_row([good], settings), fuse_row([silent, good], settings)
     np.testing.assert_array_equal(alone.has_signal, beside.has_signal)
     for t in np.flatnonzero(alone.has_signal):
@@ -84,3 +84,41 @@ def test_a_colder_temperature_trusts_the_cheaper_source_more():
     ]
     near = sources[0].tail_probs[t]
     assert abs(tails[2] - near) < abs(tails[1] - near) < abs(tails[0] - near)
+
+
+@pytest.mark.parametrize("settings", [MIN_CE, AVG_CE])
+def test_a_source_of_weight_0_changes_nothing_to_the_bit(settings):
+    heard, unheard = random_source(9, 0.5), replace(random_source(10, 0.1), weight=0.0)
+    alone, beside = fuse_row([heard], settings), fuse_row([unheard, heard], settings)
+    for name in ("has_signal", "top_ids", "top_probs", "tail_probs"):
+        np.testing.assert_array_equal(getattr(alone, name), getattr(beside, name))
+
+
+def test_a_weight_multiplies_a_sources_share_of_the_mean():
+    sources = [random_source(11, 0.5), replace(random_source(12, 0.5), weight=3.0)]
+    fused = fuse_row(sources, AVG_CE)
+    both = np.flatnonzero(sources[0].has_signal & sources[1].has_signal)
+    expected = 0.25 * sources[0].tail_probs + 0.75 * sources[1].tail_probs
+    np.testing.assert_allclose(fused.tail_probs[both], expected[both])
+
+
+@pytest.mark.parametrize("settings", [MIN_CE, AVG_CE])
+def test_a_choice_may_differ_from_position_to_position(settings):
+    left, right = (
+        replace(random_source(seed, 0.0), has_signal=np.ones(7, dtype=bool)) for seed in (13, 14)
+    )
+    left = replace(left, costs=np.array([0.1, 9, 9, 0.1, 9, 0.1, 0.1]))
+    right = replace(right, costs=np.array([9, 0.1, 0.1, 9, 0.1, 9, 9]))
+    fused = fuse_row([left, right], settings)
+    for t in range(7):
+        cheap = left if left.costs[t] < right.costs[t] else right
+        assert fused.tail_probs[t] == pytest.approx(cheap.tail_probs[t], abs=1e-3)
+
+
+def test_renormalising_leaves_the_tail_out_and_scales_the_head_to_one():
+    source = random_source(15, 0.5)
+    fused = fuse_row([source], FuseSettings(tail="renormalise"))
+    np.testing.assert_array_equal(fused.has_signal, source.has_signal)
+    head = source.top_probs / source.top_probs.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(fused.top_probs[source.has_signal], head[source.has_signal])
+    assert not fused.tail_probs.any()

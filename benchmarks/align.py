@@ -1,0 +1,113 @@
+"""How fast the bytes method aligns and maps: target tokens a second on one core.
+
+    python benchmarks/align.py [--data DIR] [--json]
+
+Real text and tokenizers (gpt-neox-20b to phi-3-mini), top 10; the records' numbers are made up.
+Timed is `align_shard`, Arrow table to Arrow table: tokens placed and matched, distributions
+decoded, mapped, merged and encoded. Rows of 512, 2,048 and 8,192 tokens, interleaved; each figure
+is the median of several runs. `--profile` shows where the time goes.
+"""
+
+import argparse
+import cProfile
+import gzip
+import json
+import os
+import pstats
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pyarrow as pa
+from synthetic import make_captured, make_corpus
+
+from rayfuse.align.boundaries import spell_vocabulary
+from rayfuse.align.shard import Alignment, align_shard
+from rayfuse.align.vocab_map import map_vocabulary
+from rayfuse.schema import flatten_column
+from rayfuse.tokens import load_tokenizer
+
+BAR = 1_000_000
+DOMAINS = ("wiki", "books", "code", "math", "web", "legal", "multilingual")
+ROW_TOKENS = (512, 2048, 8192)
+RUNS = 9
+
+
+def read_texts(data: Path, domain: str, num_chars: int) -> list[str]:
+    """Return the first documents of a domain's training text."""
+    texts: list[str] = []
+    with gzip.open(data / f"corpus/{domain}/train.jsonl.gz", "rt", encoding="utf-8") as lines:
+        for line in lines:
+            texts.append(json.loads(line)["text"])
+            if sum(map(len, texts)) > num_chars:
+                break
+    return texts
+
+
+def time_shard(corpus: pa.Table, captured: pa.Table, alignment: Alignment) -> float:
+    """Return target tokens a second of one run."""
+    began = time.perf_counter()
+    align_shard(corpus, captured, alignment)
+    return len(flatten_column(corpus, "target_ids")[0]) / (time.perf_counter() - began)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared/data")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--top-k", type=int, default=10)
+    parser.add_argument("--uniform", action="store_true", help="entries of any tokens, rare ones")
+    arguments = parser.parse_args()
+    folder = arguments.data / "tokenizers"
+    source, target = (load_tokenizer(str(folder / n)) for n in ("gpt-neox-20b", "phi-3-mini"))
+    alignment = Alignment(
+        spell_vocabulary(source), spell_vocabulary(target), map_vocabulary(source, target)
+    )
+    text = "\n".join(
+        piece for domain in DOMAINS for piece in read_texts(arguments.data, domain, 250_000)
+    )
+    shards: dict[int, tuple[pa.Table, pa.Table]] = {}
+    for row_tokens in ROW_TOKENS:
+        corpus = make_corpus([text], target, max_tokens=row_tokens)
+        shards[row_tokens] = (
+            corpus,
+            make_captured(corpus, source, top_k=arguments.top_k, uniform=arguments.uniform),
+        )
+    if arguments.profile:
+        align_shard(*shards[2048], alignment)  # the first run pays for cold memory
+        profile = cProfile.Profile()
+        profile.runcall(align_shard, *shards[2048], alignment)
+        pstats.Stats(profile).sort_stats("tottime").print_stats(15)
+        return
+    speeds: dict[int, list[float]] = {row_tokens: [] for row_tokens in ROW_TOKENS}
+    for _ in range(RUNS):
+        for row_tokens, (corpus, captured) in shards.items():
+            speeds[row_tokens].append(time_shard(corpus, captured, alignment))
+    medians = {row_tokens: float(np.median(each)) for row_tokens, each in speeds.items()}
+    result = {
+        "benchmark": "align",
+        "value": round(medians[2048]),
+        "unit": "target tokens/s/core",
+        "bar": BAR,
+        "holds": medians[2048] >= BAR,
+        "top_k": arguments.top_k,
+        "entries": "any tokens" if arguments.uniform else "tokens by their frequency",
+        "by_row_tokens": {str(row_tokens): round(each) for row_tokens, each in medians.items()},
+        "best": {str(row_tokens): round(max(each)) for row_tokens, each in speeds.items()},
+        "tokens": len(flatten_column(shards[2048][0], "target_ids")[0]),
+        "runs": RUNS,
+    }
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    for row_tokens, median in medians.items():
+        print(f"rows of {row_tokens:>5} tokens: {median:>12,.0f} target tokens/s/core")
+    print(f"bar {BAR:,}: {'holds' if result['holds'] else 'MISSED'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What share of target positions each method gives a signal to: all pairs of tokenizers, by domain.
+
+    python benchmarks/coverage.py [--data DIR] [--json]
+
+Prints a Markdown table: `bytes / exact / mined`, percent of target positions. `mined` counts the
+positions that the papers' rule accepts, with its own vocabulary map.
+"""
+
+import argparse
+import json
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+from align import DOMAINS, read_texts
+
+from rayfuse.align.boundaries import PlacedTokens, SpelledVocabulary, place_tokens, spell_vocabulary
+from rayfuse.align.edit_distance import match_by_edit_distance
+from rayfuse.align.matches import keep_one_to_one, match_positions
+from rayfuse.align.vocab_map import build_maps, map_to_nearest
+from rayfuse.tokens import TextTokenizer, load_tokenizer
+
+NAMES = (
+    *("gpt2", "gpt-neox-20b", "mistral-7b", "open-llama-3b", "phi-3-mini", "stories260k"),
+    *("t5-small", "bert-base-uncased"),
+)
+ROW_CHARACTERS, ROWS = 3000, 10
+
+Placed = tuple[PlacedTokens, np.ndarray, SpelledVocabulary]
+
+
+def place(tokenizer: TextTokenizer, texts: list[str]) -> Placed:
+    """Return texts in a tokenizer's tokens."""
+    rows = tokenizer.encode_rows(texts, [True] * len(texts))
+    offsets = np.cumsum([0, *(len(row) for row in rows)])
+    vocabulary = spell_vocabulary(tokenizer)
+    encoded = [text.encode() for text in texts]
+    return place_tokens(np.concatenate(rows), offsets, encoded, vocabulary), offsets, vocabulary
+
+
+def share_of_methods(source: Placed, target: Placed, maps: np.ndarray) -> list[float]:
+    """Return the percent of target positions with a signal: bytes, exact, mined."""
+    matches = match_positions(source[0], target[0])
+    exact = keep_one_to_one(matches, source[0], target[0])
+    vocabularies = source[2], target[2]
+    mined = match_by_edit_distance(source[0], target[0], source[1], target[1], vocabularies, maps)
+    positions = int(target[0].has_next.sum())
+    return [100 * len(each.target_at) / positions for each in (matches, exact, mined)]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared/data")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    folder = arguments.data / "tokenizers"
+    tokenizers = {name: load_tokenizer(str(folder / name)) for name in NAMES}
+    rows: dict[str, list[str]] = {}
+    for domain in DOMAINS:
+        text = "\n".join(read_texts(arguments.data, domain, ROW_CHARACTERS * ROWS))
+        starts = range(0, ROW_CHARACTERS * ROWS, ROW_CHARACTERS)
+        rows[domain] = [text[start : start + ROW_CHARACTERS] for start in starts]
+    placed = {
+        (name, domain): place(tokenizer, rows[domain])
+        for name, tokenizer in tokenizers.items()
+        for domain in DOMAINS
+    }
+    result: dict[str, dict[str, list[float]]] = {}
+    for ours, theirs in permutations(NAMES, 2):
+        source, target = tokenizers[ours], tokenizers[theirs]
+        maps = build_maps(map_to_nearest(range(source.vocab_size), source, target), source, target)
+        result[f"{ours} → {theirs}"] = {
+            domain: share_of_methods(placed[ours, domain], placed[theirs, domain], maps)
+            for domain in DOMAINS
+        }
+    if arguments.json:
+        print(json.dumps(result, ensure_ascii=False))
+        return
+    print(f"| source → target | {' | '.join(DOMAINS)} |")
+    print(f"| --- |{' --- |' * len(DOMAINS)}")
+    for pair, shares in result.items():
+        cells = [" / ".join(f"{share:.0f}" for share in shares[domain]) for domain in DOMAINS]
+        print(f"| {pair} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

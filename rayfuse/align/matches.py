@@ -1,0 +1,114 @@
+"""Which source position each target position learns from."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+
+from rayfuse.align.boundaries import Fault, PlacedTokens
+
+NO_SHARED_BOUNDARY = "no shared boundary"
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Target positions, the source positions they learn from, and why the others learn nothing."""
+
+    target_at: Int[np.ndarray, " matches"]
+    source_at: Int[np.ndarray, " matches"]
+    source_until: Int[np.ndarray, " matches"]
+    """The source position that starts where the target's next token ends, or the first beyond."""
+    unmatched: dict[str, int]
+    """Target positions without a match, by reason."""
+
+    def part(self, part: slice) -> "Matches":
+        """Return a run of the matches, nothing of what is unmatched."""
+        return Matches(
+            self.target_at[part], self.source_at[part], self.source_until[part], unmatched={}
+        )
+
+    def select(self, kept: Bool[np.ndarray, " matches"], reason: str) -> "Matches":
+        """Return some of the matches, the others counted under a reason."""
+        dropped = int((~kept).sum())
+        unmatched = self.unmatched | {reason: self.unmatched.get(reason, 0) + dropped}
+        return Matches(
+            self.target_at[kept],
+            self.source_at[kept],
+            self.source_until[kept],
+            {name: count for name, count in unmatched.items() if count},
+        )
+
+
+def match_positions(source: PlacedTokens, target: PlacedTokens) -> Matches:
+    """Return the target positions that start at the same byte as a source position.
+
+    Both models speak there of the same bytes to come. All source tokens from there to the end of
+    the target's next token must spell the text, so that their probabilities multiply to its own.
+    """
+    target_at = np.flatnonzero(target.has_next)
+    if not len(source.ids) or not len(target_at):
+        none = np.zeros(0, dtype=np.int64)
+        return Matches(none, none, none, {NO_SHARED_BOUNDARY: len(target_at)})
+    source_at = _find_same_byte(source, target, target_at)
+    is_shared = (source_at >= 0) & (source.next_is_eos[source_at] == target.next_is_eos[target_at])
+    stops = target.ends[np.minimum(target_at + 1, len(target.ends) - 1)]
+    source_until = np.searchsorted(source.ends, stops)
+    # A target token within one source token, and EOS, have a chain of that one token.
+    source_until = np.minimum(np.maximum(source_until, source_at + 1), len(source.ends) - 1)
+    faults_before = np.concatenate([[0], np.cumsum(source.faults > 0)])
+    is_broken = faults_before[source_until] > faults_before[source_at]
+    is_target_sound = target.faults[target_at] == Fault.NONE
+    kept = is_shared & is_target_sound & ~is_broken
+    reasons = _count_faults("target", target.faults[target_at])
+    broken = source_at[is_shared & is_target_sound & is_broken]
+    reasons |= _count_faults("source", _first_fault(source, broken))
+    reasons[NO_SHARED_BOUNDARY] = int((is_target_sound & ~is_shared).sum())
+    return Matches(
+        target_at[kept],
+        source_at[kept],
+        source_until[kept],
+        {reason: count for reason, count in reasons.items() if count},
+    )
+
+
+def keep_one_to_one(matches: Matches, source: PlacedTokens, target: PlacedTokens) -> Matches:
+    """Return the matches where one source token spells exactly the target's next token."""
+    is_single = matches.source_until == matches.source_at + 1
+    same_end = source.ends[matches.source_until] == target.ends[matches.target_at + 1]
+    return matches.select(is_single & same_end, "not one token to one")
+
+
+def _find_same_byte(
+    source: PlacedTokens, target: PlacedTokens, target_at: Int[np.ndarray, " positions"]
+) -> Int[np.ndarray, " positions"]:
+    """Return the source position that starts where each target position does, -1 where none does.
+
+    Two start at one byte where a token is nothing but a blank that the text does not have: one
+    before it, one behind it. The target's position is paired with the one of its own kind.
+    """
+    last_byte = max(source.ends.max(initial=0), target.ends.max(initial=0))
+    bytes_of_target = target.ends[target_at]
+    has_blank = target.next_has_blank[target_at]
+    found: list[np.ndarray] = []
+    for kind in (False, True):
+        at = np.flatnonzero(source.has_next & (source.next_has_blank == kind))
+        index = np.full(int(last_byte) + 1, -1, dtype=np.int64)
+        index[source.ends[at]] = at
+        found.append(index[bytes_of_target])
+    same, other = np.where(has_blank, found[::-1], found)
+    return np.where(same >= 0, same, other)
+
+
+def _first_fault(
+    source: PlacedTokens, at: Int[np.ndarray, " positions"]
+) -> UInt8[np.ndarray, " positions"]:
+    """Return the first fault at or after each position."""
+    faulty = np.flatnonzero(source.faults)
+    if not len(faulty):
+        return np.zeros(len(at), dtype=np.uint8)
+    return source.faults[faulty[np.minimum(np.searchsorted(faulty, at), len(faulty) - 1)]]
+
+
+def _count_faults(side: str, faults: UInt8[np.ndarray, " positions"]) -> dict[str, int]:
+    counts = np.bincount(faults, minlength=len(Fault))
+    return {f"{side}: {fault.reason}": int(counts[fault]) for fault in Fault if fault}

@@ -1,0 +1,140 @@
+"""What `rayfuse inspect` does: pairs of tokenizers or a recipe in, numbers and a picture out."""
+
+from pathlib import Path
+from typing import Any
+
+from rayfuse.align.inspect import align_texts, report_pair
+from rayfuse.align.picture import build_picture
+from rayfuse.align.shard import align_shard
+from rayfuse.align.task import load_alignment, plan_task
+from rayfuse.layout import Layout, plan_layout
+from rayfuse.model_files import load_recipe_tokenizer
+from rayfuse.recipe import Recipe, read_recipe
+from rayfuse.tokens import TextTokenizer, load_tokenizer
+
+PIECE_CHARACTERS = 20_000
+"""A text file is cut into pieces of about this length, at line ends."""
+
+SAMPLE = """The quick brown fox jumps over the lazy dog, 1,234 times in 2024; isn't that odd?
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)  # no check
+
+漢字かな交じり文と、中文句子。 Zwölf Boxkämpfer jagen Viktor. Съешь ещё этих мягких булок.
+"""
+"""What is tokenised where no text is given."""
+
+
+def inspect_pairs(
+    source: str, target: str | None, text: Path | None, picture: Path | None
+) -> dict[str, dict[str, Any]]:
+    """Return the numbers of each pair by its name, and write the picture of the first.
+
+    Args:
+        source: A tokenizer's folder or hub id, or a recipe file.
+        target: A tokenizer; with a recipe the name of one of its sources, or nothing for all.
+        text: A file to tokenise; a sample without it.
+        picture: An HTML file to write.
+
+    Raises:
+        ValueError: A tokenizer cannot be loaded, the text cannot be read, or a pair cannot be
+            aligned.
+    """
+    texts = _read_pieces(text)
+    results: dict[str, dict[str, Any]] = {}
+    recipe = read_recipe(source) if source.endswith((".yaml", ".yml")) else None
+    for name, ours, theirs in _list_pairs(source, target, recipe):
+        aligned = align_texts(texts, ours, theirs)
+        report = report_pair(aligned)
+        if picture is not None and not results:
+            names = (name, recipe.target.model if recipe else str(target))
+            picture.write_text(build_picture(aligned, report, names), encoding="utf-8")
+        results[name] = report.as_json() | _measure_mass(recipe, name)
+    return results
+
+
+def _list_pairs(
+    source: str, target: str | None, recipe: Recipe | None
+) -> list[tuple[str, TextTokenizer, TextTokenizer]]:
+    if recipe is None:
+        if target is None:
+            raise ValueError(f"inspect {source}: give a second tokenizer to align it with")
+        return [(source, load_tokenizer(source), load_tokenizer(target))]
+    names = [each.name for each in recipe.sources]
+    if target is not None and target not in names:
+        raise ValueError(f"{target!r} is no source of {source}; sources: {', '.join(names)}")
+    theirs = load_recipe_tokenizer(recipe.target)
+    return [
+        (each.name, load_recipe_tokenizer(each), theirs)
+        for each in recipe.sources
+        if target in (None, each.name)
+    ]
+
+
+def _read_pieces(path: Path | None) -> list[str]:
+    if path is None:
+        return [SAMPLE]
+    try:
+        whole = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--text is {str(path)!r}, which cannot be read: {error}") from error
+    if not whole:
+        raise ValueError(f"--text is {str(path)!r}, which is empty; give a file with some text")
+    pieces, size = [""], 0
+    for line in whole.splitlines(keepends=True):
+        if size > PIECE_CHARACTERS:
+            pieces.append("")
+            size = 0
+        pieces[-1] += line
+        size += len(line)
+    return pieces
+
+
+def _measure_mass(recipe: Recipe | None, name: str) -> dict[str, Any]:
+    """Return how much of the captured probability mapping keeps, if something is captured."""
+    if recipe is None:
+        return {}
+    layout = plan_layout(recipe)
+    commits = layout.captured[name].commits()
+    if not commits or not _is_map_ready(layout, name):
+        return {}
+    source = next(each for each in recipe.sources if each.name == name)
+    task = plan_task(recipe, layout, source)
+    shard = min(commits)
+    table = layout.captured[name].read_shard(commits[shard])
+    corpus = layout.corpus.read_shard(layout.corpus.read_commit(shard))
+    # Frozen pydantic models do hash; the type checker does not know.
+    _, stats = align_shard(corpus, table, load_alignment(task))  # pyright: ignore[reportArgumentType]
+    signals = max(stats["with_signal"], 1.0)
+    captured = 1 - stats["captured_tail_mass"] / signals
+    kept = 1 - stats["tail_mass"] / signals
+    return {"captured_shard": shard, "captured_mass": captured, "kept_mass": kept}
+
+
+def _is_map_ready(layout: Layout, name: str) -> bool:
+    file = layout.map_files.get(name)
+    return file is None or file.removeprefix("maps/") in layout.store.sizes("maps")
+
+
+def print_report(name: str, numbers: dict[str, Any]) -> None:
+    """Print one pair's numbers for people."""
+    print(f"{name}")
+    print(f"  target tokens          {numbers['target_tokens']:>12,}")
+    print(f"  source tokens          {numbers['source_tokens']:>12,}")
+    print(f"  with a signal          {numbers['share_with_signal']:>12.1%}")
+    print(f"  one token to one       {numbers['share_one_to_one']:>12.1%}")
+    print(f"  inside a source token  {numbers['no_shared_boundary']:>12,}")
+    for reason, count in numbers["unplaced"].items():
+        print(f"  unplaced, {reason:<28} {count:,}")
+    if "kept_mass" in numbers:
+        print(
+            f"  captured mass          {numbers['captured_mass']:>12.2%}  (head, shard "
+            f"{numbers['captured_shard']})"
+        )
+        print(f"  kept after mapping     {numbers['kept_mass']:>12.2%}")
+    print(f"  placed and matched     {numbers['tokens_per_second']:>12,.0f} tokens/s/core")
+    if numbers["worst_tokens"]:
+        print("  worst target tokens (without signal / occurrences, kind):")
+        for worst in numbers["worst_tokens"]:
+            count = f"{worst['without_signal']:,} / {worst['occurrences']:,}"
+            print(f"    {worst['token']!r:<24} {count:<18} {worst['flag']}")

@@ -1,0 +1,154 @@
+"""`mined` against a slow implementation of the papers' rule, cell by cell and token by token."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.synthetic import make_captured, make_corpus
+from rayfuse.align.boundaries import place_tokens, spell_vocabulary
+from rayfuse.align.edit_distance import match_by_edit_distance, warp_tokens
+from rayfuse.align.vocab_map import PLAIN, build_maps, map_to_nearest
+from rayfuse.schema import flatten_column
+from rayfuse.tokens import TextTokenizer, load_tokenizer
+
+
+def levenshtein(left: bytes, right: bytes) -> int:
+    row = list(range(len(right) + 1))
+    for i, a in enumerate(left, 1):
+        above, row = row, [i]
+        for j, b in enumerate(right, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (a != b)))
+    return row[-1]
+
+
+def warp_slowly(left: list[bytes], right: list[bytes]) -> list[tuple[int, int]]:
+    """Dynamic time warping, every cell on the path paying; ties: both, then left, then right."""
+    distances: dict[tuple[bytes, bytes], int] = {}
+    total: dict[tuple[int, int], float] = {}
+    came_from: dict[tuple[int, int], tuple[int, int]] = {}
+    for i, a in enumerate(left):
+        for j, b in enumerate(right):
+            if (a, b) not in distances:
+                distances[a, b] = levenshtein(a, b)
+            ways = [(i - 1, j - 1), (i - 1, j), (i, j - 1)]
+            open_ways = [way for way in ways if way in total]
+            best = min(open_ways, key=total.__getitem__, default=None)  # the first of equals
+            total[i, j] = distances[a, b] + (total[best] if best else 0)
+            if best:
+                came_from[i, j] = best
+    path = [(len(left) - 1, len(right) - 1)]
+    while path[-1] in came_from:
+        path.append(came_from[path[-1]])
+    return path[::-1]
+
+
+def text_tokens(tokenizer: TextTokenizer, ids: np.ndarray) -> list[tuple[int, int, bytes]]:
+    """List a row's tokens of text: where, which, and what they spell."""
+    spelled = ((at, int(i), tokenizer.token_bytes[i]) for at, i in enumerate(ids))
+    return [(at, i, piece) for at, i, piece in spelled if piece]
+
+
+def match_slowly(source, target, source_ids, target_ids, nearest) -> set[tuple[int, int]]:
+    ours, theirs = text_tokens(source, source_ids), text_tokens(target, target_ids)
+    path = warp_slowly([piece for *_, piece in ours], [piece for *_, piece in theirs])
+    found = set()
+    for j, (at, token_id, piece) in enumerate(theirs):
+        partners = [i for i, other in path if other == j]
+        if len(partners) == 1:
+            source_at, source_id, source_piece = ours[partners[0]]
+            if source_piece == piece or nearest[source_id] == token_id:
+                found.add((at - 1, source_at - 1))
+    if source_ids[-1] == source.eos_id and target_ids[-1] == target.eos_id:
+        found.add((len(target_ids) - 2, len(source_ids) - 2))
+    return found
+
+
+@pytest.fixture(scope="module")
+def pair(shared_data) -> tuple[TextTokenizer, TextTokenizer]:
+    folder = shared_data / "tokenizers"
+    return load_tokenizer(str(folder / "gpt-neox-20b")), load_tokenizer(str(folder / "phi-3-mini"))
+
+
+@pytest.fixture(scope="module")
+def nearest(pair) -> np.ndarray:
+    return map_to_nearest(range(pair[0].vocab_size), *pair)
+
+
+def read_rows(shared_data, count: int) -> list[str]:
+    rows: list[str] = []
+    for domain in ("wiki", "code", "multilingual", "math", "books"):
+        path = shared_data / f"corpus/{domain}/valid.jsonl.gz"
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            texts = [json.loads(line)["text"] for line in file]
+        pieces = [text[start : start + 220] for text in texts for start in range(0, 880, 220)]
+        rows += [piece for piece in pieces if piece][: count // 5]
+    return rows
+
+
+def test_matches_are_those_of_the_slow_rule_on_200_real_rows(pair, nearest, shared_data):
+    source, target = pair
+    texts = read_rows(shared_data, 200)
+    assert len(texts) == 200
+    corpus = make_corpus(texts, target, max_tokens=2048)
+    captured = make_captured(corpus, source, top_k=1)
+    encoded = [text.encode() for text in corpus["text"].to_pylist()]
+    target_ids, target_offsets = flatten_column(corpus, "target_ids")
+    source_ids, source_offsets = flatten_column(captured, "token_ids")
+    vocabularies = spell_vocabulary(source), spell_vocabulary(target)
+    ours = place_tokens(source_ids, source_offsets, encoded, vocabularies[0])
+    theirs = place_tokens(target_ids, target_offsets, encoded, vocabularies[1])
+    maps = build_maps(nearest, source, target)
+    matches = match_by_edit_distance(
+        ours, theirs, source_offsets, target_offsets, vocabularies, maps
+    )
+    found = set(zip(matches.target_at.tolist(), matches.source_at.tolist(), strict=True))
+    assert len(found) == len(matches.target_at)
+    expected: set[tuple[int, int]] = set()
+    for row in range(len(encoded)):
+        start, other = target_offsets[row], source_offsets[row]
+        pairs = match_slowly(
+            source,
+            target,
+            source_ids[other : source_offsets[row + 1]],
+            target_ids[start : target_offsets[row + 1]],
+            nearest,
+        )
+        changed = (ours.faults[other : source_offsets[row + 1]] > 0).nonzero()[0]
+        expected |= {(int(start) + t, int(other) + s) for t, s in pairs if s not in changed}
+    assert found == expected
+    assert sum(matches.unmatched.values()) + len(found) == theirs.has_next.sum()
+
+
+def test_the_map_leads_to_the_nearest_token_the_lowest_id_of_equals(pair, nearest):
+    source, target = pair
+    goals = sorted((token_id, piece) for piece, token_id in target.list_by_bytes().items())
+    random = np.random.default_rng(0)
+    spelled = [i for i in range(source.vocab_size) if source.token_bytes[i]]
+    for token_id in random.choice(spelled, 12, replace=False).tolist():
+        piece = source.token_bytes[token_id] or b""
+        distances = [levenshtein(piece, goal) for _, goal in goals]
+        assert nearest[token_id] == goals[int(np.argmin(distances))][0]
+
+
+def test_newline_and_end_of_text_are_not_mapped_to_words(pair, nearest):
+    source, target = pair
+    maps = build_maps(nearest, source, target)
+    newline = source.list_by_bytes()[b"\n"]
+    assert target.token_bytes[maps[PLAIN, newline]] == b"\n"
+    assert maps[PLAIN, source.eos_id] == target.eos_id
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_warping_is_the_slow_ones_path_even_among_many_ties(seed):
+    random = np.random.default_rng(seed)
+    words = [b"a", b"b", b"ab", b"ba", b"abb"]
+    left = [words[i] for i in random.integers(0, 5, random.integers(1, 15))]
+    right = [words[i] for i in random.integers(0, 5, random.integers(1, 15))]
+    kinds = [sorted(set(side)) for side in (left, right)]
+    distances = np.array([[levenshtein(a, b) for b in kinds[1]] for a in kinds[0]], dtype=np.int32)
+    source = np.array([kinds[0].index(token) for token in left])
+    target = np.array([kinds[1].index(token) for token in right])
+    path = warp_tokens(distances, source, target)
+    assert [tuple(cell) for cell in path.T.tolist()] == warp_slowly(left, right)

@@ -1,0 +1,249 @@
+"""Every family of tokenizers, trained on the spot: what its tokens spell and where they end."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+
+from benchmarks.synthetic import make_captured, make_corpus
+from rayfuse.align.boundaries import Fault, PlacedTokens, place_tokens, spell_vocabulary
+from rayfuse.align.matches import match_positions
+from rayfuse.align.shard import Alignment, align_shard
+from rayfuse.align.vocab_map import BLANKED, PLAIN, UNBLANKED, map_vocabulary
+from rayfuse.tokens import TextTokenizer, build_tokenizer
+from tests.fakes import SAMPLE, byte_level_tokenizer, sentencepiece_tokenizer
+
+TEXTS = [
+    *SAMPLE,
+    "  two  blanks\n\n\tand tabs  ",
+    "日本語 and emoji 👩‍👩‍👧, 1234567 e\u0301",
+    " x",
+    "x",
+]
+LLAMA_3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BLANK = "\u2581"
+
+
+def byte_level_with(*before: pre_tokenizers.PreTokenizer, use_regex: bool, nfc: bool = False):
+    """A byte-level BPE whose text is split in a family's own way first."""
+    tokenizer = Tokenizer(models.BPE())
+    if nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, last])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=360,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SAMPLE, trainer)
+    return tokenizer
+
+
+def unigram(*, byte_fallback: bool, adds_blank: bool) -> Tokenizer:
+    """A SentencePiece unigram model, with or without bytes and dummy prefix."""
+    tokenizer = Tokenizer(models.Unigram())
+    scheme = "always" if adds_blank else "never"
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(SAMPLE, trainer)
+    content = json.loads(tokenizer.to_str())
+    if byte_fallback:
+        worst = min(score for _, score in content["model"]["vocab"])
+        content["model"]["vocab"] += [[f"<0x{byte:02X}>", worst - 5] for byte in range(256)]
+        content["model"]["byte_fallback"] = True
+        kinds = [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+        content["decoder"] = json.loads(decoders.Sequence(kinds).__getstate__())
+    else:
+        content["decoder"] = json.loads(decoders.Metaspace().__getstate__())
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def sentencepiece_without_prefix() -> Tokenizer:
+    content = json.loads(sentencepiece_tokenizer(330).to_str())
+    content["normalizer"] = content["normalizer"]["normalizers"][1]
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def wordpiece() -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=250, special_tokens=["[UNK]", "[CLS]", "[SEP]"], show_progress=False
+    )
+    tokenizer.train_from_iterator(SAMPLE, trainer)
+    return tokenizer
+
+
+def character_level() -> Tokenizer:
+    characters = sorted(set("".join(TEXTS)) - {"漢"})
+    vocabulary = {"[UNK]": 0, "[E]": 1} | {c: i + 2 for i, c in enumerate(characters)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?m)."), "isolated")
+    return tokenizer
+
+
+def build(tokenizer: Tokenizer, start: int | None = 1, eos: int | None = 2) -> TextTokenizer:
+    return build_tokenizer(tokenizer.to_str(), start_id=start, eos_id=eos)
+
+
+LOSSLESS = {
+    "gpt-2": build(byte_level_tokenizer(360), 0, 0),
+    "llama-3": build(
+        byte_level_with(pre_tokenizers.Split(Regex(LLAMA_3_SPLIT), "isolated"), use_regex=False),
+        0,
+        0,
+    ),
+    "falcon": build(
+        byte_level_with(
+            pre_tokenizers.Punctuation("contiguous"),
+            pre_tokenizers.Digits(individual_digits=False),
+            pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+            use_regex=True,
+        ),
+        0,
+        0,
+    ),
+    "llama-2": build(sentencepiece_tokenizer(330)),
+    "no dummy prefix": build(sentencepiece_without_prefix()),
+    "unigram, bytes": build(unigram(byte_fallback=True, adds_blank=True)),
+    "unigram, bytes, no dummy prefix": build(unigram(byte_fallback=True, adds_blank=False)),
+}
+LOSSY = {
+    "qwen (NFC)": build(
+        byte_level_with(
+            pre_tokenizers.Split(Regex(LLAMA_3_SPLIT), "isolated"), use_regex=False, nfc=True
+        ),
+        0,
+        0,
+    ),
+    "unigram, no bytes": build(unigram(byte_fallback=False, adds_blank=True)),
+    "wordpiece": build(wordpiece(), None, None),
+    "characters": build(character_level(), 1, 1),
+}
+FAMILIES = LOSSLESS | LOSSY
+
+
+def place(tokenizer: TextTokenizer, texts: list[str]) -> tuple[PlacedTokens, np.ndarray]:
+    rows = tokenizer.encode_rows(texts, [True] * len(texts))
+    offsets = np.cumsum([0] + [len(row) for row in rows])
+    encoded = [text.encode() for text in texts]
+    placed = place_tokens(np.concatenate(rows), offsets, encoded, spell_vocabulary(tokenizer))
+    return placed, offsets
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_lossless_families_spell_every_text_to_its_last_byte(name):
+    placed, offsets = place(LOSSLESS[name], TEXTS)
+    assert not placed.faults.any()
+    start = 0
+    for row, text in enumerate(TEXTS):
+        assert placed.ends[offsets[row + 1] - 1] == start + len(text.encode())
+        start += len(text.encode()) + 1
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_lossy_families_are_placed_where_they_spell_the_text_and_say_why_not_elsewhere(name):
+    placed, _ = place(LOSSY[name], TEXTS)
+    share = (placed.faults == Fault.NONE)[placed.has_next].mean()
+    assert 0.3 < share < 1
+    assert (np.diff(placed.ends) >= 0).all()
+
+
+@pytest.mark.parametrize("target", FAMILIES)
+@pytest.mark.parametrize("source", FAMILIES)
+def test_every_family_can_teach_every_other(source, target):
+    ours, theirs = FAMILIES[source], FAMILIES[target]
+    corpus = make_corpus(TEXTS, theirs, max_tokens=1024)
+    captured = make_captured(corpus, ours, top_k=6)
+    alignment = Alignment(
+        spell_vocabulary(ours), spell_vocabulary(theirs), map_vocabulary(ours, theirs)
+    )
+    _, stats = align_shard(corpus, captured, alignment)
+    lost = sum(count for reason, count in stats.items() if reason.startswith("unmatched"))
+    assert stats["with_signal"] + lost == stats["positions"]
+    assert stats["with_signal"] > 0.15 * stats["positions"]
+
+
+def test_blanks_that_one_side_adds_are_taken_off_or_put_on():
+    plain, prefixed = LOSSLESS["gpt-2"], LOSSLESS["llama-2"]
+    for source, target, view in ((plain, prefixed, BLANKED), (prefixed, plain, UNBLANKED)):
+        ours, theirs = (place(each, ["The cat", "cat"])[0] for each in (source, target))
+        matches = match_positions(ours, theirs)
+        assert 0 in matches.target_at  # the first token of the text has a signal too
+        maps, goals = map_vocabulary(source, target)[view], target.list_by_bytes()
+        for spelled, token_id in source.list_by_bytes().items():
+            meant = b" " + spelled if view == BLANKED else spelled.removeprefix(b" ")
+            if meant in goals:
+                assert maps[token_id] == goals[meant]
+
+
+@pytest.mark.parametrize("flags", [{"lstrip": True}, {"rstrip": True}, {"normalized": True}, {}])
+def test_added_tokens_of_every_flag_leave_the_rest_of_the_row_placed(flags):
+    tokenizer = byte_level_tokenizer(300)
+    tokenizer.add_tokens([AddedToken("cat sat", **flags)])
+    text = "The   cat sat   on the mat, and the dog looked.\n"
+    placed, _ = place(build(tokenizer, 0, 0), [text])
+    assert placed.ends[-1] == len(text)
+    swallows = bool({"lstrip", "rstrip"} & set(flags))
+    assert (placed.faults > 0).sum() == swallows  # the blanks it swallowed are not what it spells
+
+
+def test_ids_that_the_vocabulary_leaves_out_spell_nothing():
+    content = json.loads(byte_level_tokenizer(300).to_str())
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {token: i + 5 * (i > 10) for token, i in vocabulary.items()}
+    tokenizer = build_tokenizer(json.dumps(content), start_id=0, eos_id=0)
+    assert tokenizer.token_bytes[11:16] == (None,) * 5
+    assert not place(tokenizer, TEXTS)[0].faults.any()
+    assert (map_vocabulary(tokenizer, LOSSLESS["llama-2"])[PLAIN, 11:16] == -1).all()
+
+
+def make_shard() -> tuple[pa.Table, pa.Table, Alignment]:
+    source, target = LOSSLESS["gpt-2"], LOSSLESS["llama-2"]
+    corpus = make_corpus(SAMPLE, target, max_tokens=512)
+    captured = make_captured(corpus, source, top_k=4)
+    maps = map_vocabulary(source, target)
+    return corpus, captured, Alignment(spell_vocabulary(source), spell_vocabulary(target), maps)
+
+
+def replace_ids(table: pa.Table, column: str, row: int, at: int, value: int) -> pa.Table:
+    rows = table[column].to_pylist()
+    rows[row][at] = value
+    index = table.schema.get_field_index(column)
+    return table.set_column(index, column, pa.array(rows, type=table.schema.field(column).type))
+
+
+def test_ids_outside_the_vocabulary_are_named_by_row_and_position():
+    corpus, captured, alignment = make_shard()
+    with pytest.raises(ValueError, match=r"row 2, position 3: top_ids .*999.* vocabulary of 360"):
+        align_shard(corpus, replace_ids(captured, "top_ids", 2, 3 * 4 + 1, 999), alignment)
+    with pytest.raises(ValueError, match=r"row 1, position 5: token 999 is outside"):
+        align_shard(corpus, replace_ids(captured, "token_ids", 1, 5, 999), alignment)
+
+
+def test_tokens_of_another_text_are_refused():
+    corpus, captured, alignment = make_shard()
+    with pytest.raises(ValueError, match=r"row 1: its tokens are not those of its text"):
+        align_shard(corpus, replace_ids(captured, "token_ids", 1, 5, 40), alignment)

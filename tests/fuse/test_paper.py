@@ -1,0 +1,209 @@
+"""`fusion: paper` against the papers' formula, written out densely; and its faults, not ours.
+
+FuseLLM, arXiv 2401.10491: section 3.2 (MinED map), 3.3 (MinCE), top 10 renormalised.
+"""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from benchmarks.synthetic import make_captured, make_corpus
+from rayfuse.align.boundaries import place_tokens, spell_vocabulary
+from rayfuse.align.edit_distance import match_by_edit_distance
+from rayfuse.align.shard import Alignment, align_shard
+from rayfuse.align.vocab_map import PLAIN, build_maps, map_to_nearest, map_vocabulary
+from rayfuse.fuse.costs import cost_of_rows
+from rayfuse.fuse.fuse import fuse_row
+from rayfuse.recipe import FuseSettings, RecipeError, parse_recipe
+from rayfuse.schema import decode_probs, flatten_column
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.store import open_store
+from rayfuse.tokens import TextTokenizer, build_tokenizer
+from rayfuse.train.feed import RowReader
+from tests.fakes import SAMPLE, byte_level_tokenizer, sentencepiece_tokenizer
+from tests.fuse.test_fuse import random_source
+
+TOP_K = 10
+TARGET = build_tokenizer(sentencepiece_tokenizer(340).to_str(), start_id=1, eos_id=2)
+SOURCES = {
+    "fine": build_tokenizer(byte_level_tokenizer(270).to_str(), start_id=0, eos_id=0),
+    "coarse": build_tokenizer(byte_level_tokenizer(400).to_str(), start_id=0, eos_id=0),
+}
+RECIPE = {
+    "storage": "s",
+    "corpus": {"documents": "d"},
+    "target": {"model": "t"},
+    "sources": [{"name": "fine", "model": "a"}, {"name": "coarse", "model": "b"}],
+}
+PAPER = parse_recipe(RECIPE | {"fusion": "paper"})
+
+
+@pytest.fixture(scope="module")
+def corpus() -> pa.Table:
+    return make_corpus([text * 2 for text in SAMPLE], TARGET, max_tokens=1024)
+
+
+@pytest.fixture(scope="module")
+def captured(corpus) -> dict[str, pa.Table]:
+    return {
+        name: make_captured(corpus, source, top_k=TOP_K, seed=seed)
+        for seed, (name, source) in enumerate(SOURCES.items())
+    }
+
+
+def read_fused(corpus, captured, folder, fuse: FuseSettings, method: str):
+    """Return the fused rows of a shard by rayfuse's own way from capture to training."""
+    store = open_store(str(folder))
+
+    def keep(name: str, table: pa.Table) -> DataSet:
+        data = DataSet(store, name, "f")
+        data.claim({})
+        data.write_shard(0, table, tokens=1)
+        data.finish(1)
+        return data
+
+    aligned = {}
+    for name, source in SOURCES.items():
+        if method == "mined":
+            nearest = map_to_nearest(range(source.vocab_size), source, TARGET)
+            maps = build_maps(nearest, source, TARGET)
+        else:
+            maps = map_vocabulary(source, TARGET)
+        alignment = Alignment(spell_vocabulary(source), spell_vocabulary(TARGET), maps, method)
+        aligned[name] = keep(name, align_shard(corpus, captured[name], alignment)[0])
+    reader = RowReader(keep("corpus", corpus), aligned, fuse, TARGET.count_bytes())
+    return [reader.read_row(0, row)[1] for row in range(corpus.num_rows)], aligned
+
+
+def dense_rows(table: pa.Table, source: TextTokenizer, row: int) -> np.ndarray:
+    """A captured row's top 10, mapped by the nearest token, added up and renormalised."""
+    _ids, offsets = flatten_column(table, "token_ids")
+    top_ids = flatten_column(table, "top_ids")[0].reshape(-1, TOP_K)
+    tails = flatten_column(table, "tail_logprobs")[0]
+    probs = decode_probs(flatten_column(table, "top_logprobs")[0], top_ids, tails)
+    maps = build_maps(map_to_nearest(range(source.vocab_size), source, TARGET), source, TARGET)
+    part = slice(offsets[row], offsets[row + 1])
+    out = np.zeros((offsets[row + 1] - offsets[row], TARGET.vocab_size))
+    for t, (row_ids, row_probs) in enumerate(zip(top_ids[part], probs[part], strict=True)):
+        for token_id, p in zip(row_ids, row_probs, strict=True):
+            if token_id >= 0 and maps[PLAIN, token_id] >= 0:
+                out[t, maps[PLAIN, token_id]] += p
+    return out / np.maximum(out.sum(axis=1, keepdims=True), 1e-30)
+
+
+def cost_per_token(table: pa.Table, source: TextTokenizer, row: int) -> float:
+    ids, offsets = flatten_column(table, "token_ids")
+    logprobs = flatten_column(table, "next_logprobs")[0].astype(np.float64)
+    part = slice(offsets[row], offsets[row + 1])
+    ends = ids[part][-1] == source.eos_id
+    said = logprobs[part][: -2 if ends else -1]
+    return float(-said.mean())
+
+
+def test_the_preset_is_the_papers_formula(corpus, captured, tmp_path):
+    assert (PAPER.capture.top_k, PAPER.align.method, PAPER.train.clm_weight) == (10, "mined", 0.9)
+    fused, _aligned = read_fused(corpus, captured, tmp_path, PAPER.fuse, "mined")
+    checked = 0
+    for row, result in enumerate(fused):
+        costs = {name: cost_per_token(captured[name], s, row) for name, s in SOURCES.items()}
+        ranked = sorted(SOURCES, key=costs.__getitem__)
+        text = [corpus["text"].to_pylist()[row].encode()]
+        taken = np.zeros(len(result.has_signal), dtype=bool)
+        for name in ranked:
+            source, table = SOURCES[name], captured[name].slice(row, 1)
+            ids, offsets = flatten_column(table, "token_ids")
+            target_ids, target_offsets = flatten_column(corpus.slice(row, 1), "target_ids")
+            vocabularies = spell_vocabulary(source), spell_vocabulary(TARGET)
+            nearest = map_to_nearest(range(source.vocab_size), source, TARGET)
+            matches = match_by_edit_distance(
+                place_tokens(ids, offsets, text, vocabularies[0]),
+                place_tokens(target_ids, target_offsets, text, vocabularies[1]),
+                offsets,
+                target_offsets,
+                vocabularies,
+                build_maps(nearest, source, TARGET),
+            )
+            expected = dense_rows(captured[name], source, row)
+            for t, s in zip(matches.target_at, matches.source_at, strict=True):
+                if taken[t]:
+                    continue
+                taken[t] = True
+                checked += 1
+                got = np.zeros(TARGET.vocab_size)
+                real = result.top_ids[t] >= 0
+                got[result.top_ids[t][real]] = result.top_probs[t][real]
+                # One code of the 8-bit record is 1.4 percent of a probability.
+                np.testing.assert_allclose(got, expected[s], atol=0.012)
+                assert result.tail_probs[t] == 0
+        np.testing.assert_array_equal(result.has_signal, taken)
+    assert checked > 100
+
+
+def test_the_preset_and_a_contrary_setting_are_refused():
+    with pytest.raises(RecipeError, match=r"fusion paper sets fuse.unit to 'row'.*'token'"):
+        parse_recipe(RECIPE | {"fusion": "paper", "fuse": {"unit": "token"}})
+    with pytest.raises(RecipeError, match=r"nats_per_token cannot be told for unit span"):
+        parse_recipe(RECIPE | {"fuse": {"unit": "span", "cost": "nats_per_token"}})
+    with pytest.raises(RecipeError, match=r"fuse.weights names 'fin'"):
+        parse_recipe(RECIPE | {"fuse": {"weights": {"fin": 1.0}}})
+    with pytest.raises(RecipeError, match=r"leaves every source out"):
+        parse_recipe(RECIPE | {"fuse": {"weights": {"fine": 0, "coarse": 0}}})
+
+
+# What the published code does wrong, and the default does not.
+
+
+@pytest.fixture(scope="module")
+def fused(corpus, captured, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("default")
+    return read_fused(corpus, captured, folder, FuseSettings(), "bytes")
+
+
+def test_a_position_without_signal_teaches_nothing_and_not_its_own_token(fused, corpus):
+    for row, result in enumerate(fused[0]):
+        silent = ~result.has_signal
+        assert (result.top_ids[silent] == -1).all() or not silent.any()
+        assert not result.top_probs[silent].any(), row
+
+
+def test_tokens_that_meet_are_added_and_the_tail_is_kept(fused):
+    for result in fused[0]:
+        total = result.top_probs.sum(axis=1) + result.tail_probs
+        np.testing.assert_allclose(total[result.has_signal], 1.0, atol=1e-3)
+        assert (result.tail_probs[result.has_signal] > 0).mean() > 0.9
+
+
+def test_a_finer_tokenizer_is_not_cheaper_for_being_finer(fused, corpus):
+    """At equal nats the finer one looks cheaper per token on every row; per byte they are equal."""
+    nats = np.full(corpus.num_rows, 100.0)
+    num_tokens = {
+        name: data.read_shard(data.read_commit(0))["num_tokens"].to_numpy()
+        for name, data in fused[1].items()
+    }
+    assert (cost_of_rows(nats, num_tokens["fine"]) < cost_of_rows(nats, num_tokens["coarse"])).all()
+    assert FuseSettings().cost == "nats_per_byte"
+
+
+def test_gaps_of_a_hundredth_of_a_nat_do_not_tie():
+    sizes = np.full(1000, 100)
+    nats = np.random.default_rng(0).uniform(150, 300, 1000)
+    costs, dearer = cost_of_rows(nats, sizes), cost_of_rows(nats + 0.01 * sizes, sizes)
+    assert (costs.astype(np.float32) < dearer.astype(np.float32)).all()
+
+
+def test_rows_never_hold_two_documents(corpus):
+    assert corpus.num_rows == len(set(corpus["doc_id"].to_pylist()))
+
+
+def test_newline_stays_newline_and_end_of_text_stays_the_end():
+    for source in SOURCES.values():
+        maps = map_vocabulary(source, TARGET)
+        newline = source.list_by_bytes()[b"\n"]
+        assert TARGET.token_bytes[maps[PLAIN, newline]] == b"\n"
+        assert maps[PLAIN, source.eos_id] == TARGET.eos_id
+
+
+def test_any_number_of_sources_can_be_fused():
+    for count in (1, 2, 5, 9):
+        sources = [random_source(seed, 0.5) for seed in range(count)]
+        assert fuse_row(sources, FuseSettings()).has_signal.any()
