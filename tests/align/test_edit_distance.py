@@ -121,15 +121,52 @@ def test_matches_are_those_of_the_slow_rule_on_200_real_rows(pair, nearest, shar
     assert sum(matches.unmatched.values()) + len(found) == theirs.has_next.sum()
 
 
+def distances_to_all(piece: bytes, goals: list[bytes]) -> np.ndarray:
+    """Levenshtein's table, one column at a time, for all goals side by side."""
+    longest = max(map(len, goals))
+    padded = np.array([list(goal) + [-1] * (longest - len(goal)) for goal in goals])
+    row = np.tile(np.arange(longest + 1), (len(goals), 1))
+    for i, char in enumerate(piece, 1):
+        above, row = row, np.empty_like(row)
+        row[:, 0] = i
+        for j in range(1, longest + 1):
+            change = above[:, j - 1] + (padded[:, j - 1] != char)
+            row[:, j] = np.minimum(np.minimum(above[:, j], row[:, j - 1]) + 1, change)
+    return row[np.arange(len(goals)), [len(goal) for goal in goals]]
+
+
 def test_the_map_leads_to_the_nearest_token_the_lowest_id_of_equals(pair, nearest):
     source, target = pair
     goals = sorted((token_id, piece) for piece, token_id in target.list_by_bytes().items())
+    short = [(token_id, piece) for token_id, piece in goals if len(piece) <= 24]
     random = np.random.default_rng(0)
-    spelled = [i for i in range(source.vocab_size) if source.token_bytes[i]]
-    for token_id in random.choice(spelled, 12, replace=False).tolist():
+    spelled = [i for i in range(source.vocab_size) if 0 < len(source.token_bytes[i] or b"") <= 12]
+    for token_id in random.choice(spelled, 100, replace=False).tolist():
         piece = source.token_bytes[token_id] or b""
-        distances = [levenshtein(piece, goal) for _, goal in goals]
-        assert nearest[token_id] == goals[int(np.argmin(distances))][0]
+        # Goals of more than twice its length are further away than the empty string.
+        distances = distances_to_all(piece, [goal for _, goal in short])
+        best = distances.min()
+        assert best < 24 - len(piece)
+        assert nearest[token_id] == short[int(distances.argmin())][0]
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_tokenizer_warped_with_itself_is_the_identity(side, pair, shared_data):
+    tokenizer = pair[side]
+    corpus = make_corpus(read_rows(shared_data, 20), tokenizer, max_tokens=2048)
+    encoded = [text.encode() for text in corpus["text"].to_pylist()]
+    ids, offsets = flatten_column(corpus, "target_ids")
+    vocabulary = spell_vocabulary(tokenizer)
+    placed = place_tokens(ids, offsets, encoded, vocabulary)
+    own = map_to_nearest(range(tokenizer.vocab_size), tokenizer, tokenizer)
+    spelled = [i for i, piece in enumerate(tokenizer.token_bytes) if piece]
+    np.testing.assert_array_equal(own[spelled], spelled)
+    maps = build_maps(own, tokenizer, tokenizer)
+    matches = match_by_edit_distance(
+        placed, placed, offsets, offsets, (vocabulary, vocabulary), maps
+    )
+    assert set(matches.target_at.tolist()) == set(np.flatnonzero(placed.can_match).tolist())
+    np.testing.assert_array_equal(matches.source_at, matches.target_at)
 
 
 def test_newline_and_end_of_text_are_not_mapped_to_words(pair, nearest):

@@ -289,6 +289,8 @@ def test_exact_is_a_part_of_bytes(tokenizers, shared_data):
     texts = read_texts(shared_data, "wiki")[:10]
     source, target = (place(tokenizers[n], texts).tokens for n in ("gpt-neox-20b", "phi-3-mini"))
     matches = match_positions(source, target)
+    itself = match_positions(target, target)
+    assert len(keep_one_to_one(itself, target, target).target_at) == len(itself.target_at)
     exact = keep_one_to_one(matches, source, target)
     assert set(exact.target_at.tolist()) < set(matches.target_at.tolist())
     assert sum(exact.unmatched.values()) + len(exact.target_at) == target.has_next.sum()

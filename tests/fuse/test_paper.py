@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.synthetic import make_captured, make_corpus
 from rayfuse.align.boundaries import place_tokens, spell_vocabulary
+from rayfuse.align.distributions import TopEntries, map_entries, merge_entries
 from rayfuse.align.edit_distance import match_by_edit_distance
 from rayfuse.align.shard import Alignment, align_shard
 from rayfuse.align.vocab_map import PLAIN, build_maps, map_to_nearest, map_vocabulary
@@ -137,6 +138,32 @@ def test_the_preset_is_the_papers_formula(corpus, captured, tmp_path):
                 assert result.tail_probs[t] == 0
         np.testing.assert_array_equal(result.has_signal, taken)
     assert checked > 100
+
+
+def test_before_it_is_stored_the_mapped_distribution_is_the_formulas_to_float32(captured):
+    """Storing rounds each probability to 8 bits; mapping, adding up and renormalising do not."""
+    for name, source in SOURCES.items():
+        table = captured[name]
+        top_ids = flatten_column(table, "top_ids")[0].reshape(-1, TOP_K)
+        tails = flatten_column(table, "tail_logprobs")[0]
+        probs = decode_probs(flatten_column(table, "top_logprobs")[0], top_ids, tails)
+        nearest = map_to_nearest(range(source.vocab_size), source, TARGET)
+        maps = build_maps(nearest, source, TARGET)[PLAIN]
+        entries = TopEntries(
+            np.vstack([top_ids.T, np.full(len(tails), -1, dtype=np.int32)]),
+            np.vstack([probs.T, np.zeros(len(tails), dtype=np.float32)]),
+            np.exp(tails.astype(np.float32)),
+        )
+        mapped = map_entries(entries, maps[entries.ids])
+        ids, merged, tail = merge_entries(mapped, np.full(len(tails), -1, dtype=np.int32))
+        np.testing.assert_allclose(merged.sum(axis=1) + tail, 1.0, atol=2e-6)
+        got = np.zeros((len(ids), TARGET.vocab_size))
+        for t, (row_ids, row) in enumerate(zip(ids, merged, strict=True)):
+            got[t, row_ids[row_ids >= 0]] = row[row_ids >= 0]
+        got /= np.maximum(got.sum(axis=1, keepdims=True), 1e-30)
+        rows = range(table.num_rows)
+        expected = np.concatenate([dense_rows(table, source, row) for row in rows])
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_the_preset_and_a_contrary_setting_are_refused():
