@@ -24,6 +24,9 @@ FLAGS = {
 }
 """What a token is called after, the first that fits."""
 
+PARTIAL = re.compile("(<[0-9A-F]{2}>)+")
+"""How `name_token` writes bytes that are no whole character."""
+
 PROBES = ("Hello world", "12 + 30 = 42", "Zwölf Boxkämpfer", "漢字かな", "a\n\n  b")
 """Texts on one of which two tokenizers must share a boundary, to be aligned at all."""
 
@@ -177,4 +180,6 @@ def name_token(vocabulary: SpelledVocabulary, token_id: int) -> str:
 
 def flag_token(token: str) -> str:
     """Return the kind of a token that is known for trouble, or nothing."""
+    if PARTIAL.fullmatch(token):
+        return "part of a character"
     return next((name for name, pattern in FLAGS.items() if pattern.search(token)), "")

@@ -55,6 +55,7 @@ def test_a_tokenizer_with_itself_has_nothing_lost():
         ("漢", "CJK"),
         ("({", "code"),
         ("a", ""),
+        ("<E6><BC>", "part of a character"),
     ],
 )
 def test_tokens_known_for_trouble_are_flagged(token, flag):
