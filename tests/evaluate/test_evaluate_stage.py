@@ -85,7 +85,7 @@ def layout(recipe: Recipe, rows: pa.Table) -> Layout:
     shutil.copytree(recipe.target.model, f"{recipe.storage}/{run.folder}/model")
     names = ["small", "target", "fused"]
     evaluations = {name: f"evaluate/{name}-0.json" for name in names}
-    return Layout(store, held_out, held_out, {}, {}, (run,), evaluations)
+    return Layout(store, held_out, held_out, {}, {}, {}, (run,), evaluations)
 
 
 class Notes:

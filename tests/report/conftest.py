@@ -121,7 +121,11 @@ def make_corpus(rows: range, domains: list[str]) -> pa.Table:
 def make_aligned(rows: range, nats: list[float]) -> pa.Table:
     empty = [[]] * len(rows)
     columns = dict.fromkeys(ALIGNED.names, empty)
-    columns |= {"row_id": [f"d{i}#0" for i in rows], "nats": nats}
+    columns |= {
+        "row_id": [f"d{i}#0" for i in rows],
+        "nats": nats,
+        "num_tokens": [1 for _ in rows],
+    }
     return pa.Table.from_pydict(columns, schema=ALIGNED)
 
 
@@ -168,4 +172,4 @@ def layout(recipe: Recipe) -> Layout:
     clm = "".join(line % (step, 3.5 - step, "null", 100 * step) for step in (1, 2, 3))
     store.write("train/fused-0/metrics.jsonl", fused.encode())
     store.write("train/clm-0/metrics.jsonl", clm.encode())
-    return Layout(store, corpus, corpus, aligned, aligned, runs, evaluations)
+    return Layout(store, corpus, corpus, aligned, aligned, {}, runs, evaluations)
