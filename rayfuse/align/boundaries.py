@@ -26,6 +26,8 @@ class Fault(IntEnum):
     """It begins inside a character of the text that the tokenizer took apart."""
     UNKNOWN_TOKEN = 3
     """It stands for text that the vocabulary cannot spell."""
+    DROPPED_TEXT = 4
+    """It is missing: the tokenizer leaves out the end of the text."""
 
     @property
     def reason(self) -> str:
@@ -73,6 +75,8 @@ class PlacedTokens:
     """The next token spells a leading blank that the text does not have there."""
     has_next: Bool[np.ndarray, " tokens"]
     """A token of the same row comes next."""
+    dropped: Int[np.ndarray, "gaps 2"]
+    """Ends of rows that no token spells: each from its first byte to the byte after its last."""
 
     @property
     def can_match(self) -> Bool[np.ndarray, " tokens"]:
@@ -147,9 +151,13 @@ def place_tokens(
             )
         ends[part], faults[part], has_blank[part] = place.ends, place.faults, place.has_blank
         ends[stops[row] : offsets[row + 1]] = len(texts[row])
-    starts = row_starts(np.array([len(text) for text in texts], dtype=np.int64))
+    num_bytes = np.array([len(text) for text in texts], dtype=np.int64)
+    starts = row_starts(num_bytes)
     ends += np.repeat(starts, num_tokens)
-    return _look_ahead(ids, offsets, ends, faults, has_blank, has_eos)
+    spelled = np.array([place.ends[-1] if len(place.ends) else 0 for place in places])
+    dropped = np.stack([starts[changed] + spelled, starts[changed] + num_bytes[changed]], axis=1)
+    dropped = dropped[dropped[:, 0] < dropped[:, 1]].astype(np.int64)
+    return _look_ahead(ids, offsets, ends, faults, has_blank, has_eos=has_eos, dropped=dropped)
 
 
 def _look_ahead(
@@ -158,7 +166,9 @@ def _look_ahead(
     ends: Int[np.ndarray, " tokens"],
     faults: UInt8[np.ndarray, " tokens"],
     has_blank: Bool[np.ndarray, " tokens"],
+    *,
     has_eos: Bool[np.ndarray, " rows"],
+    dropped: Int[np.ndarray, "gaps 2"],
 ) -> PlacedTokens:
     """Return what each position says of the token after it, from what is known of each token."""
     has_next = np.ones(len(ids), dtype=bool)
@@ -173,6 +183,7 @@ def _look_ahead(
         next_is_eos=next_is_eos,
         next_has_blank=np.append(has_blank[1:], False) & has_next,
         has_next=has_next,
+        dropped=dropped,
     )
 
 

@@ -57,11 +57,13 @@ def match_positions(source: PlacedTokens, target: PlacedTokens) -> Matches:
     source_until = np.minimum(np.maximum(source_until, source_at + 1), len(source.ends) - 1)
     faults_before = np.concatenate([[0], np.cumsum(source.faults > 0)])
     is_broken = faults_before[source_until] > faults_before[source_at]
+    is_dropped = _is_within(stops, source.dropped) & ~target.next_is_eos[target_at]
     is_target_sound = target.faults[target_at] == Fault.NONE
-    kept = is_shared & is_target_sound & ~is_broken
+    kept = is_shared & is_target_sound & ~is_broken & ~is_dropped
     reasons = _count_faults("target", target.faults[target_at])
-    broken = source_at[is_shared & is_target_sound & is_broken]
-    reasons |= _count_faults("source", _first_fault(source, broken))
+    faults = _first_fault(source, source_at)
+    faults[is_dropped & ~is_broken] = Fault.DROPPED_TEXT
+    reasons |= _count_faults("source", faults[is_shared & is_target_sound & ~kept])
     reasons[NO_SHARED_BOUNDARY] = int((is_target_sound & ~is_shared).sum())
     return Matches(
         target_at[kept],
@@ -97,6 +99,16 @@ def _find_same_byte(
         found.append(index[bytes_of_target])
     same, other = np.where(has_blank, found[::-1], found)
     return np.where(same >= 0, same, other)
+
+
+def _is_within(
+    stops: Int[np.ndarray, " positions"], gaps: Int[np.ndarray, "gaps 2"]
+) -> Bool[np.ndarray, " positions"]:
+    """Return which stops lie in a gap, beyond its first byte."""
+    if not len(gaps):
+        return np.zeros(len(stops), dtype=bool)
+    gap = np.searchsorted(gaps[:, 0], stops) - 1
+    return (gap >= 0) & (stops <= gaps[gap, 1])
 
 
 def _first_fault(

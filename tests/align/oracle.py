@@ -117,7 +117,7 @@ def count_signals(source_name: str, source: PlainRow, target_name: str, target: 
         while sound and source.ends[at] < end and at + 1 < len(source.ends):
             at += 1
             sound = source.is_right[at]
-        count += sound
+        count += sound and source.ends[at] >= end  # the end of the text may be left out
     both_end = START_AND_EOS[source_name][1] and START_AND_EOS[target_name][1]
     same_end = bool(source.ends) and bool(target.ends) and source.ends[-1] == target.ends[-1]
     return count + (both_end and same_end)

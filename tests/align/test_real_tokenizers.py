@@ -37,6 +37,7 @@ ODD_TEXTS = [
     "ﬁne ligatures ① and №, ½ a Å",
     "1234567890 3.14159 1e-9",
     "a\x07bell and \u200bnothing, \ufeffmark",
+    "0>\r",  # WordPiece leaves the end out, where others have one token for the last two
 ]
 
 
