@@ -62,7 +62,7 @@ def plan_layout(recipe: Recipe) -> Layout:
             check_pair(load_recipe_tokenizer(source), load_recipe_tokenizer(recipe.target))
         except ValueError as error:
             raise ValueError(f"source {source.name}: {error}") from error
-    store = open_store(recipe.storage)
+    store = open_store(recipe.storage, recipe.storage_patience_seconds)
     corpus, held_out = _place_corpora(recipe, store)
     captured = {
         source.name: _place_captured(recipe, source.name, source_files[source.name], corpus)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rayfuse.layout import Layout, plan_layout
 from rayfuse.progress import Progress
 from rayfuse.recipe import Recipe
-from rayfuse.storage.store import check_writable
+from rayfuse.storage.store import check_store
 
 STAGES = ("corpus", "capture", "align", "train", "evaluate", "report")
 
@@ -28,7 +28,7 @@ def prepare_run(recipe: Recipe) -> Layout:
         ValueError: A model, the documents or the storage cannot be used.
     """
     layout = plan_layout(recipe)
-    check_writable(layout.store)
+    check_store(layout.store)
     return layout
 
 

@@ -262,6 +262,8 @@ class Recipe(Settings):
 
     storage: str
     """The folder or `s3://` prefix that everything is kept under."""
+    storage_patience_seconds: PositiveFloat = 300.0
+    """How long a request to object storage may fail again and again before the run stops."""
     seed: NonNegativeInt = 0
     """Of the order in which rows are trained on."""
     corpus: CorpusSettings

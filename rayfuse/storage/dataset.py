@@ -4,6 +4,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +17,12 @@ from rayfuse.storage.store import Store
 # Columns whose small, repeating values (differences of codes) a dictionary packs best; every other
 # list column is split into byte planes, which a dictionary left on would silently switch off.
 DICTIONARY_COLUMNS = ("top_logprobs",)
+
+
+REMEDY = "run `rayfuse verify --repair`, which makes it again"
+
+NUM_READERS = 32
+"""Small records that are read at a time."""
 
 
 class ShardError(ValueError):
@@ -38,6 +45,36 @@ class Commit:
     """Sums over the shard that reports add up."""
 
 
+RECORDS = pa.schema(
+    {
+        "shard": pa.int64(),
+        "file": pa.string(),
+        "num_bytes": pa.int64(),
+        "sha256": pa.string(),
+        "rows": pa.int64(),
+        "tokens": pa.int64(),
+        "rejects": pa.int64(),
+        "attempt": pa.string(),
+        "stats": pa.map_(pa.string(), pa.float64()),
+    }
+)
+"""The commit records of a whole data set, one a row."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a whole data set holds. The records lie beside it, in Parquet: a million of them would
+    be a gigabyte of JSON."""
+
+    num_shards: int
+    rows: int
+    tokens: int
+    rejects: int
+    records: str
+    """The file of all commit records, sorted by shard."""
+    records_sha256: str
+
+
 @dataclass(frozen=True)
 class Reject:
     """A row or document that could not be used."""
@@ -55,21 +92,22 @@ class DataSet:
     fingerprint: str
     """Hash of all that decides what the shards hold."""
 
-    def claim(self, run: dict[str, Any]) -> None:
-        """Write down, once, what this data set is made from.
+    def claim(self, run: dict[str, Any]) -> bool:
+        """Write down, once, what this data set is made from, and return whether this call did.
 
         Raises:
             ValueError: The folder was made from something else.
         """
         record = {"fingerprint": self.fingerprint, "schema_version": SCHEMA_VERSION} | run
         if self.store.create(f"{self.folder}/run.json", _to_json(record)):
-            return
-        found = json.loads(self.store.read(f"{self.folder}/run.json"))
-        if found.get("fingerprint") != self.fingerprint:
+            return True
+        found = self.read_run().get("fingerprint")
+        if found != self.fingerprint:
             raise ValueError(
                 f"{self.store.root}/{self.folder} belongs to a run with fingerprint "
-                f"{found.get('fingerprint')}, not {self.fingerprint}; give another storage"
+                f"{found}, not {self.fingerprint}; give another storage"
             )
+        return False
 
     def read_run(self) -> dict[str, Any]:
         """Return what `claim` wrote down.
@@ -94,7 +132,7 @@ class DataSet:
             The commit that counts: this one, or the one that was there first.
         """
         attempt = uuid.uuid4().hex[:12]
-        data = encode_table(table, self.fingerprint)
+        data = encode_table(table, self.fingerprint, shard)
         rejected = [asdict(reject) for reject in rejects]
         commit = Commit(
             shard=shard,
@@ -113,10 +151,8 @@ class DataSet:
             self.store.write(f"{self.folder}/rejects/{shard:05d}.jsonl", lines.encode())
         if self.store.create(self._commit_name(shard), _to_json(asdict(commit))):
             return commit
-        winner = Commit(**json.loads(self.store.read(self._commit_name(shard))))
-        if winner.attempt != attempt:  # else: ours, and only the answer was lost
-            self.store.remove(f"{self.folder}/{commit.file}")
-        return winner
+        self.store.remove(f"{self.folder}/{commit.file}")
+        return self.read_commit(shard)
 
     def read_shard(self, commit: Commit, columns: list[str] | None = None) -> pa.Table:
         """Return a committed shard, checked against its record and its page checksums.
@@ -127,12 +163,20 @@ class DataSet:
         name = f"{self.store.root}/{self.folder}/{commit.file}"
         try:
             data = self.store.read(f"{self.folder}/{commit.file}")
+            if hashlib.sha256(data).hexdigest() != commit.sha256:  # perhaps on its way here
+                data = self.store.read(f"{self.folder}/{commit.file}")
         except FileNotFoundError as error:
-            raise ShardError(f"{name} is gone; run the stage again to make it again") from error
+            raise ShardError(f"{name} is gone; {REMEDY}") from error
         if hashlib.sha256(data).hexdigest() != commit.sha256:
+            fault = "sha256 differs" if len(data) == commit.num_bytes else f"{len(data)} bytes"
             raise ShardError(
-                f"{name} is not what was committed ({len(data)} bytes, sha256 differs); "
-                "delete it and run the stage again"
+                f"{name} is not what was committed: {fault}, of {commit.num_bytes}; {REMEDY}"
+            )
+        found = decode_origin(data)
+        if found != (self.fingerprint, commit.shard):
+            raise ShardError(
+                f"{name} is shard {found[1]} of the data set {found[0]}, not shard {commit.shard} "
+                f"of {self.fingerprint}; {REMEDY}"
             )
         reader = pa.BufferReader(data)
         return pq.read_table(reader, columns=columns, page_checksum_verification=True)
@@ -141,44 +185,111 @@ class DataSet:
         """Return one shard's commit record.
 
         Raises:
-            ShardError: The shard is not committed.
+            ShardError: The shard is not committed, or its record is damaged.
         """
+        name = self._commit_name(shard)
         try:
-            return Commit(**json.loads(self.store.read(self._commit_name(shard))))
+            commit = Commit(**json.loads(self.store.read(name)))
         except FileNotFoundError as error:
             raise ShardError(f"{self.folder}: shard {shard} is not committed") from error
+        except (ValueError, TypeError) as error:
+            raise ShardError(
+                f"{self.store.root}/{name} is no commit record ({error}); {REMEDY}"
+            ) from error
+        if commit.shard != shard:
+            raise ShardError(
+                f"{self.store.root}/{name} is the record of shard {commit.shard}; {REMEDY}"
+            )
+        return commit
+
+    def is_committed(self, shard: int) -> bool:
+        """Return whether a shard counts by now."""
+        try:
+            self.store.read(self._commit_name(shard))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def list_committed(self) -> set[int]:
+        """Return the shards that count, from names alone: no record is read."""
+        return {int(name.partition(".")[0]) for name in self.store.sizes(f"{self.folder}/commits")}
 
     def commits(self) -> dict[int, Commit]:
-        """Return the commit records by shard: the manifest's, or the single ones without it."""
+        """Return the commit records by shard: the manifest's, or the single ones without it.
+
+        Raises:
+            ShardError: A record, or the manifest, is damaged.
+        """
         manifest = self.read_manifest()
         if manifest is not None:
-            return {record["shard"]: Commit(**record) for record in manifest["commits"]}
-        names = self.store.sizes(f"{self.folder}/commits")
-        records = (json.loads(self.store.read(f"{self.folder}/commits/{name}")) for name in names)
-        commits = (Commit(**record) for record in records)
-        return {commit.shard: commit for commit in sorted(commits, key=lambda c: c.shard)}
+            return {commit.shard: commit for commit in self._read_records(manifest)}
+        shards = sorted(self.list_committed())
+        with ThreadPoolExecutor(NUM_READERS) as readers:
+            return dict(zip(shards, readers.map(self.read_commit, shards), strict=True))
 
-    def read_manifest(self) -> dict[str, Any] | None:
-        """Return the manifest, or nothing while the data set is not whole."""
+    def read_manifest(self) -> Manifest | None:
+        """Return the manifest, or nothing while the data set is not whole.
+
+        Raises:
+            ShardError: It is damaged.
+        """
+        name = f"{self.folder}/manifest.json"
         try:
-            return json.loads(self.store.read(f"{self.folder}/manifest.json"))
+            record = json.loads(self.store.read(name))
+            return Manifest(**{key: record[key] for key in Manifest.__dataclass_fields__})
         except FileNotFoundError:
             return None
+        except (ValueError, KeyError) as error:
+            raise ShardError(f"{self.store.root}/{name} is no manifest; {REMEDY}") from error
+
+    def _read_records(self, manifest: Manifest) -> list[Commit]:
+        records = self._read_records_table(manifest).to_pylist()
+        return [Commit(**record | {"stats": dict(record["stats"])}) for record in records]
+
+    def _read_records_table(self, manifest: Manifest) -> pa.Table:
+        name = f"{self.folder}/{manifest.records}"
+        try:
+            data = self.store.read(name)
+        except FileNotFoundError as error:
+            raise ShardError(f"{self.store.root}/{name} is gone; {REMEDY}") from error
+        if hashlib.sha256(data).hexdigest() != manifest.records_sha256:
+            raise ShardError(f"{self.store.root}/{name} is not what was written; {REMEDY}")
+        return pq.read_table(pa.BufferReader(data))
+
+    def drop_shards(self, shards: Iterable[int]) -> None:
+        """Forget the commits of shards, so that they are made again."""
+        shards = sorted(shards)
+        if not shards:
+            return
+        # First of all: without it nobody takes the data set for whole.
+        self.store.remove(f"{self.folder}/manifest.json")
+        for shard in shards:
+            self.store.remove(self._commit_name(shard))
 
     def drop_lost_shards(self) -> list[int]:
-        """Forget commits whose file is gone or has another size, and return their shards."""
-        commits = self.commits()
+        """Forget the committed shards whose file is not there, and return them.
+
+        By listings alone, where there is no manifest: what else is wrong, readers find.
+        """
+        manifest = self.read_manifest()
         sizes = self.store.sizes(f"{self.folder}/data")
-        lost = [
-            commit.shard
-            for commit in commits.values()
-            if sizes.get(commit.file.removeprefix("data/")) != commit.num_bytes
-        ]
-        if lost:
-            self.store.remove(f"{self.folder}/manifest.json")
-        for shard in lost:
-            self.store.remove(self._commit_name(shard))
+        if manifest is None:
+            lost = sorted(self.list_committed() - {_shard_of(name) for name in sizes})
+        else:
+            lost = self._find_changed(manifest, sizes)
+        self.drop_shards(lost)
         return lost
+
+    def _find_changed(self, manifest: Manifest, sizes: dict[str, int]) -> list[int]:
+        records = self._read_records_table(manifest)
+        names = (name.removeprefix("data/") for name in records["file"].to_pylist())
+        found = [sizes.get(name) for name in names]
+        expected = records["num_bytes"].to_pylist()
+        return [
+            shard
+            for shard, pair in enumerate(zip(found, expected, strict=True))
+            if pair[0] != pair[1]
+        ]
 
     def finish(self, num_shards: int) -> None:
         """Write the manifest of a data set that is whole.
@@ -192,29 +303,46 @@ class DataSet:
         missing = sorted(set(range(num_shards)) - set(commits))
         if missing:
             raise ShardError(f"{self.folder}: {len(missing)} shards missing, first {missing[0]}")
-        run = self.read_run()
-        records = [asdict(commit) for commit in commits.values()]
-        self.store.write(f"{self.folder}/manifest.json", _to_json(run | {"commits": records}))
+        sink = pa.BufferOutputStream()
+        records = [asdict(commits[shard]) for shard in range(num_shards)]
+        pq.write_table(pa.Table.from_pylist(records, schema=RECORDS), sink, compression="zstd")
+        data = sink.getvalue().to_pybytes()
+        sha256 = hashlib.sha256(data).hexdigest()
+        manifest = Manifest(
+            num_shards=num_shards,
+            rows=sum(commit.rows for commit in commits.values()),
+            tokens=sum(commit.tokens for commit in commits.values()),
+            rejects=sum(commit.rejects for commit in commits.values()),
+            records=f"records-{sha256[:12]}.parquet",
+            records_sha256=sha256,
+        )
+        self.store.write(f"{self.folder}/{manifest.records}", data)
+        record = self.read_run() | asdict(manifest)
+        self.store.write(f"{self.folder}/manifest.json", _to_json(record))
 
     def is_whole(self) -> bool:
-        """Return whether every shard is committed and its file is there."""
+        """Return whether every shard is committed and its file is there, as long as it was.
+
+        Raises:
+            ShardError: The manifest is damaged.
+        """
         manifest = self.read_manifest()
-        if manifest is None:
-            return False
-        sizes = self.store.sizes(f"{self.folder}/data")
-        return all(
-            sizes.get(record["file"].removeprefix("data/")) == record["num_bytes"]
-            for record in manifest["commits"]
+        return manifest is not None and not self._find_changed(
+            manifest, self.store.sizes(f"{self.folder}/data")
         )
 
     def _commit_name(self, shard: int) -> str:
         return f"{self.folder}/commits/{shard:05d}.json"
 
 
-def encode_table(table: pa.Table, fingerprint: str) -> bytes:
+def encode_table(table: pa.Table, fingerprint: str, shard: int) -> bytes:
     """Return a table as Parquet: byte planes for lists of numbers, zstd, page checksums."""
     table = table.replace_schema_metadata(
-        {"rayfuse.schema_version": str(SCHEMA_VERSION), "rayfuse.fingerprint": fingerprint}
+        {
+            "rayfuse.schema_version": str(SCHEMA_VERSION),
+            "rayfuse.fingerprint": fingerprint,
+            "rayfuse.shard": str(shard),
+        }
     )
     lists = [field.name for field in table.schema if pa.types.is_list(field.type)]
     split = [
@@ -240,10 +368,22 @@ def encode_table(table: pa.Table, fingerprint: str) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def decode_origin(data: bytes) -> tuple[str, int]:
+    """Return the fingerprint and the shard number that a shard's bytes say they are of."""
+    metadata = pq.read_schema(pa.BufferReader(data)).metadata or {}
+    fingerprint = metadata.get(b"rayfuse.fingerprint", b"").decode()
+    return fingerprint, int(metadata.get(b"rayfuse.shard", b"-1"))
+
+
 def fingerprint_of(**parts: Any) -> str:
     """Return a short hash of all that decides a result, from plain JSON values."""
     text = json.dumps(parts | {"schema_version": SCHEMA_VERSION}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _shard_of(name: str) -> int:
+    """Return the shard of a data file's name, NUMBER-ATTEMPT.parquet."""
+    return int(name.partition("-")[0])
 
 
 def _to_json(record: dict[str, Any]) -> bytes:

@@ -1,13 +1,21 @@
 """Files under one root, local or object storage, seen as names and bytes."""
 
-import contextlib
 import os
-import posixpath
 import uuid
-from dataclasses import dataclass
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
+
+from rayfuse.storage.object_store import PATIENCE_SECONDS, ObjectStore
+
+ASIDE = ".aside-"
+"""Begins the names of files that are being written."""
+
+NUM_RACERS = 4
+
+PROBE_SECONDS = 30.0
+"""How long the first requests to a storage may fail before it counts as not to be had."""
 
 
 @runtime_checkable
@@ -32,7 +40,11 @@ class Store(Protocol):
         ...
 
     def create(self, name: str, data: bytes) -> bool:
-        """Put a file if there is none, and return whether this call did."""
+        """Put a file if there is none, and return whether it now holds these bytes.
+
+        Bytes that no other call puts, such as a record with an attempt's own name, thus tell who
+        won, even where the answer to the winning request was lost.
+        """
         ...
 
     def sizes(self, folder: str) -> dict[str, int]:
@@ -61,7 +73,7 @@ class LocalStore:
         try:
             os.link(aside, self._path(name))  # refuses to replace, unlike rename
         except FileExistsError:
-            return False
+            return self.read(name) == data
         finally:
             aside.unlink()
         return True
@@ -74,7 +86,7 @@ class LocalStore:
         return {
             entry.name: entry.stat().st_size
             for entry in entries
-            if entry.is_file() and not entry.name.startswith(".aside-")
+            if entry.is_file() and not entry.name.startswith(ASIDE)
         }
 
     def remove(self, name: str) -> None:
@@ -86,92 +98,59 @@ class LocalStore:
     def _write_aside(self, name: str, data: bytes) -> Path:
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".aside-{uuid.uuid4().hex}")
+        aside = path.with_name(ASIDE + uuid.uuid4().hex)
         try:
             with open(aside, "xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        except BaseException:
+        except BaseException as error:
             aside.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                reason = f"{error.strerror}, writing {len(data):,} bytes"
+                raise OSError(error.errno, reason, str(path)) from error
             raise
         return aside
 
 
-@dataclass(frozen=True)
-class ObjectStore:
-    """A prefix in a bucket, through fsspec (`s3://` by s3fs)."""
+def open_store(uri: str, patience_seconds: float = PATIENCE_SECONDS) -> Store:
+    """Return the store of a folder or of an `s3://` (or other fsspec) prefix.
 
-    root: str
-
-    @cached_property
-    def _fs(self) -> Any:
-        import fsspec
-
-        protocol = self.root.partition("://")[0]
-        # Listings are asked for anew: another machine's commits must be seen.
-        return fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True)
-
-    def __reduce__(self) -> tuple[type["ObjectStore"], tuple[str]]:
-        return ObjectStore, (self.root,)  # credentials stay out of pickles
-
-    def read(self, name: str) -> bytes:
-        return self._fs.cat_file(self._path(name))
-
-    def write(self, name: str, data: bytes) -> None:
-        self._fs.pipe_file(self._path(name), data)
-
-    def create(self, name: str, data: bytes) -> bool:
-        try:
-            self._fs.pipe_file(self._path(name), data, mode="create")
-        except FileExistsError:
-            return False
-        return True
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        try:
-            entries = self._fs.ls(self._path(folder), detail=True, refresh=True)
-        except FileNotFoundError:
-            return {}
-        return {
-            posixpath.basename(entry["name"]): entry["size"]
-            for entry in entries
-            if entry["type"] == "file"
-        }
-
-    def remove(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(self._path(name))
-
-    def _path(self, name: str) -> str:
-        return f"{self.root}/{name}"
-
-
-def open_store(uri: str) -> Store:
-    """Return the store of a folder or of an `s3://` (or other fsspec) prefix."""
+    Args:
+        uri: The folder or prefix.
+        patience_seconds: How long one request to object storage may fail again and again.
+    """
     if "://" in uri and not uri.startswith("file://"):
-        return ObjectStore(uri.rstrip("/"))
+        return ObjectStore(uri.rstrip("/"), patience_seconds)
     return LocalStore(str(Path(uri.removeprefix("file://")).expanduser().absolute()))
 
 
-def check_writable(store: Store) -> None:
-    """Write, read and remove a small file.
+def check_store(store: Store) -> None:
+    """Try what shards rest on: a file is created by one writer only, and reads back.
 
     Raises:
-        ValueError: The store cannot be written.
+        ValueError: The store cannot be written, or lets several writers create one file.
     """
     name = f".probe-{uuid.uuid4().hex}"
+    if isinstance(store, ObjectStore):
+        store = replace(store, patience_seconds=min(store.patience_seconds, PROBE_SECONDS))
     try:
-        created = store.create(name, b"rayfuse") and not store.create(name, b"again")
-        kept = store.read(name) == b"rayfuse"
+        with ThreadPoolExecutor(NUM_RACERS) as racers:
+            made = list(
+                racers.map(lambda i: store.create(name, b"racer %d" % i), range(NUM_RACERS))
+            )
+        is_late_refused = not store.create(name, b"late")
+        content = store.read(name)
         store.remove(name)
-    except OSError as error:
+    except (OSError, ImportError) as error:
         raise ValueError(
             f"storage is {store.root!r}, which cannot be written ({error}); "
             "give a folder or bucket that every machine of the cluster may write"
         ) from error
-    if not created or not kept:
+    if sum(made) != 1 or not is_late_refused or content != b"racer %d" % made.index(True):
         raise ValueError(
             f"storage is {store.root!r}, which replaces files that it was asked to create only if "
-            "absent; two jobs would overwrite one another: use a store with conditional writes"
+            f"absent ({sum(made)} of {NUM_RACERS} writers were told that they had made one file); "
+            "two jobs would overwrite one another: use a store with conditional writes "
+            "(If-None-Match)"
         )

@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from rayfuse.schema import CORPUS
 from rayfuse.storage.dataset import DataSet, Reject, ShardError, encode_table, fingerprint_of
-from rayfuse.storage.store import LocalStore, Store, check_writable, open_store
+from rayfuse.storage.store import LocalStore, Store, check_store, open_store
 
 
 def make_data_in(store: Store) -> DataSet:
@@ -55,17 +56,26 @@ def test_the_first_commit_wins_and_the_loser_leaves_nothing(tmp_path):
     assert len(list((tmp_path / data.folder / "data").iterdir())) == 1
 
 
-def test_a_commit_whose_answer_was_lost_is_known_as_ours(tmp_path, monkeypatch):
+def test_creating_a_file_again_with_the_same_bytes_is_known_as_ours(tmp_path):
+    """As a client does by itself when the answer to its first try is lost."""
+    store = LocalStore(str(tmp_path))
+    assert store.create("commits/0.json", b"attempt a")
+    assert store.create("commits/0.json", b"attempt a")
+    assert not store.create("commits/0.json", b"attempt b")
+
+
+def test_a_shard_of_another_data_set_or_another_number_is_refused(tmp_path):
     data = make_data(tmp_path)
-    create = LocalStore.create
-
-    def create_and_lose_the_answer(self, name, content):
-        create(self, name, content)
-        return False
-
-    monkeypatch.setattr(LocalStore, "create", create_and_lose_the_answer)
-    commit = data.write_shard(0, make_table(), tokens=1)
-    assert data.read_shard(commit).num_rows == 3
+    first, second = (data.write_shard(shard, make_table(), tokens=1) for shard in (0, 1))
+    other = DataSet(data.store, "corpus/beef", "beef").write_shard(0, make_table(), tokens=1)
+    os.replace(tmp_path / "corpus/beef" / other.file, tmp_path / data.folder / first.file)
+    with pytest.raises(ShardError, match="is shard 0 of the data set beef, not shard 0 of f00d"):
+        data.read_shard(replace(other, file=first.file))
+    with pytest.raises(ShardError, match="is not what was committed"):
+        data.read_shard(first)
+    swapped = replace(second, shard=0)
+    with pytest.raises(ShardError, match="is shard 1 of the data set f00d, not shard 0"):
+        data.read_shard(swapped)
 
 
 @pytest.mark.parametrize("offset", [10, 200, -30])
@@ -114,7 +124,7 @@ def test_a_folder_of_another_fingerprint_is_refused(tmp_path):
 
 
 def test_lists_are_split_into_byte_planes_without_a_dictionary():
-    metadata = pq.ParquetFile(pa.BufferReader(encode_table(make_table(), "f"))).metadata
+    metadata = pq.ParquetFile(pa.BufferReader(encode_table(make_table(), "f", 0))).metadata
     column = next(
         metadata.row_group(0).column(i)
         for i in range(metadata.num_columns)
@@ -126,7 +136,7 @@ def test_lists_are_split_into_byte_planes_without_a_dictionary():
 
 
 def test_two_writes_of_one_table_are_the_same_bytes():
-    assert encode_table(make_table(), "f") == encode_table(make_table(), "f")
+    assert encode_table(make_table(), "f", 0) == encode_table(make_table(), "f", 0)
 
 
 def test_a_fingerprint_changes_with_every_part():
@@ -138,12 +148,12 @@ def test_a_fingerprint_changes_with_every_part():
 def test_a_storage_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"storage is .*file/run.*cannot be written"):
-        check_writable(open_store(str(tmp_path / "file" / "run")))
+        check_store(open_store(str(tmp_path / "file" / "run")))
 
 
 def test_an_object_store_keeps_what_it_is_asked_to_create_only_once():
     store = open_store("memory://rayfuse-test")
-    check_writable(store)
+    check_store(store)
     assert store.create("a/b.json", b"1")
     assert not store.create("a/b.json", b"2")
     assert store.read("a/b.json") == b"1"

@@ -8,7 +8,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from rayfuse.storage.dataset import Reject
-from rayfuse.storage.store import ObjectStore, Store, check_writable, open_store
+from rayfuse.storage.object_store import ObjectStore
+from rayfuse.storage.store import Store, check_store, open_store
 from tests.storage.test_dataset import make_data_in, make_table
 
 
@@ -33,7 +34,7 @@ def bucket(monkeypatch) -> Iterator[Store]:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_shards_on_s3_are_committed_once_and_read_back_checked(bucket):
     assert isinstance(bucket, ObjectStore)
-    check_writable(bucket)
+    check_store(bucket)
     data = make_data_in(bucket)
     first = data.write_shard(0, make_table(3), tokens=1, rejects=[Reject("x", "empty")])
     second = data.write_shard(0, make_table(4), tokens=2)

@@ -1,0 +1,150 @@
+"""A prefix in a bucket, through fsspec (`s3://` by s3fs), and patience with it."""
+
+import contextlib
+import functools
+import posixpath
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+Given = ParamSpec("Given")
+Answer = TypeVar("Answer")
+
+PATIENCE_SECONDS = 300.0
+"""How long one request may fail again and again before the storage counts as gone."""
+
+LONGEST_PAUSE_SECONDS = 20.0
+
+ONE_PUT_BYTES = 2**32
+"""s3fs sends anything shorter than this as one PUT: an object is whole or not there."""
+
+CLIENT_ERRORS = ("aiohttp", "botocore", "urllib3")
+"""Packages below fsspec whose errors are the network's or the store's."""
+
+FINAL_ERRORS = (
+    *("FileNotFoundError", "FileExistsError", "PermissionError", "IsADirectoryError"),
+    *("NotADirectoryError", "NoCredentialsError", "PartialCredentialsError"),
+    *("ParamValidationError", "UnknownServiceError", "ProfileNotFound", "NoRegionError"),
+)
+"""Asking again gets the same answer."""
+
+
+class StorageGoneError(OSError):
+    """The storage has not answered for as long as it is waited for."""
+
+
+def ask_patiently(
+    method: Callable[Concatenate["ObjectStore", Given], Answer],
+) -> Callable[Concatenate["ObjectStore", Given], Answer]:
+    """Repeat a request that fails for reasons that pass: 5xx, resets, time-outs, cut answers.
+
+    Pauses grow to 20 s, each drawn at random up to its bound ("full jitter"), so that a thousand
+    workers do not come back at once. Credentials that have expired are fetched anew, once.
+    """
+
+    @functools.wraps(method)
+    def ask(store: "ObjectStore", /, *args: Given.args, **kwargs: Given.kwargs) -> Answer:
+        began, tries = time.monotonic(), 0
+        has_renewed = False
+        while True:
+            try:
+                return method(store, *args, **kwargs)
+            except Exception as error:
+                if _has_expired(error) and not has_renewed:
+                    has_renewed = True
+                    store.reconnect()
+                    continue
+                if not may_pass(error):
+                    raise
+                waited = time.monotonic() - began
+                if waited >= store.patience_seconds:
+                    raise StorageGoneError(
+                        f"storage {store.root} has failed for {waited:.0f} s, the last time with "
+                        f"{type(error).__name__}: {error}; what is done is kept: run the same "
+                        "command again once the storage is back"
+                    ) from error
+                bound = min(0.1 * 2**tries, LONGEST_PAUSE_SECONDS)
+                time.sleep(min(random.uniform(0, bound), store.patience_seconds - waited))
+                tries += 1
+
+    return ask
+
+
+def may_pass(error: BaseException) -> bool:
+    """Return whether the same request may succeed later."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if kinds & set(FINAL_ERRORS):
+        return False
+    is_clients = type(error).__module__.partition(".")[0] in CLIENT_ERRORS
+    return is_clients or isinstance(error, OSError | TimeoutError)
+
+
+def _has_expired(error: BaseException) -> bool:
+    response = getattr(error.__cause__, "response", None)
+    return isinstance(response, dict) and response["Error"].get("Code") == "ExpiredToken"
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """Names and bytes in a bucket. Every write is one PUT."""
+
+    root: str
+    patience_seconds: float = PATIENCE_SECONDS
+
+    @cached_property
+    def _fs(self) -> Any:
+        import fsspec
+
+        protocol = self.root.partition("://")[0]
+        # Listings are asked for anew: another machine's commits must be seen.
+        return fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True)
+
+    def __reduce__(self) -> tuple[type["ObjectStore"], tuple[str, float]]:
+        return ObjectStore, (self.root, self.patience_seconds)  # credentials stay out of pickles
+
+    def reconnect(self) -> None:
+        """Forget the connection and its credentials; the next request makes both anew."""
+        self.__dict__.pop("_fs", None)
+
+    @ask_patiently
+    def read(self, name: str) -> bytes:
+        return self._fs.cat_file(self._path(name))
+
+    @ask_patiently
+    def write(self, name: str, data: bytes) -> None:
+        self._fs.pipe_file(self._path(name), data, **self._one_put())
+
+    @ask_patiently
+    def create(self, name: str, data: bytes) -> bool:
+        try:
+            self._fs.pipe_file(self._path(name), data, mode="create", **self._one_put())
+        except FileExistsError:
+            # Perhaps by this very call: a client that lost the answer asks again by itself.
+            return self._fs.cat_file(self._path(name)) == data
+        return True
+
+    @ask_patiently
+    def sizes(self, folder: str) -> dict[str, int]:
+        try:
+            entries = self._fs.ls(self._path(folder), detail=True, refresh=True)
+        except FileNotFoundError:
+            return {}
+        return {
+            posixpath.basename(entry["name"]): entry["size"]
+            for entry in entries
+            if entry["type"] == "file"
+        }
+
+    @ask_patiently
+    def remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def _one_put(self) -> dict[str, int]:
+        return {"chunksize": ONE_PUT_BYTES} if self.root.startswith(("s3://", "s3a://")) else {}
