@@ -1,25 +1,39 @@
 """A source LLM that answers with top-k records."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Int
 
-from rayfuse.capture.top_k import TopLogprobs, keep_top_k
+from rayfuse.capture.top_k import TopLogprobs, TopTensors, keep_top_k
 from rayfuse.model_files import load_recipe_tokenizer
 from rayfuse.models import batch_by_tokens, load_causal_lm, pad_rows, resolve_dtype
 from rayfuse.recipe import CaptureSettings, ModelSettings
 
 TokenRows = Sequence[Int[np.ndarray, " _"]]
 
+FATAL = "CUDA error"
+"""Begins what a GPU says that will answer nothing any more."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a row has no record."""
+
+    reason: str
+
 
 @runtime_checkable
 class Engine(Protocol):
     """Scores rows of token ids; holds the weights."""
 
-    def score_rows(self, rows: TokenRows) -> list[TopLogprobs]:
+    def score_rows(self, rows: TokenRows) -> list[TopLogprobs | Failure]:
         """Return each row's record, in the order of the rows."""
         ...
 
@@ -32,6 +46,7 @@ class TransformersEngine:
 
     def __init__(self, source: ModelSettings, settings: CaptureSettings) -> None:
         self.settings = settings
+        self.batch_tokens = settings.batch_tokens
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.lm = load_causal_lm(
             source.model,
@@ -44,32 +59,140 @@ class TransformersEngine:
         known = np.zeros(self.lm.head.out_features, dtype=bool)
         known[: tokenizer.vocab_size] = tokenizer.known_ids()
         self.known_ids = torch.from_numpy(known).to(device)
+        self.copies = torch.cuda.Stream() if device == "cuda" else None
 
-    def score_rows(self, rows: TokenRows) -> list[TopLogprobs]:
-        """Return each row's record, in the order of the rows."""
-        results: dict[int, TopLogprobs] = {}
+    def score_rows(self, rows: TokenRows) -> list[TopLogprobs | Failure]:
+        """Return each row's record, in the order of the rows.
+
+        A batch that does not fit the memory is cut in two, and later ones are smaller. A batch that
+        the model fails on is halved until the row is found that it fails on.
+        """
+        results: dict[int, TopLogprobs | Failure] = {}
         lengths = [len(row) for row in rows]
-        for batch in batch_by_tokens(lengths, self.settings.batch_tokens):
-            records = self._score_batch([rows[index] for index in batch])
-            results |= dict(zip(batch, records, strict=True))
+        waiting: tuple[list[int], HostCopy] | None = None
+        for batch in batch_by_tokens(lengths, self.batch_tokens):
+            for part, answer in self._score_parts([rows[index] for index in batch]):
+                indices = batch[part]
+                if isinstance(answer, Failure):
+                    results |= dict.fromkeys(indices, answer)
+                    continue
+                copy = HostCopy(answer, self.copies)
+                if waiting:  # the last batch's record travels while this one is computed
+                    results |= _split_record(*waiting, lengths)
+                waiting = (indices, copy)
+        if waiting:
+            results |= _split_record(*waiting, lengths)
         return [results[index] for index in range(len(rows))]
 
+    def _score_parts(self, rows: TokenRows) -> Iterator[tuple[slice, TopTensors | Failure]]:
+        """Yield the records of a batch in as many parts as it takes, each with its rows."""
+        parts = [slice(0, len(rows))]
+        while parts:
+            part = parts.pop()
+            try:
+                record = self._score_batch(rows[part])
+            except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+                if str(error).startswith(FATAL):
+                    raise
+                is_full = _is_out_of_memory(error)
+                reason = "out of memory" if is_full else f"model fails: {_first_line(error)}"
+            else:
+                yield part, record
+                continue
+            # Here the error is gone, and with it the tensors that its frames held.
+            if is_full:
+                self._shrink_batches(sum(len(row) for row in rows[part]))
+            if part.stop - part.start == 1:
+                yield part, Failure(reason)
+            else:
+                middle = (part.start + part.stop) // 2
+                parts += [slice(middle, part.stop), slice(part.start, middle)]
+
+    def _shrink_batches(self, num_tokens: int) -> None:
+        """Take half of what did not fit for the most that does."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.batch_tokens = max(min(self.batch_tokens, num_tokens) // 2, 1)
+        logger.warning(
+            "out of memory with %d tokens; batches are cut to %d from here on: lower "
+            "capture.batch_tokens (%d)",
+            num_tokens,
+            self.batch_tokens,
+            self.settings.batch_tokens,
+        )
+
     @torch.inference_mode()
-    def _score_batch(self, rows: TokenRows) -> list[TopLogprobs]:
-        hidden = self.lm.hidden_states(pad_rows(list(rows)).to(self.lm.device))
-        return [
-            keep_top_k(
-                hidden[index, : len(row)],
-                self.lm.head,
-                self.known_ids,
-                torch.from_numpy(np.append(row[1:], -1).astype(np.int64)).to(self.lm.device),
-                top_k=self.settings.top_k,
-                chunk_positions=self.settings.chunk_positions,
+    def _score_batch(self, rows: TokenRows) -> TopTensors:
+        device = self.lm.device
+        hidden = self.lm.hidden_states(_send(pad_rows(list(rows)), device))
+        lengths = torch.tensor([len(row) for row in rows])
+        is_text = torch.arange(hidden.shape[1])[None] < lengths[:, None]
+        at = _send(is_text.flatten().nonzero()[:, 0], device)
+        following = np.concatenate([np.append(row[1:], -1) for row in rows]).astype(np.int64)
+        return keep_top_k(
+            hidden.flatten(0, 1)[at],
+            self.lm.head,
+            self.known_ids,
+            _send(torch.from_numpy(following), device),
+            top_k=self.settings.top_k,
+            chunk_positions=self.settings.chunk_positions,
+        )
+
+
+class HostCopy:
+    """A record on its way from a GPU: a stream of its own copies it, into pinned memory."""
+
+    def __init__(self, record: TopTensors, stream: torch.cuda.Stream | None) -> None:
+        self.record, self.event = record, None
+        if stream is None:
+            return
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.record = TopTensors(
+                *(
+                    torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(
+                        tensor, non_blocking=True
+                    )
+                    for tensor in vars(record).values()
+                )
             )
-            for index, row in enumerate(rows)
-        ]
+            self.event = stream.record_event()
+        for tensor in vars(record).values():
+            tensor.record_stream(stream)
+
+    def wait(self) -> TopTensors:
+        """Return the record once all of it is here."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.record
 
 
 def load_transformers_engine(source: ModelSettings, settings: CaptureSettings) -> Engine:
     """Return the default engine."""
     return TransformersEngine(source, settings)
+
+
+def _split_record(
+    indices: list[int], copy: HostCopy, lengths: list[int]
+) -> dict[int, TopLogprobs | Failure]:
+    rows = copy.wait().split_rows([lengths[index] for index in indices])
+    return dict(zip(indices, rows, strict=True))
+
+
+def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on a device, without waiting for the copy."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return "can't allocate memory" in text or "out of memory" in text
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
+from rayfuse.capture.engine import Failure
 from rayfuse.capture.top_k import TopLogprobs
 from rayfuse.schema import CAPTURED, build_list_column, codes, encode_probs, halfs, ints
 from rayfuse.storage.dataset import Reject
@@ -22,7 +23,7 @@ def tokenise_rows(corpus: pa.Table, tokenizer: TextTokenizer) -> list[Int[np.nda
 def build_captured(
     corpus: pa.Table,
     token_rows: Sequence[Int[np.ndarray, " _"]],
-    records: Sequence[TopLogprobs],
+    records: Sequence[TopLogprobs | Failure],
     eos_id: int | None,
 ) -> tuple[pa.Table, list[Reject]]:
     """Return the CAPTURED rows, and the rows that had to be left empty.
@@ -34,15 +35,20 @@ def build_captured(
         eos_id: The source's EOS, which ends rows that end documents.
     """
     row_ids: list[str] = corpus["row_id"].to_pylist()
-    is_good = [record.is_finite() for record in records]
+    reasons = [_find_fault(record) for record in records]
+    is_good = [reason is None for reason in reasons]
     rejects = [
-        Reject(row_id, NOT_FINITE)
-        for row_id, good in zip(row_ids, is_good, strict=True)
-        if not good
+        Reject(row_id, reason)
+        for row_id, reason in zip(row_ids, reasons, strict=True)
+        if reason is not None
     ]
-    kept = [record for record, good in zip(records, is_good, strict=True) if good]
+    kept = [
+        record
+        for record, good in zip(records, is_good, strict=True)
+        if good and isinstance(record, TopLogprobs)
+    ]
     lengths = [len(tokens) if good else 0 for tokens, good in zip(token_rows, is_good, strict=True)]
-    top_k = records[0].top_ids.shape[1] if records else 0
+    top_k = kept[0].top_ids.shape[1] if kept else 0
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     tokens = _join([t for t, good in zip(token_rows, is_good, strict=True) if good], np.int32)
     next_logprobs = _join([record.next_logprobs for record in kept], np.float32)
@@ -67,6 +73,12 @@ def build_captured(
         ),
     }
     return pa.Table.from_pydict(columns, schema=CAPTURED), rejects
+
+
+def _find_fault(record: TopLogprobs | Failure) -> str | None:
+    if isinstance(record, Failure):
+        return record.reason
+    return None if record.is_finite() else NOT_FINITE
 
 
 def ends_with_eos(

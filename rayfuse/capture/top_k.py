@@ -1,5 +1,6 @@
 """Hidden states -> top-k records, without the full logits ever being there at once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,32 @@ class TopLogprobs:
         )
 
 
+@dataclass(frozen=True)
+class TopTensors:
+    """The record of some positions, where the model is."""
+
+    top_ids: Int[torch.Tensor, "positions top_k"]
+    top_logprobs: Float[torch.Tensor, "positions top_k"]
+    tail_logprobs: Float[torch.Tensor, " positions"]
+    next_logprobs: Float[torch.Tensor, " positions"]
+
+    def split_rows(self, lengths: Sequence[int]) -> list[TopLogprobs]:
+        """Return each row's record, on the host.
+
+        Args:
+            lengths: The positions of each row; together, all positions.
+        """
+        ends = np.cumsum(lengths)[:-1]
+        ids, logprobs, tails, following = (
+            np.split(tensor.numpy(), ends)
+            for tensor in (
+                *(self.top_ids.int(), self.top_logprobs),
+                *(self.tail_logprobs, self.next_logprobs),
+            )
+        )
+        return [TopLogprobs(*row) for row in zip(ids, logprobs, tails, following, strict=True)]
+
+
 @torch.inference_mode()
 def keep_top_k(
     hidden: Float[torch.Tensor, "positions width"],
@@ -38,7 +65,7 @@ def keep_top_k(
     *,
     top_k: int,
     chunk_positions: int,
-) -> TopLogprobs:
+) -> TopTensors:
     """Return the top-k record of positions, applying the head to a chunk of them at a time.
 
     Args:
@@ -49,25 +76,23 @@ def keep_top_k(
         top_k: Entries kept.
         chunk_positions: Positions whose logits exist at a time.
     """
+    unknown_ids = torch.nonzero(~known_ids)[:, 0]
     parts = [
-        _reduce_chunk(head(part).float(), known_ids, following, top_k)
+        _reduce_chunk(head(part).float(), unknown_ids, following, top_k)
         for part, following in zip(
             hidden.split(chunk_positions), next_ids.split(chunk_positions), strict=True
         )
     ]
-    ids, logprobs, tails, following = (
-        torch.cat(pieces).cpu().numpy() for pieces in zip(*parts, strict=True)
-    )
-    return TopLogprobs(ids.astype(np.int32), logprobs, tails, following)
+    return TopTensors(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
 
 
 def _reduce_chunk(
     logits: Float[torch.Tensor, "positions head_width"],
-    known_ids: Bool[torch.Tensor, " head_width"],
+    unknown_ids: Int[torch.Tensor, " unknown"],
     next_ids: Int[torch.Tensor, " positions"],
     top_k: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    logits = logits.masked_fill(~known_ids, -torch.inf)
+    logits.index_fill_(1, unknown_ids, -torch.inf)
     normaliser = logits.logsumexp(1, keepdim=True)
     top = logits.topk(min(top_k, logits.shape[1]), dim=1)
     logprobs = top.values - normaliser
@@ -79,4 +104,4 @@ def _reduce_chunk(
     # Below 1e-7 a float32 sum near 1 says nothing, so the tail ends there.
     tail = (1 - logprobs.double().exp().sum(1)).clamp(min=1e-7).log()
     following = logits.gather(1, next_ids.clamp(min=0)[:, None]) - normaliser
-    return ids, logprobs, tail, following[:, 0].masked_fill(next_ids < 0, 0.0)
+    return ids, logprobs, tail.float(), following[:, 0].masked_fill(next_ids < 0, 0.0)

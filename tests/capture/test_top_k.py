@@ -71,7 +71,7 @@ def test_a_vocabulary_smaller_than_top_k_leaves_empty_entries():
         torch.tensor([0, 1, -1]),
         top_k=8,
         chunk_positions=2,
-    )
+    ).split_rows([3])[0]
     assert (record.top_ids[:, 3:] == -1).all()
     np.testing.assert_allclose(np.exp(record.top_logprobs[:, :3]).sum(axis=1), 1, atol=1e-6)
 
