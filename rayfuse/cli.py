@@ -1,6 +1,7 @@
 """The `rayfuse` command: each sub-command calls stages. Imports are late, so that help is quick."""
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ BAD_INPUT, FAILED = 2, 1
 
 def main() -> None:
     """Run the command; user errors become one message and exit code 2, failures exit code 1."""
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
     except KeyboardInterrupt:
@@ -39,6 +41,11 @@ def main() -> None:
         if isinstance(cause, ValueError):
             _fail(str(cause), BAD_INPUT)
         _fail(f"{type(cause).__name__}: {cause}", FAILED)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Take a request to end as Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -96,6 +103,57 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = 
 def report(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Write tables and plots of a finished run."""
     _run_recipe(recipe, overrides, ("report",), as_json)
+
+
+@app.command()
+def status(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Show what is done, what is missing and what was rejected; needs no cluster."""
+    stdout = _claim_stdout() if as_json else sys.stdout
+    from rayfuse.console import open_console
+    from rayfuse.layout import plan_layout
+    from rayfuse.pipeline import STAGES, is_stage_done
+    from rayfuse.recipe import read_recipe
+    from rayfuse.state import list_numbers, print_status, read_statuses
+
+    layout = plan_layout(read_recipe(recipe, overrides))
+    statuses = read_statuses(layout)
+    print_status(layout, statuses, open_console(to_stderr=as_json))
+    if as_json:
+        stages = {stage: is_stage_done(stage, layout) for stage in STAGES}
+        print(json.dumps({"stages": stages, "data_sets": list_numbers(statuses)}), file=stdout)
+
+
+@app.command()
+def verify(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Make again what is damaged; remove leftovers.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read every shard and check it; needs no cluster, but for --repair. Exit code 1 if damaged."""
+    stdout = _claim_stdout() if as_json else sys.stdout
+    from rayfuse.console import ProgressBars, open_console
+    from rayfuse.layout import plan_layout
+    from rayfuse.recipe import read_recipe
+    from rayfuse.state import forget_all_damages, list_numbers, print_verified, verify_layout
+
+    console = open_console(to_stderr=as_json)
+    settings = read_recipe(recipe, overrides)
+    layout = plan_layout(settings)
+    with ProgressBars(console) as bars:
+        found = verify_layout(layout, bars)
+    print_verified(found, console)
+    is_damaged = any(each.damages for each in found.values())
+    if repair:
+        stages = forget_all_damages(settings, layout, found)
+        if stages:
+            _run_recipe(recipe, overrides, tuple(stages), False, console)
+    if as_json:
+        print(json.dumps({"data_sets": list_numbers(found), "repaired": repair}), file=stdout)
+    if is_damaged and not repair:
+        _fail(f"shards are damaged: rayfuse verify {recipe} --repair makes them again", FAILED)
 
 
 @app.command()

@@ -34,7 +34,7 @@ class ProgressBars:
             TextColumn("{task.description:<24}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]} {task.fields[rate]}"),
+            TextColumn("{task.fields[unit]} {task.fields[rate]} {task.fields[note]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -54,7 +54,7 @@ class ProgressBars:
     ) -> None:
         self.bars.stop()
 
-    def __call__(self, title: str, done: int, total: int, unit: str = "") -> None:
+    def __call__(self, title: str, done: int, total: int, unit: str = "", note: str = "") -> None:
         """Show that `done` of `total` units of the work called `title` are done."""
         now = time.monotonic()
         with self.lock:
@@ -63,13 +63,19 @@ class ProgressBars:
             rate = f"{fresh / (now - began):.2f}/s" if now > began and fresh else ""
             if self.console.is_terminal:
                 if title not in self.tasks:
-                    self.tasks[title] = self.bars.add_task(title, total=total, unit=unit, rate=rate)
-                self.bars.update(self.tasks[title], completed=done, total=total, rate=rate)
+                    self.tasks[title] = self.bars.add_task(
+                        title, total=total, unit=unit, rate=rate, note=note
+                    )
+                self.bars.update(
+                    self.tasks[title], completed=done, total=total, rate=rate, note=note
+                )
             elif done >= total or now - self.told.get(title, -LOG_SECONDS) >= LOG_SECONDS:
                 if self.told.get(title) == float("inf"):
                     return
                 self.told[title] = float("inf") if done >= total else now
-                self.console.print(f"  {title}: {done} of {total} {unit} {rate}", highlight=False)
+                self.console.print(
+                    f"  {title}: {done} of {total} {unit} {rate} {note}", highlight=False
+                )
 
 
 def open_console(*, to_stderr: bool) -> Console:

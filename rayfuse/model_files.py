@@ -26,6 +26,8 @@ class ModelFiles:
     """Rows of the head: logits per position."""
     context_tokens: int | None
     """The longest row it takes, where its config says."""
+    num_bytes: int
+    """Of its weights; 1 where nobody has counted them."""
 
 
 def load_recipe_tokenizer(settings: ModelSettings) -> TextTokenizer:
@@ -72,12 +74,14 @@ def read_model_files(model: str, revision: str | None) -> ModelFiles:
     folder = Path(model).expanduser()
     if folder.is_dir():
         config, identity = _read_folder(folder)
+        num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     elif folder.is_absolute() or model.startswith(("./", "../", "~")):
         raise ValueError(f"model is {model!r}, a folder that does not exist; check the path")
     else:
         config, identity = _read_hub(model, revision)
+        num_bytes = 1
     contexts = [config[key] for key in CONTEXT_KEYS if isinstance(config.get(key), int)]
-    return ModelFiles(identity, config["vocab_size"], min(contexts, default=None))
+    return ModelFiles(identity, config["vocab_size"], min(contexts, default=None), num_bytes)
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], str]:

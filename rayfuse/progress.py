@@ -5,14 +5,14 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Progress(Protocol):
-    """Called with a title, what is done, of how much, in which unit."""
+    """Called with a title, what is done, of how much, in which unit, and what else there is."""
 
-    def __call__(self, title: str, done: int, total: int, unit: str = "") -> None:
+    def __call__(self, title: str, done: int, total: int, unit: str = "", note: str = "") -> None:
         """Take note that `done` of `total` units of the work called `title` are done."""
         ...
 
 
-def report_nothing(title: str, done: int, total: int, unit: str = "") -> None:
+def report_nothing(title: str, done: int, total: int, unit: str = "", note: str = "") -> None:
     """Take note of nothing: for scripts and tests."""
 
 

@@ -107,8 +107,13 @@ class SourceSettings(ModelSettings):
     """CPUs of one actor."""
     min_actors: PositiveInt = 1
     """Actors that are started at once."""
-    max_actors: PositiveInt = 1
-    """Actors that the cluster may grow to."""
+    max_actors: PositiveInt | None = None
+    """Actors that the cluster may grow to; by default the source's share of what the cluster has,
+    such that all sources finish together."""
+    batch_tokens: PositiveInt | None = None
+    """Tokens in one forward pass of this source, instead of capture.batch_tokens."""
+    dollars_per_hour: NonNegativeFloat | None = None
+    """What one actor's share of its machine costs; the money spent and left is then shown."""
 
     @field_validator("name")
     @classmethod
@@ -121,7 +126,7 @@ class SourceSettings(ModelSettings):
 
     @model_validator(mode="after")
     def _check_actors(self) -> "SourceSettings":
-        if self.max_actors < self.min_actors:
+        if self.max_actors is not None and self.max_actors < self.min_actors:
             raise ValueError(
                 f"max_actors {self.max_actors} is below min_actors {self.min_actors}; raise it"
             )
@@ -137,6 +142,8 @@ class CaptureSettings(Settings):
     """Tokens in one forward pass, padding counted; raise it until the GPU's memory is used."""
     chunk_positions: PositiveInt = 1024
     """Positions that the head is applied to at a time: they alone exist as full logits."""
+    max_rejected_share: Share = 0.01
+    """Rows that may be rejected, of a source's rows, before the run stops."""
 
 
 class AlignSettings(Settings):

@@ -228,8 +228,12 @@ def test_a_lost_captured_shard_is_made_again_and_nothing_else(finished_run):
     changed = {
         name for name, stamp in snapshot(finished_run.root).items() if before.get(name) != stamp
     }
+    manifest = data.read_manifest()
+    assert manifest is not None
     assert changed == {
         f"{data.folder}/{made.file}",
         f"{data.folder}/commits/00001.json",
         f"{data.folder}/manifest.json",
+        f"{data.folder}/{manifest.records}",
+        f"{data.folder}/metrics.jsonl",
     }

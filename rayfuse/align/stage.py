@@ -17,6 +17,9 @@ from rayfuse.progress import Progress
 from rayfuse.recipe import ModelSettings, Recipe, dump_recipe
 from rayfuse.storage.dataset import DataSet
 
+MOST_BLOCKS = 4096
+"""Blocks of shard numbers: the driver holds an object for each."""
+
 MINED_CHUNK = 2048
 """Source tokens whose nearest target tokens one task finds: about a second of one core."""
 
@@ -38,12 +41,15 @@ def align_sources(recipe: Recipe, layout: Layout, progress: Progress) -> None:
             )
         aligned.claim({"recipe": dump_recipe(recipe), "source": source.name})
         aligned.drop_lost_shards()
-        shards = sorted(captured.commits())
-        todo = sorted(set(shards) - set(aligned.commits()))
+        manifest = captured.read_manifest()
+        assert manifest is not None, "the source is captured whole"
+        shards = range(manifest.num_shards)
+        todo = sorted(set(shards) - aligned.list_committed())
         task = plan_task(recipe, layout, source)
         if todo:
             items = [{"shard": shard} for shard in todo]
-            rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            blocks = min(len(items), MOST_BLOCKS)
+            rows = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
                 partial(align_batch, task=task), batch_size=1, batch_format="pyarrow"
             )
             for done, _ in enumerate(rows.iter_rows(), len(shards) - len(todo) + 1):
@@ -100,7 +106,9 @@ def _count_map(
     source: ModelSettings, target: ModelSettings, corpus: DataSet, label: str, progress: Progress
 ) -> np.ndarray:
     count: Any = ray.remote(_count_shard)
-    waiting = [count.remote(source, target, corpus, shard) for shard in sorted(corpus.commits())]
+    waiting = [
+        count.remote(source, target, corpus, shard) for shard in sorted(corpus.list_committed())
+    ]
     num_shards, total = len(waiting), add_counts([])
     while waiting:
         ready, waiting = ray.wait(waiting)

@@ -33,6 +33,9 @@ class Failure:
 class Engine(Protocol):
     """Scores rows of token ids; holds the weights."""
 
+    batch_tokens: int
+    """Tokens of a batch by now; fewer than the recipe says once memory ran out."""
+
     def score_rows(self, rows: TokenRows) -> list[TopLogprobs | Failure]:
         """Return each row's record, in the order of the rows."""
         ...

@@ -1,30 +1,56 @@
 """The capture stage: for each source a Ray Data stream of shards through actors with its LLM.
 
-One block is one shard: an actor reads the corpus shard, scores it, commits the captured shard;
-a CPU task right behind it aligns it. Blocks carry shard numbers, never the data.
+Blocks carry shard numbers, never the data: an actor reads a corpus shard, scores it and commits
+the captured shard; a CPU task right behind it aligns it.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import json
+import random
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayActorError
+from ray.util.metrics import Counter
 
 from rayfuse.align.task import AlignTask, align_committed, plan_task
 from rayfuse.capture.engine import LoadEngine, load_transformers_engine
-from rayfuse.capture.record import build_captured, tokenise_rows
+from rayfuse.capture.live import LiveNumbers, to_line
+from rayfuse.capture.pools import share_actors
+from rayfuse.capture.shard import ShardCapturer, ShardNumbers
 from rayfuse.layout import Layout
-from rayfuse.model_files import load_recipe_tokenizer
+from rayfuse.model_files import load_recipe_tokenizer, read_model_files
 from rayfuse.progress import Progress
 from rayfuse.recipe import CaptureSettings, Recipe, SourceSettings, dump_recipe
 from rayfuse.storage.dataset import DataSet
 
+CALLS_PER_ACTOR = 3
+"""Shards in one actor at a time: one is read, one scored, one written."""
+
+MOST_BLOCKS = 4096
+"""Blocks of shard numbers: the driver holds an object for each."""
+
+MOST_INIT_DEATHS = 5
+"""Actors in a row that may die while they load a model: spot machines do go away."""
+
+NO_PROGRESS_SECONDS = 86_400
+"""A day: machines with the right GPU may take long to come."""
+
+METRICS_SECONDS = 15.0
+"""Between two lines of metrics.jsonl."""
+
+ALIGN_CPUS = 0.5
+
 
 class CaptureActor:
-    """Holds one source LLM. Ray builds it once, then calls it per shard."""
+    """Holds one source LLM. Ray builds it once, then calls it per shard, from several threads."""
 
     def __init__(
         self,
@@ -34,23 +60,31 @@ class CaptureActor:
         captured: DataSet,
         load_engine: LoadEngine,
     ) -> None:
-        self.corpus, self.captured = corpus, captured
-        self.tokenizer = load_recipe_tokenizer(source)
-        self.engine = load_engine(source, settings)
+        self.fault: ValueError | None = None
+        try:
+            engine = load_engine(source, settings)
+        except ValueError as error:  # raised in a call: Ray would build the actor again and again
+            self.fault = error
+            return
+        self.capturer = ShardCapturer(engine, load_recipe_tokenizer(source), corpus, captured)
+        self.tags = {"source": source.name}
+        self.tokens = Counter("rayfuse_capture_tokens", "Tokens scored", ("source",))
+        self.busy = Counter("rayfuse_capture_busy_seconds", "The model computed", ("source",))
+        self.idle = Counter("rayfuse_capture_idle_seconds", "The model waited", ("source",))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Capture the shards that a batch names, and return their numbers."""
-        commits = [self._capture(shard) for shard in batch["shard"].to_pylist()]
-        tokens = [commit.tokens for commit in commits]
-        return pa.table({"shard": [commit.shard for commit in commits], "tokens": tokens})
+        """Capture the shards that a batch names, and return a row of numbers for each."""
+        if self.fault is not None:
+            raise self.fault
+        return pa.Table.from_pylist([self._capture(n) for n in batch["shard"].to_pylist()])
 
-    def _capture(self, shard: int) -> Any:
-        corpus = self.corpus.read_shard(self.corpus.read_commit(shard))
-        rows = tokenise_rows(corpus, self.tokenizer)
-        records = self.engine.score_rows(rows)
-        table, rejects = build_captured(corpus, rows, records, self.tokenizer.eos_id)
-        num_tokens = sum(len(row) for row in rows)
-        return self.captured.write_shard(shard, table, tokens=num_tokens, rejects=rejects)
+    def _capture(self, shard: int) -> dict[str, Any]:
+        numbers = self.capturer.capture(shard)
+        if numbers.is_ours:
+            self.tokens.inc(numbers.tokens, self.tags)
+            self.busy.inc(numbers.busy_seconds, self.tags)
+            self.idle.inc(numbers.idle_seconds, self.tags)
+        return asdict(numbers)
 
 
 @dataclass(frozen=True)
@@ -61,6 +95,10 @@ class SourceWork:
     shards: list[int]
     num_shards: int
     task: AlignTask
+    gpus: float
+    """Of one actor."""
+    settings: CaptureSettings
+    max_actors: int = 1
 
 
 def capture_sources(
@@ -72,7 +110,9 @@ def capture_sources(
     """Capture and align what is missing of every source, all sources at once.
 
     Raises:
-        ValueError: The corpus is not whole, or the cluster has no such GPU.
+        ValueError: The corpus is not whole, a model cannot be used, or too many rows are rejected.
+        StorageGoneError: The storage does not answer any more.
+        RuntimeError: Actors die again and again while they load a model.
     """
     if not layout.corpus.is_whole():
         raise ValueError("the corpus is not whole; run `rayfuse corpus` first")
@@ -81,75 +121,191 @@ def capture_sources(
         for source in recipe.sources
         if not layout.captured[source.name].is_whole()
     ]
-    with ThreadPoolExecutor(max_workers=max(len(work), 1)) as threads:
-        futures = [
-            threads.submit(_capture_source, each, recipe.capture, progress, load_engine)
-            for each in work
-        ]
-    for future in futures:
-        future.result()
+    ended: SimpleQueue[BaseException | None] = SimpleQueue()
+
+    def run(each: SourceWork) -> None:
+        try:
+            _capture_source(each, progress, load_engine)
+        except BaseException as error:  # handed to the main thread
+            ended.put(error)
+        else:
+            ended.put(None)
+
+    for each in _size_pools(work):
+        # A daemon: when the main thread is told to stop, nothing waits for the sources to end.
+        threading.Thread(target=run, args=(each,), daemon=True).start()
+    errors = [error for error in (ended.get() for _ in work) if error is not None]
+    if errors:
+        raise errors[0]
 
 
 def _plan_source(recipe: Recipe, layout: Layout, source: SourceSettings) -> SourceWork:
     captured, aligned = layout.captured[source.name], layout.aligned[source.name]
-    captured.claim({"recipe": dump_recipe(recipe), "source": source.name})
+    is_first = captured.claim({"recipe": dump_recipe(recipe), "source": source.name})
     aligned.claim({"recipe": dump_recipe(recipe), "source": source.name})
     captured.drop_lost_shards()
-    shards = sorted(layout.corpus.commits())
-    todo = sorted(set(shards) - set(captured.commits()))
-    task = plan_task(recipe, layout, source)
-    return SourceWork(source, todo, len(shards), task)
+    manifest = layout.corpus.read_manifest()
+    assert manifest is not None, "the corpus is whole"
+    done = captured.list_committed()
+    todo = [shard for shard in range(manifest.num_shards) if shard not in done]
+    if not is_first:
+        # Perhaps another job is at it: in another order both seldom take the same shard.
+        random.Random().shuffle(todo)
+    settings = recipe.capture.model_copy(
+        update={"batch_tokens": source.batch_tokens or recipe.capture.batch_tokens}
+    )
+    return SourceWork(
+        source=source,
+        shards=todo,
+        num_shards=manifest.num_shards,
+        task=plan_task(recipe, layout, source),
+        gpus=_count_gpus(source),
+        settings=settings,
+    )
 
 
-def _capture_source(
-    work: SourceWork, settings: CaptureSettings, progress: Progress, load_engine: LoadEngine
-) -> None:
+def _count_gpus(source: SourceSettings) -> float:
+    """Return the GPUs of one actor; by default a whole one where there is any."""
+    if source.gpus is not None:
+        return source.gpus
+    return 1.0 if ray.cluster_resources().get("GPU", 0) > 0 else 0.0
+
+
+def _size_pools(work: list[SourceWork]) -> list[SourceWork]:
+    """Return the work with as many actors for each source as the cluster has room for."""
+    resources = ray.cluster_resources()
+    sized: list[SourceWork] = []
+    for on_gpu in (True, False):
+        group = [each for each in work if (each.gpus > 0) == on_gpu]
+        weights = [
+            float(read_model_files(each.source.model, each.source.revision).num_bytes)
+            * len(each.shards)
+            for each in group
+        ]
+        costs = [each.gpus if on_gpu else each.source.cpus for each in group]
+        room = resources.get("GPU", 0.0) if on_gpu else resources.get("CPU", 1.0) - 2 * ALIGN_CPUS
+        for each, share in zip(group, share_actors(weights, costs, room), strict=True):
+            most = each.source.max_actors or max(share, each.source.min_actors)
+            sized.append(replace(each, max_actors=min(most, max(len(each.shards), 1))))
+    return sized
+
+
+def _capture_source(work: SourceWork, progress: Progress, load_engine: LoadEngine) -> None:
     source, task = work.source, work.task
     if work.shards:
-        items = [{"shard": shard} for shard in work.shards]
-        rows = (
-            ray.data.from_items(items, override_num_blocks=len(items))
+        live = LiveNumbers(
+            source=source.name,
+            num_shards=work.num_shards,
+            done_before=work.num_shards - len(work.shards),
+            batch_tokens=work.settings.batch_tokens,
+            dollars_per_hour=source.dollars_per_hour,
+        )
+        log = MetricsLog(task.captured)
+        for numbers in _stream_numbers(work, load_engine):
+            live.add(numbers)
+            now = live.snapshot()
+            progress(
+                f"capture {source.name}",
+                now.shards_done,
+                now.num_shards,
+                "shards",
+                now.describe(work.settings.batch_tokens),
+            )
+            log.write(to_line(now), is_last=now.shards_done == now.num_shards)
+            live.check_rejects(work.settings.max_rejected_share)
+    task.captured.finish(work.num_shards)
+    if len(task.aligned.list_committed()) == work.num_shards:
+        task.aligned.finish(work.num_shards)  # else shards captured before are left to `align`
+
+
+def _stream_numbers(work: SourceWork, load_engine: LoadEngine) -> Iterator[ShardNumbers]:
+    """Capture and align the shards of one source, and yield each one's numbers.
+
+    Raises:
+        RuntimeError: Actors die again and again while they load the model.
+    """
+    source = work.source
+    try:
+        for row in _build_stream(work, load_engine).iter_rows():
+            yield ShardNumbers(**row)
+    except RayActorError as error:
+        raise RuntimeError(
+            f"source {source.name}: {MOST_INIT_DEATHS + 1} actors in a row died while they loaded "
+            f"{source.model!r} ({str(error).splitlines()[0]}); give it a machine with more memory, "
+            "then run the same command again"
+        ) from error
+
+
+def _build_stream(work: SourceWork, load_engine: LoadEngine) -> ray.data.Dataset:
+    source, task = work.source, work.task
+    items = [{"shard": shard} for shard in work.shards]
+    context = DataContext.get_current().copy()
+    context.max_consecutive_actor_init_deaths = MOST_INIT_DEATHS
+    context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
+    with DataContext.current(context):
+        return (
+            ray.data.from_items(items, override_num_blocks=min(len(items), MOST_BLOCKS))
             .map_batches(
                 CaptureActor,
-                fn_constructor_args=(source, settings, task.corpus, task.captured, load_engine),
+                fn_constructor_args=(
+                    source,
+                    work.settings,
+                    task.corpus,
+                    task.captured,
+                    load_engine,
+                ),
                 batch_size=1,
                 batch_format="pyarrow",
-                compute=ActorPoolStrategy(min_size=source.min_actors, max_size=source.max_actors),
+                compute=ActorPoolStrategy(
+                    min_size=min(source.min_actors, work.max_actors),
+                    max_size=work.max_actors,
+                    max_tasks_in_flight_per_actor=CALLS_PER_ACTOR,
+                    max_concurrent_calls_per_actor=CALLS_PER_ACTOR,
+                    enable_true_multi_threading=True,
+                ),
                 num_cpus=source.cpus,
-                **_gpu_options(source),
+                **_gpu_options(work),
             )
             .map_batches(
                 partial(_align_behind, task=task),
                 batch_size=1,
                 batch_format="pyarrow",
-                num_cpus=0.5,
+                num_cpus=ALIGN_CPUS,
             )
         )
-        done = work.num_shards - len(work.shards)
-        progress(f"capture {source.name}", done, work.num_shards, "shards")
-        for _ in rows.iter_rows():
-            done += 1
-            progress(f"capture {source.name}", done, work.num_shards, "shards")
-    task.captured.finish(work.num_shards)
-    if len(task.aligned.commits()) == work.num_shards:
-        task.aligned.finish(work.num_shards)  # else shards captured before are left to `align`
+
+
+class MetricsLog:
+    """metrics.jsonl beside the shards: what earlier jobs wrote stays."""
+
+    def __init__(self, data: DataSet) -> None:
+        self.store, self.name = data.store, f"{data.folder}/metrics.jsonl"
+        try:
+            self.lines = self.store.read(self.name).decode().splitlines()
+        except FileNotFoundError:
+            self.lines: list[str] = []
+        self.written = -METRICS_SECONDS
+
+    def write(self, line: dict[str, object], *, is_last: bool) -> None:
+        """Add a line, unless the one before is fresh."""
+        if not is_last and time.monotonic() - self.written < METRICS_SECONDS:
+            return
+        self.written = time.monotonic()
+        self.lines.append(json.dumps(line))
+        self.store.write(self.name, ("\n".join(self.lines) + "\n").encode())
 
 
 def _align_behind(batch: pa.Table, task: AlignTask) -> pa.Table:
     """Align freshly captured shards; those aligned before, from equal rows, stay."""
-    done = task.aligned.commits()
     for shard in batch["shard"].to_pylist():
-        if shard not in done:
+        if not task.aligned.is_committed(shard):
             align_committed(task, shard)
     return batch
 
 
-def _gpu_options(source: SourceSettings) -> dict[str, Any]:
-    """Return Ray's resource options; by default a whole GPU where there is any."""
-    gpus = source.gpus
-    if gpus is None:
-        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) > 0 else 0.0
-    options: dict[str, Any] = {"num_gpus": gpus} if gpus else {}
-    if source.accelerator_type is not None:
-        options["accelerator_type"] = source.accelerator_type
+def _gpu_options(work: SourceWork) -> dict[str, Any]:
+    """Return Ray's resource options for one actor."""
+    options: dict[str, Any] = {"num_gpus": work.gpus} if work.gpus else {}
+    if work.source.accelerator_type is not None:
+        options["accelerator_type"] = work.source.accelerator_type
     return options

@@ -88,7 +88,7 @@ def build_corpus(
     task = CutTask(data, recipe.corpus, recipe.target, models, part, groups)
     counts = _count_shards(task)
     starts = [sum(counts[:group]) for group in range(len(groups))]
-    committed = set(data.commits())
+    committed = data.list_committed()
     todo = [
         {"group": group, "start": start}
         for group, (start, count) in enumerate(zip(starts, counts, strict=True))
@@ -140,7 +140,7 @@ def _cut_groups(batch: pa.Table, task: CutTask) -> Iterator[pa.Table]:
             for tokenizer in (load_recipe_tokenizer(model) for model in task.models)
         }.values()
     )
-    committed = set(task.data.commits())
+    committed = task.data.list_committed()
     for record in batch.to_pylist():
         for shard, documents in enumerate(task.batches(record["group"]), record["start"]):
             if shard in committed:

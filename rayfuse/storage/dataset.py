@@ -42,7 +42,9 @@ class Commit:
     rejects: int
     attempt: str
     stats: dict[str, float] = field(default_factory=dict[str, float])
-    """Sums over the shard that reports add up."""
+    """Sums over the shard that reports add up; in captured shards also when its work began."""
+    worker: str = ""
+    """Who made it, where that is told."""
 
 
 RECORDS = pa.schema(
@@ -56,6 +58,7 @@ RECORDS = pa.schema(
         "rejects": pa.int64(),
         "attempt": pa.string(),
         "stats": pa.map_(pa.string(), pa.float64()),
+        "worker": pa.string(),
     }
 )
 """The commit records of a whole data set, one a row."""
@@ -125,6 +128,7 @@ class DataSet:
         tokens: int,
         rejects: Iterable[Reject] = (),
         stats: dict[str, float] | None = None,
+        worker: str = "",
     ) -> Commit:
         """Store a table as a shard and commit it; the first commit of a shard wins.
 
@@ -144,6 +148,7 @@ class DataSet:
             rejects=len(rejected),
             attempt=attempt,
             stats=stats or {},
+            worker=worker,
         )
         self.store.write(f"{self.folder}/{commit.file}", data)
         if rejected:
@@ -261,10 +266,16 @@ class DataSet:
         shards = sorted(shards)
         if not shards:
             return
-        # First of all: without it nobody takes the data set for whole.
-        self.store.remove(f"{self.folder}/manifest.json")
+        self.drop_manifest()  # first of all: without it nobody takes the data set for whole
         for shard in shards:
             self.store.remove(self._commit_name(shard))
+
+    def drop_manifest(self) -> None:
+        """Forget that the data set is whole; `finish` makes the manifest again."""
+        self.store.remove(f"{self.folder}/manifest.json")
+        for name in self.store.sizes(self.folder):
+            if name.startswith("records-"):
+                self.store.remove(f"{self.folder}/{name}")
 
     def drop_lost_shards(self) -> list[int]:
         """Forget the committed shards whose file is not there, and return them.
