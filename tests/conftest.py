@@ -1,10 +1,13 @@
 """What tests share: one small Ray cluster per session, real data where it is."""
 
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.s3 import FaultProxy, MotoServer, make_bucket, s3_environment
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,3 +32,33 @@ def ray_cluster() -> Iterator[None]:
     join_cluster()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_proxy() -> Iterator[FaultProxy]:
+    """An S3 server, met only through a proxy that can spoil what it says.
+
+    Ray's workers find it if their cluster starts later than this fixture.
+    """
+    moto = MotoServer()
+    proxy = FaultProxy(moto.port, seed=0)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        for name, value in s3_environment(proxy.port).items():
+            patch.setenv(name, value)
+        yield proxy
+    proxy.stop()
+    moto.stop()
+
+
+@pytest.fixture
+def s3_root(s3_proxy: FaultProxy) -> Iterator[str]:
+    """A place in a bucket of its own; the proxy passes all on until it is told otherwise."""
+    s3_proxy.heal()
+    s3_proxy.log.clear()
+    s3_proxy.dice.seed(0)
+    bucket = f"bucket-{uuid.uuid4().hex[:12]}"
+    make_bucket(s3_proxy.upstream_port, bucket)
+    yield f"s3://{bucket}/run"
+    s3_proxy.heal()

@@ -1,11 +1,8 @@
 """The object store on a real S3 server (moto, loopback), through s3fs."""
 
-import socket
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from moto.server import ThreadedMotoServer
 
 from rayfuse.storage.dataset import Reject
 from rayfuse.storage.object_store import ObjectStore
@@ -14,21 +11,8 @@ from tests.storage.test_dataset import make_data_in, make_table
 
 
 @pytest.fixture
-def bucket(monkeypatch) -> Iterator[Store]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-    server.start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    import s3fs
-
-    name = f"bucket-{port}"  # the server's buckets outlive it in this process
-    s3fs.S3FileSystem(skip_instance_cache=True).mkdir(name)
-    yield open_store(f"s3://{name}/run")
-    server.stop()
+def bucket(s3_root: str) -> Store:
+    return open_store(s3_root)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
