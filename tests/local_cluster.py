@@ -1,0 +1,120 @@
+"""A Ray cluster of several nodes on this machine, of our own processes, to be broken by tests."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for_port(port: int) -> None:
+    for _ in range(240):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.5)
+    raise TimeoutError(f"nothing listens on port {port}")
+
+
+def ray_command(*arguments: str) -> list[str]:
+    return [str(Path(sys.executable).with_name("ray")), *arguments]
+
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL a process we started, and all that came from it."""
+    try:
+        family = [*psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        family = []
+    process.kill()
+    for each in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.wait()
+
+
+class LocalCluster:
+    """A head, and nodes that may come and go. Ends, and ends only, what it has started."""
+
+    def __init__(self, home: Path, *, num_cpus: int, with_dashboard: bool = False) -> None:
+        self.port, self.dashboard = free_port(), free_port()
+        self.folder = tempfile.TemporaryDirectory(prefix="rc", dir="/tmp")
+        self.env = os.environ | {
+            "HOME": str(home),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "disabled",
+            "DS_ACCELERATOR": "cpu",
+        }
+        for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
+            self.env.pop(name, None)
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        arguments = [f"--port={self.port}", f"--temp-dir={self.folder.name}"]
+        if with_dashboard:
+            arguments += [f"--dashboard-port={self.dashboard}", "--dashboard-host=127.0.0.1"]
+        else:
+            arguments += ["--include-dashboard=false"]
+        self.head = self._start("--head", f"--num-cpus={num_cpus}", *arguments)
+        wait_for_port(self.dashboard if with_dashboard else self.port)
+        self.env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{self.dashboard}"
+
+    def add_node(self, *, num_cpus: int) -> subprocess.Popen[bytes]:
+        """Start one more node; it joins within seconds."""
+        node = self._start(f"--address=127.0.0.1:{self.port}", f"--num-cpus={num_cpus}")
+        self.nodes.append(node)
+        return node
+
+    def kill_node(self, node: subprocess.Popen[bytes]) -> None:
+        """SIGKILL a node and all that runs on it."""
+        kill_tree(node)
+        self.nodes.remove(node)
+
+    def find_workers(self, name: str) -> list[psutil.Process]:
+        """Return the cluster's workers whose title has a name in it."""
+        found: list[psutil.Process] = []
+        for node in (self.head, *self.nodes):
+            try:
+                for each in psutil.Process(node.pid).children(recursive=True):
+                    if name in " ".join(each.cmdline()):
+                        found.append(each)
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+    def stop(self) -> None:
+        """End all nodes."""
+        for node in (*self.nodes, self.head):
+            os.killpg(node.pid, signal.SIGTERM)
+        for node in (*self.nodes, self.head):
+            try:
+                node.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                kill_tree(node)
+        self.folder.cleanup()
+
+    def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        ports = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent")
+        return subprocess.Popen(
+            ray_command(
+                *("start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"),
+                # The usual ports are another cluster's on this machine: jobs would not start.
+                *(f"--{name}-port={free_port()}" for name in (*ports, "metrics-export")),
+                "--object-store-memory=200000000",
+                *arguments,
+            ),
+            env=self.env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
