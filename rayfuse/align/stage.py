@@ -15,7 +15,7 @@ from rayfuse.layout import Layout
 from rayfuse.model_files import load_recipe_tokenizer
 from rayfuse.progress import Progress
 from rayfuse.recipe import ModelSettings, Recipe, dump_recipe
-from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.dataset import DataSet, list_missing, split_shards
 
 MOST_BLOCKS = 4096
 """Blocks of shard numbers: the driver holds an object for each."""
@@ -40,21 +40,18 @@ def align_sources(recipe: Recipe, layout: Layout, progress: Progress) -> None:
                 f"source {source.name} is not captured whole; run `rayfuse capture` first"
             )
         aligned.claim({"recipe": dump_recipe(recipe), "source": source.name})
-        aligned.drop_lost_shards()
         manifest = captured.read_manifest()
         assert manifest is not None, "the source is captured whole"
-        shards = range(manifest.num_shards)
-        todo = sorted(set(shards) - aligned.list_committed())
+        num_shards = manifest.num_shards
+        todo = list_missing(aligned, num_shards)
         task = plan_task(recipe, layout, source)
         if todo:
-            items = [{"shard": shard} for shard in todo]
-            blocks = min(len(items), MOST_BLOCKS)
-            rows = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
+            rows = ray.data.from_arrow(split_shards(todo, MOST_BLOCKS)).map_batches(
                 partial(align_batch, task=task), batch_size=1, batch_format="pyarrow"
             )
-            for done, _ in enumerate(rows.iter_rows(), len(shards) - len(todo) + 1):
-                progress(f"align {source.name}", done, len(shards), "shards")
-        aligned.finish(len(shards))
+            for done, _ in enumerate(rows.iter_rows(), num_shards - len(todo) + 1):
+                progress(f"align {source.name}", done, num_shards, "shards")
+        aligned.finish(num_shards)
 
 
 def align_batch(batch: pa.Table, task: AlignTask) -> pa.Table:

@@ -29,7 +29,7 @@ from rayfuse.layout import Layout
 from rayfuse.model_files import load_recipe_tokenizer, read_model_files
 from rayfuse.progress import Progress
 from rayfuse.recipe import CaptureSettings, Recipe, SourceSettings, dump_recipe
-from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.dataset import DataSet, list_missing, split_shards
 
 CALLS_PER_ACTOR = 3
 """Shards in one actor at a time: one is read, one scored, one written."""
@@ -143,11 +143,9 @@ def _plan_source(recipe: Recipe, layout: Layout, source: SourceSettings) -> Sour
     captured, aligned = layout.captured[source.name], layout.aligned[source.name]
     is_first = captured.claim({"recipe": dump_recipe(recipe), "source": source.name})
     aligned.claim({"recipe": dump_recipe(recipe), "source": source.name})
-    captured.drop_lost_shards()
     manifest = layout.corpus.read_manifest()
     assert manifest is not None, "the corpus is whole"
-    done = captured.list_committed()
-    todo = [shard for shard in range(manifest.num_shards) if shard not in done]
+    todo = list_missing(captured, manifest.num_shards)
     if not is_first:
         # Perhaps another job is at it: in another order both seldom take the same shard.
         random.Random().shuffle(todo)
@@ -214,7 +212,7 @@ def _capture_source(work: SourceWork, progress: Progress, load_engine: LoadEngin
             log.write(to_line(now), is_last=now.shards_done == now.num_shards)
             live.check_rejects(work.settings.max_rejected_share)
     task.captured.finish(work.num_shards)
-    if len(task.aligned.list_committed()) == work.num_shards:
+    if len(task.aligned.list_committed(work.num_shards)) == work.num_shards:
         task.aligned.finish(work.num_shards)  # else shards captured before are left to `align`
 
 
@@ -238,13 +236,12 @@ def _stream_numbers(work: SourceWork, load_engine: LoadEngine) -> Iterator[Shard
 
 def _build_stream(work: SourceWork, load_engine: LoadEngine) -> ray.data.Dataset:
     source, task = work.source, work.task
-    items = [{"shard": shard} for shard in work.shards]
     context = DataContext.get_current().copy()
     context.max_consecutive_actor_init_deaths = MOST_INIT_DEATHS
     context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
     with DataContext.current(context):
         return (
-            ray.data.from_items(items, override_num_blocks=min(len(items), MOST_BLOCKS))
+            ray.data.from_arrow(split_shards(work.shards, MOST_BLOCKS))
             .map_batches(
                 CaptureActor,
                 fn_constructor_args=(
@@ -259,7 +256,8 @@ def _build_stream(work: SourceWork, load_engine: LoadEngine) -> ray.data.Dataset
                 compute=ActorPoolStrategy(
                     min_size=min(source.min_actors, work.max_actors),
                     max_size=work.max_actors,
-                    max_tasks_in_flight_per_actor=CALLS_PER_ACTOR,
+                    # Ray adds actors once those there have 1.75 times the work they can take.
+                    max_tasks_in_flight_per_actor=2 * CALLS_PER_ACTOR,
                     max_concurrent_calls_per_actor=CALLS_PER_ACTOR,
                     enable_true_multi_threading=True,
                 ),

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
@@ -22,7 +23,9 @@ DICTIONARY_COLUMNS = ("top_logprobs",)
 REMEDY = "run `rayfuse verify --repair`, which makes it again"
 
 NUM_READERS = 32
-"""Small records that are read at a time."""
+"""Small records that are read, or parts of a folder that are listed, at a time."""
+
+MANY_SHARDS = 20_000
 
 
 class ShardError(ValueError):
@@ -215,9 +218,28 @@ class DataSet:
             return False
         return True
 
-    def list_committed(self) -> set[int]:
-        """Return the shards that count, from names alone: no record is read."""
-        return {int(name.partition(".")[0]) for name in self.store.sizes(f"{self.folder}/commits")}
+    def list_committed(self, num_shards: int = 0) -> set[int]:
+        """Return the shards that count, from names alone: no record is read.
+
+        Args:
+            num_shards: How many there may be, where that is known: many are listed in parallel.
+        """
+        parts = self._list_files("commits", num_shards)
+        return {int(name.partition(".")[0]) for part in parts for name in part}
+
+    def _list_files(self, folder: str, num_shards: int) -> Iterator[dict[str, int]]:
+        """Yield the sizes of a folder's files, in parts.
+
+        Object stores list a thousand names at a time, one page after the other: a million shards
+        are listed by the first digits of their names.
+        """
+        path = f"{self.folder}/{folder}"
+        if num_shards < MANY_SHARDS:
+            yield self.store.sizes(path)
+            return
+        with ThreadPoolExecutor(NUM_READERS) as readers:
+            prefixes = [f"{number:02d}" for number in range(100)]
+            yield from readers.map(lambda prefix: self.store.sizes(path, prefix), prefixes)
 
     def commits(self) -> dict[int, Commit]:
         """Return the commit records by shard: the manifest's, or the single ones without it.
@@ -251,7 +273,7 @@ class DataSet:
         records = self._read_records_table(manifest).to_pylist()
         return [Commit(**record | {"stats": dict(record["stats"])}) for record in records]
 
-    def _read_records_table(self, manifest: Manifest) -> pa.Table:
+    def _read_records_table(self, manifest: Manifest, columns: list[str] | None = None) -> pa.Table:
         name = f"{self.folder}/{manifest.records}"
         try:
             data = self.store.read(name)
@@ -259,7 +281,7 @@ class DataSet:
             raise ShardError(f"{self.store.root}/{name} is gone; {REMEDY}") from error
         if hashlib.sha256(data).hexdigest() != manifest.records_sha256:
             raise ShardError(f"{self.store.root}/{name} is not what was written; {REMEDY}")
-        return pq.read_table(pa.BufferReader(data))
+        return pq.read_table(pa.BufferReader(data), columns=columns)
 
     def drop_shards(self, shards: Iterable[int]) -> None:
         """Forget the commits of shards, so that they are made again."""
@@ -277,30 +299,35 @@ class DataSet:
             if name.startswith("records-"):
                 self.store.remove(f"{self.folder}/{name}")
 
-    def drop_lost_shards(self) -> list[int]:
+    def drop_lost_shards(self, num_shards: int = 0) -> list[int]:
         """Forget the committed shards whose file is not there, and return them.
 
         By listings alone, where there is no manifest: what else is wrong, readers find.
+
+        Args:
+            num_shards: As for `list_committed`.
         """
         manifest = self.read_manifest()
-        sizes = self.store.sizes(f"{self.folder}/data")
         if manifest is None:
-            lost = sorted(self.list_committed() - {_shard_of(name) for name in sizes})
+            files = self._list_files("data", num_shards)
+            present = {_shard_of(name) for part in files for name in part}
+            lost = sorted(self.list_committed(num_shards) - present)
         else:
-            lost = self._find_changed(manifest, sizes)
+            lost = self._find_changed(manifest)
         self.drop_shards(lost)
         return lost
 
-    def _find_changed(self, manifest: Manifest, sizes: dict[str, int]) -> list[int]:
-        records = self._read_records_table(manifest)
-        names = (name.removeprefix("data/") for name in records["file"].to_pylist())
-        found = [sizes.get(name) for name in names]
-        expected = records["num_bytes"].to_pylist()
-        return [
-            shard
-            for shard, pair in enumerate(zip(found, expected, strict=True))
-            if pair[0] != pair[1]
-        ]
+    def _find_changed(self, manifest: Manifest) -> list[int]:
+        """Return the shards whose file is gone or has another size than was committed."""
+        records = self._read_records_table(manifest, ["file", "num_bytes"])
+        unseen = dict(zip(records["file"].to_pylist(), range(manifest.num_shards), strict=True))
+        num_bytes = records["num_bytes"].to_numpy()
+        for part in self._list_files("data", manifest.num_shards):
+            for name, size in part.items():
+                shard = unseen.get(f"data/{name}")
+                if shard is not None and num_bytes[shard] == size:
+                    del unseen[f"data/{name}"]
+        return sorted(unseen.values())
 
     def finish(self, num_shards: int) -> None:
         """Write the manifest of a data set that is whole.
@@ -338,12 +365,25 @@ class DataSet:
             ShardError: The manifest is damaged.
         """
         manifest = self.read_manifest()
-        return manifest is not None and not self._find_changed(
-            manifest, self.store.sizes(f"{self.folder}/data")
-        )
+        return manifest is not None and not self._find_changed(manifest)
 
     def _commit_name(self, shard: int) -> str:
         return f"{self.folder}/commits/{shard:05d}.json"
+
+
+def list_missing(data: DataSet, num_shards: int) -> list[int]:
+    """Return the shards of a data set that are still to be made, those that are lost among them."""
+    data.drop_lost_shards(num_shards)
+    done = data.list_committed(num_shards)
+    return [shard for shard in range(num_shards) if shard not in done]
+
+
+def split_shards(shards: Sequence[int], most_blocks: int) -> list[pa.Table]:
+    """Return shard numbers as tables of a column `shard`: what Ray hands out piece by piece."""
+    numbers = pa.table({"shard": pa.array(shards, pa.int64())})
+    num_blocks = min(len(shards), most_blocks)
+    cuts = [len(shards) * block // num_blocks for block in range(num_blocks + 1)]
+    return [numbers.slice(a, b - a) for a, b in pairwise(cuts)]
 
 
 def encode_table(table: pa.Table, fingerprint: str, shard: int) -> bytes:

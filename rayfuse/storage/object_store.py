@@ -18,6 +18,8 @@ PATIENCE_SECONDS = 300.0
 
 LONGEST_PAUSE_SECONDS = 20.0
 
+S3 = ("s3", "s3a")
+
 ONE_PUT_BYTES = 2**32
 """s3fs sends anything shorter than this as one PUT: an object is whole or not there."""
 
@@ -42,7 +44,8 @@ def ask_patiently(
     """Repeat a request that fails for reasons that pass: 5xx, resets, time-outs, cut answers.
 
     Pauses grow to 20 s, each drawn at random up to its bound ("full jitter"), so that a thousand
-    workers do not come back at once. Credentials that have expired are fetched anew, once.
+    workers do not come back at once. Each try has a new connection and credentials fetched anew:
+    those that have expired are not always called so.
     """
 
     @functools.wraps(method)
@@ -69,6 +72,7 @@ def ask_patiently(
                 bound = min(0.1 * 2**tries, LONGEST_PAUSE_SECONDS)
                 time.sleep(min(random.uniform(0, bound), store.patience_seconds - waited))
                 tries += 1
+                store.reconnect()
 
     return ask
 
@@ -99,8 +103,16 @@ class ObjectStore:
         import fsspec
 
         protocol = self.root.partition("://")[0]
+        options: dict[str, Any] = {}
+        if protocol in S3:  # one patience, ours: the client's own would multiply it
+            options["config_kwargs"] = {"retries": {"total_max_attempts": 1}}
         # Listings are asked for anew: another machine's commits must be seen.
-        return fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True)
+        fs = fsspec.filesystem(
+            protocol, use_listings_cache=False, skip_instance_cache=True, **options
+        )
+        if protocol in S3:
+            fs.retries = 1
+        return fs
 
     def __reduce__(self) -> tuple[type["ObjectStore"], tuple[str, float]]:
         return ObjectStore, (self.root, self.patience_seconds)  # credentials stay out of pickles
@@ -127,15 +139,20 @@ class ObjectStore:
         return True
 
     @ask_patiently
-    def sizes(self, folder: str) -> dict[str, int]:
+    def sizes(self, folder: str, prefix: str = "") -> dict[str, int]:
+        path = self._path(folder)
         try:
-            entries = self._fs.ls(self._path(folder), detail=True, refresh=True)
+            if prefix and self.root.partition("://")[0] in S3:
+                entries = self._fs.find(path, maxdepth=1, prefix=prefix, detail=True).values()
+            else:
+                entries = self._fs.ls(path, detail=True, refresh=True)
         except FileNotFoundError:
             return {}
+        names = ((posixpath.basename(entry["name"]), entry) for entry in entries)
         return {
-            posixpath.basename(entry["name"]): entry["size"]
-            for entry in entries
-            if entry["type"] == "file"
+            name: entry["size"]
+            for name, entry in names
+            if entry["type"] == "file" and name.startswith(prefix)
         }
 
     @ask_patiently
@@ -147,4 +164,4 @@ class ObjectStore:
         return f"{self.root}/{name}"
 
     def _one_put(self) -> dict[str, int]:
-        return {"chunksize": ONE_PUT_BYTES} if self.root.startswith(("s3://", "s3a://")) else {}
+        return {"chunksize": ONE_PUT_BYTES} if self.root.partition("://")[0] in S3 else {}

@@ -47,8 +47,13 @@ class Store(Protocol):
         """
         ...
 
-    def sizes(self, folder: str) -> dict[str, int]:
-        """Return the files right below a folder, by name within it, with their bytes."""
+    def sizes(self, folder: str, prefix: str = "") -> dict[str, int]:
+        """Return the files right below a folder, by name within it, with their bytes.
+
+        Args:
+            folder: The folder.
+            prefix: What their names begin with.
+        """
         ...
 
     def remove(self, name: str) -> None:
@@ -78,7 +83,7 @@ class LocalStore:
             aside.unlink()
         return True
 
-    def sizes(self, folder: str) -> dict[str, int]:
+    def sizes(self, folder: str, prefix: str = "") -> dict[str, int]:
         try:
             entries = list(os.scandir(self._path(folder)))
         except FileNotFoundError:
@@ -86,7 +91,9 @@ class LocalStore:
         return {
             entry.name: entry.stat().st_size
             for entry in entries
-            if entry.is_file() and not entry.name.startswith(ASIDE)
+            if entry.name.startswith(prefix)
+            and entry.is_file()
+            and not entry.name.startswith(ASIDE)
         }
 
     def remove(self, name: str) -> None:

@@ -1,0 +1,168 @@
+"""How long the driver takes to plan, list and resume a million shards, and in how much memory.
+
+    python benchmarks/shards.py [--shards N] [--json]
+
+The object store is simulated: it makes names up as they are asked for, and answers listings in pages
+of a thousand, each after the wait of a real one. The code that lists, plans and hands out is that
+of a run: the corpus is found whole (each of its files looked up in a listing), a capture that is
+half done is resumed (its records and its files listed), and what is left is cut into blocks for Ray.
+"""
+
+import argparse
+import hashlib
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayfuse.storage.dataset import RECORDS, DataSet, list_missing, split_shards
+
+BAR_SECONDS, BAR_GIB = 30.0, 1.0
+PAGE_SECONDS, PAGE_NAMES = 0.1, 1000
+"""A page of a listing: between asking for it and having it, and the names on it."""
+MOST_BLOCKS = 4096
+ATTEMPT = "0123456789ab"
+
+
+class SimulatedStore:
+    """Shards made up as they are asked for; the few other files are kept."""
+
+    root = "simulated://bucket"
+
+    def __init__(self, num_shards: int) -> None:
+        self.num_shards = num_shards
+        self.files: dict[str, bytes] = {}
+
+    def read(self, name: str) -> bytes:
+        """Return a file."""
+        if name not in self.files:
+            raise FileNotFoundError(name)
+        return self.files[name]
+
+    def write(self, name: str, data: bytes) -> None:
+        """Keep a file."""
+        self.files[name] = data
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Keep a file unless there is one."""
+        return self.files.setdefault(name, data) == data
+
+    def remove(self, name: str) -> None:
+        """Forget a file."""
+        self.files.pop(name, None)
+
+    def sizes(self, folder: str, prefix: str = "") -> dict[str, int]:
+        """Return all shards of the corpus, or every other one of the capture."""
+        step = 1 if folder.startswith("corpus") else 2
+        suffix = f"-{ATTEMPT}.parquet" if folder.endswith("data") else ".json"
+        names = (f"{shard:05d}" for shard in range(0, self.num_shards, step))
+        found = {name + suffix: 100_000_000 for name in names if name.startswith(prefix)}
+        time.sleep(PAGE_SECONDS * (len(found) // PAGE_NAMES + 1))
+        return found
+
+
+def write_manifest(store: SimulatedStore, num_shards: int) -> None:
+    """Put the manifest of a corpus that is whole, as `finish` does."""
+    shards = range(num_shards)
+    table = pa.table(
+        {
+            "shard": pa.array(shards, pa.int64()),
+            "file": [f"data/{shard:05d}-{ATTEMPT}.parquet" for shard in shards],
+            "num_bytes": pa.array([100_000_000] * num_shards, pa.int64()),
+            "sha256": [hashlib.sha256(b"%d" % shard).hexdigest() for shard in shards],
+        }
+    )
+    for field in list(RECORDS)[4:]:
+        table = table.append_column(field, pa.nulls(num_shards, field.type))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    data = sink.getvalue().to_pybytes()
+    store.write("corpus/f/records.parquet", data)
+    manifest = {
+        "num_shards": num_shards,
+        "rows": 0,
+        "tokens": 0,
+        "rejects": 0,
+        "records": "records.parquet",
+        "records_sha256": hashlib.sha256(data).hexdigest(),
+    }
+    store.write("corpus/f/manifest.json", json.dumps(manifest).encode())
+
+
+def measure(store: SimulatedStore) -> dict[str, float]:
+    """Plan a run over the store's shards, and return the seconds of each step."""
+    corpus, captured = (DataSet(store, f"{name}/f", "f") for name in ("corpus", "captured"))
+    began = time.monotonic()
+    manifest = corpus.read_manifest()
+    assert manifest is not None and corpus.is_whole()
+    found_whole = time.monotonic()
+    captured.claim({"source": "a"})
+    missing = list_missing(captured, manifest.num_shards)
+    assert len(missing) == manifest.num_shards // 2
+    resumed = time.monotonic()
+    blocks = split_shards(missing, MOST_BLOCKS)
+    assert sum(block.num_rows for block in blocks) == len(missing)
+    return {
+        "corpus_found_whole": found_whole - began,
+        "capture_resumed": resumed - found_whole,
+        "cut_into_blocks": time.monotonic() - resumed,
+    }
+
+
+def main() -> None:
+    """Measure in a process of its own, whose memory is then that of the driver, and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shards", type=int, default=1_000_000)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--manifest", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if not arguments.manifest:
+        run_in_child(arguments.shards, arguments.json)
+        return
+    store = SimulatedStore(arguments.shards)
+    with open(arguments.manifest, "rb") as file:
+        names = json.loads(file.readline())
+        store.files = {name: file.read(size) for name, size in names.items()}
+    steps = measure(store)
+    seconds = sum(steps.values())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    result = {
+        "benchmark": "shards",
+        "value": round(seconds, 1),
+        "unit": "seconds",
+        "bar": BAR_SECONDS,
+        "peak_gib": round(peak, 2),
+        "bar_gib": BAR_GIB,
+        "holds": seconds <= BAR_SECONDS and peak <= BAR_GIB,
+        "shards": arguments.shards,
+        "steps": {name: round(value, 2) for name, value in steps.items()},
+    }
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    held = "holds" if result["holds"] else "MISSED"
+    print(f"{arguments.shards:,} shards: {seconds:.1f} s (bar {BAR_SECONDS:.0f} s), {peak:.2f} GiB")
+    print(f"(bar {BAR_GIB} GiB): {held}; {result['steps']}")
+
+
+def run_in_child(num_shards: int, as_json: bool) -> None:
+    """Write the manifest here, and measure in another process."""
+    import tempfile
+
+    store = SimulatedStore(num_shards)
+    write_manifest(store, num_shards)
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        sizes = {name: len(data) for name, data in store.files.items()}
+        file.write(json.dumps(sizes).encode() + b"\n" + b"".join(store.files.values()))
+        file.flush()
+        options = ["--shards", str(num_shards), "--manifest", file.name]
+        options += ["--json"] if as_json else []
+        subprocess.run([sys.executable, __file__, *options], check=True)
+
+
+if __name__ == "__main__":
+    main()
