@@ -1,10 +1,11 @@
 """Where each data set and result of a recipe lies: folders named by fingerprints."""
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from rayfuse.align.inspect import check_pair
-from rayfuse.corpus.documents import list_inputs
+from rayfuse.corpus.inputs import InputFile, list_inputs
 from rayfuse.model_files import ModelFiles, check_model, load_recipe_tokenizer
 from rayfuse.recipe import Documents, ModelSettings, Recipe
 from rayfuse.storage.dataset import DataSet, fingerprint_of
@@ -39,6 +40,9 @@ class Layout:
     runs: tuple[TrainRun, ...]
     evaluations: dict[str, str]
     """Result file by model name: sources, `target`, `clm`, `fused`."""
+    corpus_inputs: tuple[InputFile, ...] = ()
+    """The documents as they were when the folders were named by them."""
+    held_out_inputs: tuple[InputFile, ...] = ()
 
     def input_fingerprint(self) -> str:
         """Return a hash of everything that is reported on."""
@@ -63,7 +67,10 @@ def plan_layout(recipe: Recipe) -> Layout:
         except ValueError as error:
             raise ValueError(f"source {source.name}: {error}") from error
     store = open_store(recipe.storage, recipe.storage_patience_seconds)
-    corpus, held_out = _place_corpora(recipe, store)
+    inputs = _list_documents(recipe.corpus.documents, "corpus.documents")
+    own = recipe.evaluate.documents
+    held_out_inputs = inputs if own is None else _list_documents(own, "evaluate.documents")
+    corpus, held_out = _place_corpora(recipe, store, inputs, held_out_inputs)
     captured = {
         source.name: _place_captured(recipe, source.name, source_files[source.name], corpus)
         for source in recipe.sources
@@ -87,7 +94,18 @@ def plan_layout(recipe: Recipe) -> Layout:
         name: f"evaluate/{name}-{fingerprint_of(model=model, text=held_out.fingerprint)}.json"
         for name, model in scored.items()
     }
-    return Layout(store, corpus, held_out, captured, aligned, map_files, runs, evaluations)
+    return Layout(
+        store,
+        corpus,
+        held_out,
+        captured,
+        aligned,
+        map_files,
+        runs,
+        evaluations,
+        tuple(chain.from_iterable(inputs)),
+        tuple(chain.from_iterable(held_out_inputs)),
+    )
 
 
 def _place(store: Store, prefix: str, **parts: Any) -> DataSet:
@@ -95,7 +113,12 @@ def _place(store: Store, prefix: str, **parts: Any) -> DataSet:
     return DataSet(store, f"{prefix}{fingerprint}", fingerprint)
 
 
-def _place_corpora(recipe: Recipe, store: Store) -> tuple[DataSet, DataSet]:
+def _place_corpora(
+    recipe: Recipe,
+    store: Store,
+    inputs: list[list[InputFile]],
+    held_out_inputs: list[list[InputFile]],
+) -> tuple[DataSet, DataSet]:
     tokenizers = {
         load_recipe_tokenizer(model).content_hash for model in (recipe.target, *recipe.sources)
     }
@@ -106,27 +129,26 @@ def _place_corpora(recipe: Recipe, store: Store) -> tuple[DataSet, DataSet]:
         "tokenizers": sorted(tokenizers),
         "target": load_recipe_tokenizer(recipe.target).content_hash,
     }
-    inputs = _identify_inputs(recipe.corpus.documents, "corpus.documents")
-    if recipe.evaluate.documents is None:
-        share = recipe.evaluate.held_out_share
-        held_out_inputs = inputs
-    else:
-        share = 0.0
-        held_out_inputs = _identify_inputs(recipe.evaluate.documents, "evaluate.documents")
-    corpus = _place(store, "corpus/", **rows, inputs=inputs, held_out_share=share)
+    share = recipe.evaluate.held_out_share if recipe.evaluate.documents is None else 0.0
+    corpus = _place(store, "corpus/", **rows, inputs=_identify(inputs), held_out_share=share)
     held_out = _place(
-        store, "corpus/held-out-", **rows, inputs=held_out_inputs, held_out_share=share
+        store, "corpus/held-out-", **rows, inputs=_identify(held_out_inputs), held_out_share=share
     )
     return corpus, held_out
 
 
-def _identify_inputs(documents: Documents, setting: str) -> list[Any]:
+def _list_documents(documents: Documents, setting: str) -> list[list[InputFile]]:
+    """Return the files of each entry of a `documents` setting; never none."""
+    return [list_inputs(item, setting) for item in documents]
+
+
+def _identify(inputs: list[list[InputFile]]) -> list[Any]:
     return [
         [
-            item.model_dump(mode="json"),
-            [[i.path, i.num_bytes, i.version] for i in list_inputs(item, setting)],
+            files[0].settings.model_dump(mode="json"),
+            [[file.path, file.num_bytes, file.version] for file in files],
         ]
-        for item in documents
+        for files in inputs
     ]
 
 

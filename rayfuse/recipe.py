@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
@@ -25,6 +26,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+UNUSABLE_PATTERN = re.compile("[\x00\ud800-\udfff]")
 RESERVED_NAMES = ("target", "clm", "fused", "all")
 
 
@@ -38,6 +40,13 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True
     )
+
+    @field_validator("*")
+    @classmethod
+    def _check_characters(cls, value: Any) -> Any:
+        if isinstance(value, str) and UNUSABLE_PATTERN.search(value):
+            raise ValueError("remove the NUL or the half of a surrogate pair, no name can hold it")
+        return value
 
 
 class DocumentsSettings(Settings):
@@ -339,10 +348,7 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"the recipe {path} is not valid YAML: {error}") from error
+    values = _parse_yaml(text, f"the recipe {path}")
     if not isinstance(values, dict):
         raise RecipeError(f"the recipe {path} holds no settings; begin with `storage: FOLDER`")
     for override in overrides or []:
@@ -368,19 +374,33 @@ def dump_recipe(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json", by_alias=True)
 
 
+def _parse_yaml(text: str, what: str) -> Any:
+    """Return plain values: tags that would make anything else are refused.
+
+    Raises:
+        RecipeError: The text is not valid YAML.
+    """
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # a scalar that is not what its tag says raises any kind
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
+        raise RecipeError(f"{what} is not valid YAML: {reason}") from error
+
+
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"override {override!r} is not of the form section.key=value")
+    value = _parse_yaml(text, f"override {_short(override)}")
     *sections, last = key.split(".")
     place: Any = values
     for depth, part in enumerate(sections):
         place = _step_into(place, part, ".".join(sections[: depth + 1]))
     if isinstance(place, list):
         place = cast(list[Any], place)
-        place[_index(place, last, key)] = yaml.safe_load(text)
+        place[_index(place, last, key)] = value
     else:
-        place[last] = yaml.safe_load(text)
+        place[last] = value
 
 
 def _step_into(place: Any, part: str, key: str) -> Any:
@@ -390,7 +410,9 @@ def _step_into(place: Any, part: str, key: str) -> Any:
     else:
         inner = place.setdefault(part, {})
     if not isinstance(inner, dict | list):
-        raise RecipeError(f"override of {key!r}: it is {inner!r}, which has no keys of its own")
+        raise RecipeError(
+            f"override of {key!r}: it is {_short(inner)}, which has no keys of its own"
+        )
     return cast(Any, inner)
 
 
@@ -399,7 +421,7 @@ def _index(items: list[Any], part: str, key: str) -> int:
     for index, item in enumerate(items):
         if isinstance(item, dict) and cast(dict[str, Any], item).get("name") == part:
             return index
-    if part.isdigit() and int(part) < len(items):
+    if part.isdecimal() and int(part) < len(items):
         return int(part)
     raise RecipeError(f"override of {key!r}: the list has no item {part!r}")
 
@@ -418,8 +440,12 @@ def _explain(fault: dict[str, Any]) -> str:
     return f"{setting} is {_short(fault['input'])}: {message[0].lower()}{message[1:]}"
 
 
+_REPR = reprlib.Repr()  # never all of it: a few aliases of YAML can stand for gigabytes
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, 80, 80
+
+
 def _short(value: object) -> str:
-    text = repr(value)
+    text = _REPR.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -116,6 +116,112 @@ def test_a_file_that_is_no_recipe_is_refused(text, message, tmp_path):
         read_recipe(path)
 
 
+YAML_BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "!!python/object/apply:os.system ['touch MARKER']",
+        "!!python/object/new:os.system ['touch MARKER']",
+        "!!python/name:os.system",
+        "!!python/module:os",
+        "!!bool x",
+        "!!timestamp x",
+        "2024-99-99",
+        "9" * 5000,
+        "[" * 50_000,
+        "*nothing",
+        "[",
+    ],
+)
+def test_fault_28_a_value_that_is_no_plain_yaml_is_refused_in_files_and_overrides(
+    value, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "r.yaml"
+    plain = yaml.safe_dump(MINIMAL)
+    path.write_text(plain + f"seed: {value}\n")
+    with pytest.raises(RecipeError, match=r"r.yaml is not valid YAML"):
+        read_recipe(path)
+    path.write_text(plain)
+    for key in ("seed", "sources.a.name", "sources.0"):
+        with pytest.raises(RecipeError, match=r"override .* is not valid YAML") as caught:
+            read_recipe(path, [f"{key}={value}"])
+        assert len(str(caught.value)) < 500
+    assert [file.name for file in tmp_path.iterdir()] == ["r.yaml"]
+
+
+@pytest.mark.parametrize("key", ["storage", "corpus", "sources", "seed", "train", "fusion"])
+def test_fault_28_aliases_that_stand_for_gigabytes_are_refused_at_once(key, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(YAML_BOMB + yaml.safe_dump(MINIMAL | {key: "BOMB"}).replace("BOMB", "*a11"))
+    with pytest.raises(RecipeError, match="is no setting of rayfuse") as caught:
+        read_recipe(path)
+    assert len(str(caught.value)) < 10_000
+
+
+def test_fault_28_a_value_that_holds_itself_is_refused(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL).replace("storage: run", "storage: &a [*a]"))
+    with pytest.raises(RecipeError, match=r"storage is .*valid string"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    "key", ["__class__", "__init__.__globals__", "sources.0.__dict__", "sources.a.x", "env.PATH"]
+)
+def test_fault_28_an_override_reaches_settings_and_nothing_else(key, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    with pytest.raises(RecipeError, match="is no setting of rayfuse"):
+        read_recipe(path, [f"{key}=1"])
+
+
+@pytest.mark.parametrize("text", ["${HOME}/run", "$USER", "`id`", "$(id)", "%(HOME)s", "{0.x}"])
+def test_fault_28_nothing_in_a_value_is_expanded(text, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(with_setting("storage", text)))
+    assert read_recipe(path).storage == text
+    assert read_recipe(path, [f"target.model={yaml.safe_dump(text)}"]).target.model == text
+
+
+@pytest.mark.parametrize("text", ["a\x00b", "\ud800"])
+def test_fault_28_characters_that_no_name_can_hold_are_refused(text):
+    documents = [{"path": "docs.jsonl", "domain": text}]
+    for path, value in (("storage", text), ("corpus.documents", documents)):
+        with pytest.raises(RecipeError, match="remove the NUL or the half"):
+            parse_recipe(with_setting(path, value))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "..",
+        ".",
+        "../../etc",
+        "/etc/passwd",
+        "a/b",
+        "a\\b",
+        "%2e%2e%2fetc",
+        "a\n",
+        "a\x00",
+        "~root",
+        "",
+        " ",
+        "ａ",
+        "target",
+        "C:",
+        "-rf",
+    ],
+)
+def test_fault_29_a_source_name_that_is_no_plain_name_is_refused(name):
+    with pytest.raises(RecipeError, match=r"sources.0.name is"):
+        parse_recipe(with_setting("sources.0.name", name))
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(RecipeError, match=r"nowhere.yaml cannot be read"):
         read_recipe(tmp_path / "nowhere.yaml")

@@ -62,28 +62,47 @@ def cut_document(
         tokenizers: All that must take each row, start token and EOS counted.
         max_tokens: At most this many in a row.
     """
-    pieces = [document.text]
+    text = document.text
+    widest = 8 * max_tokens  # more than a row holds of nearly any text
+    num_chars = widest
+    pieces = [(0, len(text))]  # the last is the next
     whole: list[str] = []
     while pieces:
-        piece = pieces.pop(0)
-        cut = _find_cut(piece, tokenizers, max_tokens)
-        if cut == len(piece):
-            whole.append(piece)
+        start, stop = pieces.pop()
+        cut = start + _find_cut(text, start, stop, num_chars, tokenizers, max_tokens)
+        if cut == stop:
+            whole.append(text[start:stop])
+            num_chars = min(widest, 4 * (stop - start))
         else:
-            pieces[:0] = [piece[:cut], piece[cut:]]
+            pieces += [(cut, stop), (start, cut)]
     last = len(whole) - 1
     return [Row(document, place, text, place == last) for place, text in enumerate(whole)]
 
 
-def _find_cut(text: str, tokenizers: Sequence[TextTokenizer], max_tokens: int) -> int:
-    """Return where the first row of a text may end, in characters; its length if it fits whole."""
-    num_chars = 8 * max_tokens  # more than a row holds of nearly any text
+def _find_cut(
+    text: str,
+    start: int,
+    stop: int,
+    num_chars: int,
+    tokenizers: Sequence[TextTokenizer],
+    max_tokens: int,
+) -> int:
+    """Return how many characters the first row of a piece may have; all if it fits whole.
+
+    Args:
+        text: The document; the piece is text[start:stop].
+        start: In characters.
+        stop: In characters.
+        num_chars: How many are tried first. More cost more, fewer may have to be doubled.
+        tokenizers: As for `cut_document`.
+        max_tokens: As for `cut_document`.
+    """
     while True:
-        window = text[:num_chars]
+        window = text[start : min(stop, start + num_chars)]
         cut = min(_count_chars_that_fit(window, each, max_tokens) for each in tokenizers)
         if cut < len(window):
             return _move_to_blank(window, cut)
-        if cut == len(text):
+        if start + cut == stop:
             return cut
         num_chars *= 2
 

@@ -1,57 +1,51 @@
-"""Where documents come from: files are listed, opened and read one document at a time."""
+"""Documents read from one file, one at a time, whatever the file holds."""
 
-import glob
-import gzip
-import io
 import json
 import posixpath
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast
+from itertools import count
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from rayfuse.corpus.inputs import (
+    BUFFER_BYTES,
+    InputFile,
+    check_unchanged,
+    is_saved_dataset,
+    open_input,
+)
+from rayfuse.corpus.pages import find_largest_page
 from rayfuse.recipe import DocumentsSettings
 
-Format = Literal["jsonl", "parquet", "text", "dataset"]
+ESCAPE_BYTES = 6
+"""Of one character's longest spelling in JSON, `\\u0041`."""
 
-SUFFIXES: dict[str, Format] = {
-    ".jsonl": "jsonl",
-    ".json": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-    ".rst": "text",
-}
-PACKED_SUFFIXES = (".gz", ".zst")
+MIB = 1 << 20
 
+LINE_ROOM_BYTES = MIB
+"""What a line of JSON may hold beside the longest text."""
+
+SKIP_BYTES = MIB
+"""Of an over-long line, held at a time."""
+
+PAGE_ROOM_BYTES = 24 * MIB
+"""Of a Parquet page, beside the longest text; usual ones have 1 MiB, those of some writers more."""
+
+BATCH_BYTES = 24 * MIB
+MOST_BATCH_ROWS = 256
+
+MOST_NAME_CHARS = 2048
+"""Of a document's own id or domain, which each of its rows repeats."""
+
+MOST_REASON_CHARS = 200
 
 DAMAGE = (OSError, EOFError, ValueError, pa.ArrowException, zlib.error, zstandard.ZstdError)
 """What readers raise on a file that is not what its name says."""
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """One file of documents, or one Hugging Face data set."""
-
-    path: str
-    format: Format
-    num_bytes: int
-    """As stored; 0 for a data set of the hub."""
-    version: str
-    """Changes when the file does: modification time, ETag or revision."""
-    settings: DocumentsSettings
-
-    @property
-    def is_packed(self) -> bool:
-        """The text is longer than the file by an unknown factor."""
-        return self.format in ("parquet", "dataset") or self.path.endswith(PACKED_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -64,42 +58,18 @@ class Document:
     fault: str | None = None
 
 
-def list_inputs(settings: DocumentsSettings, setting: str) -> list[InputFile]:
-    """Return the files that a recipe's documents stand for, sorted by path.
-
-    Args:
-        settings: One entry of `documents`.
-        setting: Its name in the recipe, for errors.
-
-    Raises:
-        ValueError: There are none, or a file's name does not say what it is.
-    """
-    if settings.format == "dataset" or _is_saved_dataset(settings.path):
-        return [InputFile(settings.path, "dataset", 0, _version_of_dataset(settings), settings)]
-    found = _list_uri(settings.path) if "://" in settings.path else _list_local(settings.path)
-    inputs: list[InputFile] = []
-    for path, num_bytes, version in sorted(found):
-        kind = settings.format if settings.format != "auto" else _format_of(path)
-        if kind is None and path == settings.path:
-            raise ValueError(
-                f"{setting} is {path!r}, whose name does not say what it is; "
-                "set format: jsonl, parquet, text or dataset"
-            )
-        if kind is not None:
-            inputs.append(InputFile(path, cast(Format, kind), num_bytes, version, settings))
-    if not inputs:
-        raise ValueError(
-            f"{setting} is {settings.path!r}, where no documents were found; give an existing "
-            "file, folder or pattern (.jsonl, .parquet, .txt, also .gz and .zst), or write "
-            "format: dataset for a data set of the hub"
-        )
-    return inputs
-
-
-def read_documents(file: InputFile) -> Iterator[Document]:
+def read_documents(file: InputFile, max_document_bytes: int) -> Iterator[Document]:
     """Yield a file's documents in order; those that are no text have a `fault`.
 
     A file that cannot be read on yields one last document with the reason: what came before stays.
+
+    Args:
+        file: As listed.
+        max_document_bytes: Of a longer document little more than this is held in memory.
+
+    Raises:
+        ValueError: The file is not, or no longer, the one that was listed.
+        OSError: Its storage fails, which says nothing of the file.
     """
     readers = {
         "jsonl": _read_jsonl,
@@ -107,42 +77,110 @@ def read_documents(file: InputFile) -> Iterator[Document]:
         "text": _read_text,
         "dataset": _read_dataset,
     }
+    check_unchanged(file)
     try:
-        yield from readers[file.format](file)
+        yield from readers[file.format](file, max_document_bytes)
     except DAMAGE as error:
-        reason = f"file is no {file.format} file or is damaged: {error}"
-        yield Document(file.path, _domain_of(file, None), "", reason)
+        if _is_of_storage(error):
+            raise
+        reason = f"file is no {file.format} file or is damaged: {_shorten(error)}"
+        yield Document(_printable(file.path), _domain_of(file), "", reason)
+    check_unchanged(file)
 
 
-def _read_jsonl(file: InputFile) -> Iterator[Document]:
-    with _open(file.path) as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                yield _parse_line(file, f"{posixpath.basename(file.path)}:{number}", line)
+def _is_of_storage(error: BaseException) -> bool:
+    """Return whether an error came with a number of the system, or from a network."""
+    is_of_system = isinstance(error, OSError) and error.errno is not None
+    return is_of_system or isinstance(error, ConnectionError | TimeoutError)
+
+
+def _shorten(error: BaseException) -> str:
+    text = _printable(" ".join(str(error).split()))
+    return text if len(text) <= MOST_REASON_CHARS else text[: MOST_REASON_CHARS - 3] + "..."
+
+
+def _printable(name: str) -> str:
+    """Return a file's name as valid Unicode: disks allow names that are none."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _read_jsonl(file: InputFile, max_document_bytes: int) -> Iterator[Document]:
+    name = _printable(posixpath.basename(file.path))
+    longest = ESCAPE_BYTES * max_document_bytes + LINE_ROOM_BYTES
+    with open_input(file.path) as stream:
+        for number in count(1):
+            line = stream.readline(longest + 1)
+            if not line:
+                return
+            place = f"{name}:{number}"
+            if len(line) > longest or _count_spelled(line) > max_document_bytes + LINE_ROOM_BYTES:
+                _skip_line(stream, line)
+                yield Document(place, _domain_of(file), "", _too_long("line", max_document_bytes))
+            elif line.strip():
+                yield _parse_line(file, place, line)
+
+
+def _count_spelled(line: bytes) -> int:
+    """Return how many bytes a line of JSON spells at least, each escape taken for one."""
+    return len(line) - line.count(b"\\") - (ESCAPE_BYTES - 2) * line.count(b"\\u")
+
+
+def _skip_line(stream: Any, line: bytes) -> None:
+    """Read on to the end of a line that has begun, a piece at a time."""
+    while line and not line.endswith(b"\n"):
+        line = stream.readline(SKIP_BYTES)
+
+
+def _too_long(what: str, max_document_bytes: int) -> str:
+    return f"over-long: {what}, corpus.max_document_bytes is {max_document_bytes}"
 
 
 def _parse_line(file: InputFile, place: str, line: bytes) -> Document:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return Document(place, _domain_of(file, None), "", f"invalid UTF-8: {error.reason}")
-    except (ValueError, RecursionError) as error:
-        return Document(place, _domain_of(file, None), "", f"no JSON object: {error}")
+        return Document(place, _domain_of(file), "", f"invalid UTF-8: {error.reason}")
+    except RecursionError:
+        return Document(place, _domain_of(file), "", "no JSON object: nested too deep")
+    except ValueError as error:
+        return Document(place, _domain_of(file), "", f"no JSON object: {_shorten(error)}")
     if not isinstance(record, dict):
-        return Document(place, _domain_of(file, None), "", "no JSON object on the line")
+        return Document(place, _domain_of(file), "", "no JSON object on the line")
     return _make_document(file, place, cast(dict[str, Any], record))
 
 
 def _make_document(file: InputFile, place: str, record: dict[str, Any]) -> Document:
-    named = record.get("id")
-    doc_id = str(named) if isinstance(named, str | int) else place
-    domain = _domain_of(file, record.get("domain"))
+    try:
+        doc_id = _read_name(record, "id") or place
+        domain = _domain_of(file, _read_name(record, "domain"))
+    except ValueError as error:
+        return Document(place, _domain_of(file), "", str(error))
     text = record.get(file.settings.text)
     if isinstance(text, bytes):
         return _decode(doc_id, domain, text)
     if not isinstance(text, str):
         return Document(doc_id, domain, "", f"field {file.settings.text!r} holds no text")
     return Document(doc_id, domain, text)
+
+
+def _read_name(record: dict[str, Any], field: str) -> str:
+    """Return a document's own id or domain; empty where it has none.
+
+    Raises:
+        ValueError: It cannot be stored, or is too long to be repeated in every row.
+    """
+    value = record.get(field)
+    try:
+        value = value.decode("utf-8") if isinstance(value, bytes) else value
+        name = str(value) if isinstance(value, str | int) else ""
+        name.encode("utf-8")
+    except UnicodeError as error:
+        raise ValueError(f"invalid UTF-8: field {field!r}") from error
+    if len(name) > MOST_NAME_CHARS:
+        raise ValueError(
+            f"over-long: field {field!r} has {len(name)} characters, of {MOST_NAME_CHARS}"
+        )
+    return name if name.strip() else ""
 
 
 def _decode(doc_id: str, domain: str, data: bytes) -> Document:
@@ -152,38 +190,77 @@ def _decode(doc_id: str, domain: str, data: bytes) -> Document:
         return Document(doc_id, domain, "", f"invalid UTF-8: {error.reason}")
 
 
-def _read_parquet(file: InputFile) -> Iterator[Document]:
-    name = posixpath.basename(file.path)
-    text = file.settings.text
-    with _open(file.path) as stream:
-        parquet = pq.ParquetFile(stream)
-        names = parquet.schema_arrow.names
-        if text not in names:
-            raise ValueError(f"it has no column {text!r}, only {', '.join(names)}")
-        columns = [column for column in (text, "id", "domain") if column in names]
-        number = 0
-        for batch in parquet.iter_batches(batch_size=256, columns=columns):
-            for record in _to_records(batch, text):
-                number += 1
-                yield _make_document(file, f"{name}:{number}", record)
+def _read_parquet(file: InputFile, max_document_bytes: int) -> Iterator[Document]:
+    name = _printable(posixpath.basename(file.path))
+    most = max_document_bytes + PAGE_ROOM_BYTES
+    number = 0
+    with open_input(file.path) as stream:
+        parquet = pq.ParquetFile(
+            stream, buffer_size=BUFFER_BYTES, pre_buffer=False, arrow_extensions_enabled=False
+        )
+        columns = _choose_columns(parquet.schema_arrow, file.settings.text)
+        for group in range(parquet.num_row_groups):
+            num_rows = parquet.metadata.row_group(group).num_rows
+            page_bytes = find_largest_page(stream, parquet.metadata, group, columns)
+            if page_bytes > most:
+                place = f"{name}:{number + 1}-{number + num_rows}"
+                what = f"{num_rows} rows not read, a page has {page_bytes} bytes"
+                yield Document(place, _domain_of(file), "", _too_long(what, max_document_bytes))
+                number += num_rows
+                continue
+            # No cell is larger than its page, but a dictionary's may be repeated in every row.
+            batch_size = max(1, min(MOST_BATCH_ROWS, BATCH_BYTES // max(page_bytes, 1)))
+            for batch in parquet.iter_batches(batch_size, row_groups=[group], columns=columns):
+                for record in _to_records(batch):
+                    number += 1
+                    yield _make_document(file, f"{name}:{number}", record)
 
 
-def _to_records(batch: pa.RecordBatch, text: str) -> list[dict[str, Any]]:
-    """Return a batch's rows, texts as bytes: Arrow does not check that strings are UTF-8."""
-    index = batch.schema.get_field_index(text)
-    column = batch.column(index)
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        wide = pa.types.is_large_string(column.type)
-        column = column.view(pa.large_binary() if wide else pa.binary())
-    return batch.set_column(index, text, column).to_pylist()
+def _choose_columns(schema: pa.Schema, text: str) -> list[str]:
+    """Return the columns that are read: text, id and domain, as far as they are there and flat."""
+    if text not in schema.names:
+        raise ValueError(f"it has no column {text!r}, only {', '.join(schema.names)}")
+    if pa.types.is_nested(schema.field(text).type):
+        raise ValueError(f"its column {text!r} holds no text but lists or structs")
+    return [
+        name
+        for name in dict.fromkeys((text, "id", "domain"))
+        if name in schema.names and not pa.types.is_nested(schema.field(name).type)
+    ]
 
 
-def _read_text(file: InputFile) -> Iterator[Document]:
-    with _open(file.path) as stream:
-        yield _decode(posixpath.basename(file.path), _domain_of(file, None), stream.read())
+def _to_records(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """Return a batch's rows, strings as bytes: Arrow does not check that they are UTF-8."""
+    columns = [_view_as_bytes(column) for column in batch.columns]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names).to_pylist()
 
 
-def _read_dataset(file: InputFile) -> Iterator[Document]:
+def _view_as_bytes(column: pa.Array) -> pa.Array:
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return pa.DictionaryArray.from_arrays(column.indices, _view_as_bytes(column.dictionary))
+    for is_kind, binary in (
+        (pa.types.is_string, pa.binary()),
+        (pa.types.is_large_string, pa.large_binary()),
+        (pa.types.is_string_view, pa.binary_view()),
+    ):
+        if is_kind(kind):
+            return column.view(binary)
+    return column
+
+
+def _read_text(file: InputFile, max_document_bytes: int) -> Iterator[Document]:
+    name = _printable(posixpath.basename(file.path))
+    with open_input(file.path) as stream:
+        data = stream.read(max_document_bytes + 1)
+    if len(data) > max_document_bytes:
+        yield Document(name, _domain_of(file), "", _too_long("file", max_document_bytes))
+    else:
+        yield _decode(name, _domain_of(file), data)
+
+
+def _read_dataset(file: InputFile, max_document_bytes: int) -> Iterator[Document]:
+    del max_document_bytes  # the library's records are in memory already, or mapped
     for number, record in enumerate(_load_dataset(file.settings), 1):
         yield _make_document(file, f"{file.settings.path}:{number}", cast(dict[str, Any], record))
 
@@ -191,77 +268,11 @@ def _read_dataset(file: InputFile) -> Iterator[Document]:
 def _load_dataset(settings: DocumentsSettings) -> Any:
     import datasets
 
-    if _is_saved_dataset(settings.path):
+    if is_saved_dataset(settings.path):
         loaded = datasets.load_from_disk(settings.path)
         return loaded[settings.split] if isinstance(loaded, datasets.DatasetDict) else loaded
     return datasets.load_dataset(settings.path, split=settings.split)
 
 
-def _is_saved_dataset(path: str) -> bool:
-    folder = Path(path)
-    return (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
-
-
-def _version_of_dataset(settings: DocumentsSettings) -> str:
-    if not _is_saved_dataset(settings.path):
-        return settings.split
-    files = sorted(Path(settings.path).rglob("*"))
-    return ",".join(f"{file.name}:{file.stat().st_mtime_ns}" for file in files if file.is_file())
-
-
-def _domain_of(file: InputFile, named: object) -> str:
-    if file.settings.domain is not None:
-        return file.settings.domain
-    return named if isinstance(named, str) else ""
-
-
-def _format_of(path: str) -> Format | None:
-    name = posixpath.basename(path)
-    for suffix in PACKED_SUFFIXES:
-        name = name.removesuffix(suffix)
-    return SUFFIXES.get(posixpath.splitext(name)[1].lower())
-
-
-def _list_local(path: str) -> list[tuple[str, int, str]]:
-    place = Path(path).expanduser()
-    if place.is_dir():
-        files = [file for file in place.rglob("*") if file.is_file()]
-    elif place.is_file():
-        files = [place]
-    else:
-        root = Path(place.anchor or ".")
-        pattern = str(place.relative_to(place.anchor)) if place.anchor else str(place)
-        files = [file for file in root.glob(pattern) if file.is_file()]
-    stats = ((str(file), file.stat()) for file in files)
-    return [(name, stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats]
-
-
-def _list_uri(uri: str) -> list[tuple[str, int, str]]:
-    import fsspec
-
-    fs, path = fsspec.url_to_fs(uri)
-    protocol = uri.partition("://")[0]
-    listing = fs.glob if glob.has_magic(path) else fs.find
-    found = cast(dict[str, Any], listing(path, detail=True))
-    return [
-        (f"{protocol}://{name}", info["size"] or 0, str(info.get("ETag") or info.get("mtime", "")))
-        for name, info in found.items()
-        if info["type"] == "file"
-    ]
-
-
-def _open(path: str) -> Any:
-    """Open a local file or URI as bytes, unpacked if its name ends in .gz or .zst."""
-    if "://" in path:
-        import fsspec
-
-        fs, name = fsspec.url_to_fs(path)
-        raw: Any = fs.open(name, "rb")
-    else:
-        raw = open(path, "rb")  # noqa: SIM115 (the caller closes it)
-    if path.endswith(".gz"):
-        return gzip.open(raw, "rb")
-    if path.endswith(".zst"):
-        unpacked: Any = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return io.BufferedReader(unpacked)
-    return raw
+def _domain_of(file: InputFile, named: str = "") -> str:
+    return named if file.settings.domain is None else file.settings.domain

@@ -6,13 +6,18 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from rayfuse.corpus.cut import Row, cut_document, find_fault, is_held_out
-from rayfuse.corpus.documents import Document, InputFile
+from rayfuse.corpus.documents import Document
+from rayfuse.corpus.inputs import InputFile
 from rayfuse.schema import CORPUS
 from rayfuse.storage.dataset import Reject
 from rayfuse.tokens import TextTokenizer
 
 BYTES_PER_TOKEN = 4
 """What `shard_tokens` takes a token of text to be."""
+
+REJECT_BYTES = 2
+"""The least that a rejected line takes in its file. Rejects are held until their shard is written:
+a file of nothing else fills shards with them."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +62,15 @@ def group_inputs(files: Sequence[InputFile], shard_bytes: int) -> list[list[Inpu
 def has_one_shard(group: Sequence[InputFile], shard_bytes: int) -> bool:
     """Return whether a group is known, without reading it, to make exactly one shard."""
     is_packed = any(file.is_packed for file in group)
-    return not is_packed and sum(file.num_bytes for file in group) <= shard_bytes
+    # A file may end in half a reject, and break off with one more.
+    most_bytes = sum(file.num_bytes + 2 * REJECT_BYTES for file in group)
+    return not is_packed and most_bytes < shard_bytes
 
 
 def batch_documents(
     documents: Iterable[Document], part: Part, *, shard_bytes: int, max_document_bytes: int
 ) -> Iterator[DocumentBatch]:
-    """Yield a part's documents in batches, each closed by the document that fills it.
+    """Yield a part's documents in batches, each closed by the document or reject that fills it.
 
     At least one batch is yielded, so that rejects have a place.
     """
@@ -74,10 +81,10 @@ def batch_documents(
         fault = find_fault(document, max_document_bytes)
         if fault is not None:
             batch.rejects.append(Reject(document.doc_id, fault))
-            continue
-        batch.documents.append(document)
-        num_bytes += len(document.text.encode())
-        if num_bytes >= shard_bytes:
+        else:
+            batch.documents.append(document)
+            num_bytes += len(document.text.encode())
+        if max(num_bytes, REJECT_BYTES * len(batch.rejects)) >= shard_bytes:
             yield batch
             batch, num_bytes, num_batches = DocumentBatch(), 0, num_batches + 1
     if batch.documents or batch.rejects or not num_batches:

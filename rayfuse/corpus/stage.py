@@ -1,6 +1,6 @@
 """The corpus stage: Ray Data reads documents, cuts them into rows and commits shards."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from rayfuse.corpus.documents import Document, InputFile, list_inputs, read_documents
+from rayfuse.corpus.documents import Document, read_documents
+from rayfuse.corpus.inputs import InputFile, check_unchanged
 from rayfuse.corpus.shards import (
     BYTES_PER_TOKEN,
     DocumentBatch,
@@ -22,7 +23,7 @@ from rayfuse.corpus.shards import (
 from rayfuse.layout import Layout
 from rayfuse.model_files import load_recipe_tokenizer
 from rayfuse.progress import Progress
-from rayfuse.recipe import CorpusSettings, Documents, ModelSettings, Recipe, dump_recipe
+from rayfuse.recipe import CorpusSettings, ModelSettings, Recipe, dump_recipe
 from rayfuse.schema import flatten_column
 from rayfuse.storage.dataset import Commit, DataSet
 
@@ -39,50 +40,56 @@ class CutTask:
     groups: list[list[InputFile]]
 
     def batches(self, group: int) -> Iterator[DocumentBatch]:
-        """Read a group's documents, shard by shard."""
+        """Read a group's documents, shard by shard.
+
+        Raises:
+            ValueError: A file is no longer the one that was listed.
+        """
+        files, most = self.groups[group], self.settings.max_document_bytes
         documents: Iterator[Document] = chain.from_iterable(
-            read_documents(file) for file in self.groups[group]
+            read_documents(file, most) for file in files
         )
-        return batch_documents(
+        for batch in batch_documents(
             documents,
             self.part,
             shard_bytes=self.settings.shard_tokens * BYTES_PER_TOKEN,
-            max_document_bytes=self.settings.max_document_bytes,
-        )
+            max_document_bytes=most,
+        ):
+            if len(files) == 1:  # several make one shard, checked at the end of each
+                check_unchanged(files[0])
+            yield batch
 
 
 def build_corpora(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     """Make the corpus and the held-out rows; what is committed already stays.
 
     Raises:
-        ValueError: There is not one usable document.
+        ValueError: There is not one usable document, or a file is no longer what was listed.
     """
-    own = recipe.evaluate.documents
-    share = recipe.evaluate.held_out_share if own is None else 0.0
-    corpus = recipe.corpus.documents
+    share = recipe.evaluate.held_out_share if recipe.evaluate.documents is None else 0.0
+    corpus, held_out = layout.corpus_inputs, layout.held_out_inputs
     build_corpus(recipe, layout.corpus, corpus, Part(share, False), progress, "corpus")
-    build_corpus(recipe, layout.held_out, own or corpus, Part(share, True), progress, "held-out")
+    build_corpus(recipe, layout.held_out, held_out, Part(share, True), progress, "held-out")
 
 
 def build_corpus(
     recipe: Recipe,
     data: DataSet,
-    documents: Documents,
+    files: Sequence[InputFile],
     part: Part,
     progress: Progress,
     title: str,
 ) -> None:
-    """Make one data set of rows from documents.
+    """Make one data set of rows from files of documents.
 
     Raises:
-        ValueError: There is not one usable document.
+        ValueError: There is not one usable document, or a file is no longer what was listed.
     """
     if data.is_whole():
         _check_not_empty(data, title)
         return
     data.claim({"recipe": dump_recipe(recipe)})
     data.drop_lost_shards()
-    files = [file for item in documents for file in list_inputs(item, f"{title} documents")]
     groups = group_inputs(files, recipe.corpus.shard_tokens * BYTES_PER_TOKEN)
     models = (recipe.target, *recipe.sources)
     task = CutTask(data, recipe.corpus, recipe.target, models, part, groups)
@@ -90,7 +97,7 @@ def build_corpus(
     starts = [sum(counts[:group]) for group in range(len(groups))]
     committed = data.list_committed()
     todo = [
-        {"group": group, "start": start}
+        {"group": group, "start": start, "count": count}
         for group, (start, count) in enumerate(zip(starts, counts, strict=True))
         if not committed.issuperset(range(start, start + count))
     ]
@@ -142,7 +149,13 @@ def _cut_groups(batch: pa.Table, task: CutTask) -> Iterator[pa.Table]:
     )
     committed = task.data.list_committed()
     for record in batch.to_pylist():
-        for shard, documents in enumerate(task.batches(record["group"]), record["start"]):
+        start, stop = record["start"], record["start"] + record["count"]
+        for shard, documents in enumerate(task.batches(record["group"]), start):
+            if shard >= stop:  # the next group's number: its documents would be lost
+                raise ValueError(
+                    f"documents {task.groups[record['group']][0].path} make more shards than the "
+                    f"{stop - start} that were counted; they have changed: start again"
+                )
             if shard in committed:
                 continue
             rows = build_rows(

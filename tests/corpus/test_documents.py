@@ -7,17 +7,19 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from rayfuse.corpus.documents import Document, list_inputs, read_documents
+from rayfuse.corpus.documents import Document, read_documents
+from rayfuse.corpus.inputs import list_inputs
 from rayfuse.recipe import DocumentsSettings
 
 RECORDS = [{"id": "a", "domain": "x", "text": "eins"}, {"id": "b", "text": "zwei\n"}]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+MAX_BYTES = 1_000_000
 EXPECTED = [("a", "x", "eins"), ("b", "", "zwei\n")]
 
 
 def read_all(path: Path | str, **settings: str) -> list[Document]:
     files = list_inputs(DocumentsSettings(path=str(path), **settings), "corpus.documents")
-    return [document for file in files for document in read_documents(file)]
+    return [document for file in files for document in read_documents(file, MAX_BYTES)]
 
 
 def triples(documents: list[Document]) -> list[tuple[str, str, str]]:
