@@ -2,10 +2,10 @@
 
     python benchmarks/shards.py [--shards N] [--json]
 
-The object store is simulated: it makes names up as they are asked for, and answers listings in pages
-of a thousand, each after the wait of a real one. The code that lists, plans and hands out is that
-of a run: the corpus is found whole (each of its files looked up in a listing), a capture that is
-half done is resumed (its records and its files listed), and what is left is cut into blocks for Ray.
+The object store is simulated: it makes names up as they are asked for, and answers listings in
+pages of a thousand, each after the wait of a real one. The code that lists, plans and hands out is
+that of a run: the corpus is found whole (each of its files looked up in a listing), a capture that
+is half done is resumed (its records and its files listed), and what is left is cut into blocks.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -59,10 +60,21 @@ class SimulatedStore:
         """Return all shards of the corpus, or every other one of the capture."""
         step = 1 if folder.startswith("corpus") else 2
         suffix = f"-{ATTEMPT}.parquet" if folder.endswith("data") else ".json"
-        names = (f"{shard:05d}" for shard in range(0, self.num_shards, step))
-        found = {name + suffix: 100_000_000 for name in names if name.startswith(prefix)}
+        found = {
+            f"{shard:05d}{suffix}": 100_000_000
+            for shard in self._find_shards(prefix)
+            if shard % step == 0
+        }
         time.sleep(PAGE_SECONDS * (len(found) // PAGE_NAMES + 1))
         return found
+
+    def _find_shards(self, prefix: str) -> Iterator[int]:
+        """Yield the shards whose names, of five digits and more, begin with two given ones."""
+        for num_digits in range(5, len(str(self.num_shards)) + 1):
+            block = 10 ** (num_digits - 2)
+            first = int(prefix) * block
+            if num_digits == 5 or first >= 10 ** (num_digits - 1):
+                yield from range(first, min(first + block, self.num_shards))
 
 
 def write_manifest(store: SimulatedStore, num_shards: int) -> None:

@@ -49,7 +49,9 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """Find what was raised first, through Ray's wrappers."""
+    """Find what was raised inside Ray's wrappers."""
+    if not type(error).__module__.startswith("ray."):
+        return error
     inner = getattr(error, "cause", None) or error.__cause__
     for failure in getattr(error, "worker_failures", {}).values():
         inner = failure

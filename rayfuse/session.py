@@ -42,6 +42,7 @@ def _quieten_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # else its message does not reach the driver
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     # It warns that progress bars are off.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
