@@ -161,7 +161,8 @@ def _place_captured(recipe: Recipe, name: str, files: ModelFiles, corpus: DataSe
         model=files.identity,
         dtype=source.dtype,
         tokenizer=load_recipe_tokenizer(source).content_hash,
-        top_k=recipe.capture.top_k,
+        top_k=recipe.capture.kept_entries,
+        draws=recipe.capture.num_draws,
     )
 
 

@@ -1,14 +1,15 @@
 """The Arrow columns of every data set between two stages, and the one codec of log-probabilities.
 
 Length words: T, the tokens of the row (its start token and, where the document ends, its EOS
-included); k, `capture.top_k`. Position t of a row always speaks of token t+1.
+included); k, `capture.top_k`, none for `signal: sampled`; m, `capture.draws`, none for `signal:
+top_k`. Position t of a row always speaks of token t+1.
 """
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int, UInt8
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 ints = pa.list_(pa.int32())
 halfs = pa.list_(pa.float16())
@@ -34,6 +35,8 @@ CAPTURED = pa.schema(
         "top_ids": ints,  # T*k, flat: likeliest first; -1 beyond the vocabulary
         "top_logprobs": codes,  # T*k, flat: encode_logprobs; natural log, whole vocabulary
         "tail_logprobs": halfs,  # T: log of the mass outside the top k
+        "draw_ids": ints,  # T*m, flat: tokens drawn from that mass, each once; -1 beyond them
+        "draw_counts": codes,  # T*m, flat: how often each was drawn, m in all: mass / m each time
         "next_logprobs": halfs,  # T: of the token that really comes next; 0 at the last
         "nats": pa.float32(),  # -sum of next_logprobs over the text, EOS left out; inf if rejected
     }
@@ -43,8 +46,8 @@ ALIGNED = pa.schema(
     {
         "row_id": pa.string(),
         "has_signal": flags,  # T, in the target's tokens: the source says something here
-        "top_ids": ints,  # T*k, flat, target tokens: likeliest first, -1 beyond the real entries
-        "top_logprobs": codes,  # T*k, flat
+        "top_ids": ints,  # T*(k+m), flat, target tokens: likeliest first, -1 beyond them
+        "top_logprobs": codes,  # T*(k+m), flat
         "tail_logprobs": halfs,  # T
         "nats_per_byte": halfs,  # T: the source's cost of token t+1's bytes, per byte
         "nats": pa.float32(),  # as captured
@@ -52,14 +55,14 @@ ALIGNED = pa.schema(
     }
 )
 
-# 255 steps between ln p = 0 and ln p = -32, finer near 0, where the mass is. Mean KL of the record
-# 4e-5 to 6e-5 nats on synthetic data, at half the bytes of float16.
-_DEEPEST = 32.0
+# 255 steps between ln p = 0 and ln p = -20, finer near 0, where the mass is: half the bytes of
+# float16, for a mean KL below 1e-4 nats a token (benchmarks/record_size.py).
+_DEEPEST = 20.0
 _SCALE = np.log1p(_DEEPEST)
 _PROB_OF_CODE = np.exp(-np.expm1(np.arange(256) / 255 * _SCALE)).astype(np.float32)
 
 LOWEST_LOGPROB = -_DEEPEST
-"""What a log-probability is cut to in storage: 1e-14."""
+"""What a log-probability is cut to in storage: 2e-9."""
 
 # A float32 read as an integer grows with its value, and all but its last 12 bits, 2,048 steps to
 # each factor of two, are enough to tell its code: one look-up in place of two logarithms.
@@ -67,7 +70,7 @@ _DROPPED_BITS = np.uint32(12)
 
 
 def _tabulate_codes() -> UInt8[np.ndarray, " steps"]:
-    """Return the code of the probabilities in each step: round(255 ln(1 - ln p) / ln 33)."""
+    """Return the code of the probabilities in each step: round(255 ln(1 - ln p) / ln 21)."""
     steps = np.arange((np.float32(1).view(np.uint32) >> _DROPPED_BITS) + 1, dtype=np.uint32)
     middles = (steps << _DROPPED_BITS) + (1 << (_DROPPED_BITS - np.uint32(1)))
     logs = np.log(middles.view(np.float32).astype(np.float64))
@@ -82,7 +85,7 @@ def encode_probs(probs: Float[np.ndarray, "positions top_k"]) -> UInt8[np.ndarra
     """Return sorted probabilities as one byte each: the first code, then differences.
 
     The codes of a row never decrease, so that the differences are never negative. Probabilities
-    below 1e-14, and entries that are not there, cost the highest code.
+    below 2e-9, and entries that are not there, cost the highest code.
 
     Args:
         probs: Each row descending.
@@ -91,7 +94,7 @@ def encode_probs(probs: Float[np.ndarray, "positions top_k"]) -> UInt8[np.ndarra
     levels = _CODE_OF_STEP[steps]
     differences = levels.reshape(-1).copy()
     differences[1:] -= levels.reshape(-1)[:-1]
-    differences[:: probs.shape[1]] = levels[:, 0]
+    differences[:: max(probs.shape[1], 1)] = levels[:, :1].reshape(-1)
     return differences
 
 

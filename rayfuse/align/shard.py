@@ -56,6 +56,8 @@ class Records:
     next_logprobs: Float[np.ndarray, " tokens"]
     log_totals: Float[np.ndarray, " tokens_plus_1"]
     """Sums of next_logprobs before each token: differences are chain log-probabilities."""
+    has_draws: bool
+    """Entries are draws: each is right on average only if nothing but draws decides on it."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ def _map_slice(
     mapped = put_true_token(
         map_entries(entries, mapped_ids[:, rest]),
         is_first_piece=is_first_piece[:, rest],
-        first_probs=np.exp(first_logprobs) * puts_truth,
+        first_probs=np.exp(first_logprobs) * (puts_truth and not records.has_draws),
         continuation_probs=np.exp(np.minimum(chain - first_logprobs, 0.0)).astype(np.float32),
         true_ids=true_ids,
     )
@@ -229,16 +231,55 @@ def _count_text_tokens(
 
 def _read_records(captured: pa.Table) -> Records:
     tokens = len(flatten_column(captured, "token_ids")[0])
-    flat_ids = flatten_column(captured, "top_ids")[0]
-    top_k = len(flat_ids) // tokens if tokens else 1
+    top_ids, top_codes, draw_ids, draw_counts = (
+        _flatten_positions(captured, name, tokens)
+        for name in ("top_ids", "top_logprobs", "draw_ids", "draw_counts")
+    )
+    tails = flatten_column(captured, "tail_logprobs")[0]
+    has_draws = draw_ids.shape[1] > 0
+    if has_draws:
+        top_ids, top_codes, tails = _weigh_draws(top_ids, top_codes, tails, draw_ids, draw_counts)
     next_logprobs = flatten_column(captured, "next_logprobs")[0].astype(np.float32)
     return Records(
-        top_ids=flat_ids.reshape(tokens, top_k),
-        top_codes=flatten_column(captured, "top_logprobs")[0].reshape(tokens, top_k),
-        tail_logprobs=flatten_column(captured, "tail_logprobs")[0],
+        top_ids=top_ids,
+        top_codes=top_codes,
+        tail_logprobs=tails,
         next_logprobs=next_logprobs,
         log_totals=np.concatenate([[0.0], np.cumsum(next_logprobs, dtype=np.float64)]),
+        has_draws=has_draws,
     )
+
+
+def _flatten_positions(captured: pa.Table, name: str, tokens: int) -> np.ndarray:
+    """Return a column's values with the entries of each of the tokens side by side."""
+    flat = flatten_column(captured, name)[0]
+    return flat.reshape(tokens, len(flat) // tokens if tokens else 0)
+
+
+def _weigh_draws(
+    top_ids: Int[np.ndarray, "tokens top_k"],
+    top_codes: UInt8[np.ndarray, "tokens top_k"],
+    tail_logprobs: Float[np.ndarray, " tokens"],
+    draw_ids: Int[np.ndarray, "tokens draws"],
+    draw_counts: UInt8[np.ndarray, "tokens draws"],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return ids, codes and tails in which the draws are entries and share the tail's mass."""
+    num_entries = top_ids.shape[1] + draw_ids.shape[1]
+    ids = np.empty((len(top_ids), num_entries), dtype=np.int32)
+    levels = np.empty((len(top_ids), num_entries), dtype=np.uint8)
+    tails = np.empty_like(tail_logprobs)
+    for start in range(0, len(top_ids), SLICE_POSITIONS):
+        part = slice(start, start + SLICE_POSITIONS)
+        head = decode_probs(top_codes[part].reshape(-1), top_ids[part], tail_logprobs[part])
+        num_drawn = draw_counts[part].sum(axis=1, keepdims=True)
+        share = np.exp(tail_logprobs[part].astype(np.float32))[:, None] / np.maximum(num_drawn, 1)
+        probs = np.concatenate([head, draw_counts[part] * share], axis=1, dtype=np.float32)
+        order = np.argsort(-probs, axis=1, kind="stable")
+        both = np.concatenate([top_ids[part], draw_ids[part]], axis=1)
+        ids[part] = np.take_along_axis(both, order, axis=1)
+        levels[part] = encode_probs(np.take_along_axis(probs, order, axis=1)).reshape(probs.shape)
+        tails[part] = np.where(num_drawn[:, 0] > 0, LOWEST_LOGPROB, tail_logprobs[part])
+    return ids, levels, tails
 
 
 def _sum_mass(logprobs: Float[np.ndarray, " positions"]) -> float:

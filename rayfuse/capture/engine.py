@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
+from rayfuse.capture.draws import make_noise
 from rayfuse.capture.top_k import TopLogprobs, TopTensors, keep_top_k
-from rayfuse.model_files import load_recipe_tokenizer
+from rayfuse.model_files import load_recipe_tokenizer, read_model_files
 from rayfuse.models import batch_by_tokens, load_causal_lm, pad_rows, resolve_dtype
 from rayfuse.recipe import CaptureSettings, ModelSettings
 
@@ -62,6 +63,7 @@ class TransformersEngine:
         known = np.zeros(self.lm.head.out_features, dtype=bool)
         known[: tokenizer.vocab_size] = tokenizer.known_ids()
         self.known_ids = torch.from_numpy(known).to(device)
+        self.salt = read_model_files(source.model, source.revision).identity
         self.copies = torch.cuda.Stream() if device == "cuda" else None
 
     def score_rows(self, rows: TokenRows) -> list[TopLogprobs | Failure]:
@@ -137,7 +139,8 @@ class TransformersEngine:
             self.lm.head,
             self.known_ids,
             _send(torch.from_numpy(following), device),
-            top_k=self.settings.top_k,
+            _send(make_noise(rows, self.settings.num_draws, self.salt), device),
+            top_k=self.settings.kept_entries,
             chunk_positions=self.settings.chunk_positions,
         )
 

@@ -1,4 +1,4 @@
-"""Top-k records -> CAPTURED rows: same rows, same order, nothing padded."""
+"""Records -> CAPTURED rows: same rows, same order, nothing padded."""
 
 from collections.abc import Sequence
 
@@ -50,6 +50,8 @@ def build_captured(
     lengths = [len(tokens) if good else 0 for tokens, good in zip(token_rows, is_good, strict=True)]
     top_k = kept[0].top_ids.shape[1] if kept else 0
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    draws = [record.draws for record in kept if record.draws is not None]
+    num_draws = draws[0].ids.shape[1] if draws else 0
     tokens = _join([t for t, good in zip(token_rows, is_good, strict=True) if good], np.int32)
     next_logprobs = _join([record.next_logprobs for record in kept], np.float32)
     columns = {
@@ -65,6 +67,14 @@ def build_captured(
         ),
         "tail_logprobs": build_list_column(
             _join([record.tail_logprobs for record in kept], np.float16), offsets, halfs
+        ),
+        "draw_ids": build_list_column(
+            _join([each.ids.reshape(-1) for each in draws], np.int32), offsets * num_draws, ints
+        ),
+        "draw_counts": build_list_column(
+            _join([each.counts.reshape(-1) for each in draws], np.uint8),
+            offsets * num_draws,
+            codes,
         ),
         "next_logprobs": build_list_column(next_logprobs.astype(np.float16), offsets, halfs),
         "nats": pa.array(

@@ -1,4 +1,4 @@
-"""Hidden states -> top-k records, without the full logits ever being there at once."""
+"""Hidden states -> top-k and sampled records; the full logits are never there at once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import nn
+
+from rayfuse.capture.draws import Draws, count_draws, draw_ids
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class TopLogprobs:
     """Log of the mass outside the top k."""
     next_logprobs: Float[np.ndarray, " seq_len"]
     """Of the token that really comes next; 0 at the last position, which has none."""
+    draws: Draws | None = None
+    """From the tail; None where nothing is drawn."""
 
     def is_finite(self) -> bool:
         """Return whether the model gave numbers and no NaN."""
@@ -38,6 +42,8 @@ class TopTensors:
     top_logprobs: Float[torch.Tensor, "positions top_k"]
     tail_logprobs: Float[torch.Tensor, " positions"]
     next_logprobs: Float[torch.Tensor, " positions"]
+    drawn_ids: Int[torch.Tensor, "positions draws"]
+    """In order of id, with repeats; no columns where nothing is drawn."""
 
     def split_rows(self, lengths: Sequence[int]) -> list[TopLogprobs]:
         """Return each row's record, on the host.
@@ -46,14 +52,16 @@ class TopTensors:
             lengths: The positions of each row; together, all positions.
         """
         ends = np.cumsum(lengths)[:-1]
-        ids, logprobs, tails, following = (
+        ids, logprobs, tails, following, drawn = (
             np.split(tensor.numpy(), ends)
             for tensor in (
                 *(self.top_ids.int(), self.top_logprobs),
-                *(self.tail_logprobs, self.next_logprobs),
+                *(self.tail_logprobs, self.next_logprobs, self.drawn_ids),
             )
         )
-        return [TopLogprobs(*row) for row in zip(ids, logprobs, tails, following, strict=True)]
+        draws = [count_draws(row) if row.shape[1] else None for row in drawn]
+        rows = zip(ids, logprobs, tails, following, draws, strict=True)
+        return [TopLogprobs(*row) for row in rows]
 
 
 @torch.inference_mode()
@@ -62,25 +70,30 @@ def keep_top_k(
     head: nn.Linear,
     known_ids: Bool[torch.Tensor, " head_width"],
     next_ids: Int[torch.Tensor, " positions"],
+    noise: Float[torch.Tensor, "positions draws"],
     *,
     top_k: int,
     chunk_positions: int,
 ) -> TopTensors:
-    """Return the top-k record of positions, applying the head to a chunk of them at a time.
+    """Return the record of positions, applying the head to a chunk of them at a time.
 
     Args:
         hidden: The head's inputs.
         head: The model's output embedding.
         known_ids: Head rows that the tokenizer has; the others are masked before normalising.
         next_ids: The token that comes next at each position; -1 where none does.
-        top_k: Entries kept.
+        noise: In [0, 1), for draws from what is not kept.
+        top_k: Entries kept; 0 for none.
         chunk_positions: Positions whose logits exist at a time.
     """
     unknown_ids = torch.nonzero(~known_ids)[:, 0]
     parts = [
-        _reduce_chunk(head(part).float(), unknown_ids, following, top_k)
-        for part, following in zip(
-            hidden.split(chunk_positions), next_ids.split(chunk_positions), strict=True
+        _reduce_chunk(head(part).float(), unknown_ids, following, chances, top_k)
+        for part, following, chances in zip(
+            hidden.split(chunk_positions),
+            next_ids.split(chunk_positions),
+            noise.split(chunk_positions),
+            strict=True,
         )
     ]
     return TopTensors(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
@@ -90,10 +103,12 @@ def _reduce_chunk(
     logits: Float[torch.Tensor, "positions head_width"],
     unknown_ids: Int[torch.Tensor, " unknown"],
     next_ids: Int[torch.Tensor, " positions"],
+    noise: Float[torch.Tensor, "positions draws"],
     top_k: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     logits.index_fill_(1, unknown_ids, -torch.inf)
     normaliser = logits.logsumexp(1, keepdim=True)
+    following = logits.gather(1, next_ids.clamp(min=0)[:, None]) - normaliser
     top = logits.topk(min(top_k, logits.shape[1]), dim=1)
     logprobs = top.values - normaliser
     ids = top.indices.masked_fill(top.values == -torch.inf, -1)
@@ -103,5 +118,7 @@ def _reduce_chunk(
         logprobs = nn.functional.pad(logprobs, (0, missing), value=-torch.inf)
     # Below 1e-7 a float32 sum near 1 says nothing, so the tail ends there.
     tail = (1 - logprobs.double().exp().sum(1)).clamp(min=1e-7).log()
-    following = logits.gather(1, next_ids.clamp(min=0)[:, None]) - normaliser
-    return ids, logprobs, tail.float(), following[:, 0].masked_fill(next_ids < 0, 0.0)
+    drawn = ids[:, :0]
+    if noise.shape[1]:
+        drawn = draw_ids(logits.scatter_(1, top.indices, -torch.inf), noise)
+    return ids, logprobs, tail.float(), following[:, 0].masked_fill(next_ids < 0, 0.0), drawn

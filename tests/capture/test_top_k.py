@@ -69,6 +69,7 @@ def test_a_vocabulary_smaller_than_top_k_leaves_empty_entries():
         nn.Linear(4, 5),
         torch.tensor([True, True, True, False, False]),
         torch.tensor([0, 1, -1]),
+        torch.zeros(3, 0),
         top_k=8,
         chunk_positions=2,
     ).split_rows([3])[0]
