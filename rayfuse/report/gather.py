@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from rayfuse.evaluate.scores import Difference, Evaluation, compare, parse_evaluation
 from rayfuse.layout import Layout, TrainRun
 from rayfuse.recipe import Recipe
+from rayfuse.report.timeline import Spell, read_spells
 from rayfuse.storage.dataset import Commit, DataSet
 from rayfuse.storage.store import Store
 
@@ -88,6 +89,8 @@ class Findings:
     wins: SourceWins
     signals: dict[str, SourceSignal]
     """By source."""
+    spells: dict[str, list[Spell]]
+    """By source: when its workers had which shard."""
     counts: list[StageCount]
 
 
@@ -112,6 +115,7 @@ def gather_findings(recipe: Recipe, layout: Layout) -> Findings:
         curves={name: curve for name, curve in curves.items() if curve is not None},
         wins=count_wins(layout.corpus, layout.aligned),
         signals={name: measure_signal(data) for name, data in layout.aligned.items()},
+        spells={name: read_spells(data) for name, data in layout.captured.items()},
         counts=count_stages(layout),
     )
 

@@ -10,6 +10,7 @@ from rayfuse.evaluate.scores import ALL, Difference
 from rayfuse.recipe import Recipe, dump_recipe
 from rayfuse.report.gather import Findings, SourceWins, StageCount
 from rayfuse.report.tables import build_table, render_html
+from rayfuse.report.timeline import Spell, share_waited, sum_busy
 from rayfuse.report.verdict import MINUS, Verdict, name_domain, order_names, sign
 
 CAPTIONS = {
@@ -23,6 +24,8 @@ CAPTIONS = {
     "one colour everywhere means that the other sources add little.",
     "alignment": "The further the left bar reaches, the more of the text a source can teach; "
     "what the right bar gains over the source's own is probability lost in translation.",
+    "timeline": "Each line is one worker with a source LLM: coloured while its device computed, "
+    "grey while it waited for work. Dashed: nobody worked, time left out.",
 }
 
 TITLES = {
@@ -31,6 +34,7 @@ TITLES = {
     "training_curves": "Training",
     "source_wins": "What each source is good at",
     "alignment": "How much of the sources reaches the target",
+    "timeline": "What the sources' devices did",
 }
 
 STYLE = """
@@ -140,6 +144,7 @@ def _render_details(findings: Findings, recipe: Recipe) -> str:
         "Fused minus other, with 95 % intervals": _render_differences(findings.differences),
         "Rows that each source wins": _render_wins(findings.wins),
         "Models and time": _render_models(findings),
+        "Capturing": _render_spells(findings.spells),
         "Rows, tokens and rejects of each stage": _render_counts(findings.counts),
         "The recipe, with every default": f"<pre>{html.escape(text)}</pre>",
     }
@@ -190,6 +195,23 @@ def _render_models(findings: Findings) -> str:
         for name, each in findings.evaluations.items()
     ]
     return _render_plain_table(["model", "folder or hub id", "training", "evaluation"], rows)
+
+
+def _render_spells(spells: dict[str, list[Spell]]) -> str:
+    rows = [
+        [
+            name,
+            str(len({spell.worker for spell in each})),
+            f"{sum(spell.tokens for spell in each):,}",
+            f"{round(sum(spell.tokens for spell in each) / sum_busy(each)):,}",
+            say_seconds(sum_busy(each)),
+            f"{share_waited(each):.1%}",
+        ]
+        for name, each in spells.items()
+        if each
+    ]
+    header = ["source", "workers", "tokens", "tokens/s of a device", "computed", "waited"]
+    return _render_plain_table(header, rows)
 
 
 def _render_counts(counts: list[StageCount]) -> str:

@@ -1,35 +1,33 @@
 """Findings -> PNG pictures, 900 pixels wide where shown, twice that in the file."""
 
-import io
-import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from rayfuse.evaluate.scores import ALL, Difference, Evaluation, bits_per_byte, count_bytes
+from rayfuse.report.canvas import (
+    INK,
+    OWN_COLOURS,
+    new_figure,
+    plain,
+    put_legend_below,
+    put_legend_inside,
+    put_legend_outside,
+    style_of,
+    to_png,
+)
 from rayfuse.report.gather import Curve, Findings, SourceSignal, SourceWins
+from rayfuse.report.timeline import draw_timeline
 from rayfuse.report.verdict import name_domain, order_names, sign
-
-WIDTH_INCHES = 9.0
-PIXELS_PER_INCH = 200
 
 MOST_GROUPS = 10
 """Groups of documents in a picture; the largest are shown, the table has all."""
 
 MOST_VALUES = 24
 """More bars than this, and their values are left to the table."""
-
-OWN_COLOURS = {"fused": "#D55E00", "clm": "#0072B2", "target": "#8C8C8C"}
-SOURCE_COLOURS = ("#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#B8A600", "#5D3A9B", "#882255")
-"""After Okabe and Ito: told apart by the colour-blind; repeated with hatches beyond seven."""
-
-INK, FAINT = "#222222", "#D9D9D9"
 
 
 def draw_plots(findings: Findings) -> dict[str, bytes]:
@@ -46,6 +44,8 @@ def draw_plots(findings: Findings) -> dict[str, bytes]:
         plots["source_wins"] = draw_source_wins(findings.wins, sources)
     if findings.signals:
         plots["alignment"] = draw_alignment(findings.signals)
+    if any(findings.spells.values()):
+        plots["timeline"] = draw_timeline(findings.spells)
     return plots
 
 
@@ -54,18 +54,18 @@ def draw_bits_per_byte(evaluations: dict[str, Evaluation]) -> bytes:
     scores = {name: bits_per_byte(each.documents) for name, each in evaluations.items()}
     groups, is_cut = _choose_groups(evaluations)
     sources = [name for name, each in evaluations.items() if each.role == "source"]
-    figure, (axes,) = _new_figure(4.4, rows=1)
+    figure, (axes,) = new_figure(4.4, rows=1)
     width = 0.84 / len(scores)
     has_values = len(groups) * len(scores) <= MOST_VALUES
     for index, (name, values) in enumerate(scores.items()):
         at = np.arange(len(groups)) - 0.42 + width * (index + 0.5)
         heights = [values[group] for group in groups]
-        bars = axes.bar(at, heights, width * 0.92, label=_plain(name), **_style(name, sources))
+        bars = axes.bar(at, heights, width * 0.92, label=plain(name), **style_of(name, sources))
         if has_values:
             rotation = 0 if len(groups) * len(scores) <= 12 else 90
             axes.bar_label(bars, fmt="%.3f", fontsize=8, padding=2, rotation=rotation)
-    axes.set_xticks(range(len(groups)), [_plain(name_domain(group)) for group in groups])
-    if max(len(_plain(name_domain(group))) for group in groups) > 100 / len(groups):
+    axes.set_xticks(range(len(groups)), [plain(name_domain(group)) for group in groups])
+    if max(len(plain(name_domain(group))) for group in groups) > 100 / len(groups):
         axes.tick_params(axis="x", rotation=25)
         for label in axes.get_xticklabels():
             label.set(horizontalalignment="right", rotation_mode="anchor")
@@ -73,8 +73,8 @@ def draw_bits_per_byte(evaluations: dict[str, Evaluation]) -> bytes:
     axes.set_ylabel("bits per byte (lower is better)")
     axes.margins(y=0.2 if has_values else 0.06)
     axes.set_title("Held-out text: what each model pays" + (" (largest domains)" * is_cut))
-    _legend_outside(axes, len(scores))
-    return _to_png(figure)
+    put_legend_outside(axes, len(scores))
+    return to_png(figure)
 
 
 def draw_differences(differences: dict[str, dict[str, Difference]]) -> bytes:
@@ -84,14 +84,14 @@ def draw_differences(differences: dict[str, dict[str, Difference]]) -> bytes:
     domains = [group for group in differences.get("clm", {}) if group != ALL]
     if 1 < len(domains) <= 2 * MOST_GROUPS:
         lines += [(f"clm, {name_domain(name)}", differences["clm"][name]) for name in domains]
-    figure, (axes,) = _new_figure(1.4 + 0.34 * len(lines), rows=1)
+    figure, (axes,) = new_figure(1.4 + 0.34 * len(lines), rows=1)
     for at, (_, each) in enumerate(lines):
         colour = {"better": "#0072B2", "worse": "#D55E00", "unclear": "#8C8C8C"}[each.outcome]
         if np.isfinite(each.low):
             axes.plot([each.low, each.high], [at, at], color=colour, linewidth=3, alpha=0.6)
         axes.plot(each.difference, at, color=colour, marker="o", markersize=7)
     axes.axvline(0, color=INK, linewidth=1)
-    axes.set_yticks(range(len(lines)), [_plain(title, 34) for title, _ in lines])
+    axes.set_yticks(range(len(lines)), [plain(title, 34) for title, _ in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.08)
@@ -101,7 +101,7 @@ def draw_differences(differences: dict[str, dict[str, Difference]]) -> bytes:
     values.set_yticks(range(len(lines)), [sign(each.difference) for _, each in lines])
     values.tick_params(length=0)
     values.spines["right"].set_visible(False)
-    return _to_png(figure)
+    return to_png(figure)
 
 
 def draw_training_curves(curves: dict[str, Curve]) -> bytes:
@@ -109,14 +109,14 @@ def draw_training_curves(curves: dict[str, Curve]) -> bytes:
     gap = _measure_gap(curves)
     fusion = {name: each for name, each in curves.items() if np.isfinite(each.fusion_loss).any()}
     panels = 1 + (gap is not None) + bool(fusion)
-    figure, rows = _new_figure(1.6 + 2.1 * panels, rows=panels)
+    figure, rows = new_figure(1.6 + 2.1 * panels, rows=panels)
     window = max(smoothing_window(len(curve.steps)) for curve in curves.values())
     smoothing = f"mean of the last {window} steps" if window > 1 else "each step"
     rows[0].set_title(f"Training loss on the text (line: {smoothing}; faint: each step)")
     rows[0].set_ylabel("CLM loss\n(nats per token)")
     for name, curve in curves.items():
         _draw_line(rows[0], curve.tokens, curve.clm_loss, name, window)
-    _legend_inside(rows[0])
+    put_legend_inside(rows[0])
     if gap is not None:
         tokens, values = gap
         rows[1].set_title("Fused minus CLM on the same rows (below 0: fused fits the text better)")
@@ -131,7 +131,7 @@ def draw_training_curves(curves: dict[str, Curve]) -> bytes:
     rows[-1].set_xlabel("target tokens learned")
     for axes in rows:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    return _to_png(figure)
+    return to_png(figure)
 
 
 def draw_source_wins(wins: SourceWins, sources: Sequence[str]) -> bytes:
@@ -139,17 +139,17 @@ def draw_source_wins(wins: SourceWins, sources: Sequence[str]) -> bytes:
     totals = {domain: sum(row.values()) for domain, row in wins.counts.items()}
     largest = sorted((d for d in totals if totals[d]), key=lambda domain: -totals[domain])
     domains = sorted(largest[: 2 * MOST_GROUPS])
-    figure, (axes,) = _new_figure(1.7 + 0.38 * len(domains), rows=1)
+    figure, (axes,) = new_figure(1.7 + 0.38 * len(domains), rows=1)
     left = np.zeros(len(domains))
     for name in sources:
         shares = np.array([wins.counts[domain][name] / totals[domain] for domain in domains])
         bars = axes.barh(
-            range(len(domains)), shares, 0.72, left, label=_plain(name), **_style(name, sources)
+            range(len(domains)), shares, 0.72, left, label=plain(name), **style_of(name, sources)
         )
         labels = [f"{share:.0%}" if share >= 0.06 else "" for share in shares]
         axes.bar_label(bars, labels, label_type="center", fontsize=9, color="black")
         left = left + shares
-    names = [f"{_plain(name_domain(domain))} ({totals[domain]:,} rows)" for domain in domains]
+    names = [f"{plain(name_domain(domain))} ({totals[domain]:,} rows)" for domain in domains]
     axes.set_yticks(range(len(domains)), names)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
@@ -159,17 +159,17 @@ def draw_source_wins(wins: SourceWins, sources: Sequence[str]) -> bytes:
     is_cut = wins.shards_read < wins.num_shards
     part = f", first {wins.shards_read} of {wins.num_shards} shards" if is_cut else ""
     axes.set_title(f"Which source knows which domain best{part}")
-    _legend_outside(axes, len(sources))
-    return _to_png(figure)
+    put_legend_outside(axes, len(sources))
+    return to_png(figure)
 
 
 def draw_alignment(signals: dict[str, SourceSignal]) -> bytes:
     """Return, for each source, the share of positions with a signal and the mean tail mass."""
     sources = list(signals)
-    figure, (left, right) = _new_figure(1.9 + 0.42 * len(sources), rows=1, columns=2)
+    figure, (left, right) = new_figure(1.9 + 0.42 * len(sources), rows=1, columns=2)
     at = np.arange(len(sources))
     shares = [signals[name].share for name in sources]
-    bars = left.barh(at, shares, 0.6, color=[_style(name, sources)["color"] for name in sources])
+    bars = left.barh(at, shares, 0.6, color=[style_of(name, sources)["color"] for name in sources])
     left.bar_label(bars, [f"{share:.1%}" for share in shares], padding=4, fontsize=9)
     left.set_title("Target positions with a signal")
     left.set_xlabel("share of target positions")
@@ -182,16 +182,16 @@ def draw_alignment(signals: dict[str, SourceSignal]) -> bytes:
     if has_own:
         values = [mass for mass in own if mass is not None]
         _draw_tail(right, at + 0.17, values, "in the source's own tokens", "#A6A6A6")
-        _legend_below(right)
+        put_legend_below(right)
     right.set_title("Mean mass outside the top k (tail)")
     right.set_xlabel("probability")
     right.margins(x=0.22)
     for axes in (left, right):
-        axes.set_yticks(at, [_plain(name) for name in sources])
+        axes.set_yticks(at, [plain(name) for name in sources])
         axes.set_ylim(len(sources) - 0.4, -0.6)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.grid(axis="y", visible=False)
-    return _to_png(figure)
+    return to_png(figure)
 
 
 def smoothing_window(num_steps: int) -> int:
@@ -237,66 +237,9 @@ def _draw_line(axes: Axes, tokens: np.ndarray, values: np.ndarray, name: str, wi
     if window > 1:
         axes.plot(tokens, values, color=colour, alpha=0.22, linewidth=0.7)
     line = smooth(values, window) if window > 1 else values
-    axes.plot(tokens, line, color=colour, linewidth=1.8, label=_plain(name))
+    axes.plot(tokens, line, color=colour, linewidth=1.8, label=plain(name))
 
 
 def _draw_tail(axes: Axes, at: np.ndarray, values: list[float], label: str, colour: str) -> None:
     bars = axes.barh(at, values, 0.32, color=colour, label=label)
     axes.bar_label(bars, [f"{value:.1%}" for value in values], padding=4, fontsize=9)
-
-
-def _style(name: str, sources: Sequence[str]) -> dict[str, Any]:
-    """Return a model's colour in every picture, and a hatch where colours repeat."""
-    if name in OWN_COLOURS:
-        return {"color": OWN_COLOURS[name]}
-    turn, index = divmod(sources.index(name), len(SOURCE_COLOURS))
-    style = {"color": SOURCE_COLOURS[index]}
-    return style | {"hatch": "/" * (2 * turn), "edgecolor": "white"} if turn else style
-
-
-def _plain(text: str, most: int = 20) -> str:
-    """Return text on one line, short, and read by matplotlib as it stands."""
-    line = " ".join(text.split())
-    short = line if len(line) <= most else line[: most - 1] + "\u2026"
-    return short.replace("$", r"\$")
-
-
-def _new_figure(height: float, *, rows: int, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(WIDTH_INCHES, height), dpi=PIXELS_PER_INCH, facecolor="white")
-    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=rows > 1)
-    for axes in grid.flat:
-        axes.set_axisbelow(True)
-        axes.grid(color=FAINT, linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color("#888888")
-        axes.tick_params(color="#888888", labelcolor=INK)
-    return figure, list(grid.flat)
-
-
-def _legend_outside(axes: Axes, num_labels: int) -> None:
-    axes.figure.legend(
-        *axes.get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=min(num_labels, 6),
-        frameon=False,
-        fontsize=9,
-    )
-
-
-def _legend_inside(axes: Axes) -> None:
-    axes.legend(frameon=False, loc="upper right", fontsize=9)
-
-
-def _legend_below(axes: Axes) -> None:
-    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=2)
-
-
-def _to_png(figure: Figure) -> bytes:
-    FigureCanvasAgg(figure)
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        # Signs the font lacks are drawn as boxes; the table beside the picture has them.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(file, format="png")
-    return file.getvalue()

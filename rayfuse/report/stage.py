@@ -14,6 +14,7 @@ from rayfuse.report.gather import Curve, Findings, gather_findings
 from rayfuse.report.model_card import build_model_card
 from rayfuse.report.page import build_page
 from rayfuse.report.tables import build_table, render_markdown
+from rayfuse.report.timeline import share_waited, sum_busy
 from rayfuse.report.verdict import Verdict, judge
 
 PAGE_FILE = "report/index.html"
@@ -80,6 +81,15 @@ def dump_findings(findings: Findings, verdict: Verdict, input_fingerprint: str) 
         "source_wins": asdict(findings.wins),
         "signals": {
             name: asdict(each) | {"share": each.share} for name, each in findings.signals.items()
+        },
+        "capture": {
+            name: {
+                "workers": len({spell.worker for spell in each}),
+                "tokens": sum(spell.tokens for spell in each),
+                "busy_seconds": sum_busy(each),
+                "share_waited": share_waited(each),
+            }
+            for name, each in findings.spells.items()
         },
         "stages": [asdict(count) for count in findings.counts],
         "evaluation_seconds": {n: each.seconds for n, each in findings.evaluations.items()},

@@ -10,6 +10,7 @@ from rayfuse.evaluate.scores import DocumentScore, Evaluation, compare, find_rol
 from rayfuse.layout import Layout, TrainRun
 from rayfuse.recipe import Recipe, parse_recipe
 from rayfuse.report.gather import Curve, Findings, SourceSignal, SourceWins, StageCount
+from rayfuse.report.timeline import Spell
 from rayfuse.schema import ALIGNED, CORPUS
 from rayfuse.storage.dataset import DataSet, Reject
 from rayfuse.storage.store import open_store
@@ -80,6 +81,7 @@ def findings() -> Findings:
             "coder": SourceSignal(1000, 790, 0.09, 0.04),
             "small": SourceSignal(1000, 1000, 0.06, 0.06),
         },
+        spells={"big": [Spell("w", 100.0 * i, 90.0, 10.0, 5000) for i in range(1, 9)], "coder": []},
         counts=[StageCount("corpus", 12_000, 9_000_000, 17), StageCount("held-out", 180, 90, 0)],
     )
 

@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+
+from rayfuse.report.timeline import (
+    Spell,
+    draw_timeline,
+    find_pauses,
+    leave_out,
+    read_spells,
+    share_waited,
+    sum_busy,
+)
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.store import open_store
+from tests.report.conftest import make_aligned
+from tests.report.test_plots import width_of
+
+NOON = 1_700_000_000.0
+
+
+def make_spells(worker: str, start: float, number: int = 5) -> list[Spell]:
+    """Return shards of 8 s each, 2 s apart."""
+    return [Spell(worker, start + 2 + 10 * i, 8.0, 2.0, 1000) for i in range(number)]
+
+
+def test_commits_tell_who_worked_when(tmp_path):
+    data = DataSet(open_store(str(tmp_path)), "captured/a-0", "0")
+    data.claim({})
+    for shard, began in enumerate((30.0, 10.0)):
+        stats = {"began": began, "busy_seconds": 4.0, "idle_seconds": 1.0}
+        table = make_aligned(range(2), [1.0, 2.0])
+        data.write_shard(shard, table, tokens=7, stats=stats, worker=f"w{shard}")
+    spells = read_spells(data)
+    assert spells == [Spell("w1", 10.0, 4.0, 1.0, 7), Spell("w0", 30.0, 4.0, 1.0, 7)]
+    assert sum_busy(spells) == 8.0
+    assert share_waited(spells) == pytest.approx(0.2)
+
+
+def test_a_night_between_two_jobs_is_left_out():
+    night = 50_000.0
+    spells = make_spells("a", NOON) + make_spells("b", NOON + 50 + night)
+    pauses = find_pauses(spells)
+    assert pauses == [(0.0, NOON), (NOON + 50, NOON + 50 + night)]
+    times = np.array([NOON, NOON + 50, NOON + 1000, NOON + 50 + night, NOON + 60 + night])
+    np.testing.assert_allclose(leave_out(times, pauses), [0, 50, 50, 50, 60], atol=1e-6)
+
+
+def test_no_pause_where_one_worker_covers_for_another():
+    spells = [
+        Spell("a", NOON, 500.0, 0.0, 1),
+        *make_spells("b", NOON),
+        *make_spells("b", NOON + 300),
+    ]
+    assert find_pauses(spells) == [(0.0, NOON)]
+
+
+def test_many_workers_of_many_sources_are_drawn():
+    spells = {
+        f"source {source}": [
+            spell for i in range(30) for spell in make_spells(f"w{i}", NOON + 3 * i, number=20)
+        ]
+        for source in range(2)
+    }
+    assert width_of(draw_timeline(spells | {"none": []})) == 1800
