@@ -251,6 +251,11 @@ def _run_recipe(
     recipe = read_recipe(path, overrides)
     layout = prepare_run(recipe)
     console.print(f"recipe {path}: {', '.join(stages)} in {layout.store.root}")
+    if layout.corpus_rows.is_kept:
+        models = ", ".join(model.model for model in layout.corpus_rows.cut_for)
+        console.print(
+            f"rows: kept as they were first cut, for {models} (corpus.recut: true cuts them anew)"
+        )
 
     def tell(result: StageResult) -> None:
         done = "done before" if result.was_done else f"done in {result.seconds:.1f} s"

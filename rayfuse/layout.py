@@ -6,8 +6,9 @@ from typing import Any
 
 from rayfuse.align.inspect import check_pair
 from rayfuse.corpus.inputs import InputFile, list_inputs
+from rayfuse.kept_rows import Rows, place_rows
 from rayfuse.model_files import ModelFiles, check_model, load_recipe_tokenizer
-from rayfuse.recipe import Documents, ModelSettings, Recipe
+from rayfuse.recipe import Documents, ModelSettings, Recipe, SourceSettings
 from rayfuse.storage.dataset import DataSet, fingerprint_of
 from rayfuse.storage.store import Store, open_store
 
@@ -40,6 +41,8 @@ class Layout:
     runs: tuple[TrainRun, ...]
     evaluations: dict[str, str]
     """Result file by model name: sources, `target`, `clm`, `fused`."""
+    corpus_rows: Rows
+    held_out_rows: Rows
     corpus_inputs: tuple[InputFile, ...] = ()
     """The documents as they were when the folders were named by them."""
     held_out_inputs: tuple[InputFile, ...] = ()
@@ -70,9 +73,13 @@ def plan_layout(recipe: Recipe) -> Layout:
     inputs = _list_documents(recipe.corpus.documents, "corpus.documents")
     own = recipe.evaluate.documents
     held_out_inputs = inputs if own is None else _list_documents(own, "evaluate.documents")
-    corpus, held_out = _place_corpora(recipe, store, inputs, held_out_inputs)
+    (corpus, corpus_rows), (held_out, held_out_rows) = _place_corpora(
+        recipe, store, inputs, held_out_inputs
+    )
     captured = {
-        source.name: _place_captured(recipe, source.name, source_files[source.name], corpus)
+        source.name: _place_captured(
+            recipe, source, source_files[source.name], store, corpus_rows.fingerprint
+        )
         for source in recipe.sources
     }
     target_tokenizer = load_recipe_tokenizer(recipe.target).content_hash
@@ -103,6 +110,8 @@ def plan_layout(recipe: Recipe) -> Layout:
         map_files,
         runs,
         evaluations,
+        corpus_rows,
+        held_out_rows,
         tuple(chain.from_iterable(inputs)),
         tuple(chain.from_iterable(held_out_inputs)),
     )
@@ -118,23 +127,25 @@ def _place_corpora(
     store: Store,
     inputs: list[list[InputFile]],
     held_out_inputs: list[list[InputFile]],
-) -> tuple[DataSet, DataSet]:
-    tokenizers = {
-        load_recipe_tokenizer(model).content_hash for model in (recipe.target, *recipe.sources)
-    }
-    rows = {
+) -> list[tuple[DataSet, Rows]]:
+    share = recipe.evaluate.held_out_share if recipe.evaluate.documents is None else 0.0
+    settings = {
         "max_tokens": recipe.corpus.max_tokens,
         "shard_tokens": recipe.corpus.shard_tokens,
         "max_document_bytes": recipe.corpus.max_document_bytes,
-        "tokenizers": sorted(tokenizers),
-        "target": load_recipe_tokenizer(recipe.target).content_hash,
+        "held_out_share": share,
     }
-    share = recipe.evaluate.held_out_share if recipe.evaluate.documents is None else 0.0
-    corpus = _place(store, "corpus/", **rows, inputs=_identify(inputs), held_out_share=share)
-    held_out = _place(
-        store, "corpus/held-out-", **rows, inputs=_identify(held_out_inputs), held_out_share=share
-    )
-    return corpus, held_out
+    models = (recipe.target, *recipe.sources)
+    return [
+        place_rows(
+            store,
+            prefix,
+            settings | {"inputs": _identify(files)},
+            models,
+            recut=recipe.corpus.recut,
+        )
+        for prefix, files in (("corpus/", inputs), ("corpus/held-out-", held_out_inputs))
+    ]
 
 
 def _list_documents(documents: Documents, setting: str) -> list[list[InputFile]]:
@@ -152,12 +163,13 @@ def _identify(inputs: list[list[InputFile]]) -> list[Any]:
     ]
 
 
-def _place_captured(recipe: Recipe, name: str, files: ModelFiles, corpus: DataSet) -> DataSet:
-    source = next(source for source in recipe.sources if source.name == name)
+def _place_captured(
+    recipe: Recipe, source: SourceSettings, files: ModelFiles, store: Store, rows: str
+) -> DataSet:
     return _place(
-        corpus.store,
-        f"captured/{name}-",
-        corpus=corpus.fingerprint,
+        store,
+        f"captured/{source.name}-",
+        rows=rows,
         model=files.identity,
         dtype=source.dtype,
         tokenizer=load_recipe_tokenizer(source).content_hash,

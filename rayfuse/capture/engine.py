@@ -10,9 +10,15 @@ import torch
 from jaxtyping import Int
 
 from rayfuse.capture.draws import make_noise
-from rayfuse.capture.top_k import TopLogprobs, TopTensors, keep_top_k
+from rayfuse.capture.top_k import TopLogprobs, TopTensors, join_parts, keep_top_k
 from rayfuse.model_files import load_recipe_tokenizer, read_model_files
-from rayfuse.models import batch_by_tokens, load_causal_lm, pad_rows, resolve_dtype
+from rayfuse.models import (
+    batch_by_tokens,
+    cut_windows,
+    load_causal_lm,
+    pad_rows,
+    resolve_dtype,
+)
 from rayfuse.recipe import CaptureSettings, ModelSettings
 
 TokenRows = Sequence[Int[np.ndarray, " _"]]
@@ -63,11 +69,22 @@ class TransformersEngine:
         known = np.zeros(self.lm.head.out_features, dtype=bool)
         known[: tokenizer.vocab_size] = tokenizer.known_ids()
         self.known_ids = torch.from_numpy(known).to(device)
-        self.salt = read_model_files(source.model, source.revision).identity
+        files = read_model_files(source.model, source.revision)
+        self.salt, self.context_tokens = files.identity, files.context_tokens
         self.copies = torch.cuda.Stream() if device == "cuda" else None
 
     def score_rows(self, rows: TokenRows) -> list[TopLogprobs | Failure]:
         """Return each row's record, in the order of the rows.
+
+        A row longer than the model takes is scored in windows.
+        """
+        cuts = [cut_windows(len(row), self.context_tokens) for row in rows]
+        windows = [row[cut] for row, each in zip(rows, cuts, strict=True) for cut, _ in each]
+        records = iter(self._score_windows(windows))
+        return [_join_windows([(next(records), kept) for _, kept in each]) for each in cuts]
+
+    def _score_windows(self, rows: TokenRows) -> list[TopLogprobs | Failure]:
+        """Return the records of rows that the model takes.
 
         A batch that does not fit the memory is cut in two, and later ones are smaller. A batch that
         the model fails on is halved until the row is found that it fails on.
@@ -176,6 +193,15 @@ class HostCopy:
 def load_transformers_engine(source: ModelSettings, settings: CaptureSettings) -> Engine:
     """Return the default engine."""
     return TransformersEngine(source, settings)
+
+
+def _join_windows(windows: list[tuple[TopLogprobs | Failure, slice]]) -> TopLogprobs | Failure:
+    parts: list[TopLogprobs] = []
+    for record, kept in windows:
+        if isinstance(record, Failure):
+            return record
+        parts.append(record.part(kept))
+    return join_parts(parts)
 
 
 def _split_record(

@@ -25,6 +25,7 @@ from rayfuse.capture.engine import LoadEngine, load_transformers_engine
 from rayfuse.capture.live import LiveNumbers, to_line
 from rayfuse.capture.pools import share_actors
 from rayfuse.capture.shard import ShardCapturer, ShardNumbers
+from rayfuse.kept_rows import keep_rows
 from rayfuse.layout import Layout
 from rayfuse.model_files import load_recipe_tokenizer, read_model_files
 from rayfuse.progress import Progress
@@ -116,6 +117,8 @@ def capture_sources(
     """
     if not layout.corpus.is_whole():
         raise ValueError("the corpus is not whole; run `rayfuse corpus` first")
+    for rows in (layout.corpus_rows, layout.held_out_rows):
+        keep_rows(layout.store, rows)
     work = [
         _plan_source(recipe, layout, source)
         for source in recipe.sources

@@ -26,12 +26,42 @@ class TopLogprobs:
     draws: Draws | None = None
     """From the tail; None where nothing is drawn."""
 
+    def part(self, positions: slice) -> "TopLogprobs":
+        """Return the record of some positions."""
+        draws = self.draws
+        return TopLogprobs(
+            self.top_ids[positions],
+            self.top_logprobs[positions],
+            self.tail_logprobs[positions],
+            self.next_logprobs[positions],
+            draws and Draws(draws.ids[positions], draws.counts[positions]),
+        )
+
     def is_finite(self) -> bool:
         """Return whether the model gave numbers and no NaN."""
         return bool(
             np.isfinite(self.next_logprobs).all()
             and np.isfinite(self.top_logprobs[self.top_ids >= 0]).all()
         )
+
+
+def join_parts(parts: Sequence[TopLogprobs]) -> TopLogprobs:
+    """Return the record of positions that follow one another."""
+    if len(parts) == 1:
+        return parts[0]
+    draws = [part.draws for part in parts if part.draws is not None]
+    return TopLogprobs(
+        np.concatenate([part.top_ids for part in parts]),
+        np.concatenate([part.top_logprobs for part in parts]),
+        np.concatenate([part.tail_logprobs for part in parts]),
+        np.concatenate([part.next_logprobs for part in parts]),
+        Draws(
+            np.concatenate([each.ids for each in draws]),
+            np.concatenate([each.counts for each in draws]),
+        )
+        if draws
+        else None,
+    )
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """The corpus stage: Ray Data reads documents, cuts them into rows and commits shards."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 
@@ -20,8 +21,9 @@ from rayfuse.corpus.shards import (
     group_inputs,
     has_one_shard,
 )
+from rayfuse.kept_rows import Rows
 from rayfuse.layout import Layout
-from rayfuse.model_files import load_recipe_tokenizer
+from rayfuse.model_files import load_recipe_tokenizer, read_model_files
 from rayfuse.progress import Progress
 from rayfuse.recipe import CorpusSettings, ModelSettings, Recipe, dump_recipe
 from rayfuse.schema import flatten_column
@@ -35,7 +37,9 @@ class CutTask:
     data: DataSet
     settings: CorpusSettings
     target: ModelSettings
-    models: tuple[ModelSettings, ...]
+    target_context: int | None
+    """The longest row that the target takes."""
+    rows: Rows
     part: Part
     groups: list[list[InputFile]]
 
@@ -67,32 +71,41 @@ def build_corpora(recipe: Recipe, layout: Layout, progress: Progress) -> None:
         ValueError: There is not one usable document, or a file is no longer what was listed.
     """
     share = recipe.evaluate.held_out_share if recipe.evaluate.documents is None else 0.0
-    corpus, held_out = layout.corpus_inputs, layout.held_out_inputs
-    build_corpus(recipe, layout.corpus, corpus, Part(share, False), progress, "corpus")
-    build_corpus(recipe, layout.held_out, held_out, Part(share, True), progress, "held-out")
+    corpus, held_out = (
+        CutTask(
+            data=data,
+            settings=recipe.corpus,
+            target=recipe.target,
+            target_context=read_model_files(
+                recipe.target.model, recipe.target.revision
+            ).context_tokens,
+            rows=rows,
+            part=Part(share, takes_held_out),
+            groups=group_inputs(files, recipe.corpus.shard_tokens * BYTES_PER_TOKEN),
+        )
+        for data, rows, takes_held_out, files in (
+            (layout.corpus, layout.corpus_rows, False, layout.corpus_inputs),
+            (layout.held_out, layout.held_out_rows, True, layout.held_out_inputs),
+        )
+    )
+    build_corpus(recipe, corpus, progress, "corpus")
+    build_corpus(recipe, held_out, progress, "held-out")
 
 
-def build_corpus(
-    recipe: Recipe,
-    data: DataSet,
-    files: Sequence[InputFile],
-    part: Part,
-    progress: Progress,
-    title: str,
-) -> None:
+def build_corpus(recipe: Recipe, task: CutTask, progress: Progress, title: str) -> None:
     """Make one data set of rows from files of documents.
 
     Raises:
-        ValueError: There is not one usable document, or a file is no longer what was listed.
+        ValueError: There is not one usable document, or a file is no longer what was listed, or
+            the tokenizers that its rows fit are not there.
     """
+    data, groups = task.data, task.groups
     if data.is_whole():
         _check_not_empty(data, title)
         return
+    task.rows.check_tokenizers()
     data.claim({"recipe": dump_recipe(recipe)})
     data.drop_lost_shards()
-    groups = group_inputs(files, recipe.corpus.shard_tokens * BYTES_PER_TOKEN)
-    models = (recipe.target, *recipe.sources)
-    task = CutTask(data, recipe.corpus, recipe.target, models, part, groups)
     counts = _count_shards(task)
     starts = [sum(counts[:group]) for group in range(len(groups))]
     committed = data.list_committed()
@@ -141,12 +154,7 @@ def _count_batches(batch: pa.Table, task: CutTask) -> pa.Table:
 def _cut_groups(batch: pa.Table, task: CutTask) -> Iterator[pa.Table]:
     """Cut and commit the shards of groups, and yield a row of numbers for each new one."""
     target = load_recipe_tokenizer(task.target)
-    tokenizers = list(
-        {
-            tokenizer.content_hash: tokenizer
-            for tokenizer in (load_recipe_tokenizer(model) for model in task.models)
-        }.values()
-    )
+    tokenizers = [load_recipe_tokenizer(model) for model in task.rows.cut_for]
     committed = task.data.list_committed()
     for record in batch.to_pylist():
         start, stop = record["start"], record["start"] + record["count"]
@@ -161,7 +169,20 @@ def _cut_groups(batch: pa.Table, task: CutTask) -> Iterator[pa.Table]:
             rows = build_rows(
                 documents.documents, target, tokenizers, max_tokens=task.settings.max_tokens
             )
+            _check_lengths(rows, task)
             yield _numbers_of(_commit_rows(task.data, shard, rows, documents))
+
+
+def _check_lengths(rows: pa.Table, task: CutTask) -> None:
+    """Raise ValueError if the target cannot take a row; only one that came later has such."""
+    lengths = np.diff(flatten_column(rows, "target_ids")[1])
+    if task.target_context is not None and lengths.max(initial=0) > task.target_context:
+        longest = int(lengths.argmax())
+        raise ValueError(
+            f"row {rows['row_id'][longest].as_py()!r}, cut for other tokenizers, is "
+            f"{lengths[longest]} tokens of the target {task.target.model!r}, which takes "
+            f"{task.target_context}; set corpus.recut: true, which captures every source again"
+        )
 
 
 def _commit_rows(data: DataSet, shard: int, rows: pa.Table, batch: DocumentBatch) -> Commit:

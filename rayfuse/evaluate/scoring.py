@@ -9,6 +9,7 @@ from rayfuse.evaluate.scores import DocumentScore
 from rayfuse.models import (
     CausalLM,
     batch_by_tokens,
+    cut_windows,
     load_causal_lm,
     next_token_logprobs,
     resolve_dtype,
@@ -37,7 +38,13 @@ def load_scored_model(settings: ModelSettings) -> CausalLM:
 
 
 def score_rows(
-    lm: CausalLM, tokenizer: TextTokenizer, rows: pa.Table, *, name: str, batch_tokens: int
+    lm: CausalLM,
+    tokenizer: TextTokenizer,
+    rows: pa.Table,
+    *,
+    name: str,
+    batch_tokens: int,
+    context_tokens: int | None = None,
 ) -> Float[np.ndarray, " rows"]:
     """Return what a model pays for the text of each row, in nats.
 
@@ -50,6 +57,7 @@ def score_rows(
         rows: CORPUS columns; `row_id` and `text` are read.
         name: What errors call the model.
         batch_tokens: Tokens of one forward pass, padding counted.
+        context_tokens: The most tokens that the model takes; longer rows are scored in windows.
 
     Raises:
         ValueError: The model has no start token, so that nothing would be paid for the first token;
@@ -63,9 +71,16 @@ def score_rows(
     texts: list[str] = rows["text"].to_pylist()
     token_rows = tokenizer.encode_rows(texts, [False] * len(texts))
     nats = np.zeros(len(texts))
-    for batch in batch_by_tokens([len(row) for row in token_rows], batch_tokens):
-        scored = next_token_logprobs(lm, [token_rows[index] for index in batch], CHUNK_POSITIONS)
-        nats[batch] = [-logprobs.sum() for logprobs in scored]
+    windows = [
+        (row, token_rows[row][cut], kept)
+        for row in range(len(texts))
+        for cut, kept in cut_windows(len(token_rows[row]), context_tokens)
+    ]
+    for batch in batch_by_tokens([len(tokens) for _, tokens, _ in windows], batch_tokens):
+        scored = next_token_logprobs(lm, [windows[index][1] for index in batch], CHUNK_POSITIONS)
+        for index, logprobs in zip(batch, scored, strict=True):
+            row, _, kept = windows[index]
+            nats[row] -= logprobs[kept].sum()
     broken = np.flatnonzero(~np.isfinite(nats))
     if len(broken):
         raise ValueError(

@@ -19,7 +19,7 @@ from rayfuse.evaluate.scores import (
     sum_documents,
 )
 from rayfuse.layout import Layout, describe_model
-from rayfuse.model_files import load_recipe_tokenizer
+from rayfuse.model_files import load_recipe_tokenizer, read_model_files
 from rayfuse.progress import Progress
 from rayfuse.recipe import ModelSettings, Recipe, SourceSettings
 from rayfuse.storage.dataset import Commit, DataSet
@@ -176,7 +176,14 @@ def score_shards(task: ScoreTask, shards: list[int]) -> ScoredShards:
         lm, tokenizer = load_scored_model(model), load_recipe_tokenizer(model)
         for shard in shards:
             rows = task.held_out.read_shard(task.held_out.read_commit(shard))
-            nats = score_rows(lm, tokenizer, rows, name=task.name, batch_tokens=task.batch_tokens)
+            nats = score_rows(
+                lm,
+                tokenizer,
+                rows,
+                name=task.name,
+                batch_tokens=task.batch_tokens,
+                context_tokens=read_model_files(model.model, model.revision).context_tokens,
+            )
             documents += score_documents(rows, nats)
     return ScoredShards(sum_documents(documents), time.monotonic() - began)
 

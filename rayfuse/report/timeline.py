@@ -16,6 +16,9 @@ LONG_PAUSE = 0.05
 """Of all working time: pauses of everybody that are longer than this share are left out."""
 
 
+UNITS = ((86_400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+
+
 @dataclass(frozen=True)
 class Spell:
     """One shard in the hands of a worker."""
@@ -71,6 +74,8 @@ def draw_timeline(spells: dict[str, list[Spell]]) -> bytes:
     shown = sorted(lanes, key=lambda key: -sum_busy(lanes[key]))[:MOST_LANES]
     shown.sort(key=lambda key: (list(spells).index(key[0]), lanes[key][0].began))
     pauses = find_pauses([spell for key in shown for spell in lanes[key]])
+    seconds = max(leave_out(np.array([s.ended for key in shown for s in lanes[key]]), pauses))
+    scale, unit = next((scale, unit) for scale, unit in UNITS if seconds >= 3 * scale or scale == 1)
     figure, (axes,) = new_figure(1.5 + 0.3 * len(shown), rows=1)
     number: dict[str, int] = {}
     titles: list[str] = []
@@ -78,22 +83,19 @@ def draw_timeline(spells: dict[str, list[Spell]]) -> bytes:
         lane = lanes[key]
         number[key[0]] = number.get(key[0], 0) + 1
         titles.append(f"{plain(key[0], 16)} {number[key[0]]}")
-        starts = leave_out(np.array([spell.began for spell in lane]), pauses)
-        ends = leave_out(np.array([spell.ended for spell in lane]), pauses)
-        waits = starts - [spell.idle_seconds for spell in lane]
+        starts = leave_out(np.array([spell.began for spell in lane]), pauses) / scale
+        ends = leave_out(np.array([spell.ended for spell in lane]), pauses) / scale
+        waits = starts - np.array([spell.idle_seconds for spell in lane]) / scale
         first = max(waits.min(), 0.0)
         axes.barh(at, ends.max() - first, 0.62, first, color=FAINT)
         style = style_of(key[0], list(spells))
         axes.barh([at] * len(lane), ends - starts, 0.62, starts, **style, linewidth=0)
     for cut in leave_out(np.array([start for start, _ in pauses]), pauses)[1:]:
-        axes.axvline(cut, color=INK, linewidth=1, linestyle="--")
+        axes.axvline(cut / scale, color=INK, linewidth=1, linestyle="--")
     axes.set_yticks(range(len(shown)), titles)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
-    unit, seconds = _choose_unit(axes.get_xlim()[1])
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(lambda at, _: f"{at / seconds:g}")
-    axes.xaxis.set_major_locator(MultipleLocator(_choose_step(axes.get_xlim()[1] / seconds) * seconds))
     axes.set_xlabel(f"{unit} since the first worker asked for work")
     is_cut = f", the {len(shown)} busiest of {len(lanes)} workers" * (len(shown) < len(lanes))
     axes.set_title(f"Capturing: coloured the device computed, grey it waited{is_cut}")

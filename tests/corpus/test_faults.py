@@ -419,6 +419,7 @@ def test_fault_33_a_file_that_changes_while_it_is_read_stops_the_run(change, tmp
 
 def test_fault_33_no_shard_of_a_file_that_changed_is_committed(tmp_path, monkeypatch):
     from rayfuse.corpus import stage
+    from rayfuse.kept_rows import Rows
     from rayfuse.recipe import CorpusSettings, ModelSettings
 
     monkeypatch.setattr(stage, "load_recipe_tokenizer", lambda model: TOKENIZERS[0])
@@ -426,7 +427,8 @@ def test_fault_33_no_shard_of_a_file_that_changed_is_committed(tmp_path, monkeyp
     corpus = CorpusSettings.model_validate({"documents": str(path), "shard_tokens": 1000})
     data = DataSet(LocalStore(str(tmp_path / "storage")), "corpus/x", "fp")
     model = ModelSettings(model="m")
-    task = stage.CutTask(data, corpus, model, (model,), WHOLE, [list_files(path)])
+    rows = Rows("0", "corpus/kept-0.json", (model,), ("0",), is_kept=False)
+    task = stage.CutTask(data, corpus, model, None, rows, WHOLE, [list_files(path)])
     (count,) = stage._count_batches(pa.table({"group": [0]}), task)["count"].to_pylist()
     assert count > 3
     todo = pa.table({"group": [0], "start": [0], "count": [count]})

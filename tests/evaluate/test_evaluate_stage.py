@@ -18,6 +18,7 @@ from rayfuse.evaluate.stage import (
     group_shards,
     hold_model,
 )
+from rayfuse.kept_rows import Rows
 from rayfuse.layout import Layout, TrainRun
 from rayfuse.recipe import ModelSettings, Recipe, parse_recipe
 from rayfuse.storage.dataset import Commit, DataSet
@@ -85,7 +86,8 @@ def layout(recipe: Recipe, rows: pa.Table) -> Layout:
     shutil.copytree(recipe.target.model, f"{recipe.storage}/{run.folder}/model")
     names = ["small", "target", "fused"]
     evaluations = {name: f"evaluate/{name}-0.json" for name in names}
-    return Layout(store, held_out, held_out, {}, {}, {}, (run,), evaluations)
+    cut = Rows("0", "corpus/held-out-kept-0.json", (), (), is_kept=False)
+    return Layout(store, held_out, held_out, {}, {}, {}, (run,), evaluations, cut, cut)
 
 
 class Notes:

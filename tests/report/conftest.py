@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from rayfuse.evaluate.scores import DocumentScore, Evaluation, compare, find_role
+from rayfuse.kept_rows import Rows
 from rayfuse.layout import Layout, TrainRun
 from rayfuse.recipe import Recipe, parse_recipe
 from rayfuse.report.gather import Curve, Findings, SourceSignal, SourceWins, StageCount
@@ -174,4 +175,5 @@ def layout(recipe: Recipe) -> Layout:
     clm = "".join(line % (step, 3.5 - step, "null", 100 * step) for step in (1, 2, 3))
     store.write("train/fused-0/metrics.jsonl", fused.encode())
     store.write("train/clm-0/metrics.jsonl", clm.encode())
-    return Layout(store, corpus, corpus, aligned, aligned, {}, runs, evaluations)
+    cut = Rows("0", "corpus/kept-0.json", (), (), is_kept=False)
+    return Layout(store, corpus, corpus, aligned, aligned, {}, runs, evaluations, cut, cut)
