@@ -11,6 +11,10 @@ from rayfuse.recipe import Documents, ModelSettings, Recipe
 from rayfuse.storage.dataset import DataSet, fingerprint_of
 from rayfuse.storage.store import Store, open_store
 
+ALIGN_RULES = 2
+"""Goes up when the same shards are aligned otherwise than before, so that no stale map or row is met.
+2: `mined` distances beyond 255 bytes count, a row's costs do not depend on the next row (LOG.md)."""
+
 
 @dataclass(frozen=True)
 class TrainRun:
@@ -83,6 +87,7 @@ def plan_layout(recipe: Recipe) -> Layout:
             of=data.fingerprint,
             target=target_tokenizer,
             method=recipe.align.method,
+            rules=ALIGN_RULES,
         )
         for name, data in captured.items()
     }
@@ -175,7 +180,7 @@ def _place_maps(recipe: Recipe, corpus: DataSet) -> dict[str, str]:
     names: dict[str, str] = {}
     for source in recipe.sources:
         pair = [load_recipe_tokenizer(source).content_hash, target]
-        fingerprint = fingerprint_of(method=method, pair=pair, text=text)
+        fingerprint = fingerprint_of(method=method, pair=pair, text=text, rules=ALIGN_RULES)
         names[source.name] = f"maps/{source.name}-{fingerprint}.parquet"
     return names
 

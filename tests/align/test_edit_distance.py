@@ -5,13 +5,14 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from benchmarks.synthetic import make_captured, make_corpus
 from rayfuse.align.boundaries import place_tokens, spell_vocabulary
 from rayfuse.align.edit_distance import match_by_edit_distance, warp_tokens
 from rayfuse.align.vocab_map import PLAIN, build_maps, map_to_nearest
 from rayfuse.schema import flatten_column
-from rayfuse.tokens import TextTokenizer, load_tokenizer
+from rayfuse.tokens import TextTokenizer, build_tokenizer, load_tokenizer
 
 
 def levenshtein(left: bytes, right: bytes) -> int:
@@ -148,6 +149,23 @@ def test_the_map_leads_to_the_nearest_token_the_lowest_id_of_equals(pair, neares
         best = distances.min()
         assert best < 24 - len(piece)
         assert nearest[token_id] == short[int(distances.argmin())][0]
+
+
+def list_of_words(*words: str) -> TextTokenizer:
+    vocabulary = {word: token_id for token_id, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=words[0]))
+    return build_tokenizer(tokenizer.to_str(), start_id=None, eos_id=None)
+
+
+def test_tokens_of_hundreds_of_bytes_are_as_far_away_as_they_are_long():
+    source = list_of_words("[UNK]", "abc", "xyz" * 100, "#" * 290)
+    target = list_of_words("[UNK]", "-" * 256, "zyx" * 100, "abd", "#" * 300, "-" * 512)
+    goals = [(i, piece) for i, piece in enumerate(target.token_bytes) if piece]
+    nearest = map_to_nearest(range(1, 4), source, target)
+    for token_id, goal in zip(range(1, 4), nearest.tolist(), strict=True):
+        piece = source.token_bytes[token_id] or b""
+        assert goal == min(goals, key=lambda each, own=piece: levenshtein(own, each[1]))[0]
+    assert nearest.tolist() == [3, 2, 4]
 
 
 @pytest.mark.parametrize("side", [0, 1])
