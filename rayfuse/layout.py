@@ -12,8 +12,9 @@ from rayfuse.storage.dataset import DataSet, fingerprint_of
 from rayfuse.storage.store import Store, open_store
 
 ALIGN_RULES = 2
-"""Goes up when the same shards are aligned otherwise than before, so that no stale map or row is met.
-2: `mined` distances beyond 255 bytes count, a row's costs do not depend on the next row (LOG.md)."""
+"""Goes up when the same shards are aligned otherwise than before: no stale map or row is met then.
+2: `mined` counts distances beyond 255 bytes, a row's costs do not depend on the next row (LOG.md).
+"""
 
 
 @dataclass(frozen=True)

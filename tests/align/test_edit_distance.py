@@ -97,13 +97,12 @@ def test_matches_are_those_of_the_slow_rule_on_200_real_rows(pair, nearest, shar
     encoded = [text.encode() for text in corpus["text"].to_pylist()]
     target_ids, target_offsets = flatten_column(corpus, "target_ids")
     source_ids, source_offsets = flatten_column(captured, "token_ids")
+    ends = corpus["ends_document"].to_pylist()
     vocabularies = spell_vocabulary(source), spell_vocabulary(target)
-    ours = place_tokens(source_ids, source_offsets, encoded, vocabularies[0])
-    theirs = place_tokens(target_ids, target_offsets, encoded, vocabularies[1])
+    ours = place_tokens(source_ids, source_offsets, encoded, vocabularies[0], ends)
+    theirs = place_tokens(target_ids, target_offsets, encoded, vocabularies[1], ends)
     maps = build_maps(nearest, source, target)
-    matches = match_by_edit_distance(
-        ours, theirs, source_offsets, target_offsets, vocabularies, maps
-    )
+    matches = match_by_edit_distance(ours, theirs, vocabularies, maps)
     found = set(zip(matches.target_at.tolist(), matches.source_at.tolist(), strict=True))
     assert len(found) == len(matches.target_at)
     expected: set[tuple[int, int]] = set()
@@ -175,14 +174,12 @@ def test_a_tokenizer_warped_with_itself_is_the_identity(side, pair, shared_data)
     encoded = [text.encode() for text in corpus["text"].to_pylist()]
     ids, offsets = flatten_column(corpus, "target_ids")
     vocabulary = spell_vocabulary(tokenizer)
-    placed = place_tokens(ids, offsets, encoded, vocabulary)
+    placed = place_tokens(ids, offsets, encoded, vocabulary, corpus["ends_document"].to_pylist())
     own = map_to_nearest(range(tokenizer.vocab_size), tokenizer, tokenizer)
     spelled = [i for i, piece in enumerate(tokenizer.token_bytes) if piece]
     np.testing.assert_array_equal(own[spelled], spelled)
     maps = build_maps(own, tokenizer, tokenizer)
-    matches = match_by_edit_distance(
-        placed, placed, offsets, offsets, (vocabulary, vocabulary), maps
-    )
+    matches = match_by_edit_distance(placed, placed, (vocabulary, vocabulary), maps)
     assert set(matches.target_at.tolist()) == set(np.flatnonzero(placed.can_match).tolist())
     np.testing.assert_array_equal(matches.source_at, matches.target_at)
 

@@ -116,11 +116,10 @@ def test_the_preset_is_the_papers_formula(corpus, captured, tmp_path):
             target_ids, target_offsets = flatten_column(corpus.slice(row, 1), "target_ids")
             vocabularies = spell_vocabulary(source), spell_vocabulary(TARGET)
             nearest = map_to_nearest(range(source.vocab_size), source, TARGET)
+            ends = corpus["ends_document"].to_pylist()[row : row + 1]
             matches = match_by_edit_distance(
-                place_tokens(ids, offsets, text, vocabularies[0]),
-                place_tokens(target_ids, target_offsets, text, vocabularies[1]),
-                offsets,
-                target_offsets,
+                place_tokens(ids, offsets, text, vocabularies[0], ends),
+                place_tokens(target_ids, target_offsets, text, vocabularies[1], ends),
                 vocabularies,
                 build_maps(nearest, source, TARGET),
             )
