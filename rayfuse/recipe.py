@@ -145,8 +145,8 @@ class SourceSettings(ModelSettings):
 class CaptureSettings(Settings):
     """How each source LLM is run over the corpus."""
 
-    top_k: PositiveInt = 16
-    """Log-probabilities kept per position; the rest becomes one tail mass."""
+    top_k: Annotated[int, Field(ge=1, le=255)] = 16
+    """Log-probabilities kept per position, 255 at most; the rest becomes one tail mass."""
     batch_tokens: PositiveInt = 16_384
     """Tokens in one forward pass, padding counted; raise it until the GPU's memory is used."""
     chunk_positions: PositiveInt = 1024
@@ -171,10 +171,11 @@ class FuseSettings(Settings):
     method: Literal["min_ce", "avg_ce"] = "min_ce"
     """`min_ce`: the source with the lowest cross-entropy; `avg_ce`: a mean weighted by it."""
     unit: Literal["row", "document", "span", "token"] = "row"
-    """The text that one choice is made for: a row, all rows of a document, a sliding window of
-    `span_tokens` target tokens around each position, or each token by itself."""
+    """The text that one choice is made for: a row, all rows of a document that no source rejected,
+    a window of `span_tokens` target tokens around each position, or each token by itself."""
     span_tokens: PositiveInt = 32
-    """Target tokens in the window of the unit `span`."""
+    """Width of the window of the unit `span`: half of it to each side of the position's own token,
+    cut off at the row's ends."""
     cost: Literal["nats_per_byte", "nats_per_token"] = "nats_per_byte"
     """What sources are compared by. Per token, as the papers do, favours the finer tokenizer."""
     temperature: PositiveFloat = 1.0

@@ -77,7 +77,7 @@ def test_a_rejected_source_changes_nothing(settings):
 
 @pytest.mark.parametrize("settings", [MIN_CE, AVG_CE])
 def test_a_source_of_infinite_cost_is_not_heard_even_where_it_has_a_signal(settings):
-    """One that leaves out all of a row's text has a signal at its end, and no tokens to divide by."""
+    """One that leaves out a whole row has a signal at its end, and no tokens to divide by."""
     good, dear = random_source(16, 0.5), random_source(17, float("inf"))
     assert (dear.has_signal & ~good.has_signal).any()
     alone = fuse_row([good], settings)

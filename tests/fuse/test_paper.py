@@ -176,6 +176,21 @@ def test_the_preset_and_a_contrary_setting_are_refused():
         parse_recipe(RECIPE | {"fuse": {"weights": {"fine": 0, "coarse": 0}}})
 
 
+def test_a_rejected_row_of_a_source_of_weight_0_changes_no_document(corpus, captured, tmp_path):
+    corpus = corpus.set_column(1, "doc_id", pa.array(["d"] * corpus.num_rows))
+    nats = captured["fine"]["nats"].to_pylist()
+    index = captured["fine"].schema.get_field_index("nats")
+    lost = pa.array([float("inf"), *nats[1:]], type=pa.float32())
+    rejected = captured | {"fine": captured["fine"].set_column(index, "nats", lost)}
+    fuse = FuseSettings(unit="document", weights={"fine": 0.0})
+    whole, _ = read_fused(corpus, captured, tmp_path / "whole", fuse, "bytes")
+    broken, _ = read_fused(corpus, rejected, tmp_path / "broken", fuse, "bytes")
+    for ours, theirs in zip(whole, broken, strict=True):
+        assert ours.has_signal.any()
+        np.testing.assert_array_equal(ours.has_signal, theirs.has_signal)
+        np.testing.assert_array_equal(ours.top_probs, theirs.top_probs)
+
+
 # What the published code does wrong, and the default does not.
 
 
