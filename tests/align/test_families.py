@@ -25,7 +25,7 @@ from rayfuse.align.boundaries import (
     place_tokens,
     spell_vocabulary,
 )
-from rayfuse.align.matches import match_positions
+from rayfuse.align.matches import NO_SHARED_BOUNDARY, NO_TOKENS, ONE_SIDED, match_positions
 from rayfuse.align.shard import Alignment, align_shard
 from rayfuse.align.vocab_map import BLANKED, PLAIN, UNBLANKED, map_vocabulary
 from rayfuse.tokens import TextTokenizer, build_tokenizer
@@ -193,6 +193,37 @@ def test_every_family_can_teach_every_other(source, target):
     lost = sum(count for reason, count in stats.items() if reason.startswith("unmatched"))
     assert stats["with_signal"] + lost == stats["positions"]
     assert stats["with_signal"] > 0.15 * stats["positions"]
+
+
+@pytest.mark.parametrize("target", FAMILIES)
+@pytest.mark.parametrize("source", FAMILIES)
+def test_no_position_is_said_to_be_inside_a_source_token_that_is_not(source, target):
+    texts = [*TEXTS, "a b\n\n", "\u200b\u200b", "\x07 a "]
+    (ours, _), (theirs, offsets) = (place(FAMILIES[each], texts) for each in (source, target))
+    starts_inside = 0
+    for row in range(len(texts)):
+        part = slice(ours.offsets[row], ours.offsets[row + 1])
+        ends = ours.ends[part].tolist()
+        ends = ends[:-1] if ours.next_is_eos[part].any() else ends  # EOS has no inside
+        pairs = list(zip([int(ours.row_starts[row]), *ends], ends, strict=False))
+        for at in range(offsets[row], offsets[row + 1] - 1):
+            begins = theirs.ends[at]
+            is_inside = any(low < begins < high for low, high in pairs) and begins not in ends
+            starts_inside += is_inside and not theirs.faults[at]
+    unmatched = match_positions(ours, theirs).unmatched
+    assert unmatched.get(NO_SHARED_BOUNDARY, 0) == starts_inside
+
+
+def test_positions_lost_at_the_ends_of_a_text_are_counted_as_that():
+    cases = {
+        ("wordpiece", "gpt-2", "the cat"): {ONE_SIDED: 2},  # no start token, no EOS
+        ("wordpiece", "gpt-2", "the cat\n\n"): {ONE_SIDED: 1, "source: dropped text": 3},
+        ("wordpiece", "gpt-2", "\x07"): {NO_TOKENS: 2},
+    }
+    for (source, target, text), reasons in cases.items():
+        ours, theirs = (place(FAMILIES[each], [text])[0] for each in (source, target))
+        unmatched = match_positions(ours, theirs).unmatched
+        assert {key: unmatched.get(key) for key in reasons} == reasons, (text, unmatched)
 
 
 def test_blanks_that_one_side_adds_are_taken_off_or_put_on():
