@@ -26,24 +26,26 @@ NAMES = (
 )
 ROW_CHARACTERS, ROWS = 3000, 10
 
-Placed = tuple[PlacedTokens, np.ndarray, SpelledVocabulary]
+Placed = tuple[PlacedTokens, SpelledVocabulary]
 
 
 def place(tokenizer: TextTokenizer, texts: list[str]) -> Placed:
     """Return texts in a tokenizer's tokens."""
-    rows = tokenizer.encode_rows(texts, [True] * len(texts))
+    ends_document = [True] * len(texts)
+    rows = tokenizer.encode_rows(texts, ends_document)
     offsets = np.cumsum([0, *(len(row) for row in rows)])
     vocabulary = spell_vocabulary(tokenizer)
     encoded = [text.encode() for text in texts]
-    return place_tokens(np.concatenate(rows), offsets, encoded, vocabulary), offsets, vocabulary
+    ids = np.concatenate(rows)
+    return place_tokens(ids, offsets, encoded, vocabulary, ends_document), vocabulary
 
 
 def share_of_methods(source: Placed, target: Placed, maps: np.ndarray) -> list[float]:
     """Return the percent of target positions with a signal: bytes, exact, mined."""
     matches = match_positions(source[0], target[0])
     exact = keep_one_to_one(matches, source[0], target[0])
-    vocabularies = source[2], target[2]
-    mined = match_by_edit_distance(source[0], target[0], source[1], target[1], vocabularies, maps)
+    vocabularies = source[1], target[1]
+    mined = match_by_edit_distance(source[0], target[0], vocabularies, maps)
     positions = int(target[0].has_next.sum())
     return [100 * len(each.target_at) / positions for each in (matches, exact, mined)]
 

@@ -50,13 +50,14 @@ def main() -> None:
     texts = [row.encode() for row in corpus["text"].to_pylist()]
     target_ids, target_offsets = flatten_column(corpus, "target_ids")
     source_ids, source_offsets = flatten_column(captured, "token_ids")
+    ends_document = corpus["ends_document"].to_pylist()
     vocabularies = spell_vocabulary(source), spell_vocabulary(target)
     speeds: list[float] = []
     for _ in range(RUNS):
         began = time.perf_counter()
-        ours = place_tokens(source_ids, source_offsets, texts, vocabularies[0])
-        theirs = place_tokens(target_ids, target_offsets, texts, vocabularies[1])
-        match_by_edit_distance(ours, theirs, source_offsets, target_offsets, vocabularies, maps)
+        ours = place_tokens(source_ids, source_offsets, texts, vocabularies[0], ends_document)
+        theirs = place_tokens(target_ids, target_offsets, texts, vocabularies[1], ends_document)
+        match_by_edit_distance(ours, theirs, vocabularies, maps)
         speeds.append(len(target_ids) / (time.perf_counter() - began))
     value = float(np.median(speeds))
     result = {

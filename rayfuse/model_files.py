@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfuse.recipe import ModelSettings
-from rayfuse.tokens import TextTokenizer, load_tokenizer
+from rayfuse.tokens import TextTokenizer, check_folder, load_tokenizer
 
 WHOLE_HASH_BYTES = 64 * 2**20
 """Weights up to this size are hashed whole; of larger files, 64 spread blocks of 1 MiB."""
@@ -72,11 +72,10 @@ def read_model_files(model: str, revision: str | None) -> ModelFiles:
         ValueError: There is no such folder or id, or it holds no config or no safetensors.
     """
     folder = Path(model).expanduser()
+    check_folder(model)
     if folder.is_dir():
         config, identity = _read_folder(folder)
         num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    elif folder.is_absolute() or model.startswith(("./", "../", "~")):
-        raise ValueError(f"model is {model!r}, a folder that does not exist; check the path")
     else:
         config, identity = _read_hub(model, revision)
         num_bytes = 1

@@ -146,6 +146,10 @@ class SourceSettings(ModelSettings):
         return self
 
 
+MOST_ENTRIES = 255
+"""At a position: what alignment has ranks for."""
+
+
 class CaptureSettings(Settings):
     """How each source LLM is run over the corpus."""
 
@@ -153,8 +157,8 @@ class CaptureSettings(Settings):
     """What is kept of each distribution. `top_k`: the likeliest tokens and the mass outside them.
     `sampled`: random draws from all of it. `top_k_and_sampled_tail`: the likeliest tokens, and
     draws from the rest. Draws are right on average, whatever the target thinks of the tail."""
-    top_k: PositiveInt = 16
-    """Log-probabilities kept per position; the rest becomes one tail mass."""
+    top_k: Annotated[int, Field(ge=1, le=MOST_ENTRIES)] = 16
+    """Log-probabilities kept per position, 255 at most; the rest becomes one tail mass."""
     draws: Annotated[int, Field(ge=1, le=128)] = 12
     """Draws per position, where the signal has any."""
     batch_tokens: PositiveInt = 16_384
@@ -163,6 +167,15 @@ class CaptureSettings(Settings):
     """Positions that the head is applied to at a time: they alone exist as full logits."""
     max_rejected_share: Share = 0.01
     """Rows that may be rejected, of a source's rows, before the run stops."""
+
+    @model_validator(mode="after")
+    def _check_entries(self) -> "CaptureSettings":
+        if self.kept_entries + self.num_draws > MOST_ENTRIES:
+            raise ValueError(
+                f"top_k {self.top_k} and draws {self.draws} are more than {MOST_ENTRIES} entries "
+                "of a position; lower one of them"
+            )
+        return self
 
     @property
     def kept_entries(self) -> int:
@@ -191,10 +204,11 @@ class FuseSettings(Settings):
     method: Literal["min_ce", "avg_ce"] = "min_ce"
     """`min_ce`: the source with the lowest cross-entropy; `avg_ce`: a mean weighted by it."""
     unit: Literal["row", "document", "span", "token"] = "row"
-    """The text that one choice is made for: a row, all rows of a document, a sliding window of
-    `span_tokens` target tokens around each position, or each token by itself."""
+    """The text that one choice is made for: a row, all rows of a document that no source rejected,
+    a window of `span_tokens` target tokens around each position, or each token by itself."""
     span_tokens: PositiveInt = 32
-    """Target tokens in the window of the unit `span`."""
+    """Width of the window of the unit `span`: half of it to each side of the position's own token,
+    cut off at the row's ends."""
     cost: Literal["nats_per_byte", "nats_per_token"] = "nats_per_byte"
     """What sources are compared by. Per token, as the papers do, favours the finer tokenizer."""
     temperature: PositiveFloat = 1.0

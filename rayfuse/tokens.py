@@ -111,9 +111,10 @@ def load_tokenizer(
     Raises:
         ValueError: It cannot be loaded.
     """
+    check_folder(model)
     plain = _read_plain_folder(Path(model).expanduser())
     if plain is not None:
-        return build_tokenizer(plain[0], start_id=plain[1], eos_id=plain[2])
+        return plain
     from transformers import AutoTokenizer
 
     try:
@@ -134,26 +135,69 @@ def load_tokenizer(
     )
 
 
-def _read_plain_folder(folder: Path) -> tuple[str, int | None, int | None] | None:
-    """Return tokenizer.json, start id and EOS id where the library would take the file as it is.
+def check_folder(model: str) -> None:
+    """Check that a model which can only be a folder is there: a hub id is NAME or OWNER/NAME.
+
+    Raises:
+        ValueError: There is no such folder.
+    """
+    folder = Path(model).expanduser()
+    is_path = folder.is_absolute() or model.startswith(("./", "../", "~")) or model.count("/") > 1
+    if is_path and "://" not in model and not folder.is_dir():
+        raise ValueError(f"model is {model!r}, a folder that does not exist; check the path")
+
+
+def _read_plain_folder(folder: Path) -> TextTokenizer | None:
+    """Return a folder's tokenizer where the library would take tokenizer.json as it is.
 
     It spares the import of transformers, 5 seconds on a slow core.
+
+    Raises:
+        ValueError: A file is damaged.
     """
-    try:
-        config = json.loads((folder / "tokenizer_config.json").read_bytes())
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    except OSError:
+    config_path, path = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    if not config_path.is_file() or not path.is_file():
         return None
+    config = _read_checked(config_path, lambda data: _check_object(json.loads(data)))
+    plain = _read_checked(path, lambda data: Tokenizer.from_str(data.decode()))
     if config.get("tokenizer_class") not in PLAIN_CLASSES:
         return None
-    plain = Tokenizer.from_str(text)
-    bos, eos = (
-        None
-        if name is None
-        else plain.token_to_id(name if isinstance(name, str) else name["content"])
-        for name in (config.get("bos_token"), config.get("eos_token"))
+    bos, eos = _read_checked(
+        config_path,
+        lambda _: [_find_role(plain, config.get(role)) for role in ("bos_token", "eos_token")],
     )
-    return plain.to_str(), _first_of(bos, eos), eos
+    start = _first_of(bos, eos)
+    return _read_checked(
+        path, lambda _: build_tokenizer(plain.to_str(), start_id=start, eos_id=eos)
+    )
+
+
+def _read_checked(path: Path, read: Callable[[bytes], Any]) -> Any:
+    """Return what is read from a file's bytes.
+
+    Raises:
+        ValueError: They are damaged in any way.
+    """
+    try:
+        return read(path.read_bytes())
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise ValueError(
+            f"{path} is damaged or no tokenizer's ({_first_line(error)}); "
+            "save it again with save_pretrained, or download it again"
+        ) from error
+
+
+def _check_object(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__} where an object should be")
+    return value
+
+
+def _find_role(plain: Tokenizer, token: str | dict[str, Any] | None) -> int | None:
+    """Return the id of a token that a config names, plainly or as an object."""
+    if token is None:
+        return None
+    return plain.token_to_id(token if isinstance(token, str) else token["content"])
 
 
 def build_tokenizer(

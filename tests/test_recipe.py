@@ -45,6 +45,8 @@ def test_a_dumped_recipe_reads_back_as_the_same_recipe():
         ("captur", {}, r"captur is no setting of rayfuse; did you mean 'capture'\?"),
         ("sources.0.gpu", 1, r"sources.0.gpu is no setting .* did you mean 'gpus'\?"),
         ("train.lambda", 1.5, r"train.lambda is 1.5: input should be less than or equal to 1"),
+        ("capture.top_k", 256, r"capture.top_k is 256"),
+        ("capture", {"signal": "top_k_and_sampled_tail", "top_k": 250}, r"draws 12 .* 255 entries"),
         ("capture.top_k", "many", r"capture.top_k is 'many': input should be a valid integer"),
         ("align.method", "magic", r"align.method is 'magic': input should be 'bytes'"),
         ("sources.0.name", "../x", r"sources.0.name is '../x': use letters"),

@@ -64,6 +64,10 @@ class PlacedTokens:
     """A shard's tokens of one tokenizer, each with its place in the shard's bytes."""
 
     ids: Int[np.ndarray, " tokens"]
+    offsets: Int[np.ndarray, " rows_plus_1"]
+    """Where each row's tokens begin, and the end of the last."""
+    row_starts: Int[np.ndarray, " rows"]
+    """The byte where each row's text begins."""
     ends: Int[np.ndarray, " tokens"]
     """The byte after the last one a token spells: what the model says at the token starts there.
     Never decreases."""
@@ -109,6 +113,7 @@ def place_tokens(
     offsets: Int[np.ndarray, " rows_plus_1"],
     texts: Sequence[bytes],
     vocabulary: SpelledVocabulary,
+    ends_document: Sequence[bool],
 ) -> PlacedTokens:
     """Return where each token of a shard ends, checked against the rows' own bytes.
 
@@ -120,17 +125,19 @@ def place_tokens(
         offsets: Where each row's tokens begin, and the end of the last.
         texts: The rows' UTF-8 bytes.
         vocabulary: What the tokens spell.
+        ends_document: Which rows end a document, so that their tokens end with EOS.
 
     Raises:
         ValueError: An id is outside the vocabulary, or a row's tokens are not those of its text.
     """
     _check_ids(ids, offsets, len(vocabulary.lengths))
     num_tokens = np.diff(offsets)
-    first_text, has_eos = _find_text_tokens(ids, offsets, vocabulary)
+    first_text, has_eos = _find_text_tokens(ids, offsets, vocabulary, np.array(ends_document, bool))
     lengths = vocabulary.lengths[ids]
     has_blank = np.zeros(len(ids), dtype=bool)
     if vocabulary.adds_blank:
         at = first_text[first_text < offsets[1:] - has_eos]
+        at = at[lengths[at] > 0]
         has_blank[at[vocabulary.blob[vocabulary.starts[ids[at]]] == SPACE[0]]] = True
         lengths -= has_blank
     ends, is_right = _place_spelled(ids, offsets, texts, vocabulary, lengths, has_blank)
@@ -145,10 +152,7 @@ def place_tokens(
     for row, place in zip(changed.tolist(), places, strict=True):
         part = slice(first_text[row], stops[row])
         if not np.array_equal(place.ids, ids[part]):
-            raise ValueError(
-                f"row {row}: its tokens are not those of its text; "
-                f"they begin {ids[part][:8].tolist()}, the text's {place.ids[:8].tolist()}"
-            )
+            raise ValueError(f"row {row}: {_tell_difference(ids[part], place.ids, vocabulary)}")
         ends[part], faults[part], has_blank[part] = place.ends, place.faults, place.has_blank
         ends[stops[row] : offsets[row + 1]] = len(texts[row])
     num_bytes = np.array([len(text) for text in texts], dtype=np.int64)
@@ -157,27 +161,15 @@ def place_tokens(
     spelled = np.array([place.ends[-1] if len(place.ends) else 0 for place in places])
     dropped = np.stack([starts[changed] + spelled, starts[changed] + num_bytes[changed]], axis=1)
     dropped = dropped[dropped[:, 0] < dropped[:, 1]].astype(np.int64)
-    return _look_ahead(ids, offsets, ends, faults, has_blank, has_eos=has_eos, dropped=dropped)
-
-
-def _look_ahead(
-    ids: Int[np.ndarray, " tokens"],
-    offsets: Int[np.ndarray, " rows_plus_1"],
-    ends: Int[np.ndarray, " tokens"],
-    faults: UInt8[np.ndarray, " tokens"],
-    has_blank: Bool[np.ndarray, " tokens"],
-    *,
-    has_eos: Bool[np.ndarray, " rows"],
-    dropped: Int[np.ndarray, "gaps 2"],
-) -> PlacedTokens:
-    """Return what each position says of the token after it, from what is known of each token."""
+    # What each position says of the token after it.
     has_next = np.ones(len(ids), dtype=bool)
-    is_filled = np.diff(offsets) > 0
-    has_next[offsets[1:][is_filled] - 1] = False
+    has_next[offsets[1:][num_tokens > 0] - 1] = False
     next_is_eos = np.zeros(len(ids), dtype=bool)
-    next_is_eos[offsets[1:][has_eos] - 2] = True
+    next_is_eos[offsets[1:][has_eos & (num_tokens > 1)] - 2] = True
     return PlacedTokens(
         ids=ids,
+        offsets=offsets,
+        row_starts=starts,
         ends=ends,
         faults=np.append(faults[1:], np.uint8(0)) * has_next,
         next_is_eos=next_is_eos,
@@ -203,18 +195,46 @@ def _find_text_tokens(
     ids: Int[np.ndarray, " tokens"],
     offsets: Int[np.ndarray, " rows_plus_1"],
     vocabulary: SpelledVocabulary,
+    ends_document: Bool[np.ndarray, " rows"],
 ) -> tuple[Int[np.ndarray, " rows"], Bool[np.ndarray, " rows"]]:
-    """Return each row's first token of text, and whether the row ends with EOS."""
+    """Return each row's first token of text, and whether the row ends with EOS.
+
+    Whether it does is known from the corpus alone: a unigram model may spell a literal `</s>` that
+    ends a text with the same id.
+    """
     num_tokens = np.diff(offsets)
-    has_start = np.zeros(len(num_tokens), dtype=bool)
-    has_eos = np.zeros(len(num_tokens), dtype=bool)
-    filled = np.flatnonzero(num_tokens > 0)
-    if vocabulary.start_id is not None:
-        has_start[filled] = ids[offsets[filled]] == vocabulary.start_id
-    if vocabulary.eos_id is not None:
-        longer = np.flatnonzero(num_tokens > has_start)
-        has_eos[longer] = ids[offsets[longer + 1] - 1] == vocabulary.eos_id
+    has_start = (num_tokens > 0) & (vocabulary.start_id is not None)
+    has_eos = (num_tokens > 0) & ends_document & (vocabulary.eos_id is not None)
+    firsts, lasts = offsets[:-1][has_start], offsets[1:][has_eos] - 1
+    is_wrong = num_tokens < has_start.astype(int) + has_eos
+    is_wrong[has_start] |= ids[firsts] != vocabulary.start_id
+    is_wrong[has_eos] |= ids[lasts] != vocabulary.eos_id
+    if is_wrong.any():
+        row = int(np.flatnonzero(is_wrong)[0])
+        own = ids[offsets[row] : offsets[row + 1]]
+        start, eos = vocabulary.start_id, vocabulary.eos_id if has_eos[row] else None
+        raise ValueError(
+            f"row {row}: its tokens begin {own[:5].tolist()} and end {own[-5:].tolist()}, but this "
+            f"tokenizer's begin with {start} and end, here, with {'text' if eos is None else eos}"
+        )
     return offsets[:-1] + has_start, has_eos
+
+
+def _tell_difference(
+    ours: Int[np.ndarray, " _"], texts: Int[np.ndarray, " _"], vocabulary: SpelledVocabulary
+) -> str:
+    """Say where a row's tokens first differ from those of its text, some tokens around it."""
+    shorter = min(len(ours), len(texts))
+    at = int(np.append(np.flatnonzero(ours[:shorter] != texts[:shorter]), shorter)[0])
+    around = slice(max(at - 3, 0), at + 4)
+    told = [
+        f"{part.tolist()} {b''.join(vocabulary.spell(token_id) for token_id in part.tolist())!r}"
+        for part in (ours[around], texts[around])
+    ]
+    return (
+        f"its tokens are not those of its text; around token {at} of the text they are {told[0]}, "
+        f"the text's are {told[1]}"
+    )
 
 
 def _place_spelled(

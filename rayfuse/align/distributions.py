@@ -12,7 +12,8 @@ LOWER, UPPER = 0, 1
 """Halves of a sort key, a little-endian int64: the probability above, rank and token below."""
 
 ID_BITS = 24
-"""Of the lower half, those of the token; the rank is above them."""
+"""Of the lower half, those of the token. The rank has the 8 above, enough for 255 entries and the
+true token; capture.top_k goes no higher."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ def merge_entries(
     the tail, but never the true token, however unlikely it is: then the last but one does.
     Positions come first in the result, as they are stored; ids of empty entries are -1.
     """
+    assert len(entries.ids) <= 1 << (32 - ID_BITS), "capture.top_k is bounded in the recipe"
     ids, probs = _add_equal_ids(entries.ids, entries.probs)
     keys = np.empty((*ids.T.shape, 2), dtype=np.int32)
     ranks = np.arange(len(ids), dtype=np.int32)[:, None] << ID_BITS

@@ -30,8 +30,6 @@ NOT_NEAREST = "no single token that is equal or nearest"
 def match_by_edit_distance(
     source: PlacedTokens,
     target: PlacedTokens,
-    source_offsets: Int[np.ndarray, " rows_plus_1"],
-    target_offsets: Int[np.ndarray, " rows_plus_1"],
     vocabularies: tuple[SpelledVocabulary, SpelledVocabulary],
     maps: VocabMaps,
 ) -> Matches:
@@ -43,13 +41,11 @@ def match_by_edit_distance(
     Args:
         source: The source's tokens of a shard.
         target: The target's.
-        source_offsets: Where each row's source tokens begin, and the end of the last.
-        target_offsets: Likewise.
         vocabularies: The source's and the target's.
         maps: Of the source vocabulary, to the nearest target tokens.
     """
-    ours = _split_rows(source, source_offsets, vocabularies[0])
-    theirs = _split_rows(target, target_offsets, vocabularies[1])
+    ours = _split_rows(source, vocabularies[0])
+    theirs = _split_rows(target, vocabularies[1])
     found = [_match_row(*rows, maps[PLAIN]) for rows in zip(ours, theirs, strict=True)]
     source_at, target_at = np.concatenate([np.zeros((2, 0), dtype=np.int64), *found], axis=1)
     is_sound = source.can_match[source_at] & target.can_match[target_at]
@@ -73,10 +69,8 @@ class _TextTokens:
         self.before_eos = start + np.flatnonzero(placed.next_is_eos[start:stop])
 
 
-def _split_rows(
-    placed: PlacedTokens, offsets: Int[np.ndarray, " rows_plus_1"], vocabulary: SpelledVocabulary
-) -> Iterator[_TextTokens]:
-    for start, stop in pairwise(offsets.tolist()):
+def _split_rows(placed: PlacedTokens, vocabulary: SpelledVocabulary) -> Iterator[_TextTokens]:
+    for start, stop in pairwise(placed.offsets.tolist()):
         yield _TextTokens(placed, start, stop, vocabulary)
 
 

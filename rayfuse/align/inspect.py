@@ -107,7 +107,7 @@ def _place_rows(
 ) -> PlacedTokens:
     offsets = np.cumsum([0, *(len(row) for row in rows)])
     ids = np.concatenate([np.zeros(0, dtype=np.int32), *rows])
-    return place_tokens(ids, offsets, texts, vocabulary)
+    return place_tokens(ids, offsets, texts, vocabulary, [True] * len(texts))
 
 
 def check_pair(source: TextTokenizer, target: TextTokenizer) -> None:

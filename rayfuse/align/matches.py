@@ -1,5 +1,6 @@
 """Which source position each target position learns from."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,11 @@ from jaxtyping import Bool, Int, UInt8
 from rayfuse.align.boundaries import Fault, PlacedTokens
 
 NO_SHARED_BOUNDARY = "no shared boundary"
+"""The position is inside a source token."""
+
+NO_TOKENS = "source: row rejected or left out"
+ONE_SIDED = "start or end that one side alone predicts"
+"""A model without start token predicts no first token of a text, one without EOS no end."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ def match_positions(source: PlacedTokens, target: PlacedTokens) -> Matches:
     target_at = np.flatnonzero(target.has_next)
     if not len(source.ids) or not len(target_at):
         none = np.zeros(0, dtype=np.int64)
-        return Matches(none, none, none, {NO_SHARED_BOUNDARY: len(target_at)})
+        return Matches(none, none, none, {NO_TOKENS: len(target_at)} if len(target_at) else {})
     source_at = _find_same_byte(source, target, target_at)
     is_shared = (source_at >= 0) & (source.next_is_eos[source_at] == target.next_is_eos[target_at])
     stops = target.ends[np.minimum(target_at + 1, len(target.ends) - 1)]
@@ -60,17 +66,12 @@ def match_positions(source: PlacedTokens, target: PlacedTokens) -> Matches:
     is_dropped = _is_within(stops, source.dropped) & ~target.next_is_eos[target_at]
     is_target_sound = target.faults[target_at] == Fault.NONE
     kept = is_shared & is_target_sound & ~is_broken & ~is_dropped
-    reasons = _count_faults("target", target.faults[target_at])
     faults = _first_fault(source, source_at)
     faults[is_dropped & ~is_broken] = Fault.DROPPED_TEXT
-    reasons |= _count_faults("source", faults[is_shared & is_target_sound & ~kept])
-    reasons[NO_SHARED_BOUNDARY] = int((is_target_sound & ~is_shared).sum())
-    return Matches(
-        target_at[kept],
-        source_at[kept],
-        source_until[kept],
-        {reason: count for reason, count in reasons.items() if count},
-    )
+    reasons = _count_faults("target", target.faults[target_at])
+    reasons += _count_faults("source", faults[is_shared & is_target_sound & ~kept])
+    reasons += _explain_unshared(source, target, target_at[is_target_sound & ~is_shared])
+    return Matches(target_at[kept], source_at[kept], source_until[kept], dict(reasons))
 
 
 def keep_one_to_one(matches: Matches, source: PlacedTokens, target: PlacedTokens) -> Matches:
@@ -101,6 +102,29 @@ def _find_same_byte(
     return np.where(same >= 0, same, other)
 
 
+def _explain_unshared(
+    source: PlacedTokens, target: PlacedTokens, target_at: Int[np.ndarray, " positions"]
+) -> Counter[str]:
+    """Count target positions that share no source position's byte, by the reason."""
+    row = np.searchsorted(target.offsets, target_at, side="right") - 1
+    firsts, stops = source.offsets[row], source.offsets[row + 1]
+    byte, is_end = target.ends[target_at], target.next_is_eos[target_at]
+    # The first source token that does not end before this byte, and where it begins.
+    covering = np.minimum(np.searchsorted(source.ends, byte), len(source.ends) - 1)
+    begins = np.where(covering > firsts, source.ends[covering - 1], source.row_starts[row])
+    is_inside = (covering < stops) & (begins < byte) & (byte < source.ends[covering])
+    is_dropped = _is_within(byte + 1, source.dropped) | (is_end & _is_within(byte, source.dropped))
+    reasons = {
+        NO_TOKENS: firsts == stops,
+        f"source: {Fault.DROPPED_TEXT.reason}": is_dropped,
+        f"target: {Fault.DROPPED_TEXT.reason}": is_end & _is_within(byte + 1, target.dropped),
+        NO_SHARED_BOUNDARY: is_inside,
+    }
+    found = np.select(list(reasons.values()), np.arange(len(reasons)), len(reasons))
+    counts = np.bincount(found, minlength=len(reasons) + 1).tolist()
+    return Counter(dict(zip([*reasons, ONE_SIDED], counts, strict=True)))
+
+
 def _is_within(
     stops: Int[np.ndarray, " positions"], gaps: Int[np.ndarray, "gaps 2"]
 ) -> Bool[np.ndarray, " positions"]:
@@ -121,6 +145,6 @@ def _first_fault(
     return source.faults[faulty[np.minimum(np.searchsorted(faulty, at), len(faulty) - 1)]]
 
 
-def _count_faults(side: str, faults: UInt8[np.ndarray, " positions"]) -> dict[str, int]:
+def _count_faults(side: str, faults: UInt8[np.ndarray, " positions"]) -> Counter[str]:
     counts = np.bincount(faults, minlength=len(Fault))
-    return {f"{side}: {fault.reason}": int(counts[fault]) for fault in Fault if fault}
+    return Counter({f"{side}: {fault.reason}": int(counts[fault]) for fault in Fault if fault})

@@ -88,11 +88,12 @@ def align_shard(
     texts = [text.encode() for text in corpus["text"].to_pylist()]
     target_ids, target_offsets = flatten_column(corpus, "target_ids")
     source_ids, source_offsets = flatten_column(captured, "token_ids")
-    target = place_tokens(target_ids, target_offsets, texts, alignment.target)
-    source = place_tokens(source_ids, source_offsets, texts, alignment.source)
+    ends_document = corpus["ends_document"].to_pylist()
+    target = place_tokens(target_ids, target_offsets, texts, alignment.target, ends_document)
+    source = place_tokens(source_ids, source_offsets, texts, alignment.source, ends_document)
     records = _read_records(captured)
     _check_entries(records.top_ids, source_offsets, len(alignment.source.lengths))
-    matches = find_matches(source, target, source_offsets, target_offsets, alignment)
+    matches = find_matches(source, target, alignment)
     aligned = map_distributions(source, target, records, matches, alignment)
     has_signal = np.zeros(len(target_ids), dtype=bool)
     has_signal[matches.target_at] = True
@@ -108,7 +109,7 @@ def align_shard(
                 spread_nats(source, target, records), target_offsets, halfs
             ),
             "nats": captured["nats"],
-            "num_tokens": _count_text_tokens(source, source_offsets),
+            "num_tokens": _count_text_tokens(source),
         },
         schema=ALIGNED,
     )
@@ -122,21 +123,13 @@ def align_shard(
     } | {f"unmatched: {reason}": float(count) for reason, count in matches.unmatched.items()}
 
 
-def find_matches(
-    source: PlacedTokens,
-    target: PlacedTokens,
-    source_offsets: Int[np.ndarray, " rows_plus_1"],
-    target_offsets: Int[np.ndarray, " rows_plus_1"],
-    alignment: Alignment,
-) -> Matches:
+def find_matches(source: PlacedTokens, target: PlacedTokens, alignment: Alignment) -> Matches:
     """Return the target positions that learn from a source position, by the alignment's method."""
     if alignment.method == "mined":
         from rayfuse.align.edit_distance import match_by_edit_distance  # compiled: slow to import
 
         vocabularies = (alignment.source, alignment.target)
-        return match_by_edit_distance(
-            source, target, source_offsets, target_offsets, vocabularies, alignment.maps
-        )
+        return match_by_edit_distance(source, target, vocabularies, alignment.maps)
     matches = match_positions(source, target)
     return keep_one_to_one(matches, source, target) if alignment.method == "exact" else matches
 
@@ -221,12 +214,10 @@ def _map_ids(
     return mapped_ids
 
 
-def _count_text_tokens(
-    source: PlacedTokens, offsets: Int[np.ndarray, " rows_plus_1"]
-) -> Int[np.ndarray, " rows"]:
+def _count_text_tokens(source: PlacedTokens) -> Int[np.ndarray, " rows"]:
     """Return how many of each row's source tokens a model predicts as text."""
     before = np.concatenate([[0], np.cumsum(source.has_next & ~source.next_is_eos)])
-    return (before[offsets[1:]] - before[offsets[:-1]]).astype(np.int32)
+    return np.diff(before[source.offsets]).astype(np.int32)
 
 
 def _read_records(captured: pa.Table) -> Records:
@@ -306,16 +297,26 @@ def spread_nats(
     """Return the source's cost of each target position's next token, in nats per byte, float16.
 
     A source token's cost is spread evenly over its bytes, so that any stretch of the text has one.
+    Bytes that the source is never asked for, before its first prediction and where it leaves out
+    the end of the text, cost nothing. A row's costs depend on nothing but that row.
     """
-    costs = np.zeros(len(target.ids))
-    if len(source.ids):
-        is_text = ~np.append(False, source.next_is_eos[:-1])
-        ends, paid = source.ends[is_text], -records.log_totals[:-1][is_text]
-        # Where several tokens end at one byte, the last has paid for all before it.
-        is_last = np.append(ends[1:] != ends[:-1], True)
-        upto = np.interp(target.ends, ends[is_last], paid[is_last])
-        num_bytes = np.diff(target.ends, append=target.ends[-1])
-        is_text = target.has_next & (num_bytes > 0) & ~target.next_is_eos
-        spent = np.diff(upto, append=upto[-1])
-        np.divide(spent, num_bytes, out=costs, where=is_text)
-    return costs.astype(np.float16)
+    costs = np.zeros(len(target.ids), dtype=np.float16)
+    if not len(source.ids):
+        return costs
+    lengths, final = np.diff(source.offsets), len(source.ids) - 1
+    firsts = np.minimum(source.offsets[:-1], final)  # of an empty row another's, never used
+    lasts = np.minimum(source.offsets[:-1] + _count_text_tokens(source), final)
+    # Sums of float16 numbers are exact in float64: what other rows paid drops out to the bit.
+    paid = -records.log_totals[:-1]
+    paid -= np.repeat(paid[firsts], lengths)
+    is_text = ~np.append(False, source.next_is_eos[:-1])
+    ends, paid = source.ends[is_text], paid[is_text]
+    # Where several tokens end at one byte, the last has paid for all before it.
+    is_last = np.append(ends[1:] != ends[:-1], True)
+    row_of = np.repeat(np.arange(len(lengths)), np.diff(target.offsets))
+    told = np.clip(target.ends, source.ends[firsts][row_of], source.ends[lasts][row_of])
+    spent = np.diff(np.interp(told, ends[is_last], paid[is_last]), append=0.0)
+    num_bytes = np.diff(target.ends, append=0)
+    is_text = target.has_next & (num_bytes > 0) & ~target.next_is_eos & (lengths[row_of] > 0)
+    costs[is_text] = spent[is_text] / num_bytes[is_text]
+    return costs

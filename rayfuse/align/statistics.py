@@ -40,12 +40,13 @@ def count_pairs(
     """
     assert source.tokenizer is not None
     texts: list[str] = corpus["text"].to_pylist()
-    rows = source.tokenizer.encode_rows(texts, corpus["ends_document"].to_pylist())
+    ends_document: list[bool] = corpus["ends_document"].to_pylist()
+    rows = source.tokenizer.encode_rows(texts, ends_document)
     encoded = [text.encode() for text in texts]
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
     ids = np.concatenate([np.zeros(0, dtype=np.int32), *rows])
-    ours = place_tokens(ids, offsets, encoded, source)
-    theirs = place_tokens(*flatten_column(corpus, "target_ids"), encoded, target)
+    ours = place_tokens(ids, offsets, encoded, source, ends_document)
+    theirs = place_tokens(*flatten_column(corpus, "target_ids"), encoded, target, ends_document)
     matches = match_positions(ours, theirs)
     same_blank = ours.next_has_blank[matches.source_at] == theirs.next_has_blank[matches.target_at]
     source_ids = ours.ids[matches.source_at[same_blank] + 1].astype(np.int64)

@@ -17,8 +17,8 @@ PLAIN, UNBLANKED, BLANKED = 0, -1, 1
 where the source adds one to the text and the target does not; with one more, the other way round.
 As indices they are right, -1 being the last of three."""
 
-NEAREST_CHUNK = 512
-"""Source tokens compared with the whole target vocabulary at a time."""
+NEAREST_CHUNK = 256
+"""Source tokens compared with the whole target vocabulary at a time: 64 MB for 64,000 tokens."""
 
 VocabMaps = Int[np.ndarray, "3 source_vocab_plus_1"]
 """Target ids, -1 for the tail; the last column is for id -1, which is no entry."""
@@ -101,7 +101,7 @@ def map_to_nearest(
     for start in range(0, len(todo), NEAREST_CHUNK):
         part = todo[start : start + NEAREST_CHUNK]
         distances = cdist(
-            [spelled[i] for i in part], goals, scorer=Levenshtein.distance, dtype=np.uint8
+            [spelled[i] for i in part], goals, scorer=Levenshtein.distance, dtype=np.int32
         )
         mapped[part] = goal_ids[distances.argmin(axis=1)]
     return mapped

@@ -54,6 +54,8 @@ def build_captured(
     num_draws = draws[0].ids.shape[1] if draws else 0
     tokens = _join([t for t, good in zip(token_rows, is_good, strict=True) if good], np.int32)
     next_logprobs = _join([record.next_logprobs for record in kept], np.float32)
+    # Known from the corpus alone: a literal `</s>` that ends a text may have the same id.
+    has_eos = np.array(corpus["ends_document"].to_pylist(), dtype=bool) & (eos_id is not None)
     columns = {
         "row_id": pa.array(row_ids, type=pa.string()),
         "token_ids": build_list_column(tokens, offsets, ints),
@@ -78,7 +80,7 @@ def build_captured(
         ),
         "next_logprobs": build_list_column(next_logprobs.astype(np.float16), offsets, halfs),
         "nats": pa.array(
-            _sum_nats(ends_with_eos(tokens, offsets, eos_id), next_logprobs, offsets, is_good),
+            _sum_nats(has_eos, next_logprobs, offsets, is_good),
             type=pa.float32(),
         ),
     }
@@ -89,17 +91,6 @@ def _find_fault(record: TopLogprobs | Failure) -> str | None:
     if isinstance(record, Failure):
         return record.reason
     return None if record.is_finite() else NOT_FINITE
-
-
-def ends_with_eos(
-    tokens: Int[np.ndarray, " flat"], offsets: Int[np.ndarray, " rows_plus_1"], eos_id: int | None
-) -> np.ndarray:
-    """Return for each row whether its last token, beyond the first, is EOS."""
-    lengths = np.diff(offsets)
-    last = np.maximum(offsets[1:] - 1, 0)
-    if eos_id is None or not len(tokens):
-        return np.zeros(len(lengths), dtype=bool)
-    return (lengths > 1) & (tokens[last] == eos_id)
 
 
 def _sum_nats(

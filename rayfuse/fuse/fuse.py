@@ -23,8 +23,8 @@ class AlignedRow:
     top_probs: Float[np.ndarray, "seq_len top_k"]
     tail_probs: Float[np.ndarray, " seq_len"]
     costs: Float[np.ndarray, " seq_len"]
-    """Cross-entropy over the text that the choice at each position is made for; infinite if the
-    source has nothing to say of it."""
+    """Cross-entropy over the text that the choice at each position is made for; where infinite, the
+    source has nothing to say of it and is not heard, whatever `has_signal` says."""
     weight: float = 1.0
     """Its share of a mean is multiplied by it; 0 leaves it out."""
 
@@ -42,7 +42,10 @@ class FusedRow:
 
 
 def fuse_row(sources: Sequence[AlignedRow], settings: FuseSettings) -> FusedRow:
-    """Return one distribution per position from the sources that have a signal there.
+    """Return one distribution per position from the sources that are heard there.
+
+    A source is heard where it has a signal at a finite cost: an infinite one never wins against a
+    finite one, has no share of a mean, and where no source has another there is no signal.
 
     Args:
         sources: All of the same row; at least one has a weight above 0.
@@ -71,7 +74,7 @@ def _drop_tail(source: AlignedRow) -> AlignedRow:
 
 
 def _choose_source(sources: Sequence[AlignedRow]) -> FusedRow:
-    """Take at each position the source with the lowest cost of those with a signal there."""
+    """Take at each position the source with the lowest cost of those heard there."""
     winners = choose_cheapest(sources)
     best = sources[0]
     ids, probs, tail = best.top_ids.copy(), best.top_probs.copy(), best.tail_probs.copy()
@@ -83,20 +86,23 @@ def _choose_source(sources: Sequence[AlignedRow]) -> FusedRow:
 
 
 def choose_cheapest(sources: Sequence[AlignedRow]) -> Int[np.ndarray, " seq_len"]:
-    """Return which source has the lowest cost among those with a signal; -1 where none has one.
+    """Return which source has the lowest cost among those heard; -1 where none is.
 
     Ties go to the source that stands first in the recipe.
     """
-    signals = np.stack([source.has_signal for source in sources])
-    costs = np.where(signals, np.stack([source.costs for source in sources]), np.inf)
-    return np.where(signals.any(axis=0), costs.argmin(axis=0), -1)
+    costs = _stack_costs(sources)
+    return np.where(np.isfinite(costs).any(axis=0), costs.argmin(axis=0), -1)
+
+
+def _stack_costs(sources: Sequence[AlignedRow]) -> Float[np.ndarray, "num_sources seq_len"]:
+    """Return the cost of each source at each position, infinite where it is not heard."""
+    return np.stack([np.where(each.has_signal, each.costs, np.inf) for each in sources])
 
 
 def _average_sources(sources: Sequence[AlignedRow], temperature: float) -> FusedRow:
-    """Take the mean of the sources with a signal, weighted by softmax(-cost / temperature)."""
-    signals = np.stack([source.has_signal for source in sources])  # num_sources seq_len
-    costs = np.where(signals, np.stack([source.costs for source in sources]), np.inf)
-    lowest = np.where(signals.any(axis=0), costs.min(axis=0), 0.0)
+    """Take the mean of the sources that are heard, weighted by softmax(-cost / temperature)."""
+    costs = _stack_costs(sources)
+    lowest = np.where(np.isfinite(costs).any(axis=0), costs.min(axis=0), 0.0)
     scores = np.exp(-(costs - lowest) / temperature)
     weights = scores * np.array([source.weight for source in sources])[:, None]
     total = weights.sum(axis=0)

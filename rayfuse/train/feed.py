@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
-from rayfuse.fuse.costs import cost_of_positions, cost_of_rows
+from rayfuse.fuse.costs import cost_of_documents, cost_of_positions, cost_of_rows
 from rayfuse.fuse.fuse import AlignedRow, FusedRow, fuse_row
 from rayfuse.recipe import FuseSettings
 from rayfuse.schema import decode_probs, flatten_column
@@ -134,31 +134,47 @@ class RowReader:
                 raise ShardError(f"{data.folder}: shard {shard} does not hold the corpus' rows")
         target_ids, offsets = flatten_column(corpus, "target_ids")
         sources = (
-            self._open_source(corpus, table, weight, len(target_ids))
-            for table, weight in zip(aligned, self.weights, strict=True)
+            _open_source(table, row_costs, weight, len(target_ids))
+            for table, row_costs, weight in zip(
+                aligned, self._cost_rows(corpus, aligned), self.weights, strict=True
+            )
         )
         return OpenShard(target_ids=target_ids, offsets=offsets, sources=tuple(sources))
 
-    def _open_source(
-        self, corpus: pa.Table, table: pa.Table, weight: float, num_tokens: int
-    ) -> OpenSource:
-        top_ids = flatten_column(table, "top_ids")[0].reshape(num_tokens, -1)
+    def _cost_rows(
+        self, corpus: pa.Table, aligned: Sequence[pa.Table]
+    ) -> list[Float[np.ndarray, " rows"]]:
+        """Return each source's cost of each row, or of the document that it belongs to."""
         per_byte = self.fuse.cost == "nats_per_byte"
+        nats = [table["nats"].to_numpy() for table in aligned]
+        sizes = [
+            (corpus["num_bytes"] if per_byte else table["num_tokens"]).to_numpy()
+            for table in aligned
+        ]
+        if self.fuse.unit != "document":
+            return [cost_of_rows(*each) for each in zip(nats, sizes, strict=True)]
         documents = np.unique(corpus["doc_id"].to_pylist(), return_inverse=True)[1]
-        row_costs = cost_of_rows(
-            table["nats"].to_numpy(),
-            (corpus["num_bytes"] if per_byte else table["num_tokens"]).to_numpy(),
-            documents if self.fuse.unit == "document" else None,
-        )
-        return OpenSource(
-            has_signal=flatten_column(table, "has_signal")[0],
-            top_ids=top_ids,
-            differences=flatten_column(table, "top_logprobs")[0].reshape(top_ids.shape),
-            tail_logprobs=flatten_column(table, "tail_logprobs")[0],
-            nats_per_byte=flatten_column(table, "nats_per_byte")[0],
-            row_costs=row_costs,
-            weight=weight,
-        )
+        is_common = np.ones(corpus.num_rows, dtype=bool)
+        for each, weight in zip(nats, self.weights, strict=True):
+            is_common &= np.isfinite(each) | (weight == 0)
+        return [
+            cost_of_documents(*each, documents, is_common) for each in zip(nats, sizes, strict=True)
+        ]
+
+
+def _open_source(
+    table: pa.Table, row_costs: Float[np.ndarray, " rows"], weight: float, num_tokens: int
+) -> OpenSource:
+    top_ids = flatten_column(table, "top_ids")[0].reshape(num_tokens, -1)
+    return OpenSource(
+        has_signal=flatten_column(table, "has_signal")[0],
+        top_ids=top_ids,
+        differences=flatten_column(table, "top_logprobs")[0].reshape(top_ids.shape),
+        tail_logprobs=flatten_column(table, "tail_logprobs")[0],
+        nats_per_byte=flatten_column(table, "nats_per_byte")[0],
+        row_costs=row_costs,
+        weight=weight,
+    )
 
 
 def build_micro_batch(

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayfuse.align.distributions import TopEntries, map_entries, merge_entries, put_true_token
+from rayfuse.recipe import RecipeError, parse_recipe
 
 NUM_POSITIONS, NUM_ENTRIES, NUM_IDS = 9, 6, 12
 
@@ -128,3 +129,24 @@ def test_a_spanning_token_gets_the_product_and_the_rest_of_its_first_piece_is_ta
     assert ids.tolist() == [[8, 2]]
     assert probs[0].tolist() == pytest.approx([0.3, 0.2])
     assert tail[0] == pytest.approx(0.5)
+
+
+def test_255_entries_and_the_true_token_keep_their_order():
+    random = np.random.default_rng(0)
+    ids = random.permutation(300)[:256].astype(np.int32)[:, None]
+    entries = TopEntries(ids, np.full((256, 1), 1 / 256, dtype=np.float32), np.zeros(1))
+    kept, probs, tail = merge_entries(entries, ids[:1, 0])
+    assert kept[0].tolist() == ids[:255, 0].tolist()
+    assert probs.sum() + tail[0] == pytest.approx(1.0)
+
+
+def test_more_entries_than_there_are_ranks_are_refused_in_the_recipe():
+    values = {
+        "storage": "s",
+        "corpus": {"documents": "d"},
+        "target": {"model": "t"},
+        "sources": [{"name": "a", "model": "a"}],
+    }
+    assert parse_recipe(values | {"capture": {"top_k": 255}}).capture.top_k == 255
+    with pytest.raises(RecipeError, match=r"capture.top_k is 256: .* less than or equal to 255"):
+        parse_recipe(values | {"capture": {"top_k": 256}})

@@ -5,13 +5,14 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from benchmarks.synthetic import make_captured, make_corpus
 from rayfuse.align.boundaries import place_tokens, spell_vocabulary
 from rayfuse.align.edit_distance import match_by_edit_distance, warp_tokens
 from rayfuse.align.vocab_map import PLAIN, build_maps, map_to_nearest
 from rayfuse.schema import flatten_column
-from rayfuse.tokens import TextTokenizer, load_tokenizer
+from rayfuse.tokens import TextTokenizer, build_tokenizer, load_tokenizer
 
 
 def levenshtein(left: bytes, right: bytes) -> int:
@@ -96,13 +97,12 @@ def test_matches_are_those_of_the_slow_rule_on_200_real_rows(pair, nearest, shar
     encoded = [text.encode() for text in corpus["text"].to_pylist()]
     target_ids, target_offsets = flatten_column(corpus, "target_ids")
     source_ids, source_offsets = flatten_column(captured, "token_ids")
+    ends = corpus["ends_document"].to_pylist()
     vocabularies = spell_vocabulary(source), spell_vocabulary(target)
-    ours = place_tokens(source_ids, source_offsets, encoded, vocabularies[0])
-    theirs = place_tokens(target_ids, target_offsets, encoded, vocabularies[1])
+    ours = place_tokens(source_ids, source_offsets, encoded, vocabularies[0], ends)
+    theirs = place_tokens(target_ids, target_offsets, encoded, vocabularies[1], ends)
     maps = build_maps(nearest, source, target)
-    matches = match_by_edit_distance(
-        ours, theirs, source_offsets, target_offsets, vocabularies, maps
-    )
+    matches = match_by_edit_distance(ours, theirs, vocabularies, maps)
     found = set(zip(matches.target_at.tolist(), matches.source_at.tolist(), strict=True))
     assert len(found) == len(matches.target_at)
     expected: set[tuple[int, int]] = set()
@@ -150,6 +150,23 @@ def test_the_map_leads_to_the_nearest_token_the_lowest_id_of_equals(pair, neares
         assert nearest[token_id] == short[int(distances.argmin())][0]
 
 
+def list_of_words(*words: str) -> TextTokenizer:
+    vocabulary = {word: token_id for token_id, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=words[0]))
+    return build_tokenizer(tokenizer.to_str(), start_id=None, eos_id=None)
+
+
+def test_tokens_of_hundreds_of_bytes_are_as_far_away_as_they_are_long():
+    source = list_of_words("[UNK]", "abc", "xyz" * 100, "#" * 290)
+    target = list_of_words("[UNK]", "-" * 256, "zyx" * 100, "abd", "#" * 300, "-" * 512)
+    goals = [(i, piece) for i, piece in enumerate(target.token_bytes) if piece]
+    nearest = map_to_nearest(range(1, 4), source, target)
+    for token_id, goal in zip(range(1, 4), nearest.tolist(), strict=True):
+        piece = source.token_bytes[token_id] or b""
+        assert goal == min(goals, key=lambda each, own=piece: levenshtein(own, each[1]))[0]
+    assert nearest.tolist() == [3, 2, 4]
+
+
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_tokenizer_warped_with_itself_is_the_identity(side, pair, shared_data):
     tokenizer = pair[side]
@@ -157,14 +174,12 @@ def test_a_tokenizer_warped_with_itself_is_the_identity(side, pair, shared_data)
     encoded = [text.encode() for text in corpus["text"].to_pylist()]
     ids, offsets = flatten_column(corpus, "target_ids")
     vocabulary = spell_vocabulary(tokenizer)
-    placed = place_tokens(ids, offsets, encoded, vocabulary)
+    placed = place_tokens(ids, offsets, encoded, vocabulary, corpus["ends_document"].to_pylist())
     own = map_to_nearest(range(tokenizer.vocab_size), tokenizer, tokenizer)
     spelled = [i for i, piece in enumerate(tokenizer.token_bytes) if piece]
     np.testing.assert_array_equal(own[spelled], spelled)
     maps = build_maps(own, tokenizer, tokenizer)
-    matches = match_by_edit_distance(
-        placed, placed, offsets, offsets, (vocabulary, vocabulary), maps
-    )
+    matches = match_by_edit_distance(placed, placed, (vocabulary, vocabulary), maps)
     assert set(matches.target_at.tolist()) == set(np.flatnonzero(placed.can_match).tolist())
     np.testing.assert_array_equal(matches.source_at, matches.target_at)
 

@@ -1,6 +1,7 @@
 """Every family of tokenizers, trained on the spot: what its tokens spell and where they end."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +18,14 @@ from tokenizers import (
 )
 
 from benchmarks.synthetic import make_captured, make_corpus
-from rayfuse.align.boundaries import Fault, PlacedTokens, place_tokens, spell_vocabulary
-from rayfuse.align.matches import match_positions
+from rayfuse.align.boundaries import (
+    Fault,
+    PlacedTokens,
+    SpelledVocabulary,
+    place_tokens,
+    spell_vocabulary,
+)
+from rayfuse.align.matches import NO_SHARED_BOUNDARY, NO_TOKENS, ONE_SIDED, match_positions
 from rayfuse.align.shard import Alignment, align_shard
 from rayfuse.align.vocab_map import BLANKED, PLAIN, UNBLANKED, map_vocabulary
 from rayfuse.tokens import TextTokenizer, build_tokenizer
@@ -146,10 +153,12 @@ FAMILIES = LOSSLESS | LOSSY
 
 
 def place(tokenizer: TextTokenizer, texts: list[str]) -> tuple[PlacedTokens, np.ndarray]:
-    rows = tokenizer.encode_rows(texts, [True] * len(texts))
+    ends = [True] * len(texts)
+    rows = tokenizer.encode_rows(texts, ends)
     offsets = np.cumsum([0] + [len(row) for row in rows])
     encoded = [text.encode() for text in texts]
-    placed = place_tokens(np.concatenate(rows), offsets, encoded, spell_vocabulary(tokenizer))
+    vocabulary = spell_vocabulary(tokenizer)
+    placed = place_tokens(np.concatenate(rows), offsets, encoded, vocabulary, ends)
     return placed, offsets
 
 
@@ -186,6 +195,37 @@ def test_every_family_can_teach_every_other(source, target):
     assert stats["with_signal"] > 0.15 * stats["positions"]
 
 
+@pytest.mark.parametrize("target", FAMILIES)
+@pytest.mark.parametrize("source", FAMILIES)
+def test_no_position_is_said_to_be_inside_a_source_token_that_is_not(source, target):
+    texts = [*TEXTS, "a b\n\n", "\u200b\u200b", "\x07 a "]
+    (ours, _), (theirs, offsets) = (place(FAMILIES[each], texts) for each in (source, target))
+    starts_inside = 0
+    for row in range(len(texts)):
+        part = slice(ours.offsets[row], ours.offsets[row + 1])
+        ends = ours.ends[part].tolist()
+        ends = ends[:-1] if ours.next_is_eos[part].any() else ends  # EOS has no inside
+        pairs = list(zip([int(ours.row_starts[row]), *ends], ends, strict=False))
+        for at in range(offsets[row], offsets[row + 1] - 1):
+            begins = theirs.ends[at]
+            is_inside = any(low < begins < high for low, high in pairs) and begins not in ends
+            starts_inside += is_inside and not theirs.faults[at]
+    unmatched = match_positions(ours, theirs).unmatched
+    assert unmatched.get(NO_SHARED_BOUNDARY, 0) == starts_inside
+
+
+def test_positions_lost_at_the_ends_of_a_text_are_counted_as_that():
+    cases = {
+        ("wordpiece", "gpt-2", "the cat"): {ONE_SIDED: 2},  # no start token, no EOS
+        ("wordpiece", "gpt-2", "the cat\n\n"): {ONE_SIDED: 1, "source: dropped text": 3},
+        ("wordpiece", "gpt-2", "\x07"): {NO_TOKENS: 2},
+    }
+    for (source, target, text), reasons in cases.items():
+        ours, theirs = (place(FAMILIES[each], [text])[0] for each in (source, target))
+        unmatched = match_positions(ours, theirs).unmatched
+        assert {key: unmatched.get(key) for key in reasons} == reasons, (text, unmatched)
+
+
 def test_blanks_that_one_side_adds_are_taken_off_or_put_on():
     plain, prefixed = LOSSLESS["gpt-2"], LOSSLESS["llama-2"]
     for source, target, view in ((plain, prefixed, BLANKED), (prefixed, plain, UNBLANKED)):
@@ -220,6 +260,27 @@ def test_ids_that_the_vocabulary_leaves_out_spell_nothing():
     assert (map_vocabulary(tokenizer, LOSSLESS["llama-2"])[PLAIN, 11:16] == -1).all()
 
 
+@pytest.mark.parametrize("source", FAMILIES)
+def test_what_a_source_says_of_a_row_depends_on_that_row_alone(source):
+    """Also where the source leaves out the end of the text, as WordPiece does a last blank."""
+    ours, theirs = FAMILIES[source], LOSSLESS["llama-2"]
+    texts = ["two cats  ", "The dog looked.\n ", "a\x07 ", *TEXTS]
+    corpus = make_corpus(texts, theirs, max_tokens=1024)
+    captured = make_captured(corpus, ours, top_k=4)
+    alignment = Alignment(
+        spell_vocabulary(ours), spell_vocabulary(theirs), map_vocabulary(ours, theirs)
+    )
+    together, _ = align_shard(corpus, captured, alignment)
+    for row in range(corpus.num_rows):
+        alone, _ = align_shard(corpus.slice(row, 1), captured.slice(row, 1), alignment)
+        assert alone.to_pylist() == together.slice(row, 1).to_pylist()
+        nats = np.array(alone["nats_per_byte"].to_pylist()[0], dtype=float)
+        lengths = np.append(theirs.count_bytes()[corpus["target_ids"].to_pylist()[row][1:]], 0)
+        lengths[0] -= theirs.adds_blank and lengths[0] > 0
+        # No more than the row's own: what a token of no bytes costs falls on no byte.
+        assert (nats * lengths).sum() <= alone["nats"].to_pylist()[0] * (1 + 1e-3)
+
+
 def make_shard() -> tuple[pa.Table, pa.Table, Alignment]:
     source, target = LOSSLESS["gpt-2"], LOSSLESS["llama-2"]
     corpus = make_corpus(SAMPLE, target, max_tokens=512)
@@ -247,3 +308,61 @@ def test_tokens_of_another_text_are_refused():
     corpus, captured, alignment = make_shard()
     with pytest.raises(ValueError, match=r"row 1: its tokens are not those of its text"):
         align_shard(corpus, replace_ids(captured, "token_ids", 1, 5, 40), alignment)
+
+
+def test_the_error_shows_the_tokens_around_the_first_difference():
+    corpus, captured, alignment = make_shard()
+    ids = captured["token_ids"].to_pylist()[1]
+    wrong = r"around token 4 of the text they are (\[.*\]) b'.*', the text's are (\[.*\]) b'"
+    with pytest.raises(ValueError, match=wrong) as error:
+        align_shard(corpus, replace_ids(captured, "token_ids", 1, 5, 40), alignment)
+    theirs, own = re.search(wrong, str(error.value)).groups()  # the start token is not of the text
+    assert json.loads(own) == ids[2:9]
+    assert json.loads(theirs) == [*ids[2:5], 40, *ids[6:9]]
+
+
+def reads_markers(eos: str = "</s>") -> TextTokenizer:
+    """A unigram model that reads a literal EOS in a text as its own EOS, as T5's does."""
+    content = json.loads(unigram(byte_fallback=False, adds_blank=True).to_str())
+    content["added_tokens"] = [each for each in content["added_tokens"] if each["id"] != 2]
+    content["model"]["vocab"][2][1] = 0.0
+    tokenizer = build(Tokenizer.from_str(json.dumps(content)))
+    assert tokenizer.encode(["a" + eos])[0][-1] == tokenizer.eos_id
+    return tokenizer
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_text_that_ends_with_a_literal_eos_ends_its_document_only_where_the_corpus_says(ends):
+    tokenizer, text = reads_markers(), "The cat sat</s>"
+    (ids,) = tokenizer.encode_rows([text], [ends])
+    vocabulary, offsets = spell_vocabulary(tokenizer), np.array([0, len(ids)])
+    placed = place_tokens(ids, offsets, [text.encode()], vocabulary, [ends])
+    assert placed.next_is_eos.sum() == ends
+    assert placed.ends[-1] == len(text)
+    assert Fault.UNKNOWN_TOKEN in placed.faults
+
+
+def test_rows_without_the_eos_or_the_start_token_that_they_must_have_are_refused():
+    tokenizer = LOSSLESS["llama-2"]
+    vocabulary, (ids,) = spell_vocabulary(tokenizer), tokenizer.encode_rows(["The cat"], [True])
+    for wrong, ends in ((ids[:-1], True), (ids[1:], True), (ids[:1], True), (ids[1:-1], False)):
+        with pytest.raises(ValueError, match=r"row 0: its tokens begin \[.*begin with 1 and"):
+            place_tokens(wrong, np.array([0, len(wrong)]), [b"The cat"], vocabulary, [ends])
+
+
+def test_a_first_token_that_spells_nothing_has_no_blank_to_take_off():
+    tokens = [b"", b" a", b""]  # the last begins where the vocabulary's bytes end
+    vocabulary = SpelledVocabulary(
+        lengths=np.array([0, 2, 0]),
+        starts=np.array([0, 0, 2]),
+        blob=np.frombuffer(b"".join(tokens), dtype=np.uint8),
+        adds_blank=True,
+        eos_id=None,
+        start_id=None,
+        tokenizer=None,
+    )
+    for first in (0, 2):  # one would read the next token's blank, one beyond the last byte
+        ids = np.array([first, 1], dtype=np.int32)
+        placed = place_tokens(ids, np.array([0, 2]), [b" a"], vocabulary, [False])
+        assert placed.ends.tolist() == [0, 2]
+        assert not placed.next_has_blank.any()

@@ -68,12 +68,13 @@ class Placed:
 
 
 def place(tokenizer: TextTokenizer, texts: list[str]) -> Placed:
-    rows = tokenizer.encode_rows(texts, [True] * len(texts))
+    ends = [True] * len(texts)
+    rows = tokenizer.encode_rows(texts, ends)
     offsets = np.cumsum([0] + [len(row) for row in rows])
     vocabulary = spell_vocabulary(tokenizer)
     encoded = [text.encode() for text in texts]
     return Placed(
-        place_tokens(np.concatenate(rows), offsets, encoded, vocabulary), offsets, vocabulary
+        place_tokens(np.concatenate(rows), offsets, encoded, vocabulary, ends), offsets, vocabulary
     )
 
 

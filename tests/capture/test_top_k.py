@@ -1,18 +1,19 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from torch import nn
 
 from rayfuse.capture.engine import TransformersEngine
 from rayfuse.capture.record import NOT_FINITE, build_captured, tokenise_rows
-from rayfuse.capture.top_k import keep_top_k
+from rayfuse.capture.top_k import TopLogprobs, keep_top_k
 from rayfuse.corpus.documents import Document
 from rayfuse.corpus.shards import build_rows
 from rayfuse.model_files import load_recipe_tokenizer
 from rayfuse.recipe import CaptureSettings, ModelSettings
-from rayfuse.schema import decode_probs, flatten_column
+from rayfuse.schema import CORPUS, decode_probs, flatten_column
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 
 FAMILIES = ["llama", "mistral", "qwen2", "gpt_neox", "gpt2", "mpt"]
@@ -126,3 +127,18 @@ def test_captured_columns_give_back_the_record(tmp_path):
     for row, record, nats in zip(rows, records, table["nats"].to_pylist(), strict=True):
         assert row[-1] == tokenizer.eos_id
         assert nats == pytest.approx(-record.next_logprobs[:-2].sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_last_token_that_is_eos_is_left_out_of_the_nats_only_where_a_document_ends(ends):
+    schema = pa.schema([CORPUS.field("row_id"), CORPUS.field("ends_document")])
+    corpus = pa.table({"row_id": ["d#0"], "ends_document": [ends]}, schema=schema)
+    half = np.log(np.full((3, 1), 0.5))
+    record = TopLogprobs(
+        top_ids=np.zeros((3, 1), dtype=np.int32),
+        top_logprobs=half,
+        tail_logprobs=half[:, 0],
+        next_logprobs=np.array([-1.0, -2.0, 0.0]),
+    )
+    table, _ = build_captured(corpus, [np.array([0, 5, 2], dtype=np.int32)], [record], eos_id=2)
+    assert table["nats"].to_pylist() == [1.0 if ends else 3.0]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from rayfuse.fuse.costs import cost_of_positions, cost_of_rows
+from rayfuse.fuse.costs import cost_of_documents, cost_of_positions, cost_of_rows
 from rayfuse.recipe import FuseSettings
 
 NATS_PER_BYTE = np.array([1.0, 2.0, 0.5, 4.0, 0.0], dtype=np.float16)
@@ -14,9 +14,19 @@ def test_a_row_costs_its_nats_over_its_bytes_and_a_rejected_one_is_infinite():
 
 
 def test_rows_of_one_document_share_its_cost():
-    nats, num_bytes = np.array([2.0, 6.0, 5.0, np.inf]), np.array([4, 4, 10, 7])
-    costs = cost_of_rows(nats, num_bytes, np.array([0, 0, 1, 1]))
-    assert costs.tolist() == [1.0, 1.0, 0.5, np.inf]  # the rejected row is left out of its document
+    nats, num_bytes = np.array([2.0, 6.0, 5.0]), np.array([4, 4, 10])
+    costs = cost_of_documents(nats, num_bytes, np.array([0, 0, 1]), np.ones(3, dtype=bool))
+    assert costs.tolist() == [1.0, 1.0, 0.5]
+
+
+def test_sources_are_compared_over_the_rows_of_a_document_that_all_of_them_have():
+    """Row 0 is easy, row 1 is hard, and the left source is the better one on all that both have."""
+    left, right = np.array([1.0, 9.0, 3.0, np.inf]), np.array([2.0, np.inf, np.inf, 8.0])
+    num_bytes, documents = np.array([2, 2, 2, 2]), np.array([0, 0, 1, 1])
+    is_common = np.isfinite(left) & np.isfinite(right)
+    costs = [cost_of_documents(each, num_bytes, documents, is_common) for each in (left, right)]
+    assert costs[0].tolist() == [0.5, 0.5, 1.5, np.inf]  # not 2.5: the right one has not row 1
+    assert costs[1].tolist() == [1.0, np.inf, np.inf, 4.0]  # no common row in the second document
 
 
 def test_the_unit_token_costs_what_the_next_token_does():
@@ -24,13 +34,15 @@ def test_the_unit_token_costs_what_the_next_token_does():
     np.testing.assert_allclose(costs, [1.0, 2.0, 0.5, 4.0, 0.0])
 
 
-def test_the_unit_span_is_a_sliding_window_weighted_by_bytes():
-    settings = FuseSettings(unit="span", span_tokens=3)
+@pytest.mark.parametrize("span_tokens", [1, 2, 3, 4, 32])
+def test_the_unit_span_is_a_window_that_reaches_as_far_to_both_sides(span_tokens):
+    settings = FuseSettings(unit="span", span_tokens=span_tokens)
     costs = cost_of_positions(NATS_PER_BYTE, NUM_BYTES, 0.7, settings)
     nats = NATS_PER_BYTE.astype(float) * NUM_BYTES
     for t in range(5):
-        window = slice(max(t - 1, 0), max(t - 1, 0) + 3)
-        assert costs[t] == pytest.approx(nats[window].sum() / NUM_BYTES[window].sum())
+        window = [at for at in range(5) if abs(at - t) <= span_tokens // 2]
+        num_bytes = NUM_BYTES[window].sum()
+        assert costs[t] == pytest.approx(nats[window].sum() / num_bytes if num_bytes else 0.0)
 
 
 @pytest.mark.parametrize("unit", ["row", "document"])

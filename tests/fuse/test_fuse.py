@@ -75,6 +75,24 @@ def test_a_rejected_source_changes_nothing(settings):
         assert alone.tail_probs[t] == beside.tail_probs[t]
 
 
+@pytest.mark.parametrize("settings", [MIN_CE, AVG_CE])
+def test_a_source_of_infinite_cost_is_not_heard_even_where_it_has_a_signal(settings):
+    """One that leaves out a whole row has a signal at its end, and no tokens to divide by."""
+    good, dear = random_source(16, 0.5), random_source(17, float("inf"))
+    assert (dear.has_signal & ~good.has_signal).any()
+    alone = fuse_row([good], settings)
+    for sources in ([good, dear], [dear, good]):
+        beside = fuse_row(sources, settings)
+        np.testing.assert_array_equal(alone.has_signal, beside.has_signal)
+        np.testing.assert_array_equal(good.has_signal, beside.has_signal)
+        for t in np.flatnonzero(alone.has_signal):
+            assert dense(alone, t) == dense(beside, t)
+    for sources in ([dear], [dear, replace(dear, top_ids=dear.top_ids + 1)]):
+        fused = fuse_row(sources, settings)
+        assert not fused.has_signal.any()
+        assert np.isfinite(fused.top_probs).all() and np.isfinite(fused.tail_probs).all()
+
+
 def test_a_colder_temperature_trusts_the_cheaper_source_more():
     sources = [random_source(7, 0.4), random_source(8, 0.6)]
     t = int(np.flatnonzero(sources[0].has_signal & sources[1].has_signal)[0])

@@ -116,11 +116,10 @@ def test_the_preset_is_the_papers_formula(corpus, captured, tmp_path):
             target_ids, target_offsets = flatten_column(corpus.slice(row, 1), "target_ids")
             vocabularies = spell_vocabulary(source), spell_vocabulary(TARGET)
             nearest = map_to_nearest(range(source.vocab_size), source, TARGET)
+            ends = corpus["ends_document"].to_pylist()[row : row + 1]
             matches = match_by_edit_distance(
-                place_tokens(ids, offsets, text, vocabularies[0]),
-                place_tokens(target_ids, target_offsets, text, vocabularies[1]),
-                offsets,
-                target_offsets,
+                place_tokens(ids, offsets, text, vocabularies[0], ends),
+                place_tokens(target_ids, target_offsets, text, vocabularies[1], ends),
                 vocabularies,
                 build_maps(nearest, source, TARGET),
             )
@@ -175,6 +174,21 @@ def test_the_preset_and_a_contrary_setting_are_refused():
         parse_recipe(RECIPE | {"fuse": {"weights": {"fin": 1.0}}})
     with pytest.raises(RecipeError, match=r"leaves every source out"):
         parse_recipe(RECIPE | {"fuse": {"weights": {"fine": 0, "coarse": 0}}})
+
+
+def test_a_rejected_row_of_a_source_of_weight_0_changes_no_document(corpus, captured, tmp_path):
+    corpus = corpus.set_column(1, "doc_id", pa.array(["d"] * corpus.num_rows))
+    nats = captured["fine"]["nats"].to_pylist()
+    index = captured["fine"].schema.get_field_index("nats")
+    lost = pa.array([float("inf"), *nats[1:]], type=pa.float32())
+    rejected = captured | {"fine": captured["fine"].set_column(index, "nats", lost)}
+    fuse = FuseSettings(unit="document", weights={"fine": 0.0})
+    whole, _ = read_fused(corpus, captured, tmp_path / "whole", fuse, "bytes")
+    broken, _ = read_fused(corpus, rejected, tmp_path / "broken", fuse, "bytes")
+    for ours, theirs in zip(whole, broken, strict=True):
+        assert ours.has_signal.any()
+        np.testing.assert_array_equal(ours.has_signal, theirs.has_signal)
+        np.testing.assert_array_equal(ours.top_probs, theirs.top_probs)
 
 
 # What the published code does wrong, and the default does not.

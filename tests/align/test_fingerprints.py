@@ -1,0 +1,35 @@
+"""What is stored under a name that older rules gave it must not be met again."""
+
+from pathlib import Path
+
+import pytest
+
+from rayfuse import layout
+from rayfuse.recipe import read_recipe
+from tests.fakes import byte_level_tokenizer, save_model, save_tokenizer, sentencepiece_tokenizer
+from tests.test_cli import write_recipe
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    save_model("llama", 330, root / "target")
+    save_tokenizer(sentencepiece_tokenizer(330), root / "target", bos="<s>", eos="</s>")
+    save_model("gpt2", 300, root / "source")
+    save_tokenizer(byte_level_tokenizer(300), root / "source", bos="<|end|>", eos="<|end|>")
+    return root
+
+
+@pytest.mark.parametrize("method", ["mined", "statistics"])
+def test_new_rules_of_alignment_name_new_maps_rows_and_runs(method, models, tmp_path, monkeypatch):
+    path = write_recipe(tmp_path, models, align={"method": method})
+    recipe = read_recipe(path)
+    now = layout.plan_layout(recipe)
+    monkeypatch.setattr(layout, "ALIGN_RULES", layout.ALIGN_RULES - 1)
+    before = layout.plan_layout(recipe)
+    assert now.map_files["a"] != before.map_files["a"]
+    assert now.aligned["a"].folder != before.aligned["a"].folder
+    assert now.captured["a"].folder == before.captured["a"].folder
+    (fused, clm), (old_fused, old_clm) = now.runs, before.runs
+    assert fused.folder != old_fused.folder
+    assert clm.folder == old_clm.folder
