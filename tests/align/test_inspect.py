@@ -19,16 +19,19 @@ from rayfuse.align.picture import KINDS, build_picture
 from rayfuse.align.shard import Alignment, align_shard
 from rayfuse.align.show import _read_pieces, inspect_pairs, print_report
 from rayfuse.align.vocab_map import build_maps, map_to_nearest, map_vocabulary
-from rayfuse.tokens import build_tokenizer
+from rayfuse.layout import plan_layout
+from rayfuse.recipe import read_recipe
+from rayfuse.tokens import build_tokenizer, load_tokenizer
 from tests.align.test_families import LOSSY, wordpiece
 from tests.fakes import (
     SAMPLE,
     byte_level_tokenizer,
     line_tokenizer,
+    save_model,
     save_tokenizer,
     sentencepiece_tokenizer,
 )
-from tests.test_cli import rayfuse
+from tests.test_cli import rayfuse, write_recipe
 
 SOURCE = build_tokenizer(byte_level_tokenizer(320).to_str(), start_id=0, eos_id=0)
 TARGET = build_tokenizer(sentencepiece_tokenizer(340).to_str(), start_id=1, eos_id=2)
@@ -183,6 +186,27 @@ def test_a_recipe_of_any_name_is_inspected_from_its_tokenizers_alone(method, tmp
     assert not (tmp_path / "storage").exists()
 
 
+def test_of_what_is_captured_the_mass_is_told(tmp_path, capsys):
+    models = tmp_path / "models"
+    save_model("llama", 330, models / "target")
+    save_tokenizer(sentencepiece_tokenizer(330), models / "target", bos="<s>", eos="</s>")
+    save_model("gpt2", 300, models / "source")
+    save_tokenizer(byte_level_tokenizer(300), models / "source", bos="<|end|>", eos="<|end|>")
+    path = write_recipe(tmp_path, models)
+    assert inspect_pairs(str(path), None, None, None)[0]["captured_note"] == "nothing captured yet"
+    layout = plan_layout(read_recipe(path))
+    source, target = (load_tokenizer(str(models / each)) for each in ("source", "target"))
+    corpus = make_corpus(SAMPLE, target, max_tokens=512)
+    captured = make_captured(corpus, source, top_k=16)
+    for data, table in ((layout.corpus, corpus), (layout.captured["a"], captured)):
+        data.claim({})
+        data.write_shard(0, table, tokens=1)
+    (numbers,) = inspect_pairs(str(path), None, None, None)
+    assert 0 < numbers["kept_mass"] <= numbers["captured_mass"] < 1
+    print_report(numbers)
+    assert "kept after mapping" in capsys.readouterr().out
+
+
 def list_bands(page: str) -> list[str]:
     """List what lies between shared boundaries, by its colour."""
     kinds = {colour: kind for kind, colour in KINDS.items()}
@@ -240,8 +264,6 @@ def test_the_picture_shows_every_token_of_both_sides_once():
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine to draw the page with")
 @pytest.mark.parametrize("text", [ENGLISH, PYTHON, CHINESE])
 def test_a_browser_draws_the_picture(text, tmp_path, shared_data):
-    from rayfuse.tokens import load_tokenizer
-
     folder = shared_data / "tokenizers"
     source, target = (load_tokenizer(str(folder / n)) for n in ("gpt-neox-20b", "phi-3-mini"))
     aligned = align_texts([text * 8], source, target)
