@@ -170,15 +170,15 @@ def inspect(
 ) -> None:
     """Show how two tokenizers align: coverage, what is lost, the worst tokens."""
     stdout = _claim_stdout() if as_json else sys.stdout
-    from rayfuse.align.show import inspect_pairs, print_report
+    from rayfuse.align.show import inspect_pairs, is_recipe, print_report
 
     results = inspect_pairs(source, target, text, html)
     if as_json:
-        (only,) = results.values() if len(results) == 1 else (None,)
-        print(json.dumps(only or {"pairs": results}, ensure_ascii=False), file=stdout)
+        numbers = {"pairs": results} if is_recipe(source) else results[0]
+        print(json.dumps(numbers, ensure_ascii=False), file=stdout)
         return
-    for name, numbers in results.items():
-        print_report(name, numbers)
+    for numbers in results:
+        print_report(numbers)
     if html:
         print(f"picture: {html}")
 

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from rayfuse.align.boundaries import PlacedTokens, SpelledVocabulary, place_tokens, spell_vocabulary
-from rayfuse.align.matches import NO_SHARED_BOUNDARY, Matches, keep_one_to_one, match_positions
+from rayfuse.align.matches import NO_SHARED_BOUNDARY, Matches, keep_one_to_one
+from rayfuse.align.shard import Alignment, Method, find_matches
+from rayfuse.align.vocab_map import build_maps, map_to_nearest
 from rayfuse.tokens import TextTokenizer
 
 WORST_TOKENS = 20
@@ -22,10 +24,7 @@ FLAGS = {
     "blanks": re.compile(r"^\s+$|\s\s"),
     "code": re.compile(r"[{}()\[\]<>=;_/\\|*#&$@^~`]"),
 }
-"""What a token is called after, the first that fits."""
-
-PARTIAL = re.compile("(<[0-9A-F]{2}>)+")
-"""How `name_token` writes bytes that are no whole character."""
+"""What a token is called after, by what it spells; the first that fits."""
 
 PROBES = ("Hello world", "12 + 30 = 42", "Zwölf Boxkämpfer", "漢字かな", "a\n\n  b")
 """Texts on one of which two tokenizers must share a boundary, to be aligned at all."""
@@ -45,15 +44,16 @@ class WorstToken:
 class PairReport:
     """How a source's tokens align with a target's on some text."""
 
+    method: Method
     target_tokens: int
     """Target positions: tokens that a model of these tokens predicts."""
     source_tokens: int
     share_with_signal: float
-    """Of target positions: they start at a byte where a source position starts."""
+    """Of target positions: the method finds a source position that they can learn from."""
     share_one_to_one: float
     """Of target positions: the next token is exactly one source token."""
     unplaced: dict[str, int]
-    """Target positions lost because a tokenizer changed the text there, by side and reason."""
+    """Target positions lost for other reasons than `no_shared_boundary`, by the reason."""
     no_shared_boundary: int
     """Target positions that start inside a source token."""
     tokens_per_second: float
@@ -75,31 +75,44 @@ class AlignedTexts:
     source_vocabulary: SpelledVocabulary
     target_vocabulary: SpelledVocabulary
     matches: Matches
+    method: Method
     seconds: float
 
 
-def align_texts(texts: Sequence[str], source: TextTokenizer, target: TextTokenizer) -> AlignedTexts:
+def align_texts(
+    texts: Sequence[str],
+    source: TextTokenizer,
+    target: TextTokenizer,
+    method: Method = "bytes",
+) -> AlignedTexts:
     """Return texts, each taken for a whole document, in both tokenizers' tokens.
 
     Raises:
         ValueError: The two cannot be aligned; the message shows a text on which they differ.
     """
     check_pair(source, target)
-    return _align_texts(texts, source, target)
+    return _align_texts(texts, source, target, method)
 
 
 def _align_texts(
-    texts: Sequence[str], source: TextTokenizer, target: TextTokenizer
+    texts: Sequence[str], source: TextTokenizer, target: TextTokenizer, method: Method
 ) -> AlignedTexts:
     encoded = [text.encode() for text in texts]
     ours, theirs = spell_vocabulary(source), spell_vocabulary(target)
     rows = [each.encode_rows(list(texts), [True] * len(texts)) for each in (source, target)]
+    plain = np.full(source.vocab_size, -1, dtype=np.int32)
+    if method == "mined":  # of the methods, it alone goes by the map; the text's own tokens will do
+        used = np.unique(np.concatenate([np.zeros(0, dtype=np.int32), *rows[0]]))
+        plain[used] = map_to_nearest(used.tolist(), source, target)
+    alignment = Alignment(ours, theirs, build_maps(plain, source, target), method)
     began = time.perf_counter()
     source_tokens = _place_rows(rows[0], encoded, ours)
     target_tokens = _place_rows(rows[1], encoded, theirs)
-    matches = match_positions(source_tokens, target_tokens)
+    matches = find_matches(source_tokens, target_tokens, alignment)
     seconds = time.perf_counter() - began
-    return AlignedTexts(tuple(texts), source_tokens, target_tokens, ours, theirs, matches, seconds)
+    return AlignedTexts(
+        tuple(texts), source_tokens, target_tokens, ours, theirs, matches, method, seconds
+    )
 
 
 def _place_rows(
@@ -118,7 +131,7 @@ def check_pair(source: TextTokenizer, target: TextTokenizer) -> None:
     """
     reasons: Counter[str] = Counter()
     for text in PROBES:
-        aligned = _align_texts([text], source, target)
+        aligned = _align_texts([text], source, target, "bytes")
         starts = aligned.source.ends[aligned.matches.source_at]
         if ((starts > 0) & (starts < len(text.encode()))).any():
             return
@@ -142,6 +155,7 @@ def report_pair(aligned: AlignedTexts) -> PairReport:
         reason: count for reason, count in matches.unmatched.items() if reason != NO_SHARED_BOUNDARY
     }
     return PairReport(
+        method=aligned.method,
         target_tokens=positions,
         source_tokens=int(aligned.source.has_next.sum()),
         share_with_signal=len(matches.target_at) / max(positions, 1),
@@ -161,9 +175,13 @@ def _find_worst(aligned: AlignedTexts) -> tuple[WorstToken, ...]:
     is_lost = np.isin(at, aligned.matches.target_at, invert=True)
     occurrences, lost = Counter(next_ids.tolist()), Counter(next_ids[is_lost].tolist())
     return tuple(
-        WorstToken(token, count, occurrences[token_id], flag_token(token))
+        WorstToken(
+            name_token(aligned.target_vocabulary, token_id),
+            count,
+            occurrences[token_id],
+            flag_token(aligned.target_vocabulary.spell(token_id)),
+        )
         for token_id, count in lost.most_common(WORST_TOKENS)
-        for token in [name_token(aligned.target_vocabulary, token_id)]
     )
 
 
@@ -178,8 +196,10 @@ def name_token(vocabulary: SpelledVocabulary, token_id: int) -> str:
         return "".join(f"<{byte:02X}>" for byte in spelled)
 
 
-def flag_token(token: str) -> str:
-    """Return the kind of a token that is known for trouble, or nothing."""
-    if PARTIAL.fullmatch(token):
+def flag_token(spelled: bytes) -> str:
+    """Return the kind of a token, by what it spells, that is known for trouble, or nothing."""
+    try:
+        text = spelled.decode()
+    except UnicodeDecodeError:
         return "part of a character"
-    return next((name for name, pattern in FLAGS.items() if pattern.search(token)), "")
+    return next((name for name, pattern in FLAGS.items() if pattern.search(text)), "")

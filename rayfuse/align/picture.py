@@ -3,11 +3,14 @@
 import html
 import itertools
 import unicodedata
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
 import numpy as np
 
+from rayfuse.align.boundaries import PlacedTokens, SpelledVocabulary
 from rayfuse.align.inspect import AlignedTexts, PairReport, name_token
+from rayfuse.align.matches import keep_one_to_one
 
 CELL, ROW, GAP = 9.0, 26.0, 30.0
 """Pixels: width of a character, height of a token, height between the two tokenisations."""
@@ -16,7 +19,7 @@ LINE_CELLS = 100
 """Characters in a line of the picture, about."""
 
 MAX_BYTES = 6000
-"""Of the text that is drawn: what a reader scrolls through."""
+"""Of the text, about, that is drawn: what a reader scrolls through."""
 
 SIGNS = {"\n": "⏎", "\t": "→", "\r": "␍", " ": "·"}
 
@@ -25,9 +28,10 @@ KINDS = {
     "one target, several source": "#2f7fc1",
     "several target, one source": "#d9822b",
     "several to several": "#8e5bb5",
-    "text changed by a tokenizer": "#b03030",
+    "no signal": "#b03030",
 }
-"""What lies between two shared boundaries, and its colour."""
+"""What lies between two shared boundaries, and its colour; `no signal`: the target's token there
+learns nothing all the same, as a tokenizer changed the text or the method does not accept it."""
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 1010px; margin: 2em auto; }
@@ -47,23 +51,28 @@ svg text { font: 14px ui-monospace, "DejaVu Sans Mono", "Noto Sans Mono CJK SC",
 class _Token:
     """A token's place in one text."""
 
+    at: int
+    """Among the shard's tokens."""
     start: int
     stop: int
     label: str
-    is_right: bool
 
 
 @dataclass(frozen=True)
 class _Drawing:
     """One text in both tokenisations, and where its bytes are drawn."""
 
-    text: str
+    data: bytes
+    """As much of the text, in UTF-8, as is drawn."""
     cells: np.ndarray
     """Where each byte begins, in characters from the start of the text."""
     target: list[_Token]
     source: list[_Token]
     shared: list[int]
     """Bytes where both sides have a boundary."""
+    has_signal: np.ndarray
+    """Of each target position of the shard."""
+    is_one_to_one: np.ndarray
 
 
 def build_picture(aligned: AlignedTexts, report: PairReport, names: tuple[str, str]) -> str:
@@ -87,7 +96,8 @@ def build_picture(aligned: AlignedTexts, report: PairReport, names: tuple[str, s
 <p>Above, in each line, the <b>target</b>'s tokens ({target_name}); below, the
 <b>source</b>'s ({source_name}). Between them, from one shared boundary to the next, what lies there
 on both sides:{keys}. A target position learns from the source where its token begins at a shared
-boundary, the dark line.</p>
+boundary, the dark line, and the method <b>{report.method}</b> accepts it. What spells nothing of
+the text (EOS, a blank put before it) is counted but not drawn.</p>
 {_table_of_numbers(report)}
 <h2>The text</h2>
 {drawn}
@@ -103,7 +113,7 @@ def _table_of_numbers(report: PairReport) -> str:
         ("source tokens", f"{report.source_tokens:,}"),
         ("with a signal", f"{report.share_with_signal:.1%}"),
         ("one token to one", f"{report.share_one_to_one:.1%}"),
-        ("begin inside a source token", f"{report.no_shared_boundary:,}"),
+        ("inside a source token", f"{report.no_shared_boundary:,}"),
         *((f"unplaced, {reason}", f"{count:,}") for reason, count in report.unplaced.items()),
     ]
     cells = "".join(
@@ -146,27 +156,51 @@ def _draw_texts(aligned: AlignedTexts) -> list[str]:
 
 
 def _draw_text(aligned: AlignedTexts, text: str, start: int, num_bytes: int) -> list[str]:
-    target = _list_tokens(aligned, "target", start, len(text.encode()))
-    source = _list_tokens(aligned, "source", start, len(text.encode()))
-    ends = {0, len(text.encode())}
-    shared = sorted({t.start for t in target} & {t.start for t in source} | ends)
-    drawing = _Drawing(text, _cell_of_bytes(text), target, source, shared)
+    drawing = _plan_drawing(aligned, text.encode(), start, num_bytes)
     lines: list[str] = []
     begin = 0
-    while begin < num_bytes:
+    while begin < len(drawing.data):
         end = _find_line_end(drawing, begin)
         lines.append(_draw_line(drawing, begin, end))
         begin = end
     return lines
 
 
+def _plan_drawing(aligned: AlignedTexts, data: bytes, start: int, num_bytes: int) -> _Drawing:
+    """Return what is drawn of a text: up to the shared boundary of characters after some bytes."""
+    ends = [np.unique(side.ends) - start for side in (aligned.source, aligned.target)]
+    shared = np.union1d(np.intersect1d(*ends, assume_unique=True), [0, len(data)])
+    stop = len(data)
+    for boundary in shared[np.searchsorted(shared, num_bytes) :].tolist():
+        if boundary >= len(data) or (data[boundary] & 0xC0) != 0x80:
+            stop = min(boundary, len(data))
+            break
+    matches = aligned.matches
+    one_to_one = keep_one_to_one(matches, aligned.source, aligned.target)
+    has_signal, is_one_to_one = np.zeros((2, len(aligned.target.ids)), dtype=bool)
+    has_signal[matches.target_at] = is_one_to_one[one_to_one.target_at] = True
+    return _Drawing(
+        data=data[:stop],
+        cells=_cell_of_bytes(data[:stop].decode()),
+        target=_list_tokens(aligned.target, aligned.target_vocabulary, start, stop),
+        source=_list_tokens(aligned.source, aligned.source_vocabulary, start, stop),
+        shared=shared[(shared >= 0) & (shared <= stop)].tolist(),
+        has_signal=has_signal,
+        is_one_to_one=is_one_to_one,
+    )
+
+
 def _find_line_end(drawing: _Drawing, begin: int) -> int:
     """Return the next line end among the shared boundaries, else the last that fits."""
-    data, cells = drawing.text.encode(), drawing.cells
-    later = [boundary for boundary in drawing.shared if boundary > begin]
-    fitting = [boundary for boundary in later if cells[boundary] - cells[begin] <= LINE_CELLS]
-    line_ends = [boundary for boundary in fitting if data[boundary - 1 : boundary] == b"\n"]
-    return min(line_ends, default=max(fitting, default=later[0]))
+    first = bisect_right(drawing.shared, begin)
+    found = drawing.shared[first]
+    for boundary in drawing.shared[first:]:
+        if drawing.cells[boundary] - drawing.cells[begin] > LINE_CELLS:
+            break
+        found = boundary
+        if drawing.data[boundary - 1 : boundary] == b"\n":
+            break
+    return found
 
 
 def _cell_of_bytes(text: str) -> np.ndarray:
@@ -181,20 +215,25 @@ def _cell_of_bytes(text: str) -> np.ndarray:
     return np.array(cells)
 
 
-def _list_tokens(aligned: AlignedTexts, side: str, start: int, num_bytes: int) -> list[_Token]:
-    placed = aligned.target if side == "target" else aligned.source
-    vocabulary = aligned.target_vocabulary if side == "target" else aligned.source_vocabulary
+def _list_tokens(
+    placed: PlacedTokens, vocabulary: SpelledVocabulary, start: int, num_bytes: int
+) -> list[_Token]:
     tokens: list[_Token] = []
     done = start
     first, last = np.searchsorted(placed.ends, [start, start + num_bytes + 1])
     for at in range(int(first), int(last)):
         end = int(placed.ends[at])
         if end > done:
-            is_right = at == 0 or placed.faults[at - 1] == 0
             label = name_token(vocabulary, int(placed.ids[at]))
-            tokens.append(_Token(done - start, end - start, label, bool(is_right)))
+            tokens.append(_Token(at, done - start, end - start, label))
             done = end
     return tokens
+
+
+def _list_within(tokens: list[_Token], low: int, high: int) -> list[_Token]:
+    """Return the tokens that begin from one byte to before another."""
+    first, stop = (bisect_left(tokens, byte, key=lambda token: token.start) for byte in (low, high))
+    return tokens[first:stop]
 
 
 def _draw_line(drawing: _Drawing, begin: int, end: int) -> str:
@@ -202,11 +241,11 @@ def _draw_line(drawing: _Drawing, begin: int, end: int) -> str:
     cells = drawing.cells
     left, width = cells[begin], (cells[end] - cells[begin]) * CELL
     parts: list[str] = []
-    inside = [boundary for boundary in drawing.shared if begin <= boundary <= end]
+    inside = drawing.shared[bisect_left(drawing.shared, begin) : bisect_right(drawing.shared, end)]
     for low, high in itertools.pairwise(inside):
-        above = [t for t in drawing.target if low <= t.start < high]
-        below = [t for t in drawing.source if low <= t.start < high]
-        colour = KINDS[_kind_of(above, below)]
+        above = _list_within(drawing.target, low, high)
+        below = _list_within(drawing.source, low, high)
+        colour = KINDS[_kind_of(drawing, above, below)]
         x, wide = (cells[low] - left) * CELL, (cells[high] - cells[low]) * CELL
         parts.append(
             f'<rect x="{x:.1f}" y="{ROW}" width="{wide:.1f}" height="{GAP}" fill="{colour}" '
@@ -222,24 +261,26 @@ def _draw_line(drawing: _Drawing, begin: int, end: int) -> str:
     return f'<svg width="{width + 2:.0f}" height="{height:.0f}">{"".join(parts)}</svg>'
 
 
-def _kind_of(above: list[_Token], below: list[_Token]) -> str:
-    if not all(token.is_right for token in above + below):
-        return "text changed by a tokenizer"
-    one_above, one_below = len(above) == 1, len(below) == 1
-    if one_above and one_below:
+def _kind_of(drawing: _Drawing, above: list[_Token], below: list[_Token]) -> str:
+    """Return what lies between two shared boundaries, as the numbers count its first position."""
+    position = above[0].at - 1 if above else -1  # -1 is the last of all, which says nothing
+    if not drawing.has_signal[position]:
+        return "no signal"
+    if drawing.is_one_to_one[position]:
         return "one to one"
-    if one_above:
+    if len(above) == 1:
         return "one target, several source"
-    return "several target, one source" if one_below else "several to several"
+    return "several target, one source" if len(below) == 1 else "several to several"
 
 
 def _draw_token(drawing: _Drawing, left: float, token: _Token, y: float, colour: str) -> str:
     """Draw one token: a box, its characters each in its cell, and its entry as a tooltip."""
-    text, cells = drawing.text, drawing.cells
+    cells = drawing.cells
     x = (cells[token.start] - left) * CELL
     width = (cells[token.stop] - cells[token.start]) * CELL
-    covered = text.encode()[token.start : token.stop].decode("utf-8", errors="replace")
-    if "\ufffd" in covered and "\ufffd" not in text:
+    try:
+        covered = drawing.data[token.start : token.stop].decode()
+    except UnicodeDecodeError:
         covered = "▪"  # a part of a character
     places = [(cells[token.start] - left) * CELL + 1.0]
     for char in covered[:-1]:

@@ -303,20 +303,20 @@ def spread_nats(
     costs = np.zeros(len(target.ids), dtype=np.float16)
     if not len(source.ids):
         return costs
-    lengths, final = np.diff(source.offsets), len(source.ids) - 1
-    firsts = np.minimum(source.offsets[:-1], final)  # of an empty row another's, never used
+    final = len(source.ids) - 1  # an empty row is given another's place, and no bytes there
+    firsts = np.minimum(source.offsets[:-1], final)
     lasts = np.minimum(source.offsets[:-1] + _count_text_tokens(source), final)
     # Sums of float16 numbers are exact in float64: what other rows paid drops out to the bit.
     paid = -records.log_totals[:-1]
-    paid -= np.repeat(paid[firsts], lengths)
+    paid -= np.repeat(paid[firsts], np.diff(source.offsets))
     is_text = ~np.append(False, source.next_is_eos[:-1])
     ends, paid = source.ends[is_text], paid[is_text]
     # Where several tokens end at one byte, the last has paid for all before it.
     is_last = np.append(ends[1:] != ends[:-1], True)
-    row_of = np.repeat(np.arange(len(lengths)), np.diff(target.offsets))
-    told = np.clip(target.ends, source.ends[firsts][row_of], source.ends[lasts][row_of])
+    low, high = (np.repeat(source.ends[at], np.diff(target.offsets)) for at in (firsts, lasts))
+    told = np.minimum(np.maximum(target.ends, low), high)
     spent = np.diff(np.interp(told, ends[is_last], paid[is_last]), append=0.0)
     num_bytes = np.diff(target.ends, append=0)
-    is_text = target.has_next & (num_bytes > 0) & ~target.next_is_eos & (lengths[row_of] > 0)
+    is_text = target.has_next & (num_bytes > 0) & ~target.next_is_eos
     costs[is_text] = spent[is_text] / num_bytes[is_text]
     return costs

@@ -25,10 +25,13 @@ def mean(values: list[float]) -> float:
 """What is tokenised where no text is given."""
 
 
+NOT_CAPTURED = "nothing captured yet"
+
+
 def inspect_pairs(
     source: str, target: str | None, text: Path | None, picture: Path | None
-) -> dict[str, dict[str, Any]]:
-    """Return the numbers of each pair by its name, and write the picture of the first.
+) -> list[dict[str, Any]]:
+    """Return the numbers of each pair, and write the picture of the first.
 
     Args:
         source: A tokenizer's folder or hub id, or a recipe file.
@@ -37,20 +40,44 @@ def inspect_pairs(
         picture: An HTML file to write.
 
     Raises:
-        ValueError: A tokenizer cannot be loaded, the text cannot be read, or a pair cannot be
-            aligned.
+        ValueError: A tokenizer cannot be loaded, the text cannot be read, the picture cannot be
+            written, or a pair cannot be aligned.
     """
+    if picture is not None:
+        _check_writable(picture)
     texts = _read_pieces(text)
-    results: dict[str, dict[str, Any]] = {}
-    recipe = read_recipe(source) if source.endswith((".yaml", ".yml")) else None
+    recipe = read_recipe(source) if is_recipe(source) else None
+    method = recipe.align.method if recipe else "bytes"
+    results: list[dict[str, Any]] = []
     for name, ours, theirs in _list_pairs(source, target, recipe):
-        aligned = align_texts(texts, ours, theirs)
+        aligned = align_texts(texts, ours, theirs, method)
         report = report_pair(aligned)
+        names = (name, recipe.target.model if recipe else str(target))
         if picture is not None and not results:
-            names = (name, recipe.target.model if recipe else str(target))
             picture.write_text(build_picture(aligned, report, names), encoding="utf-8")
-        results[name] = report.as_json() | _measure_mass(recipe, name)
+        results.append({"source": names[0], "target": names[1]} | report.as_json())
+    if recipe is not None:
+        masses = _measure_masses(recipe, [each["source"] for each in results])
+        results = [each | mass for each, mass in zip(results, masses, strict=True)]
     return results
+
+
+def is_recipe(source: str) -> bool:
+    """Return whether a recipe is to be inspected: a file; tokenizers are folders or hub ids."""
+    return source.endswith((".yaml", ".yml")) or Path(source).is_file()
+
+
+def _check_writable(picture: Path) -> None:
+    is_new = not picture.exists()
+    try:
+        picture.open("ab").close()
+    except OSError as error:
+        raise ValueError(
+            f"--html is {str(picture)!r}, which cannot be written ({error}); "
+            "give a file in a folder that exists"
+        ) from error
+    if is_new:
+        picture.unlink()
 
 
 def _list_pairs(
@@ -75,9 +102,13 @@ def _read_pieces(path: Path | None) -> list[str]:
     if path is None:
         return [SAMPLE]
     try:
-        whole = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        whole = path.read_bytes().decode()  # as it is: line ends are text too
+    except OSError as error:
         raise ValueError(f"--text is {str(path)!r}, which cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--text is {str(path)!r}, which is no UTF-8 at byte {error.start}; save it as UTF-8"
+        ) from error
     if not whole:
         raise ValueError(f"--text is {str(path)!r}, which is empty; give a file with some text")
     pieces, size = [""], 0
@@ -90,14 +121,25 @@ def _read_pieces(path: Path | None) -> list[str]:
     return pieces
 
 
-def _measure_mass(recipe: Recipe | None, name: str) -> dict[str, Any]:
-    """Return how much of the captured probability mapping keeps, if something is captured."""
-    if recipe is None:
-        return {}
-    layout = plan_layout(recipe)
+def _measure_masses(recipe: Recipe, names: list[str]) -> list[dict[str, Any]]:
+    """Return how much of each source's captured probability mapping keeps, or why that is unknown.
+
+    All else is told from the tokenizers alone, so a recipe that cannot be run yet will do.
+    """
+    try:
+        layout = plan_layout(recipe)
+    except ValueError as error:
+        return [{"captured_mass": None, "captured_note": f"{NOT_CAPTURED} ({error})"}] * len(names)
+    return [_measure_mass(recipe, layout, name) for name in names]
+
+
+def _measure_mass(recipe: Recipe, layout: Layout, name: str) -> dict[str, Any]:
     commits = layout.captured[name].commits()
-    if not commits or not _is_map_ready(layout, name):
-        return {}
+    if not commits:
+        return {"captured_mass": None, "captured_note": NOT_CAPTURED}
+    if not _is_map_ready(layout, name):
+        note = f"unknown: no map for align.method {recipe.align.method} yet; run `rayfuse align`"
+        return {"captured_mass": None, "captured_note": note}
     source = next(each for each in recipe.sources if each.name == name)
     task = plan_task(recipe, layout, source)
     shard = min(commits)
@@ -116,17 +158,20 @@ def _is_map_ready(layout: Layout, name: str) -> bool:
     return file is None or file.removeprefix("maps/") in layout.store.sizes("maps")
 
 
-def print_report(name: str, numbers: dict[str, Any]) -> None:
+def print_report(numbers: dict[str, Any]) -> None:
     """Print one pair's numbers for people."""
-    print(f"{name}")
+    print(f"{numbers['source']} → {numbers['target']}")
+    print(f"  align.method           {numbers['method']:>12}")
     print(f"  target tokens          {numbers['target_tokens']:>12,}")
     print(f"  source tokens          {numbers['source_tokens']:>12,}")
     print(f"  with a signal          {numbers['share_with_signal']:>12.1%}")
     print(f"  one token to one       {numbers['share_one_to_one']:>12.1%}")
     print(f"  inside a source token  {numbers['no_shared_boundary']:>12,}")
     for reason, count in numbers["unplaced"].items():
-        print(f"  unplaced, {reason:<28} {count:,}")
-    if "kept_mass" in numbers:
+        print(f"  unplaced, {reason:<48} {count:,}")
+    if numbers.get("captured_note"):
+        print(f"  captured mass: {numbers['captured_note']}")
+    elif "kept_mass" in numbers:
         print(
             f"  captured mass          {numbers['captured_mass']:>12.2%}  (head, shard "
             f"{numbers['captured_shard']})"
