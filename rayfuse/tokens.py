@@ -209,11 +209,11 @@ def build_tokenizer(
     content["truncation"] = content["padding"] = content["post_processor"] = None
     for added in content["added_tokens"]:
         added["special"] = added["special"] or bool(MARKER_PATTERN.fullmatch(added["content"]))
-    backend = Tokenizer.from_str(json.dumps(content))
+    names = _list_names(Tokenizer.from_str(json.dumps(content)))
+    backend = Tokenizer.from_str(json.dumps(_hide_control_tokens(content)))
     backend.encode_special_tokens = True
     roles = json.dumps([start_id, eos_id])
     canonical = json.dumps(content, sort_keys=True) + roles
-    names = _list_names(backend)
     return TextTokenizer(
         backend=backend,
         token_names=names,
@@ -224,6 +224,26 @@ def build_tokenizer(
         implies_blank=_continuation_mark(content) is not None,
         content_hash=hashlib.sha256(canonical.encode()).hexdigest(),
     )
+
+
+def _hide_control_tokens(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a unigram tokenizer in which no text is spelled by a control token.
+
+    Unigram takes whichever entries are likeliest, its control tokens among them. Under a name with
+    a blank in it, which no text has by then, they are never met.
+    """
+    if content["model"]["type"] != "Unigram":
+        return content
+    vocabulary = [list(entry) for entry in content["model"]["vocab"]]
+    added_tokens = [dict(token) for token in content["added_tokens"]]
+    for token in added_tokens:
+        if token["special"]:
+            hidden = f"control token {token['content']}"
+            if token["id"] < len(vocabulary):
+                vocabulary[token["id"]][0] = hidden
+            token["content"] = hidden
+    model = content["model"] | {"vocab": vocabulary}
+    return content | {"model": model, "added_tokens": added_tokens}
 
 
 def _list_names(backend: Tokenizer) -> tuple[str, ...]:

@@ -1,0 +1,400 @@
+"""Faults that capture must survive, by number: those that need no cluster."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from rayfuse.capture.engine import Failure, TransformersEngine
+from rayfuse.capture.live import LiveNumbers
+from rayfuse.capture.record import NOT_FINITE
+from rayfuse.capture.shard import ShardCapturer, ShardNumbers
+from rayfuse.corpus.documents import Document
+from rayfuse.corpus.shards import build_rows
+from rayfuse.layout import plan_layout
+from rayfuse.model_files import load_recipe_tokenizer, read_model_files
+from rayfuse.recipe import CaptureSettings, ModelSettings
+from rayfuse.schema import flatten_column
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.store import LocalStore, open_store
+from rayfuse.storage.verify import forget_damages, verify_data_set
+from rayfuse.tokens import load_tokenizer
+from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
+from tests.test_kept_rows import MODELS, write_recipe
+
+VOCAB, PADDED = 300, 352
+
+
+@pytest.fixture
+def model(tmp_path) -> ModelSettings:
+    """Return a small Llama whose head is wider than its tokenizer."""
+    folder = tmp_path / "model"
+    save_model("llama", PADDED, folder)
+    save_tokenizer(byte_level_tokenizer(VOCAB), folder, bos="<|end|>", eos="<|end|>")
+    return ModelSettings(model=str(folder))
+
+
+@pytest.fixture
+def corpus(tmp_path, model) -> DataSet:
+    """Return a corpus of one shard."""
+    tokenizer = load_recipe_tokenizer(model)
+    documents = [Document(f"d{i}", "", text * (1 + i)) for i, text in enumerate(SAMPLE)]
+    data = DataSet(open_store(str(tmp_path / "storage")), "corpus/0", "0")
+    data.claim({})
+    data.write_shard(0, build_rows(documents, tokenizer, [tokenizer], max_tokens=128), tokens=1)
+    data.finish(1)
+    return data
+
+
+def make_capturer(model: ModelSettings, corpus: DataSet, folder: str = "a-1") -> ShardCapturer:
+    engine = TransformersEngine(model, CaptureSettings(top_k=4))
+    captured = DataSet(corpus.store, f"captured/{folder}", folder)
+    captured.claim({})
+    return ShardCapturer(engine, load_recipe_tokenizer(model), corpus, captured)
+
+
+def capture_and_stop_before_the_commit(model: ModelSettings, corpus: DataSet, said) -> None:
+    """Score a shard, stop as if the machine hung, and go on when told."""
+    torch.set_num_threads(1)
+    capturer = make_capturer(model, corpus)
+    score = capturer.engine.score_rows
+
+    def score_and_stop(rows):
+        records = score(rows)
+        said.send("scored")
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return records
+
+    capturer.engine.score_rows = score_and_stop
+    said.send(asdict(capturer.capture(0)))
+
+
+def test_fault_6_a_zombie_that_wakes_up_loses_and_leaves_nothing(model, corpus):
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    zombie = context.Process(
+        target=capture_and_stop_before_the_commit, args=(model, corpus, theirs), daemon=True
+    )
+    zombie.start()
+    assert ours.recv() == "scored"
+    capturer = make_capturer(model, corpus)
+    numbers = capturer.capture(0)
+    assert numbers.is_ours
+    content = Path(corpus.store.root, capturer.captured.folder)
+    before = sorted((path.name, path.read_bytes()) for path in (content / "data").iterdir())
+    os.kill(zombie.pid, signal.SIGCONT)
+    late = ShardNumbers(**ours.recv())
+    zombie.join(60)
+    assert not late.is_ours
+    assert late.worker == numbers.worker
+    assert sorted((path.name, path.read_bytes()) for path in (content / "data").iterdir()) == before
+    assert not verify_data_set(capturer.captured, corpus).orphans
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """Return a file system of its own, of half a megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system may be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_fault_14_a_full_disk_is_named_and_nothing_half_written_counts(small_disk, model, corpus):
+    store = LocalStore(str(small_disk))
+    capturer = make_capturer(model, replace(corpus, store=store))
+    capturer.corpus = corpus
+    ballast = small_disk / "ballast"
+    with open(ballast, "wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+        while True:
+            file.write(bytes(1024))
+    with pytest.raises(OSError) as error:
+        capturer.capture(0)
+    assert str(small_disk) in str(error.value)
+    assert "No space left on device, writing" in str(error.value)
+    assert not capturer.captured.list_committed()
+    data = small_disk / capturer.captured.folder / "data"
+    assert not data.exists() or not list(data.iterdir())
+    ballast.unlink()
+    assert capturer.capture(0).is_ours
+    assert not verify_data_set(capturer.captured, corpus).damages
+
+
+def test_fault_15_a_batch_beyond_the_memory_is_halved_until_it_fits(model, tmp_path):
+    """Under a real limit of a process' memory: logits of all positions at once do not fit."""
+    program = tmp_path / "score.py"
+    program.write_text(
+        f"""
+import resource, sys, logging
+logging.basicConfig(level=logging.WARNING, format="%(message)s")
+import torch; torch.set_num_threads(1)
+from rayfuse.capture.engine import TransformersEngine, Failure
+from rayfuse.recipe import CaptureSettings, ModelSettings
+from rayfuse.model_files import load_recipe_tokenizer
+import numpy as np
+model = ModelSettings(model={model.model!r})
+engine = TransformersEngine(
+    model, CaptureSettings(top_k=4, batch_tokens=2_000_000, chunk_positions=2_000_000)
+)
+row = load_recipe_tokenizer(model).encode_rows([{"".join(SAMPLE)!r}], [True])[0][:100]
+alone = engine.score_rows([row])[0]
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 200_000_000,) * 2)
+records = engine.score_rows([row] * 3_000)
+assert len(records) == 3_000
+assert not any(isinstance(record, Failure) for record in records)
+assert all(np.allclose(r.next_logprobs, alone.next_logprobs, atol=1e-4) for r in records)
+print("batch", engine.batch_tokens)
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, str(program)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "out of memory with 300000 tokens" in done.stderr
+    assert "lower capture.batch_tokens (2000000)" in done.stderr
+    assert int(done.stdout.split()[-1]) <= 150_000
+
+
+def test_fault_15_a_row_beyond_the_memory_is_rejected_and_its_neighbours_are_not(model):
+    engine = TransformersEngine(model, CaptureSettings(top_k=4, batch_tokens=1000))
+    whole = engine._score_batch
+
+    def limited(rows):
+        if sum(len(row) for row in rows) > 60:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+        return whole(rows)
+
+    engine._score_batch = limited
+    rows = [np.arange(n) + 1 for n in (50, 90, 30, 40)]
+    records = engine.score_rows(rows)
+    assert records[1] == Failure("out of memory")
+    assert [len(records[i].next_logprobs) for i in (0, 2, 3)] == [50, 30, 40]
+    assert engine.batch_tokens < 1000
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """Answers as a hub does for models that one may not have."""
+
+    STATUSES: ClassVar = {"gated": 403, "private": 401, "missing": 404}
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        name = self.path.split("/")[2]
+        self.server.asked.append(name)
+        self.send_response(self.STATUSES[name])
+        if name == "gated":
+            self.send_header("X-Error-Code", "GatedRepo")
+        if name == "missing":
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[HTTPServer]:
+    server = HTTPServer(("127.0.0.1", 0), FakeHub)
+    server.asked = []
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("name", ["gated", "private", "missing", "offline"])
+def test_fault_16_a_model_that_cannot_be_had_is_named_before_anything_starts(
+    name, hub, model, tmp_path
+):
+    (tmp_path / "docs.jsonl").write_text(json.dumps({"text": "some text"}))
+    recipe = {
+        "storage": str(tmp_path / "out"),
+        "corpus": {"documents": str(tmp_path / "docs.jsonl"), "max_tokens": 128},
+        "target": {"model": model.model},
+        "sources": [{"name": "s", "model": f"lab/{name}"}],
+    }
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    env = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "1" if name == "offline" else "0",
+        "HF_TOKEN": "",
+    }
+    command = str(Path(sys.executable).with_name("rayfuse"))
+    began = time.monotonic()
+    done = subprocess.run(
+        [command, "run", str(tmp_path / "r.yaml")],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    message = [line for line in done.stderr.splitlines() if line.startswith("rayfuse: error")]
+    assert len(message) == 1
+    assert "source s" in message[0] and f"'lab/{name}'" in message[0]
+    assert "log in if it is gated" in message[0]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert time.monotonic() - began < 60
+    assert hub.asked.count(name) <= 3  # a refusal is final
+
+
+def test_fault_16_weights_that_are_no_safetensors_are_refused(model, tmp_path):
+    folder = Path(model.model)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    read_model_files.cache_clear()
+    with pytest.raises(ValueError, match=r"without config\.json and \*\.safetensors"):
+        read_model_files(model.model, None)
+
+
+def test_fault_17_ids_that_the_tokenizer_lacks_are_never_kept_or_drawn(model):
+    settings = {"signal": "top_k_and_sampled_tail", "top_k": 100, "draws": 100}
+    engine = TransformersEngine(model, CaptureSettings.model_validate(settings))
+    with torch.no_grad():
+        engine.lm.head.weight[VOCAB:] *= 100  # what padding may hold is anybody's guess
+    tokenizer = load_recipe_tokenizer(model)
+    assert tokenizer.vocab_size < PADDED
+    for record in engine.score_rows(tokenizer.encode_rows(SAMPLE, [True] * len(SAMPLE))):
+        assert record.top_ids.max() < tokenizer.vocab_size
+        assert record.draws.ids.max() < tokenizer.vocab_size
+        mass = np.exp(record.top_logprobs).sum(axis=1) + np.exp(record.tail_logprobs)
+        np.testing.assert_allclose(mass, 1, atol=1e-5)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for name, vocab in MODELS.items():
+        save_model("llama", PADDED, tmp_path / name)
+        save_tokenizer(byte_level_tokenizer(vocab), tmp_path / name, bos="<|end|>", eos="<|end|>")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "some text"}))
+    return tmp_path
+
+
+def test_fault_18_a_tokenizer_that_has_changed_makes_new_folders(folder, tmp_path):
+    recipe = write_recipe(folder, tmp_path / "storage", "a", "b")
+    before = plan_layout(recipe)
+    path = folder / "a" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    merges = content["model"]["merges"]
+    merges[-1], merges[-2] = merges[-2], merges[-1]
+    path.write_text(json.dumps(content))
+    load_tokenizer.cache_clear()
+    after = plan_layout(recipe)
+    assert after.captured["a"].folder != before.captured["a"].folder
+    assert after.aligned["a"].folder != before.aligned["a"].folder
+    assert after.runs[0].folder != before.runs[0].folder
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_fault_19_a_row_of_numbers_that_are_none_is_rejected_alone(value, model, corpus):
+    capturer, poisoned = make_capturer(model, corpus), make_capturer(model, corpus, "b-1")
+    assert capturer.capture(0).rejects == 0
+    rows = corpus.read_shard(corpus.read_commit(0))
+    tokens = load_recipe_tokenizer(model).encode_rows(
+        rows["text"].to_pylist(), rows["ends_document"].to_pylist()
+    )
+    seen = [set(row.tolist()) for row in tokens]
+    alone = [ids - set.union(*seen[:i], *seen[i + 1 :]) for i, ids in enumerate(seen)]
+    bad, poison = next((i, min(ids)) for i, ids in enumerate(alone) if ids)
+    with torch.no_grad():
+        poisoned.engine.lm.model.get_input_embeddings().weight[poison] = value
+    numbers = poisoned.capture(0)
+    assert numbers.rejects == 1
+    rejects = Path(corpus.store.root, poisoned.captured.folder, "rejects/00000.jsonl").read_text()
+    (line,) = rejects.splitlines()
+    assert json.loads(line) == {
+        "name": rows["row_id"][bad].as_py(),
+        "reason": NOT_FINITE,
+    }
+    sound, other = (
+        each.captured.read_shard(each.captured.read_commit(0)) for each in (capturer, poisoned)
+    )
+    good = [i for i in range(len(tokens)) if i != bad]
+    assert other.take(good).equals(sound.take(good))
+    assert np.diff(flatten_column(other, "token_ids")[1])[bad] == 0
+
+
+def test_fault_19_too_many_rejects_stop_the_run():
+    live = LiveNumbers(source="s", num_shards=9, done_before=0, batch_tokens=1)
+    numbers = ShardNumbers(0, 1000, 200, 2, True, "w", 1.0, 1.0, 1)
+    live.add(numbers)
+    live.check_rejects(0.01)
+    live.add(replace(numbers, shard=1, rejects=3))
+    with pytest.raises(ValueError, match=r"5 of 400 rows .* capture.max_rejected_share \(1.00%\)"):
+        live.check_rejects(0.01)
+
+
+TOKENIZERS = (
+    *("gpt2", "gpt-neox-20b", "mistral-7b", "open-llama-3b", "phi-3-mini", "t5-small"),
+    *("bert-base-uncased", "stories260k"),
+)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_fault_23_markers_in_a_text_are_text(name, shared_data):
+    tokenizer = load_tokenizer(str(shared_data / "tokenizers" / name), None, False)
+    content = json.loads((shared_data / f"tokenizers/{name}/tokenizer.json").read_text())
+    markers = [each["content"] for each in content["added_tokens"] if each["special"]]
+    assert markers
+    texts = [f"before {marker} after{marker}{marker}" for marker in markers] + markers
+    rows = tokenizer.encode_rows(texts, [True] * len(texts))
+    special = {each["id"] for each in content["added_tokens"] if each["special"]}
+    start = int(tokenizer.start_id is not None)
+    for text, row in zip(texts, rows, strict=True):
+        inner = row[start : len(row) - (tokenizer.eos_id is not None)].tolist()
+        unknown = {i for i in special if tokenizer.token_names[i] in ("<unk>", "[UNK]")}
+        assert not (set(inner) & special) - unknown, text
+
+
+def test_fault_31_no_decision_rests_on_a_clock(model, corpus):
+    capturer = make_capturer(model, corpus)
+    capturer.capture(0)
+    captured = capturer.captured
+    captured.finish(1)
+    folder = Path(corpus.store.root, captured.folder)
+    leftover = folder / "data/00000-0123456789ab.parquet"
+    in_flight = folder / "data/00001-0123456789ab.parquet"
+    for path in (leftover, in_flight):
+        path.write_bytes(b"x")
+    for when in (0.0, time.time() + 10 * 365 * 86_400):  # 1970, and ten years on
+        for path in folder.rglob("*"):
+            os.utime(path, (when, when))
+        found = verify_data_set(captured, corpus)
+        assert not found.damages
+        assert found.orphans == [f"{captured.folder}/data/{leftover.name}"]
+        assert captured.is_whole()
+        assert make_capturer(model, corpus).capture(0).worker == capturer.worker
+    forget_damages(captured, verify_data_set(captured, corpus), {})
+    assert in_flight.exists()
+    assert not leftover.exists()
