@@ -26,6 +26,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+SECRET_PATTERN = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]*(?=@)")
+"""The name and the secret in an address that has them."""
+
 UNUSABLE_PATTERN = re.compile("[\x00\ud800-\udfff]")
 RESERVED_NAMES = ("target", "clm", "fused", "all")
 
@@ -46,6 +49,11 @@ class Settings(BaseModel):
     def _check_characters(cls, value: Any) -> Any:
         if isinstance(value, str) and UNUSABLE_PATTERN.search(value):
             raise ValueError("remove the NUL or the half of a surrogate pair, no name can hold it")
+        if isinstance(value, str) and SECRET_PATTERN.search(value):
+            raise ValueError(
+                "remove the credentials from the address: recipes are stored beside the data; "
+                "machines have roles, and people AWS_PROFILE and the like"
+            )
         return value
 
 
@@ -479,7 +487,7 @@ _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, 80, 80
 
 
 def _short(value: object) -> str:
-    text = _REPR.repr(value)
+    text = SECRET_PATTERN.sub("***", _REPR.repr(value))
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -9,8 +9,9 @@ import pytest
 from rayfuse.layout import Layout
 from rayfuse.pipeline import prepare_run, run_stages
 from rayfuse.progress import report_nothing
-from rayfuse.recipe import parse_recipe
+from rayfuse.recipe import CaptureSettings, parse_recipe
 from rayfuse.schema import flatten_column
+from rayfuse.state import verify_layout
 from rayfuse.storage.dataset import DataSet
 from rayfuse.tokens import load_tokenizer
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
@@ -108,6 +109,22 @@ def test_another_target_is_aligned_from_what_is_captured(folder, tmp_path, ray_c
         assert share > 0.5
     again = prepare_run(recipe)
     assert again.corpus.folder == later.corpus.folder
+
+
+@pytest.mark.ray
+def test_another_top_k_has_folders_of_its_own_and_leaves_the_old_ones_whole(
+    folder, tmp_path, ray_cluster
+):
+    first = run(write_recipe(folder, tmp_path, "a"), "corpus", "capture")
+    before = commits(first.captured["a"])
+    recipe = write_recipe(folder, tmp_path, "a")
+    recipe = recipe.model_copy(update={"capture": CaptureSettings(top_k=4)})
+    later = run(recipe, "corpus", "capture")
+    assert later.captured["a"].folder != first.captured["a"].folder
+    assert later.captured["a"].is_whole()
+    assert commits(first.captured["a"]) == before
+    for layout in (first, later):
+        assert not any(each.damages for each in verify_layout(layout, report_nothing).values())
 
 
 @pytest.mark.ray

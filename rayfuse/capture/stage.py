@@ -23,6 +23,7 @@ from ray.util.metrics import Counter
 from rayfuse.align.task import AlignTask, align_committed, plan_task
 from rayfuse.capture.engine import LoadEngine, load_transformers_engine
 from rayfuse.capture.live import LiveNumbers, to_line
+from rayfuse.capture.loads import Loads
 from rayfuse.capture.pools import share_actors
 from rayfuse.capture.shard import ShardCapturer, ShardNumbers
 from rayfuse.kept_rows import keep_rows
@@ -39,7 +40,7 @@ MOST_BLOCKS = 4096
 """Blocks of shard numbers: the driver holds an object for each."""
 
 MOST_INIT_DEATHS = 5
-"""Actors in a row that may die while they load a model: spot machines do go away."""
+"""Deaths in a row while actors load a model that are put up with: spot machines do go away."""
 
 NO_PROGRESS_SECONDS = 86_400
 """A day: machines with the right GPU may take long to come."""
@@ -60,13 +61,21 @@ class CaptureActor:
         corpus: DataSet,
         captured: DataSet,
         load_engine: LoadEngine,
+        loads: Any,
     ) -> None:
-        self.fault: ValueError | None = None
+        # A fault is raised in a call: here, Ray would build the actor again and again.
+        self.fault: Exception | None = None
+        actor = ray.get_runtime_context().get_actor_id()
+        deaths: int = ray.get(loads.begin.remote(actor))  # pyright: ignore[reportAssignmentType]
+        if deaths > MOST_INIT_DEATHS:
+            self.fault = RuntimeError(_describe_deaths(source, deaths))
+            return
         try:
             engine = load_engine(source, settings)
-        except ValueError as error:  # raised in a call: Ray would build the actor again and again
+        except ValueError as error:
             self.fault = error
             return
+        loads.end.remote(actor)
         self.capturer = ShardCapturer(engine, load_recipe_tokenizer(source), corpus, captured)
         self.tags = {"source": source.name}
         self.tokens = Counter("rayfuse_capture_tokens", "Tokens scored", ("source",))
@@ -225,19 +234,22 @@ def _stream_numbers(work: SourceWork, load_engine: LoadEngine) -> Iterator[Shard
     Raises:
         RuntimeError: Actors die again and again while they load the model.
     """
-    source = work.source
+    loads: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Loads).remote()
     try:
-        for row in _build_stream(work, load_engine).iter_rows():
+        for row in _build_stream(work, load_engine, loads).iter_rows():
             yield ShardNumbers(**row)
     except RayActorError as error:
-        raise RuntimeError(
-            f"source {source.name}: {MOST_INIT_DEATHS + 1} actors in a row died while they loaded "
-            f"{source.model!r} ({str(error).splitlines()[0]}); give it a machine with more memory, "
-            "then run the same command again"
-        ) from error
+        raise RuntimeError(_describe_deaths(work.source, MOST_INIT_DEATHS + 1)) from error
 
 
-def _build_stream(work: SourceWork, load_engine: LoadEngine) -> ray.data.Dataset:
+def _describe_deaths(source: SourceSettings, deaths: int) -> str:
+    return (
+        f"source {source.name}: {deaths} times in a row an actor died while it loaded "
+        f"{source.model!r}; give it a machine with more memory, then run the same command again"
+    )
+
+
+def _build_stream(work: SourceWork, load_engine: LoadEngine, loads: Any) -> ray.data.Dataset:
     source, task = work.source, work.task
     context = DataContext.get_current().copy()
     context.max_consecutive_actor_init_deaths = MOST_INIT_DEATHS
@@ -253,6 +265,7 @@ def _build_stream(work: SourceWork, load_engine: LoadEngine) -> ray.data.Dataset
                     task.corpus,
                     task.captured,
                     load_engine,
+                    loads,
                 ),
                 batch_size=1,
                 batch_format="pyarrow",

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from rayfuse.layout import plan_layout
 from rayfuse.recipe import read_recipe
 from rayfuse.storage.verify import verify_data_set
 from tests.fakes import byte_level_tokenizer, save_model, save_tokenizer
-from tests.local_cluster import LocalCluster, kill_tree
+from tests.local_cluster import LocalCluster, kill_tree, ray_command
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -265,3 +266,82 @@ def test_fault_11_30_two_identical_jobs_at_once_share_the_work(
     assert run_command(cluster, "align", str(recipe)).returncode == 0
     assert read_content(recipe) == calm_content
     assert any("by another job" in text for text in said), said
+
+
+def start_capture(cluster: LocalCluster, recipe: Path) -> subprocess.Popen[str]:
+    """Start a capture, and wait until something of it is committed."""
+    env = cluster.env | {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
+    driver = subprocess.Popen(
+        [COMMAND, "capture", str(recipe)], env=env, stderr=subprocess.PIPE, text=True
+    )
+    layout = plan_layout(read_recipe(recipe))
+    while not any(data.list_committed() for data in layout.captured.values()):
+        assert driver.poll() is None
+        time.sleep(0.2)
+    return driver
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda each: each.name)
+def test_fault_36_told_to_stop_a_capture_stops_and_goes_on_later(
+    number, cluster, folder, calm_content
+):
+    storage = folder / f"storage-{number.name}"
+    recipe = make_corpus(cluster, folder, number.name, str(storage))
+    driver = start_capture(cluster, recipe)
+    driver.send_signal(number)
+    _, message = driver.communicate(timeout=60)
+    assert driver.returncode == 130, message[-3000:]
+    assert "stopped; the same command goes on where it was" in message
+    assert "Traceback" not in message
+    made = {path: path.stat().st_mtime_ns for path in storage.glob("captured/*/commits/*.json")}
+    assert made
+    assert run_command(cluster, "capture", str(recipe)).returncode == 0
+    assert run_command(cluster, "align", str(recipe)).returncode == 0
+    assert read_content(recipe) == calm_content
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+
+
+LIST_NODES = """
+import json, os, ray
+ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
+print(json.dumps([node["NodeID"] for node in ray.nodes() if node["Alive"]]))
+"""
+
+
+def list_nodes(cluster: LocalCluster) -> set[str]:
+    env = cluster.env | {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
+    done = subprocess.run(
+        [sys.executable, "-c", LIST_NODES], env=env, capture_output=True, text=True, check=True
+    )
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_fault_4_a_machine_that_is_taken_away_with_notice_costs_nothing(
+    cluster, folder, calm_content
+):
+    recipe = make_corpus(cluster, folder, "spot", str(folder / "storage-spot"))
+    there = list_nodes(cluster)
+    node = cluster.add_node(num_cpus=3)
+    while not (joined := list_nodes(cluster) - there):
+        time.sleep(0.5)
+    driver = start_capture(cluster, recipe)
+    drained = subprocess.run(
+        ray_command(
+            *("drain-node", f"--address=127.0.0.1:{cluster.port}", f"--node-id={joined.pop()}"),
+            *("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"),
+            "--deadline-remaining-seconds=10",
+        ),
+        env=cluster.env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert drained.returncode == 0, drained.stderr
+    _, message = driver.communicate(timeout=400)
+    assert driver.returncode == 0, message[-3000:]
+    if node.poll() is None:
+        cluster.kill_node(node)
+    else:
+        cluster.nodes.remove(node)
+    assert run_command(cluster, "align", str(recipe)).returncode == 0
+    assert read_content(recipe) == calm_content
