@@ -1,6 +1,7 @@
 """The `rayfuse` command: each sub-command calls stages. Imports are late, so that help is quick."""
 
 import json
+import os
 import signal
 import sys
 import time
@@ -24,16 +25,17 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
 
-BAD_INPUT, FAILED = 2, 1
+BAD_INPUT, FAILED, STOPPED = 2, 1, 130
 
 
 def main() -> None:
     """Run the command; user errors become one message and exit code 2, failures exit code 1."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
     try:
         app()
-    except KeyboardInterrupt:
-        _fail("stopped; the same command goes on where it was", 130)
+    except StopRequest:
+        _stop()
     except ValueError as error:
         _fail(str(error), BAD_INPUT)
     except Exception as error:  # the last place that can turn a failure into a message
@@ -43,9 +45,22 @@ def main() -> None:
         _fail(f"{type(cause).__name__}: {cause}", FAILED)
 
 
+class StopRequest(BaseException):
+    """Somebody wants the command to end. No KeyboardInterrupt: typer has an answer of its own."""
+
+
 def _interrupt(number: int, frame: object) -> None:
-    """Take a request to end as Ctrl-C."""
-    raise KeyboardInterrupt
+    raise StopRequest
+
+
+def _stop() -> None:
+    """End at once, whatever threads still do: all that counts is committed."""
+    from rayfuse.session import leave_cluster_at_once
+
+    print("rayfuse: stopped; the same command goes on where it was", file=sys.stderr, flush=True)
+    leave_cluster_at_once()
+    sys.stdout.flush()
+    os._exit(STOPPED)
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -3,7 +3,9 @@
 import logging
 import os
 import secrets
+import signal
 import sys
+import threading
 from typing import Any
 
 LEAST_LOCAL_CPUS = 4
@@ -31,8 +33,20 @@ def join_cluster() -> None:
             "num_cpus": max(os.cpu_count() or 1, LEAST_LOCAL_CPUS),
         }
     options["logging_level"] = logging.WARNING
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     ray.init(**options)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own, which ends with code 15
     _quieten_ray_data()
+
+
+def leave_cluster_at_once() -> None:
+    """Leave the cluster while threads still work on it; what they say of that is not printed."""
+    ray = sys.modules.get("ray")
+    logging.disable(logging.CRITICAL)
+    threading.excepthook = lambda _: None
+    if ray is not None:
+        ray.shutdown()
 
 
 def _quieten_ray_data() -> None:
