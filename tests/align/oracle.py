@@ -35,6 +35,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     content["post_processor"] = None  # it trims blanks off offsets
     for added in content["added_tokens"]:
         added["special"] |= added["content"].startswith("<") and added["content"].endswith(">")
+        if "unk_id" in content["model"]:  # unigram, else it spells "<pad>" with its control token
+            added["content"] = content["model"]["vocab"][added["id"]][0] = f"{added['content']} "
     tokenizer = Tokenizer.from_str(json.dumps(content))
     tokenizer.encode_special_tokens = True
     return tokenizer
