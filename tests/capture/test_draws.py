@@ -96,6 +96,16 @@ def distributions(table, num_tokens: int, vocab_size: int) -> np.ndarray:
     return dense[:, :-1]  # ids of -1 wrote into the last
 
 
+def softmax_of(source: ModelSettings, row: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Return a model's distribution at each position of a row, by the library's own model."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source.model).eval()
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(row)[None].long()).logits[0].double()
+    return logits[:, :vocab_size].softmax(1).numpy()
+
+
 @pytest.mark.parametrize("signal", ["sampled", "top_k_and_sampled_tail"])
 def test_aligned_draws_are_the_sources_distribution_on_average(signal, tmp_path, monkeypatch):
     source = make_source("llama", tmp_path)
@@ -103,12 +113,11 @@ def test_aligned_draws_are_the_sources_distribution_on_average(signal, tmp_path,
     spelled = spell_vocabulary(tokenizer)
     maps = np.stack([np.arange(tokenizer.vocab_size)] * 3).astype(np.int32)
     alignment = Alignment(spelled, spelled, np.pad(maps, ((0, 0), (0, 1)), constant_values=-1))
-    corpus, whole, _ = capture(source, "top_k", top_k=tokenizer.vocab_size)
-    num_tokens = sum(len(record.top_ids) for record in whole)
-    exact = np.zeros((num_tokens, tokenizer.vocab_size))
-    ids = np.concatenate([record.top_ids for record in whole])
-    logprobs = np.concatenate([record.top_logprobs for record in whole])
-    np.put_along_axis(exact, ids.astype(int), np.exp(logprobs), axis=1)
+    corpus, records, _ = capture(source, signal)
+    num_tokens = sum(len(record.next_logprobs) for record in records)
+    exact = np.concatenate(
+        [softmax_of(source, row, tokenizer.vocab_size) for row in tokenise_rows(corpus, tokenizer)]
+    )
     mean = np.zeros_like(exact)
     rounds, draws = 60, 24
     for seed in range(rounds):
