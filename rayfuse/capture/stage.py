@@ -66,7 +66,7 @@ class CaptureActor:
         # A fault is raised in a call: here, Ray would build the actor again and again.
         self.fault: Exception | None = None
         actor = ray.get_runtime_context().get_actor_id()
-        deaths: int = ray.get(loads.begin.remote(actor))  # pyright: ignore[reportAssignmentType]
+        deaths: int = ray.get(loads.begin.remote(source.name, actor))  # pyright: ignore[reportAssignmentType]
         if deaths > MOST_INIT_DEATHS:
             self.fault = RuntimeError(_describe_deaths(source, deaths))
             return
@@ -75,7 +75,7 @@ class CaptureActor:
         except ValueError as error:
             self.fault = error
             return
-        loads.end.remote(actor)
+        loads.end.remote(source.name, actor)
         self.capturer = ShardCapturer(engine, load_recipe_tokenizer(source), corpus, captured)
         self.tags = {"source": source.name}
         self.tokens = Counter("rayfuse_capture_tokens", "Tokens scored", ("source",))
@@ -134,10 +134,11 @@ def capture_sources(
         if not layout.captured[source.name].is_whole()
     ]
     ended: SimpleQueue[BaseException | None] = SimpleQueue()
+    loads: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Loads).remote()
 
     def run(each: SourceWork) -> None:
         try:
-            _capture_source(each, progress, load_engine)
+            _capture_source(each, progress, load_engine, loads)
         except BaseException as error:  # handed to the main thread
             ended.put(error)
         else:
@@ -200,7 +201,9 @@ def _size_pools(work: list[SourceWork]) -> list[SourceWork]:
     return sized
 
 
-def _capture_source(work: SourceWork, progress: Progress, load_engine: LoadEngine) -> None:
+def _capture_source(
+    work: SourceWork, progress: Progress, load_engine: LoadEngine, loads: Any
+) -> None:
     source, task = work.source, work.task
     if work.shards:
         live = LiveNumbers(
@@ -211,7 +214,7 @@ def _capture_source(work: SourceWork, progress: Progress, load_engine: LoadEngin
             dollars_per_hour=source.dollars_per_hour,
         )
         log = MetricsLog(task.captured)
-        for numbers in _stream_numbers(work, load_engine):
+        for numbers in _stream_numbers(work, load_engine, loads):
             live.add(numbers)
             now = live.snapshot()
             progress(
@@ -228,13 +231,14 @@ def _capture_source(work: SourceWork, progress: Progress, load_engine: LoadEngin
         task.aligned.finish(work.num_shards)  # else shards captured before are left to `align`
 
 
-def _stream_numbers(work: SourceWork, load_engine: LoadEngine) -> Iterator[ShardNumbers]:
+def _stream_numbers(
+    work: SourceWork, load_engine: LoadEngine, loads: Any
+) -> Iterator[ShardNumbers]:
     """Capture and align the shards of one source, and yield each one's numbers.
 
     Raises:
         RuntimeError: Actors die again and again while they load the model.
     """
-    loads: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Loads).remote()
     try:
         for row in _build_stream(work, load_engine, loads).iter_rows():
             yield ShardNumbers(**row)
