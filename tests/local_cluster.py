@@ -98,7 +98,7 @@ class LocalCluster:
             os.killpg(node.pid, signal.SIGTERM)
         for node in (*self.nodes, self.head):
             try:
-                node.wait(timeout=30)
+                node.wait(timeout=5)
             except subprocess.TimeoutExpired:
                 kill_tree(node)
         self.folder.cleanup()
