@@ -130,6 +130,14 @@ class ObjectStore:
         self._fs.pipe_file(self._path(name), data, **self._one_put())
 
     @ask_patiently
+    def upload(self, path: str, name: str) -> None:
+        self._fs.put_file(path, self._path(name))  # in parts where large; seen when complete
+
+    @ask_patiently
+    def download(self, name: str, path: str) -> None:
+        self._fs.get_file(self._path(name), path)
+
+    @ask_patiently
     def create(self, name: str, data: bytes) -> bool:
         try:
             self._fs.pipe_file(self._path(name), data, mode="create", **self._one_put())

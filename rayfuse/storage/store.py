@@ -1,6 +1,7 @@
 """Files under one root, local or object storage, seen as names and bytes."""
 
 import os
+import shutil
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -39,6 +40,18 @@ class Store(Protocol):
         """Put a file, over what was there."""
         ...
 
+    def upload(self, path: str, name: str) -> None:
+        """Put a local file of any size, over what was there."""
+        ...
+
+    def download(self, name: str, path: str) -> None:
+        """Get a file of any size into a local one.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+        """
+        ...
+
     def create(self, name: str, data: bytes) -> bool:
         """Put a file if there is none, and return whether it now holds these bytes.
 
@@ -72,6 +85,19 @@ class LocalStore:
 
     def write(self, name: str, data: bytes) -> None:
         os.replace(self._write_aside(name, data), self._path(name))
+
+    def upload(self, path: str, name: str) -> None:
+        target = self._path(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_name(ASIDE + uuid.uuid4().hex)
+        try:
+            shutil.copyfile(path, aside)
+            os.replace(aside, target)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def download(self, name: str, path: str) -> None:
+        shutil.copyfile(self._path(name), path)
 
     def create(self, name: str, data: bytes) -> bool:
         aside = self._write_aside(name, data)
