@@ -1,16 +1,27 @@
 """The loss, from hidden states: the full logits exist for a chunk of positions at a time.
 
-L = lambda * CLM + (1 - lambda) * KL(fused || target), the tail as one more outcome (FuseLLM, arXiv
-2401.10491, equation 5, with the tail that the paper leaves out). Gradients are formed in the same
-pass as the loss, so nothing of size [positions, vocabulary] is kept for the backward pass.
+L = lambda * CLM + (1 - lambda) * D(fused || target) where a source has a signal, and CLM elsewhere
+(FuseLLM, arXiv 2401.10491, equation 5, with the tail that the paper leaves out). Gradients are
+formed in the same pass as the loss, so nothing of size [positions, vocabulary] is kept for the
+backward pass.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import nn
+
+from rayfuse.models import CausalLM
+from rayfuse.recipe import TrainSettings
+from rayfuse.train.divergence import LOWEST, diverge
+
+LEAST_TAIL = 1e-30
+"""What the target's own tail counts as at least where its log or inverse is taken."""
+
+CPU_LOGITS, GPU_LOGITS = 2**24, 2**26
+"""Logits of a chunk: 64 and 256 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -21,19 +32,29 @@ class LossTargets:
     """The token that really comes next."""
     has_signal: Bool[torch.Tensor, " positions"]
     """Some source says something here; elsewhere only the text is learned."""
+    sources: Int[torch.Tensor, " positions"]
+    """The number of the source that the loss is booked under; -1 where there is no signal."""
     top_ids: Int[torch.Tensor, "positions entries"]
-    """Tokens of the fused head, none twice; -1 where there is no entry."""
+    """Tokens of the fused head, none twice; -1 where there is no entry. No entries at all: CLM."""
     top_probs: Float[torch.Tensor, "positions entries"]
     tail_probs: Float[torch.Tensor, " positions"]
     """With the head they sum to 1 where there is a signal."""
 
+    def take(self, part: slice) -> "LossTargets":
+        """Return some of the positions."""
+        return LossTargets(*(getattr(self, field.name)[part] for field in fields(self)))
+
 
 @dataclass(frozen=True)
-class LossScales:
-    """What each position's parts are multiplied with: weight over count in the whole step."""
+class LossWeights:
+    """What each position's parts are multiplied with in one step."""
 
+    scale: float
+    """1 over the positions of the whole step."""
     clm: float
-    fusion: float
+    """lambda, of the text's share where there is a signal; it is 1 elsewhere."""
+    temperature: float = 1.0
+    """Of the divergence."""
 
 
 class HeadLoss(nn.Module):
@@ -43,21 +64,37 @@ class HeadLoss(nn.Module):
     embedding stays sharing.
     """
 
-    def __init__(self, head: nn.Linear, chunk_positions: int) -> None:
+    def __init__(
+        self,
+        lm: CausalLM,
+        divergence: TrainSettings,
+        *,
+        num_sources: int,
+        chunk_positions: int | None = None,
+    ) -> None:
+        """Take a target's head.
+
+        Args:
+            lm: The target.
+            divergence: D of the loss.
+            num_sources: How many sources the loss is booked under.
+            chunk_positions: Positions whose logits exist at a time; by default as many as have
+                `CPU_LOGITS` or `GPU_LOGITS`.
+        """
         super().__init__()
-        self.weight, self.bias = head.weight, head.bias
-        self.chunk_positions = chunk_positions
+        self.weight, self.bias = lm.head.weight, lm.head.bias
+        self.transform, self.divergence, self.num_sources = lm.transform, divergence, num_sources
+        logits = CPU_LOGITS if lm.device.type == "cpu" else GPU_LOGITS
+        self.chunk_positions = chunk_positions or max(1, logits // lm.head.out_features)
 
     def forward(
         self,
         hidden: Float[torch.Tensor, "positions width"],
         targets: LossTargets,
-        scales: LossScales,
-    ) -> tuple[Float[torch.Tensor, ""], Float[torch.Tensor, "2"]]:
-        """Return the scaled loss, and the plain sums of CLM and fusion loss in nats."""
-        loss, sums = _ChunkedLoss.apply(
-            hidden, self.weight, self.bias, targets, scales, self.chunk_positions
-        )
+        weights: LossWeights,
+    ) -> tuple[Float[torch.Tensor, ""], Float[torch.Tensor, " parts"]]:
+        """Return the scaled loss, and the plain sums in nats: CLM, then D by source."""
+        loss, sums = _ChunkedLoss.apply(hidden, self.weight, self.bias, targets, weights, self)
         return loss, sums
 
 
@@ -71,89 +108,137 @@ class _ChunkedLoss(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: LossTargets,
-        scales: LossScales,
-        chunk_positions: int,
+        weights: LossWeights,
+        head: HeadLoss,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         exact = torch.promote_types(hidden.dtype, torch.float32)  # float64 stays float64
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=exact)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=exact)
-        sums = torch.zeros(2, dtype=exact, device=hidden.device)
-        for start in range(0, len(hidden), chunk_positions):
-            part = slice(start, start + chunk_positions)
-            logits = nn.functional.linear(hidden[part], weight, bias).to(exact)
-            chunk_sums, grad_logits = _differentiate_chunk(logits, _take(targets, part), scales)
-            sums += chunk_sums
-            low = grad_logits.to(hidden.dtype)
-            grad_hidden[part] = low @ weight
-            grad_weight += (low.T @ hidden[part]).to(exact)
+        is_trained = ctx.needs_input_grad[1]  # not so where adapters are
+        grad_weight = torch.zeros_like(weight, dtype=exact) if is_trained else None
+        grad_bias = None if bias is None or not is_trained else torch.zeros_like(bias, dtype=exact)
+        sums = torch.zeros(1 + head.num_sources, dtype=exact, device=hidden.device)
+        loss = torch.zeros((), dtype=exact, device=hidden.device)
+        for start in range(0, len(hidden), head.chunk_positions):
+            part = slice(start, start + head.chunk_positions)
+            raw = nn.functional.linear(hidden[part], weight, bias).to(exact)
+            logits = head.transform.apply(raw)
+            slope = head.transform.slope(logits)
+            chunk = _differentiate_chunk(logits, targets.take(part), weights, head)
+            loss += chunk.loss
+            sums += chunk.sums
+            grad = chunk.grad_logits if slope is None else chunk.grad_logits.mul_(slope)
+            low = grad.to(hidden.dtype)
+            torch.mm(low, weight, out=grad_hidden[part])
             if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
+                grad_bias += grad.sum(0)
+            if grad_weight is not None and low.dtype == exact:
+                grad_weight.addmm_(low.T, hidden[part])
+            elif grad_weight is not None:
+                grad_weight += low.T @ hidden[part]
+            del raw, logits, slope, chunk, grad, low  # before the next chunk's are made
         ctx.save_for_backward(
             grad_hidden,
-            grad_weight.to(weight.dtype),
+            None if grad_weight is None else grad_weight.to(weight.dtype),
             None if bias is None or grad_bias is None else grad_bias.to(bias.dtype),
         )
         ctx.mark_non_differentiable(sums)
-        return sums[0] * scales.clm + sums[1] * scales.fusion, sums
+        return loss, sums
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_loss = grad_outputs[0]
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        scaled = (
-            None if grad is None else grad * grad_loss.to(grad.dtype)
-            for grad in (grad_hidden, grad_weight, grad_bias)
+        grads = (
+            None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors
         )
-        return (*scaled, None, None, None)
+        return (*grads, None, None, None)
 
 
-def _take(targets: LossTargets, part: slice) -> LossTargets:
-    return LossTargets(
-        targets.next_ids[part],
-        targets.has_signal[part],
-        targets.top_ids[part],
-        targets.top_probs[part],
-        targets.tail_probs[part],
-    )
+@dataclass(frozen=True)
+class _Chunk:
+    loss: torch.Tensor
+    sums: torch.Tensor
+    grad_logits: torch.Tensor
 
 
 def _differentiate_chunk(
-    logits: Float[torch.Tensor, "positions vocab"], targets: LossTargets, scales: LossScales
-) -> tuple[Float[torch.Tensor, "2"], Float[torch.Tensor, "positions vocab"]]:
-    """Return the sums of CLM and fusion loss, and the scaled loss' gradient by the logits.
+    logits: Float[torch.Tensor, "positions vocab"],
+    targets: LossTargets,
+    weights: LossWeights,
+    head: HeadLoss,
+) -> _Chunk:
+    """Return the loss of a chunk of positions and its gradient by the logits, which are used up.
 
-    With q = softmax(logits), head H, its mass S under the fused distribution p and Q under q, the
-    KL with one bucket for the tail has the gradient q - p on H and q (S - Q) / (1 - Q) elsewhere.
+    With q = softmax(logits), a head H and the target's tail Q = 1 - sum of q on H, a divergence D
+    of (log q on H, log Q) that a common shift does not change has the gradient dD / dlog q_i on H
+    and q dD / dlog Q / Q elsewhere.
     """
-    normaliser = logits.logsumexp(1, keepdim=True)
     next_ids = targets.next_ids[:, None]
-    clm = (normaliser - logits.gather(1, next_ids)).sum()
+    next_logits = logits.gather(1, next_ids)
+    highest = logits.amax(1, keepdim=True)
     if not targets.top_ids.shape[1]:
-        grad = logits.sub_(normaliser).exp_().mul_(scales.clm)
-        grad.scatter_add_(1, next_ids, torch.full_like(normaliser, -scales.clm))
-        return torch.stack([clm, torch.zeros_like(clm)]), grad
-    signal = targets.has_signal[:, None].to(logits.dtype)
+        exps = logits.sub_(highest).exp_()
+        total = exps.sum(1, keepdim=True)
+        clm = (highest + total.log() - next_logits).sum()
+        grad = exps.mul_(weights.scale / total)
+        grad.scatter_add_(1, next_ids, torch.full_like(highest, -weights.scale))
+        sums = torch.zeros(1 + head.num_sources, dtype=clm.dtype, device=clm.device)
+        sums[0] = clm
+        return _Chunk(clm * weights.scale, sums, grad)
     is_entry = (targets.top_ids >= 0) & targets.has_signal[:, None]
-    p = targets.top_probs.to(logits.dtype) * is_entry
-    tail = targets.tail_probs.to(logits.dtype)[:, None] * signal
     # Empty entries repeat a real one: writing one value twice is harmless. A position without any
     # entry repeats token 0, which then counts as the tail it is.
     real_at = is_entry.int().argmax(1, keepdim=True)
     is_bare = ~is_entry.gather(1, real_at)
     ids = torch.where(is_entry, targets.top_ids, targets.top_ids.gather(1, real_at).clamp(min=0))
-    log_q = logits.gather(1, ids) - normaliser
-    q = logits.sub_(normaliser).exp_()
-    head_q = q.gather(1, ids)
-    q.scatter_(1, ids, 0.0)
-    tail_q = q.sum(1, keepdim=True) + head_q[:, :1] * is_bare
-    tail_q = tail_q.clamp(min=torch.finfo(q.dtype).tiny)
-    fusion = (torch.xlogy(p, p) - p * log_q).sum()
-    fusion += (torch.xlogy(tail, tail) - tail * tail_q.log()).sum()
-    tail_slope = scales.clm + scales.fusion * (signal - tail / tail_q)
-    grad = q.mul_(tail_slope)
-    head_grad = (scales.clm + scales.fusion * signal) * head_q - scales.fusion * p
-    head_grad = torch.where(is_bare, tail_slope * head_q, head_grad)
+    head_logits = logits.gather(1, ids)
+    exps = logits.sub_(highest).exp_()
+    head_exps = exps.gather(1, ids)
+    exps.scatter_(1, ids, 0.0)
+    tail_exps = exps.sum(1, keepdim=True) + head_exps[:, :1] * is_bare
+    total = tail_exps + (head_exps * is_entry).sum(1, keepdim=True)
+    normaliser = highest + total.log()
+    clm = (normaliser - next_logits)[:, 0]
+
+    log_q = (head_logits - normaliser).clamp(min=LOWEST).masked_fill(~is_entry, LOWEST)
+    tail_q = (tail_exps / total).clamp(min=LEAST_TAIL)
+    nats, slopes = _differentiate_outcomes(
+        targets, is_entry, torch.cat([log_q, tail_q.log()], 1), weights, head
+    )
+
+    signal = targets.has_signal.to(exps.dtype)
+    clm_weight = (1 - (1 - weights.clm) * signal) * weights.scale
+    fusion_weight = (1 - weights.clm) * signal * weights.scale
+    slopes = slopes * fusion_weight[:, None]
+    tail_slope = clm_weight[:, None] + slopes[:, -1:] / tail_q
+    grad = exps.mul_(tail_slope / total)
+    head_q = head_exps / total
+    head_grad = torch.where(
+        is_bare, tail_slope * head_q, clm_weight[:, None] * head_q + slopes[:, :-1]
+    )
     grad.scatter_(1, ids, torch.where(is_entry, head_grad, head_grad.gather(1, real_at)))
-    grad.scatter_add_(1, next_ids, torch.full_like(normaliser, -scales.clm))
-    return torch.stack([clm, fusion]), grad
+    grad.scatter_add_(1, next_ids, -clm_weight[:, None])
+
+    sums = torch.zeros(2 + head.num_sources, dtype=clm.dtype, device=clm.device)
+    sums[0] = clm.sum()
+    sums.index_add_(0, targets.sources + 2, nats * signal)  # without a signal: row 1, dropped
+    loss = (clm * clm_weight).sum() + (nats * fusion_weight).sum()
+    return _Chunk(loss, torch.cat([sums[:1], sums[2:]]), grad)
+
+
+def _differentiate_outcomes(
+    targets: LossTargets,
+    is_entry: Bool[torch.Tensor, "positions entries"],
+    logprobs: Float[torch.Tensor, "positions outcomes"],
+    weights: LossWeights,
+    head: HeadLoss,
+) -> tuple[Float[torch.Tensor, " positions"], Float[torch.Tensor, "positions outcomes"]]:
+    """Return the divergence of each position, and its gradient by the target's log-probabilities.
+
+    A position without a signal has some number there, which counts for nothing.
+    """
+    probs = torch.cat([targets.top_probs * is_entry, targets.tail_probs[:, None]], 1)
+    with torch.enable_grad():
+        logprobs = logprobs.detach().requires_grad_()
+        nats = diverge(probs.to(logprobs.dtype), logprobs, head.divergence, weights.temperature)
+        (slopes,) = torch.autograd.grad(nats.sum(), logprobs)
+    return nats.detach(), slopes
