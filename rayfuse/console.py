@@ -56,6 +56,9 @@ class ProgressBars:
 
     def __call__(self, title: str, done: int, total: int, unit: str = "", note: str = "") -> None:
         """Show that `done` of `total` units of the work called `title` are done."""
+        if not total:
+            self.console.print(f"  {title}: {note}", highlight=False)
+            return
         now = time.monotonic()
         with self.lock:
             began, done_before = self.began.setdefault(title, (now, done))

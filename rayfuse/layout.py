@@ -27,7 +27,8 @@ class TrainRun:
     folder: str
     """Below the storage root; checkpoints, metrics and the model lie in it."""
     fingerprint: str
-    clm_weight: float
+    is_fused: bool
+    """It learns from the sources too."""
 
 
 @dataclass(frozen=True)
@@ -204,10 +205,10 @@ def _place_runs(
 ) -> tuple[TrainRun, ...]:
     settings = recipe.train.model_dump(mode="json", by_alias=True)
     for speed_only in (
-        "chunk_positions",
-        "max_failures",
-        "checkpoint_every_steps",
-        "baseline",
+        *("chunk_positions", "max_failures", "checkpoint_every_steps", "keep_checkpoints"),
+        *("validate_every_steps", "validation_rows", "trackers", "baseline"),
+        # How rows are dealt and laid out changes rounding alone.
+        *("num_workers", "min_workers", "pack", "sequence_tokens", "micro_batch_sequences"),
         "gpus_per_worker",
         "cpus_per_worker",
         "gradient_checkpointing",
@@ -224,10 +225,12 @@ def _place_runs(
         aligned=[data.fingerprint for data in aligned.values()],
         fuse=recipe.fuse.model_dump(mode="json"),
     )
-    runs = [TrainRun("fused", f"train/fused-{fused}", fused, recipe.train.clm_weight)]
+    runs = [TrainRun("fused", f"train/fused-{fused}", fused, recipe.train.is_fused)]
     if recipe.train.baseline:
-        clm = fingerprint_of(**common, train=settings | {"lambda": 1.0})
-        runs.append(TrainRun("clm", f"train/clm-{clm}", clm, 1.0))
+        for of_fusion in ("lambda", "divergence", "skew", "temperature"):
+            del settings[of_fusion]
+        clm = fingerprint_of(**common, train=settings)
+        runs.append(TrainRun("clm", f"train/clm-{clm}", clm, False))
     return tuple(runs)
 
 

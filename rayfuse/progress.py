@@ -1,5 +1,6 @@
 """How stages tell how far they are, without knowing who listens."""
 
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 
@@ -8,7 +9,10 @@ class Progress(Protocol):
     """Called with a title, what is done, of how much, in which unit, and what else there is."""
 
     def __call__(self, title: str, done: int, total: int, unit: str = "", note: str = "") -> None:
-        """Take note that `done` of `total` units of the work called `title` are done."""
+        """Take note that `done` of `total` units of the work called `title` are done.
+
+        With a total of 0 the note is something to be said once, and nothing is counted.
+        """
         ...
 
 
@@ -16,16 +20,42 @@ def report_nothing(title: str, done: int, total: int, unit: str = "", note: str 
     """Take note of nothing: for scripts and tests."""
 
 
+@dataclass
+class RunState:
+    """What is known of something that runs."""
+
+    step: int = 0
+    num_steps: int = 0
+    note: str = ""
+    told: list[str] = field(default_factory=list[str])
+    validations: dict[int, float] = field(default_factory=dict[int, float])
+    """Bits per byte by step."""
+    fault: Exception | None = None
+
+
 class Board:
     """An actor where workers write how far they are, and the driver reads it."""
 
     def __init__(self) -> None:
-        self.steps: dict[str, tuple[int, int]] = {}
+        self.runs: dict[str, RunState] = {}
 
-    def write(self, name: str, step: int, num_steps: int) -> None:
+    def write(self, name: str, step: int, num_steps: int, note: str = "") -> None:
         """Take note of a step of something that runs."""
-        self.steps[name] = (step, num_steps)
+        run = self.runs.setdefault(name, RunState())
+        run.step, run.num_steps, run.note = step, num_steps, note
 
-    def read(self) -> dict[str, tuple[int, int]]:
-        """Return the step and the number of steps of all that runs."""
-        return self.steps
+    def tell(self, name: str, text: str) -> None:
+        """Take note of something that is to be said once."""
+        self.runs.setdefault(name, RunState()).told.append(text)
+
+    def validate(self, name: str, step: int, bits_per_byte: float) -> None:
+        """Take note of a validation."""
+        self.runs.setdefault(name, RunState()).validations[step] = bits_per_byte
+
+    def fail(self, name: str, fault: Exception) -> None:
+        """Take note of what trying again would not mend."""
+        self.runs.setdefault(name, RunState()).fault = fault
+
+    def read(self) -> dict[str, RunState]:
+        """Return the state of all that runs."""
+        return self.runs

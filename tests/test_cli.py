@@ -84,7 +84,7 @@ def test_help_answers_in_half_a_second_without_torch_or_ray():
         ({}, ["corpus.max_tokens=4096"], "corpus.max_tokens is 4096, more than the 512 tokens"),
         ({}, ["corpus.documents=/nowhere/*.jsonl"], "no documents were found"),
         ({}, ["storage=/proc/rayfuse"], "storage is '/proc/rayfuse', which cannot be written"),
-        ({}, ["train.rows_per_step=10", "train.num_workers=4"], "rows_per_step 10 is no multiple"),
+        ({}, ["train.rows_per_step=3", "train.num_workers=4"], "rows_per_step 3 is below"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(changes, arguments, message, models, tmp_path):

@@ -82,7 +82,7 @@ def finished_run(tmp_path_factory, shared_data, ray_cluster) -> FinishedRun:
             },
             "target": {"model": str(root / "target")},
             "sources": sources,
-            "train": {"rows_per_step": 16, "micro_batch_rows": 8, "learning_rate": 1e-3},
+            "train": {"rows_per_step": 16, "learning_rate": 1e-3},
             "evaluate": {"documents": str(root / "held.jsonl")},
         }
     )

@@ -32,7 +32,6 @@ train:  # `lambda`, `fuse` and `align` are left at their defaults
   warmup_share: 0.05
   epochs: {epochs}
   rows_per_step: {rows}
-  micro_batch_rows: {rows}
 
 evaluate:
   documents: {held_out}  # seen by nobody, not even in training

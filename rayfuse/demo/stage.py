@@ -14,7 +14,7 @@ import rayfuse
 from rayfuse.demo.recipe_text import render_recipe
 from rayfuse.demo.specs import SOURCES, TARGET, ModelSpec
 from rayfuse.demo.text import Document, collect_domains, split_documents, write_documents
-from rayfuse.progress import Board, Progress
+from rayfuse.progress import Board, Progress, RunState
 from rayfuse.storage.dataset import fingerprint_of
 
 POLL_SECONDS = 0.5
@@ -83,9 +83,9 @@ def _pretrain_all(
     while pending:
         ready, pending = ray.wait(pending, timeout=POLL_SECONDS)
         ray.get(ready)
-        steps: Any = ray.get(board.read.remote())
-        for name, (step, num_steps) in steps.items():
-            report_progress(f"pretrain {name}", step, num_steps, "steps")
+        states: dict[str, RunState] = ray.get(board.read.remote())
+        for name, state in states.items():
+            report_progress(f"pretrain {name}", state.step, state.num_steps, "steps")
 
 
 def _cpus_per_task() -> int:

@@ -45,25 +45,34 @@ def cost_of_documents(
 
 
 def cost_of_positions(
-    nats_per_byte: Float[np.ndarray, " seq_len"],
-    num_bytes: Int[np.ndarray, " seq_len"],
-    row_cost: float,
+    nats_per_byte: Float[np.ndarray, " tokens"] | None,
+    num_bytes: Int[np.ndarray, " tokens"],
+    row_costs: Float[np.ndarray, " rows"],
+    offsets: Int[np.ndarray, " rows_plus_1"],
     settings: FuseSettings,
-) -> Float[np.ndarray, " seq_len"]:
-    """Return a source's cost at each position of a row, over the unit that the choice is made for.
+) -> Float[np.ndarray, " tokens"]:
+    """Return a source's cost at each position of some rows, over the unit of the choice.
 
     Args:
-        nats_per_byte: The source's cost of each position's next token.
-        num_bytes: Bytes of that token.
-        row_cost: The cost of the whole row or document; infinite if the source was rejected.
+        nats_per_byte: The source's cost of each position's next token; not needed for the units
+            row and document.
+        num_bytes: Bytes of that token; 0 at a row's end.
+        row_costs: The cost of each whole row or document; infinite if the source was rejected.
+        offsets: Where rows begin, and where the last one ends.
         settings: The unit, and the width of a span.
     """
-    if settings.unit in ("row", "document") or not np.isfinite(row_cost):
-        return np.full(len(nats_per_byte), row_cost)
+    lengths = np.diff(offsets)
+    whole = np.repeat(row_costs, lengths)
+    if settings.unit in ("row", "document") or nats_per_byte is None:
+        return whole
     reach = 0 if settings.unit == "token" else settings.span_tokens // 2
     at = np.arange(len(num_bytes))
-    starts, stops = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(num_bytes))
-    nats = np.concatenate([[0.0], np.cumsum(nats_per_byte.astype(np.float64) * num_bytes)])
+    starts = np.maximum(at - reach, np.repeat(offsets[:-1], lengths))
+    stops = np.minimum(at + reach + 1, np.repeat(offsets[1:], lengths))
+    # A rejected row may say anything here, and must not spoil the sums of those behind it.
+    spent_here = np.where(np.isfinite(whole), nats_per_byte.astype(np.float64) * num_bytes, 0.0)
+    nats = np.concatenate([[0.0], np.cumsum(spent_here)])
     total = np.concatenate([[0], np.cumsum(num_bytes)])
     spent, spelled = nats[stops] - nats[starts], total[stops] - total[starts]
-    return np.divide(spent, spelled, out=np.zeros(len(spent)), where=spelled > 0)
+    costs = np.divide(spent, spelled, out=np.zeros(len(spent)), where=spelled > 0)
+    return np.where(np.isfinite(whole), costs, np.inf)

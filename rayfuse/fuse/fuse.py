@@ -6,7 +6,7 @@ is made for (`costs.py`): the same bytes for every source, so tokenizers compare
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -39,6 +39,31 @@ class FusedRow:
     top_probs: Float[np.ndarray, "seq_len entries"]
     """0 where there is no entry; with the tail they sum to 1 where there is a signal."""
     tail_probs: Float[np.ndarray, " seq_len"]
+    winners: Int[np.ndarray, " seq_len"]
+    """The number of the source with the lowest cost of those heard; -1 where none is."""
+
+    @staticmethod
+    def of_nothing(seq_len: int) -> "FusedRow":
+        """Return positions at which no source says anything."""
+        return FusedRow(
+            has_signal=np.zeros(seq_len, dtype=bool),
+            top_ids=np.zeros((seq_len, 0), dtype=np.int32),
+            top_probs=np.zeros((seq_len, 0), dtype=np.float32),
+            tail_probs=np.zeros(seq_len, dtype=np.float32),
+            winners=np.full(seq_len, -1, dtype=np.int16),
+        )
+
+    def widen(self, entries: int) -> "FusedRow":
+        """Return the same with room for as many entries."""
+        missing = entries - self.top_ids.shape[1]
+        if not missing:
+            return self
+        room = ((0, 0), (0, missing))
+        return replace(
+            self,
+            top_ids=np.pad(self.top_ids, room, constant_values=-1),
+            top_probs=np.pad(self.top_probs, room),
+        )
 
 
 def fuse_row(sources: Sequence[AlignedRow], settings: FuseSettings) -> FusedRow:
@@ -48,10 +73,12 @@ def fuse_row(sources: Sequence[AlignedRow], settings: FuseSettings) -> FusedRow:
     finite one, has no share of a mean, and where no source has another there is no signal.
 
     Args:
-        sources: All of the same row; at least one has a weight above 0.
+        sources: All of the same row.
         settings: The method, its temperature, and what becomes of the tail.
     """
     heard = [source for source in sources if source.weight > 0]
+    if not heard:
+        return FusedRow.of_nothing(len(sources[0].has_signal))
     if settings.tail == "renormalise":
         heard = [_drop_tail(source) for source in heard]
     if settings.method == "min_ce":
@@ -75,22 +102,38 @@ def _drop_tail(source: AlignedRow) -> AlignedRow:
 
 def _choose_source(sources: Sequence[AlignedRow]) -> FusedRow:
     """Take at each position the source with the lowest cost of those heard there."""
-    winners = choose_cheapest(sources)
+    winners = choose_cheapest(_stack_costs(sources))
     best = sources[0]
     ids, probs, tail = best.top_ids.copy(), best.top_probs.copy(), best.tail_probs.copy()
     for number, source in enumerate(sources[1:], 1):
         wins = winners == number
         ids[wins], probs[wins] = source.top_ids[wins], source.top_probs[wins]
         tail[wins] = source.tail_probs[wins]
-    return FusedRow(winners >= 0, ids, probs, tail)
+    return FusedRow(winners >= 0, ids, probs, tail, winners)
 
 
-def choose_cheapest(sources: Sequence[AlignedRow]) -> Int[np.ndarray, " seq_len"]:
-    """Return which source has the lowest cost among those heard; -1 where none is.
+def give_tail_to(next_ids: Int[np.ndarray, " seq_len"], fused: FusedRow) -> FusedRow:
+    """Return the same with the tail's mass added to the token that really comes next."""
+    is_next = (fused.top_ids == next_ids[:, None]) & fused.has_signal[:, None]
+    tail = fused.tail_probs * fused.has_signal
+    is_new = fused.has_signal & ~is_next.any(axis=1)
+    return replace(
+        fused,
+        top_ids=np.column_stack([fused.top_ids, np.where(is_new, next_ids, -1).astype(np.int32)]),
+        top_probs=np.column_stack(
+            [fused.top_probs + is_next * tail[:, None], np.where(is_new, tail, 0)]
+        ),
+        tail_probs=np.zeros_like(fused.tail_probs),
+    )
+
+
+def choose_cheapest(
+    costs: Float[np.ndarray, "sources seq_len"],
+) -> Int[np.ndarray, " seq_len"]:
+    """Return the number of the source with the lowest cost; -1 where all are infinite.
 
     Ties go to the source that stands first in the recipe.
     """
-    costs = _stack_costs(sources)
     return np.where(np.isfinite(costs).any(axis=0), costs.argmin(axis=0), -1)
 
 
@@ -117,7 +160,7 @@ def _average_sources(sources: Sequence[AlignedRow], temperature: float) -> Fused
     )
     tails = np.stack([source.tail_probs for source in sources])
     ids, probs = _add_equal_ids(np.where(probs > 0, ids, -1), probs)
-    return FusedRow(total > 0, ids, probs, (tails * weights).sum(axis=0))
+    return FusedRow(total > 0, ids, probs, (tails * weights).sum(axis=0), choose_cheapest(costs))
 
 
 def _add_equal_ids(

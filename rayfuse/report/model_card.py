@@ -2,7 +2,7 @@
 
 import yaml
 
-from rayfuse.recipe import Recipe, dump_recipe
+from rayfuse.recipe import Recipe, describe_curve, dump_recipe
 from rayfuse.report.gather import Findings
 from rayfuse.report.tables import build_table, escape_markdown, render_markdown
 from rayfuse.report.verdict import Verdict
@@ -49,7 +49,8 @@ The licences and terms of use of the base model, of every source and of the text
 
 Every source scored the training text; its distributions over next tokens were aligned with the
 target's tokens byte by byte, fused by `{recipe.fuse.method}`, and the target was trained on
-lambda \\* CLM + (1 - lambda) \\* D(fused || target) with lambda = {recipe.train.clm_weight:g}.
+lambda \\* CLM + (1 - lambda) \\* D(fused || target), lambda =
+{describe_curve(recipe.train.clm_weight)}.
 The method is that of FuseLLM (arXiv 2401.10491) as rayfuse computes it.
 
 The whole recipe:

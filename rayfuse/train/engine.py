@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,41 +11,85 @@ import torch
 from torch import nn
 
 from rayfuse.models import CausalLM
-from rayfuse.recipe import TrainSettings
+from rayfuse.recipe import LoraSettings, TrainSettings
 from rayfuse.train.feed import MicroBatch
-from rayfuse.train.loss import HeadLoss, LossScales, LossTargets
+from rayfuse.train.loss import HeadLoss, LossTargets, LossWeights
 
 
 class FusionModel(nn.Module):
     """A target LLM whose forward pass is the loss."""
 
-    def __init__(self, lm: CausalLM, chunk_positions: int) -> None:
+    def __init__(self, lm: CausalLM, settings: TrainSettings, *, num_sources: int) -> None:
+        """Take a target, and put adapters into it if the settings say so.
+
+        Args:
+            lm: The target; its weights are those that are trained.
+            settings: The divergence, and adapters.
+            num_sources: How many sources the loss is booked under.
+        """
         super().__init__()
+        if settings.lora is not None:
+            lm = replace(lm, model=add_adapters(lm.model, settings.lora))
         self.model = lm.model
         self.lm = [lm]  # in a list: its body and head are modules of `model` already
-        self.head_loss = HeadLoss(lm.head, chunk_positions)
+        self.head_loss = HeadLoss(
+            lm, settings, num_sources=num_sources, chunk_positions=settings.chunk_positions
+        )
 
-    def forward(self, batch: MicroBatch, scales: LossScales) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the scaled loss, and the plain sums of CLM and fusion loss in nats."""
+    def forward(self, batch: MicroBatch, weights: LossWeights) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the scaled loss, and the plain sums in nats: CLM, then D by source."""
         lm = self.lm[0]
         device = self.head_loss.weight.device
 
         def move(array: Any) -> torch.Tensor:
-            return torch.from_numpy(array).to(device, non_blocking=True)
+            tensor = torch.from_numpy(array)
+            tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+            tensor = tensor.to(device, non_blocking=True)
+            return tensor.long() if tensor.dtype in (torch.int32, torch.int16) else tensor
 
-        hidden = lm.hidden_states(move(batch.token_ids))
+        places = None if batch.position_ids is None else move(batch.position_ids)
+        hidden = lm.hidden_states(move(batch.token_ids), places)
+        is_fused = weights.clm < 1
         targets = LossTargets(
             next_ids=move(batch.next_ids),
             has_signal=move(batch.has_signal),
-            top_ids=move(batch.top_ids),
-            top_probs=move(batch.top_probs),
+            sources=move(batch.sources),
+            top_ids=move(batch.top_ids if is_fused else batch.top_ids[:, :0]),
+            top_probs=move(batch.top_probs if is_fused else batch.top_probs[:, :0]),
             tail_probs=move(batch.tail_probs),
         )
-        return self.head_loss(hidden.flatten(0, 1)[move(batch.positions)], targets, scales)
+        return self.head_loss(hidden.flatten(0, 1)[move(batch.positions)], targets, weights)
+
+
+def add_adapters(model: nn.Module, settings: LoraSettings) -> nn.Module:
+    """Return a model with low-rank adapters, which alone are trained.
+
+    Raises:
+        ValueError: peft is not installed, or the model has no such layers.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError("train.lora needs peft; pip install 'rayfuse[lora]'") from error
+    modules = settings.modules
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=settings.dropout,
+        target_modules=modules if isinstance(modules, str) else list(modules),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
 
 
 def build_engine(
-    model: FusionModel, settings: TrainSettings, *, num_steps: int, num_workers: int, device: str
+    model: FusionModel,
+    settings: TrainSettings,
+    *,
+    num_steps: int,
+    num_workers: int,
+    device: str,
+    load_universal: bool = False,
 ) -> Any:
     """Return the DeepSpeed engine that trains a model; the process group must be up.
 
@@ -54,6 +99,7 @@ def build_engine(
         num_steps: Optimiser steps of the whole run, for the schedule.
         num_workers: Size of the process group.
         device: `cpu` or `cuda`.
+        load_universal: A checkpoint in DeepSpeed's universal format will be loaded.
     """
     import deepspeed
 
@@ -62,17 +108,23 @@ def build_engine(
         # where there is no compiler. Gloo alone serves (DeepSpeed 0.19.8).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore
     if settings.gradient_checkpointing:
-        model.lm[0].model.gradient_checkpointing_enable()  # pyright: ignore
+        lm: Any = model.lm[0].model
+        # The newer name first: the older one is going away.
+        getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)()
+        if settings.lora is not None:
+            lm.enable_input_require_grads()  # else nothing before the first adapter has gradients
     optimizer = torch.optim.AdamW(
         _group_parameters(model, settings.weight_decay),
         lr=settings.learning_rate,
         betas=settings.betas,
+        eps=settings.epsilon,
     )
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
         lr_scheduler=_schedule(settings, num_steps),
-        config=deepspeed_config(settings, num_workers, model.head_loss.weight.dtype),
+        config=deepspeed_config(settings, num_workers, model.head_loss.weight.dtype)
+        | {"checkpoint": {"load_universal": load_universal}},
     )
     return engine
 
@@ -81,29 +133,47 @@ def deepspeed_config(
     settings: TrainSettings, num_workers: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Return DeepSpeed's configuration for the recipe's training settings."""
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if settings.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if settings.zero_stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
     return {
-        "train_batch_size": settings.rows_per_step,
-        "train_micro_batch_size_per_gpu": settings.micro_batch_rows,
-        "gradient_accumulation_steps": settings.rows_per_step
-        // (num_workers * settings.micro_batch_rows),
+        # The loop says which micro-batch is the last of a step: their number varies.
+        "train_batch_size": num_workers,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": settings.gradient_clipping,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": False},
-        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # it would be compiled
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
 
 
 def learning_rate_share(step: int, settings: TrainSettings, num_steps: int) -> float:
-    """Return the learning rate of a step as a share of the peak: linear warm-up, then cosine."""
+    """Return the learning rate of a step as a share of the peak: a linear rise, then its schedule.
+
+    Args:
+        step: Steps done before it.
+        settings: The warm-up, the schedule and where it ends.
+        num_steps: Of the whole run.
+    """
     warmup_steps = math.ceil(settings.warmup_share * num_steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(num_steps - warmup_steps, 1)
+    done = min((step - warmup_steps) / max(num_steps - warmup_steps, 1), 1.0)
     low = settings.final_learning_rate_share
-    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    match settings.schedule:
+        case "cosine":
+            return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done))
+        case "linear":
+            return 1 - (1 - low) * done
+        case "constant":
+            return 1.0
 
 
 def _schedule(settings: TrainSettings, num_steps: int) -> Callable[[Any], Any]:
@@ -132,4 +202,6 @@ def save_model(engine: Any, folder: str, *, rank: int) -> None:
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
         if rank == 0:
             os.makedirs(folder, exist_ok=True)
+            if hasattr(model, "merge_and_unload"):  # adapters go into the weights
+                model = model.merge_and_unload()
             model.save_pretrained(folder, safe_serialization=True)

@@ -1,263 +1,213 @@
-"""Rows of a step -> micro-batches: shards are read, sources fused, rows put side by side."""
+"""Rows of a step -> micro-batches: read, fused, packed into sequences, put side by side."""
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import hashlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
-from rayfuse.fuse.costs import cost_of_documents, cost_of_positions, cost_of_rows
-from rayfuse.fuse.fuse import AlignedRow, FusedRow, fuse_row
-from rayfuse.recipe import FuseSettings
-from rayfuse.schema import decode_probs, flatten_column
-from rayfuse.storage.dataset import Commit, DataSet, ShardError
-from rayfuse.train.order import WINDOW_SHARDS, order_rows, rows_of_step, share_of_worker
+from rayfuse.train.order import count_steps, order_rows
+from rayfuse.train.shards import Rows, ShardReader
+
+STEPS_AHEAD = 2
+"""Steps whose micro-batches are built before they are needed; as many more have shards read."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows side by side, and what each position that has a next token is to learn."""
+    """Sequences side by side, and what each position that has a next token is to learn."""
 
     token_ids: Int[np.ndarray, "batch seq_len"]
     """Padded on the right with id 0."""
+    position_ids: Int[np.ndarray, "batch seq_len"] | None
+    """Each token's place in its row, by which attention tells packed rows apart; None where every
+    sequence is one row."""
     positions: Int[np.ndarray, " positions"]
     """Where those positions are in the flattened batch."""
     next_ids: Int[np.ndarray, " positions"]
     has_signal: Bool[np.ndarray, " positions"]
+    sources: Int[np.ndarray, " positions"]
     top_ids: Int[np.ndarray, "positions entries"]
     top_probs: Float[np.ndarray, "positions entries"]
     tail_probs: Float[np.ndarray, " positions"]
 
 
 @dataclass(frozen=True)
-class OpenShard:
-    """A shard's rows of the corpus and of every source, in memory."""
+class Packing:
+    """How rows become sequences and micro-batches."""
 
-    target_ids: np.ndarray
-    offsets: np.ndarray
-    sources: tuple["OpenSource", ...]
+    sequence_tokens: int
+    sequences: int
+    """Of a micro-batch."""
+    is_packed: bool
+    """Several rows may share a sequence."""
 
 
 @dataclass(frozen=True)
-class OpenSource:
-    """One source's aligned columns of a shard."""
+class Plan:
+    """Which rows come when."""
 
-    has_signal: np.ndarray
-    top_ids: np.ndarray
-    differences: np.ndarray
-    tail_logprobs: np.ndarray
-    nats_per_byte: np.ndarray
-    row_costs: np.ndarray
-    """Of each row, or of the document that it belongs to."""
-    weight: float
-
-    def read_row(
-        self, row: int, part: slice, num_bytes: np.ndarray, settings: FuseSettings
-    ) -> AlignedRow:
-        """Return what the source says of the positions of one row."""
-        top_ids, tails = self.top_ids[part], self.tail_logprobs[part]
-        return AlignedRow(
-            has_signal=self.has_signal[part],
-            top_ids=top_ids,
-            top_probs=decode_probs(self.differences[part].reshape(-1), top_ids, tails),
-            tail_probs=np.exp(tails.astype(np.float32)),
-            costs=cost_of_positions(
-                self.nats_per_byte[part], num_bytes, float(self.row_costs[row]), settings
-            ),
-            weight=self.weight,
-        )
+    seed: int
+    epochs: int
+    rows_per_step: int
+    """Over all workers."""
 
 
-class RowReader:
-    """Reads rows of the corpus zipped with every source; keeps the last few shards open."""
+@dataclass(frozen=True)
+class Step:
+    """One worker's part of an optimiser step."""
 
-    def __init__(
-        self,
-        corpus: DataSet,
-        aligned: Mapping[str, DataSet],
-        fuse: FuseSettings,
-        token_bytes: Int[np.ndarray, " vocab"],
-    ) -> None:
-        """Open nothing yet.
-
-        Args:
-            corpus: The rows.
-            aligned: What each source says of them, by its name; none for CLM.
-            fuse: How sources become one.
-            token_bytes: How many bytes each target token spells.
-        """
-        self.fuse, self.token_bytes = fuse, token_bytes
-        self.data = [corpus, *aligned.values()]
-        self.weights = [fuse.weights.get(name, 1.0) for name in aligned]
-        self.commits: list[dict[int, Commit]] = [data.commits() for data in self.data]
-        self.open: OrderedDict[int, OpenShard] = OrderedDict()
-
-    @property
-    def rows_per_shard(self) -> list[int]:
-        """Rows of each shard of the corpus."""
-        return [self.commits[0][shard].rows for shard in sorted(self.commits[0])]
-
-    def read_row(self, shard: int, row: int) -> tuple[Int[np.ndarray, " seq_len"], FusedRow | None]:
-        """Return a row's target tokens and, if there are sources, their fused distributions.
-
-        Raises:
-            ShardError: A shard is missing, damaged, or does not hold the corpus' rows.
-        """
-        opened = self._open_shard(shard)
-        part = slice(opened.offsets[row], opened.offsets[row + 1])
-        token_ids = opened.target_ids[part]
-        num_bytes = np.append(self.token_bytes[token_ids[1:]], 0)  # of the next token
-        sources = [source.read_row(row, part, num_bytes, self.fuse) for source in opened.sources]
-        return token_ids, fuse_row(sources, self.fuse) if sources else None
-
-    def _open_shard(self, shard: int) -> OpenShard:
-        if shard not in self.open:
-            self.open[shard] = self._read_shard(shard)
-            if len(self.open) > WINDOW_SHARDS + 1:
-                self.open.popitem(last=False)
-        self.open.move_to_end(shard)
-        return self.open[shard]
-
-    def _read_shard(self, shard: int) -> OpenShard:
-        tables = [
-            data.read_shard(commits[shard])
-            for data, commits in zip(self.data, self.commits, strict=True)
-        ]
-        corpus, *aligned = tables
-        row_ids = corpus["row_id"].to_pylist()
-        for data, table in zip(self.data[1:], aligned, strict=True):
-            if table["row_id"].to_pylist() != row_ids:
-                raise ShardError(f"{data.folder}: shard {shard} does not hold the corpus' rows")
-        target_ids, offsets = flatten_column(corpus, "target_ids")
-        sources = (
-            _open_source(table, row_costs, weight, len(target_ids))
-            for table, row_costs, weight in zip(
-                aligned, self._cost_rows(corpus, aligned), self.weights, strict=True
-            )
-        )
-        return OpenShard(target_ids=target_ids, offsets=offsets, sources=tuple(sources))
-
-    def _cost_rows(
-        self, corpus: pa.Table, aligned: Sequence[pa.Table]
-    ) -> list[Float[np.ndarray, " rows"]]:
-        """Return each source's cost of each row, or of the document that it belongs to."""
-        per_byte = self.fuse.cost == "nats_per_byte"
-        nats = [table["nats"].to_numpy() for table in aligned]
-        sizes = [
-            (corpus["num_bytes"] if per_byte else table["num_tokens"]).to_numpy()
-            for table in aligned
-        ]
-        if self.fuse.unit != "document":
-            return [cost_of_rows(*each) for each in zip(nats, sizes, strict=True)]
-        documents = np.unique(corpus["doc_id"].to_pylist(), return_inverse=True)[1]
-        is_common = np.ones(corpus.num_rows, dtype=bool)
-        for each, weight in zip(nats, self.weights, strict=True):
-            is_common &= np.isfinite(each) | (weight == 0)
-        return [
-            cost_of_documents(*each, documents, is_common) for each in zip(nats, sizes, strict=True)
-        ]
+    batches: list[MicroBatch]
+    batch_id: str
+    """Of all workers' rows together: equal steps have equal ids."""
 
 
-def _open_source(
-    table: pa.Table, row_costs: Float[np.ndarray, " rows"], weight: float, num_tokens: int
-) -> OpenSource:
-    top_ids = flatten_column(table, "top_ids")[0].reshape(num_tokens, -1)
-    return OpenSource(
-        has_signal=flatten_column(table, "has_signal")[0],
-        top_ids=top_ids,
-        differences=flatten_column(table, "top_logprobs")[0].reshape(top_ids.shape),
-        tail_logprobs=flatten_column(table, "tail_logprobs")[0],
-        nats_per_byte=flatten_column(table, "nats_per_byte")[0],
-        row_costs=row_costs,
-        weight=weight,
+def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Return the rows of each sequence: longest first, each into the first that has room.
+
+    Args:
+        lengths: Tokens of each row; a row longer than a sequence has one for itself.
+        capacity: Tokens of a sequence.
+    """
+    sequences: list[list[int]] = []
+    room: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        for number, free in enumerate(room):
+            if lengths[row] <= free:
+                sequences[number].append(row)
+                room[number] -= lengths[row]
+                break
+        else:
+            sequences.append([row])
+            room.append(capacity - lengths[row])
+    return sequences
+
+
+def build_micro_batches(rows: Rows, packing: Packing) -> list[MicroBatch]:
+    """Return a worker's micro-batches of a step."""
+    lengths = rows.lengths.tolist()
+    capacity = packing.sequence_tokens if packing.is_packed else 0
+    sequences = pack_rows(lengths, capacity)
+    starts = np.cumsum(rows.lengths) - rows.lengths
+    return [
+        _lay_out(rows, starts, sequences[first : first + packing.sequences], packing)
+        for first in range(0, len(sequences), packing.sequences)
+    ]
+
+
+def empty_micro_batch(like: MicroBatch | None = None) -> MicroBatch:
+    """Return a micro-batch of one token that teaches nothing, for a worker that has no rows left.
+
+    Args:
+        like: Another one, whose number of entries and kind of sequence it shall have.
+    """
+    one = np.zeros((1, 1), dtype=np.int32)
+    entries = 0 if like is None else like.top_ids.shape[1]
+    return MicroBatch(
+        token_ids=one,
+        position_ids=None if like is None or like.position_ids is None else one,
+        positions=np.zeros(0, dtype=np.int64),
+        next_ids=np.zeros(0, dtype=np.int32),
+        has_signal=np.zeros(0, dtype=bool),
+        sources=np.zeros(0, dtype=np.int16),
+        top_ids=np.zeros((0, entries), dtype=np.int32),
+        top_probs=np.zeros((0, entries), dtype=np.float32),
+        tail_probs=np.zeros(0, dtype=np.float32),
     )
 
 
-def build_micro_batch(
-    rows: Sequence[tuple[Int[np.ndarray, " _"], FusedRow | None]],
+def _lay_out(
+    rows: Rows, starts: Int[np.ndarray, " rows"], sequences: list[list[int]], packing: Packing
 ) -> MicroBatch:
-    """Return rows side by side; a row's last position has no next token and learns nothing."""
-    seq_len = max((len(ids) for ids, _ in rows), default=1)
-    token_ids = np.zeros((max(len(rows), 1), seq_len), dtype=np.int64)
-    for index, (ids, _) in enumerate(rows):
-        token_ids[index, : len(ids)] = ids
-    fused = [row for _, row in rows if row is not None]
-    entries = max((row.top_ids.shape[1] for row in fused), default=0)
-    if not fused:
-        fused = [_no_distribution(len(ids)) for ids, _ in rows]
-    positions = [index * seq_len + np.arange(len(ids) - 1) for index, (ids, _) in enumerate(rows)]
+    lengths = [rows.lengths[sequence] for sequence in sequences]
+    seq_len = max(int(each.sum()) for each in lengths)
+    places = [
+        number * seq_len + np.cumsum(each) - each  # where each row begins in the flat batch
+        for number, each in enumerate(lengths)
+    ]
+    numbers = np.concatenate(sequences)
+    lens, begins = rows.lengths[numbers], np.concatenate(places)
+    source, place = _ranges(starts[numbers], lens), _ranges(begins, lens)
+    token_ids = np.zeros((len(sequences), seq_len), dtype=np.int32)
+    token_ids.reshape(-1)[place] = rows.token_ids[source]
+    position_ids = np.zeros_like(token_ids) if packing.is_packed else None
+    if position_ids is not None:
+        position_ids.reshape(-1)[place] = _ranges(np.zeros_like(begins), lens)
+    at = _ranges(starts[numbers], lens - 1)
+    fused = rows.fused
     return MicroBatch(
         token_ids=token_ids,
-        positions=_join(positions, np.int64),
-        next_ids=_join([ids[1:] for ids, _ in rows], np.int64),
-        has_signal=_join([row.has_signal[:-1] for row in fused], np.bool_),
-        top_ids=_join([row.top_ids[:-1] for row in fused], np.int64, entries),
-        top_probs=_join([row.top_probs[:-1] for row in fused], np.float32, entries),
-        tail_probs=_join([row.tail_probs[:-1] for row in fused], np.float32),
+        position_ids=position_ids,
+        positions=_ranges(begins, lens - 1),
+        next_ids=rows.token_ids.take(at + 1),
+        has_signal=fused.has_signal.take(at),
+        sources=fused.winners.take(at),
+        top_ids=fused.top_ids.take(at, axis=0),
+        top_probs=fused.top_probs.take(at, axis=0),
+        tail_probs=fused.tail_probs.take(at),
     )
 
 
-def _no_distribution(num_tokens: int) -> FusedRow:
-    return FusedRow(
-        has_signal=np.zeros(num_tokens, dtype=bool),
-        top_ids=np.zeros((num_tokens, 0), dtype=np.int32),
-        top_probs=np.zeros((num_tokens, 0)),
-        tail_probs=np.zeros(num_tokens),
-    )
-
-
-def _join(parts: Sequence[np.ndarray], dtype: Any, width: int | None = None) -> np.ndarray:
-    empty = np.zeros(0 if width is None else (0, width), dtype=dtype)
-    return np.concatenate([empty, *parts]).astype(dtype)
+def _ranges(
+    starts: Int[np.ndarray, " ranges"], lengths: Int[np.ndarray, " ranges"]
+) -> Int[np.ndarray, " total"]:
+    """Return start, start + 1, ... of each range, one after the other."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
 
 
 def iterate_steps(
-    reader: RowReader,
+    reader: ShardReader,
+    packing: Packing,
+    plan: Plan,
     *,
-    seed: int,
-    epochs: int,
-    rows_per_step: int,
-    micro_batch_rows: int,
     rank: int,
     num_workers: int,
     first_step: int = 0,
-) -> Iterator[list[MicroBatch]]:
-    """Yield one worker's micro-batches, step by step from `first_step`; the next is read ahead.
+) -> Iterator[Step]:
+    """Yield one worker's steps from `first_step` on; the next ones are built in the background.
 
-    Every worker has the same number of micro-batches in each step; some may be empty.
+    Workers may have different numbers of micro-batches in a step.
     """
-    per_worker = rows_per_step // num_workers
 
-    def read_step(rows: Int[np.ndarray, "step_rows 2"]) -> list[MicroBatch]:
-        mine = share_of_worker(rows, rank, num_workers, rows_per_step)
-        read = [reader.read_row(int(shard), int(row)) for shard, row in mine]
-        return [
-            build_micro_batch(read[start : start + micro_batch_rows])
-            for start in range(0, per_worker, micro_batch_rows)
-        ]
+    def build(window: list[tuple[str, Int[np.ndarray, "rows 2"]]]) -> Step:
+        reader.keep({int(shard) for _, rows in window for shard in np.unique(rows[:, 0])})
+        batch_id, mine = window[0]
+        return Step(build_micro_batches(reader.read_rows(mine), packing), batch_id)
 
-    steps = _list_steps(reader.rows_per_shard, seed, epochs, rows_per_step, first_step)
-    with ThreadPoolExecutor(max_workers=1) as ahead:
-        pending = None
-        for rows in steps:
-            following = ahead.submit(read_step, rows)
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()
+    shares = _list_shares(reader.rows_per_shard, plan, rank, num_workers, first_step)
+    window: deque[tuple[str, Int[np.ndarray, "rows 2"]]] = deque()
+    pending: deque[Future[Step]] = deque()
+    with ThreadPoolExecutor(max_workers=1) as builder:
+        try:
+            for share in shares:
+                window.append(share)
+                if len(window) > STEPS_AHEAD:
+                    pending.append(builder.submit(build, list(window)))
+                    window.popleft()
+                if len(pending) > STEPS_AHEAD:
+                    yield pending.popleft().result()
+            while window or pending:
+                if window:
+                    pending.append(builder.submit(build, list(window)))
+                    window.popleft()
+                yield pending.popleft().result()
+        finally:
+            builder.shutdown(wait=True, cancel_futures=True)
+            reader.keep(set())
 
 
-def _list_steps(
-    rows_per_shard: Sequence[int], seed: int, epochs: int, rows_per_step: int, first_step: int
-) -> Iterator[Int[np.ndarray, "step_rows 2"]]:
-    steps_per_epoch = -(-sum(rows_per_shard) // rows_per_step)
-    for epoch in range(first_step // max(steps_per_epoch, 1), epochs):
-        order = order_rows(rows_per_shard, seed=seed, epoch=epoch)
-        start = first_step - epoch * steps_per_epoch if epoch * steps_per_epoch < first_step else 0
-        for step in range(start, steps_per_epoch):
-            yield rows_of_step(order, step, rows_per_step)
+def _list_shares(
+    rows_per_shard: Sequence[int], plan: Plan, rank: int, num_workers: int, first_step: int
+) -> Iterator[tuple[str, Int[np.ndarray, "rows 2"]]]:
+    """Yield the id of each step's rows, and one worker's share of them."""
+    steps = count_steps(sum(rows_per_shard), plan.rows_per_step, 1)
+    for epoch in range(first_step // max(steps, 1), plan.epochs):
+        order = order_rows(rows_per_shard, seed=plan.seed, epoch=epoch)
+        for number in range(max(first_step - epoch * steps, 0), steps):
+            step = order.step(number, plan.rows_per_step)
+            batch_id = hashlib.sha256(step.rows.astype(np.int64).tobytes()).hexdigest()[:16]
+            yield batch_id, step.share(rank, num_workers)

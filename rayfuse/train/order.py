@@ -1,52 +1,61 @@
 """Which rows each step trains on: a function of seed and epoch alone, never of the workers."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
 
-WINDOW_SHARDS = 8
-"""Shards whose rows are shuffled together: a worker keeps this many open, not the whole corpus."""
+LANES = 8
+"""Shards that rows are drawn from at a time: so many are open, not the whole corpus."""
 
 
-def order_rows(
-    rows_per_shard: Sequence[int], *, seed: int, epoch: int
-) -> Int[np.ndarray, "rows 2"]:
-    """Return every row of the corpus once, as (shard, row in shard), shuffled.
+@dataclass(frozen=True)
+class Order:
+    """Every row of an epoch once."""
 
-    Shards come in random order; within windows of `WINDOW_SHARDS` of them, so do rows.
+    rows: Int[np.ndarray, "rows 2"]
+    """(shard, row in shard)."""
+    lanes: Int[np.ndarray, " rows"]
+    """Which lane each comes from: a lane opens its shards one after the other."""
+
+    def step(self, step: int, rows_per_step: int) -> "Order":
+        """Return the rows of a step of the epoch, over all workers."""
+        part = slice(step * rows_per_step, (step + 1) * rows_per_step)
+        return Order(self.rows[part], self.lanes[part])
+
+    def share(self, rank: int, num_workers: int) -> Int[np.ndarray, "worker_rows 2"]:
+        """Return one worker's rows of a step: those of its lanes, as far as shares are equal."""
+        by_lane = self.rows[np.argsort(self.lanes, kind="stable")]
+        return np.array_split(by_lane, num_workers)[rank]
+
+
+def order_rows(rows_per_shard: Sequence[int], *, seed: int, epoch: int) -> Order:
+    """Return an epoch's order.
+
+    Shards are shuffled and dealt to `LANES` lanes; the rows of each shard are shuffled. All lanes
+    begin and end together: a row's place is its share of the way through its lane.
     """
     random = np.random.default_rng([seed, epoch])
     shards = random.permutation(len(rows_per_shard))
-    windows: list[np.ndarray] = [np.zeros((0, 2), dtype=np.int64)]
-    for start in range(0, len(shards), WINDOW_SHARDS):
-        window = np.concatenate(
-            [
-                np.stack(
-                    [np.full(rows_per_shard[shard], shard), np.arange(rows_per_shard[shard])], 1
-                )
-                for shard in shards[start : start + WINDOW_SHARDS]
-            ]
-        )
-        windows.append(random.permutation(window))
-    return np.concatenate(windows)
+    num_lanes = max(1, min(LANES, len(shards)))
+    rows: list[np.ndarray] = [np.zeros((0, 2), dtype=np.int64)]
+    lanes: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
+    places: list[np.ndarray] = [np.zeros(0)]
+    for lane in range(num_lanes):
+        mine = [
+            np.stack([np.full(num_rows, shard), random.permutation(num_rows)], axis=1)
+            for shard in shards[lane::num_lanes]
+            if (num_rows := rows_per_shard[shard])
+        ]
+        num_rows = sum(map(len, mine))
+        rows += mine
+        lanes.append(np.full(num_rows, lane))
+        places.append((np.arange(num_rows) + random.random()) / max(num_rows, 1))
+    order = np.argsort(np.concatenate(places), kind="stable")
+    return Order(np.concatenate(rows)[order], np.concatenate(lanes)[order])
 
 
 def count_steps(num_rows: int, rows_per_step: int, epochs: int) -> int:
     """Return the optimiser steps of a run; the last of each epoch may have fewer rows."""
     return epochs * -(-num_rows // rows_per_step)
-
-
-def rows_of_step(
-    order: Int[np.ndarray, "rows 2"], step: int, rows_per_step: int
-) -> Int[np.ndarray, "step_rows 2"]:
-    """Return the rows of a step of an epoch, over all workers."""
-    return order[step * rows_per_step : (step + 1) * rows_per_step]
-
-
-def share_of_worker(
-    rows: Int[np.ndarray, "step_rows 2"], rank: int, num_workers: int, rows_per_step: int
-) -> Int[np.ndarray, "worker_rows 2"]:
-    """Return one worker's rows of a step: its slots, fewer where the step is short."""
-    slots = rows_per_step // num_workers
-    return rows[rank * slots : (rank + 1) * slots]

@@ -1,38 +1,23 @@
 """The train stage: Ray Train workers around a DeepSpeed engine, with and without fusion at once."""
 
-import json
-import tempfile
-import time
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayTaskError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayfuse.layout import Layout, TrainRun
-from rayfuse.progress import Board, Progress
-from rayfuse.recipe import Recipe, dump_recipe
-from rayfuse.storage.dataset import DataSet
+from rayfuse.progress import Board, Progress, RunState
+from rayfuse.recipe import Recipe
 from rayfuse.storage.store import Store
+from rayfuse.train.trackers import check_trackers
+from rayfuse.train.worker import WorkerTask, run_worker
 
 POLL_SECONDS = 0.5
 
-
-@dataclass(frozen=True)
-class WorkerTask:
-    """All that a worker needs to train its share of a run."""
-
-    recipe: Recipe
-    run: TrainRun
-    store: Store
-    corpus: DataSet
-    aligned: dict[str, DataSet]
-    """Empty for the run without fusion."""
-    use_gpu: bool
-    board: Any
-    """The actor that hears of steps."""
+RESIZE_SECONDS = 30.0
+"""Between two looks whether there is room for more workers."""
 
 
 def is_trained(run: TrainRun, store: Store) -> bool:
@@ -41,14 +26,17 @@ def is_trained(run: TrainRun, store: Store) -> bool:
 
 
 def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
-    """Train every run that is not done yet, all at once.
+    """Train every run that is not done yet, all at once if there is room.
 
     Raises:
-        ValueError: A data set is not whole.
+        ValueError: A data set is not whole, or a tracker is not installed.
+        ShardError: A shard is missing or damaged.
+        FloatingPointError: A loss is not finite.
     """
     runs = [run for run in layout.runs if not is_trained(run, layout.store)]
     if not runs:
         return
+    check_trackers(recipe)
     for data in (layout.corpus, *layout.aligned.values()):
         if not data.is_whole():
             raise ValueError(
@@ -59,14 +47,70 @@ def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     waiting = [_plan_run(recipe, layout, run, board) for run in runs]
     at_once = _count_runs_at_once(waiting[0])
     running: list[Any] = []
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            running.append(fit.remote(waiting.pop(0)))
-        ready, running = ray.wait(running, timeout=POLL_SECONDS)
+    watch = Watch(progress)
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                running.append(fit.remote(waiting.pop(0)))
+            ready, running = ray.wait(running, timeout=POLL_SECONDS)
+            watch.look(ray.get(board.read.remote()))
+            _end_runs(ready, board)
+    finally:
+        for each in running:
+            ray.cancel(each, force=True)
+
+
+def _end_runs(ready: list[Any], board: Any) -> None:
+    try:
         ray.get(ready)
-        steps: Any = ray.get(board.read.remote())
-        for name, (step, num_steps) in steps.items():
-            progress(f"train {name}", step, num_steps, "steps")
+    except RayTaskError:
+        states: dict[str, RunState] = ray.get(board.read.remote())
+        for state in states.values():
+            if state.fault is not None:
+                raise state.fault from None
+        raise
+
+
+class Watch:
+    """Tells what is new on the board."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.told: dict[str, int] = {}
+        self.has_warned = False
+
+    def look(self, states: dict[str, RunState]) -> None:
+        """Report each run's step and what it has told since, and compare validations.
+
+        Raises:
+            Exception: A run's fault that trying again would not mend.
+        """
+        for name, state in states.items():
+            for text in state.told[self.told.get(name, 0) :]:
+                self.progress(f"train {name}", 0, 0, note=text)
+            self.told[name] = len(state.told)
+            if state.num_steps:
+                title = f"train {name}"
+                self.progress(title, state.step, state.num_steps, "steps", state.note)
+            if state.fault is not None:
+                raise state.fault
+        if {"fused", "clm"} <= set(states):
+            self._compare(states["fused"], states["clm"])
+
+    def _compare(self, fused: RunState, clm: RunState) -> None:
+        """Warn early where fusion is worse than the same training without it."""
+        common = sorted(set(fused.validations) & set(clm.validations))
+        if self.has_warned or not common:
+            return
+        step = common[-1]
+        if fused.validations[step] > clm.validations[step]:
+            self.has_warned = True
+            text = (
+                f"warning: at step {step} fusion is worse on held-out rows, "
+                f"{fused.validations[step]:.4f} bits a byte against {clm.validations[step]:.4f} "
+                "without it; look at the sources' own scores, or raise train.lambda"
+            )
+            self.progress("train fused", 0, 0, note=text)
 
 
 def _count_runs_at_once(task: WorkerTask) -> int:
@@ -90,13 +134,13 @@ def _worker_resources(task: WorkerTask) -> dict[str, float]:
 def _plan_run(recipe: Recipe, layout: Layout, run: TrainRun, board: Any) -> WorkerTask:
     gpus = recipe.train.gpus_per_worker
     use_gpu = ray.cluster_resources().get("GPU", 0) > 0 if gpus is None else gpus > 0
-    is_fused = run.clm_weight < 1
     return WorkerTask(
         recipe=recipe,
         run=run,
         store=layout.store,
         corpus=layout.corpus,
-        aligned=layout.aligned if is_fused else {},
+        aligned=layout.aligned if run.is_fused else {},
+        held_out=layout.held_out,
         use_gpu=use_gpu,
         board=board,
     )
@@ -105,136 +149,22 @@ def _plan_run(recipe: Recipe, layout: Layout, run: TrainRun, board: Any) -> Work
 def _fit(task: WorkerTask) -> None:
     """Run one training to its end; in a process of its own, as Ray Train sets signal handlers."""
     settings = task.recipe.train
+    workers = settings.num_workers
+    is_elastic = settings.min_workers not in (None, workers)
     trainer = TorchTrainer(
-        _train_worker,
+        run_worker,
         train_loop_config={"task": task},
         torch_config=TorchConfig(backend="nccl" if task.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.num_workers,
+            num_workers=(settings.min_workers or workers, workers) if is_elastic else workers,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             use_gpu=task.use_gpu,
             resources_per_worker=_worker_resources(task),
         ),
         run_config=ray.train.RunConfig(
-            name="checkpoints",
+            name="ray",
             storage_path=f"{task.store.root}/{task.run.folder}",
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
     )
     trainer.fit()
-
-
-def _train_worker(config: dict[str, Any]) -> None:
-    """Train one worker's share of a run; rank 0 writes metrics and the model."""
-    from rayfuse.model_files import load_recipe_tokenizer
-    from rayfuse.models import load_causal_lm, resolve_dtype
-    from rayfuse.train.engine import FusionModel, build_engine, save_model
-    from rayfuse.train.feed import RowReader, iterate_steps
-    from rayfuse.train.loop import train_steps
-    from rayfuse.train.order import count_steps
-
-    task: WorkerTask = config["task"]
-    recipe, settings = task.recipe, task.recipe.train
-    context = ray.train.get_context()
-    rank, num_workers = context.get_world_rank(), context.get_world_size()
-    device = "cuda" if task.use_gpu else "cpu"
-    token_bytes = load_recipe_tokenizer(recipe.target).count_bytes()
-    reader = RowReader(task.corpus, task.aligned, recipe.fuse, token_bytes)
-    num_steps = count_steps(sum(reader.rows_per_shard), settings.rows_per_step, settings.epochs)
-    lm = load_causal_lm(
-        recipe.target.model,
-        dtype=resolve_dtype(recipe.target.dtype, device),
-        device=device,
-        revision=recipe.target.revision,
-        trust_remote_code=recipe.target.trust_remote_code,
-    )
-    lm.model.train()
-    engine = build_engine(
-        FusionModel(lm, settings.chunk_positions),
-        settings,
-        num_steps=num_steps,
-        num_workers=num_workers,
-        device=device,
-    )
-    records = _resume(engine)
-    first_step = len(records)
-
-    def after_step(metrics: Any) -> None:
-        tokens_before = records[-1]["tokens"] if records else 0
-        records.append(replace(metrics, tokens=tokens_before + metrics.tokens).to_record())
-        if rank == 0:
-            task.board.write.remote(task.run.name, metrics.step, num_steps)
-        if metrics.step % settings.checkpoint_every_steps == 0 and metrics.step < num_steps:
-            _checkpoint(engine, records, metrics.step)
-
-    steps = iterate_steps(
-        reader,
-        seed=recipe.seed,
-        epochs=settings.epochs,
-        rows_per_step=settings.rows_per_step,
-        micro_batch_rows=settings.micro_batch_rows,
-        rank=rank,
-        num_workers=num_workers,
-        first_step=first_step,
-    )
-    train_steps(
-        engine,
-        steps,
-        clm_weight=task.run.clm_weight,
-        first_step=first_step,
-        num_workers=num_workers,
-        after_step=after_step,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(engine, folder, rank=rank)
-        if rank == 0:
-            _publish(task, Path(folder), records)
-
-
-def _checkpoint(engine: Any, records: list[dict[str, Any]], step: int) -> None:
-    """Save the engine and the metrics so far; every rank must call."""
-    with tempfile.TemporaryDirectory() as folder:
-        engine.save_checkpoint(folder, tag="ds")
-        if ray.train.get_context().get_world_rank() == 0:
-            Path(folder, "metrics.jsonl").write_text(_to_lines(records))
-        ray.train.report(
-            {"step": step},
-            checkpoint=ray.train.Checkpoint.from_directory(folder),
-            checkpoint_dir_name=f"step_{step:06d}",
-        )
-
-
-def _resume(engine: Any) -> list[dict[str, Any]]:
-    """Load the last checkpoint, if there is one, and return the metrics of the steps done."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return []
-    with checkpoint.as_directory() as folder:
-        engine.load_checkpoint(folder, tag="ds")
-        lines = Path(folder, "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def _publish(task: WorkerTask, folder: Path, records: list[dict[str, Any]]) -> None:
-    """Put the model, its tokenizer and the metrics into the store; `done.json` comes last."""
-    from transformers import AutoTokenizer
-
-    target = task.recipe.target
-    tokenizer = AutoTokenizer.from_pretrained(
-        target.model, revision=target.revision, trust_remote_code=target.trust_remote_code
-    )
-    tokenizer.save_pretrained(folder)
-    for file in sorted(folder.iterdir()):
-        task.store.write(f"{task.run.folder}/model/{file.name}", file.read_bytes())
-    task.store.write(f"{task.run.folder}/metrics.jsonl", _to_lines(records).encode())
-    done = {
-        "fingerprint": task.run.fingerprint,
-        "finished": time.time(),
-        "recipe": dump_recipe(task.recipe),
-        "steps": len(records),
-    }
-    task.store.write(f"{task.run.folder}/done.json", json.dumps(done, indent=1).encode())
-
-
-def _to_lines(records: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)

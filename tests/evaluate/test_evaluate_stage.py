@@ -82,7 +82,7 @@ def layout(recipe: Recipe, rows: pa.Table) -> Layout:
     held_out.write_shard(0, rows.slice(0, 3), tokens=3)
     held_out.write_shard(1, rows.slice(3), tokens=2)
     held_out.finish(2)
-    run = TrainRun("fused", "train/fused-0", "0", 0.5)
+    run = TrainRun("fused", "train/fused-0", "0", True)
     shutil.copytree(recipe.target.model, f"{recipe.storage}/{run.folder}/model")
     names = ["small", "target", "fused"]
     evaluations = {name: f"evaluate/{name}-0.json" for name in names}

@@ -29,15 +29,26 @@ def test_sources_are_compared_over_the_rows_of_a_document_that_all_of_them_have(
     assert costs[1].tolist() == [1.0, np.inf, np.inf, 4.0]  # no common row in the second document
 
 
+def cost_of_one_row(row_cost: float, settings: FuseSettings) -> np.ndarray:
+    """The row between two others, the first of which was rejected."""
+    return cost_of_positions(
+        np.tile(NATS_PER_BYTE, 3),
+        np.tile(NUM_BYTES, 3),
+        np.array([np.inf, row_cost, 9.0]),
+        np.array([0, 5, 10, 15]),
+        settings,
+    )[5:10]
+
+
 def test_the_unit_token_costs_what_the_next_token_does():
-    costs = cost_of_positions(NATS_PER_BYTE, NUM_BYTES, 0.7, FuseSettings(unit="token"))
+    costs = cost_of_one_row(0.7, FuseSettings(unit="token"))
     np.testing.assert_allclose(costs, [1.0, 2.0, 0.5, 4.0, 0.0])
 
 
 @pytest.mark.parametrize("span_tokens", [1, 2, 3, 4, 32])
 def test_the_unit_span_is_a_window_that_reaches_as_far_to_both_sides(span_tokens):
     settings = FuseSettings(unit="span", span_tokens=span_tokens)
-    costs = cost_of_positions(NATS_PER_BYTE, NUM_BYTES, 0.7, settings)
+    costs = cost_of_one_row(0.7, settings)
     nats = NATS_PER_BYTE.astype(float) * NUM_BYTES
     for t in range(5):
         window = [at for at in range(5) if abs(at - t) <= span_tokens // 2]
@@ -47,11 +58,11 @@ def test_the_unit_span_is_a_window_that_reaches_as_far_to_both_sides(span_tokens
 
 @pytest.mark.parametrize("unit", ["row", "document"])
 def test_a_choice_for_the_whole_row_has_one_cost(unit):
-    costs = cost_of_positions(NATS_PER_BYTE, NUM_BYTES, 0.7, FuseSettings(unit=unit))
+    costs = cost_of_one_row(0.7, FuseSettings(unit=unit))
     assert set(costs) == {0.7}
 
 
 @pytest.mark.parametrize("unit", ["row", "span", "token"])
 def test_a_rejected_row_is_infinitely_dear_in_every_unit(unit):
-    costs = cost_of_positions(NATS_PER_BYTE, NUM_BYTES, np.inf, FuseSettings(unit=unit))
+    costs = cost_of_one_row(np.inf, FuseSettings(unit=unit))
     assert np.isinf(costs).all()

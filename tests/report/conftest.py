@@ -163,7 +163,10 @@ def layout(recipe: Recipe) -> Layout:
         )
         for name, values in nats.items()
     }
-    runs = (TrainRun("fused", "train/fused-0", "0", 0.5), TrainRun("clm", "train/clm-0", "1", 1.0))
+    runs = (
+        TrainRun("fused", "train/fused-0", "0", True),
+        TrainRun("clm", "train/clm-0", "1", False),
+    )
     names = ("big", "coder", "target", "fused", "clm")
     evaluations = {name: f"evaluate/{name}-0.json" for name in names}
     for name, file in evaluations.items():

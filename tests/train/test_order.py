@@ -1,41 +1,55 @@
+import math
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from rayfuse.recipe import TrainSettings
+from rayfuse.recipe import Ramp, TrainSettings, value_at
 from rayfuse.train.engine import learning_rate_share
-from rayfuse.train.order import count_steps, order_rows, rows_of_step, share_of_worker
+from rayfuse.train.order import LANES, count_steps, order_rows
 
 SHARDS = [5, 0, 7, 3] * 6
 
 
 def test_every_row_comes_once_an_epoch_in_an_order_of_seed_and_epoch():
-    order = order_rows(SHARDS, seed=1, epoch=0)
+    order = order_rows(SHARDS, seed=1, epoch=0).rows
     expected = {(shard, row) for shard, rows in enumerate(SHARDS) for row in range(rows)}
     assert len(order) == len(expected)
     assert set(map(tuple, order.tolist())) == expected
-    np.testing.assert_array_equal(order, order_rows(SHARDS, seed=1, epoch=0))
-    assert order.tolist() != order_rows(SHARDS, seed=1, epoch=1).tolist()
-    assert order.tolist() != order_rows(SHARDS, seed=2, epoch=0).tolist()
+    np.testing.assert_array_equal(order, order_rows(SHARDS, seed=1, epoch=0).rows)
+    assert order.tolist() != order_rows(SHARDS, seed=1, epoch=1).rows.tolist()
+    assert order.tolist() != order_rows(SHARDS, seed=2, epoch=0).rows.tolist()
 
 
-def test_a_window_never_needs_more_shards_than_are_kept_open():
-    order = order_rows(SHARDS, seed=3, epoch=0)[:, 0].tolist()
+def test_few_shards_are_needed_at_a_time():
+    order = order_rows(SHARDS, seed=3, epoch=0).rows[:, 0].tolist()
     runs = [(order.index(shard), len(order) - order[::-1].index(shard)) for shard in set(order)]
     for start in range(len(order)):
-        assert sum(first <= start < last for first, last in runs) <= 8
+        assert sum(first <= start < last for first, last in runs) <= LANES
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_all_lanes_end_together():
+    order = order_rows([50, 3, 40, 41, 39, 44, 60, 20, 10, 33] * 3, seed=3, epoch=0)
+    tenth = order.lanes[-len(order.lanes) // 10 :]
+    assert set(tenth.tolist()) == set(range(LANES))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 4, 8])
 def test_any_number_of_workers_shares_out_the_same_steps(num_workers):
     order = order_rows(SHARDS, seed=4, epoch=0)
-    steps = count_steps(len(order), 8, 1)
-    for step in range(steps):
-        rows = rows_of_step(order, step, 8)
-        shares = [share_of_worker(rows, rank, num_workers, 8) for rank in range(num_workers)]
-        np.testing.assert_array_equal(np.concatenate(shares), rows)
-    assert len(rows_of_step(order, steps - 1, 8)) > 0
+    for number in range(count_steps(len(order.rows), 8, 1)):
+        step = order.step(number, 8)
+        shares = [step.share(rank, num_workers) for rank in range(num_workers)]
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        dealt = sorted(map(tuple, np.concatenate(shares).tolist()))
+        assert dealt == sorted(map(tuple, step.rows.tolist()))
+
+
+def test_a_worker_of_many_reads_few_of_the_shards():
+    order = order_rows([40] * 32, seed=5, epoch=0)
+    steps = [order.step(number, 16) for number in range(80)]
+    mine = {int(shard) for step in steps for shard in step.share(3, 8)[:, 0]}
+    assert len(mine) <= 12  # of 32; 4 of its lane, and those it shares with its neighbours'
 
 
 def test_the_learning_rate_warms_up_then_falls_by_a_cosine():
@@ -46,3 +60,18 @@ def test_the_learning_rate_warms_up_then_falls_by_a_cosine():
     assert all(a >= b for a, b in pairwise(shares[10:]))
     np.testing.assert_allclose(learning_rate_share(100, settings, 100), 0.2)
     np.testing.assert_allclose(learning_rate_share(55, settings, 100), 0.6)
+
+
+@pytest.mark.parametrize(("schedule", "middle"), [("linear", 0.6), ("constant", 1.0)])
+def test_other_schedules_go_their_way(schedule, middle):
+    settings = TrainSettings(warmup_share=0.0, final_learning_rate_share=0.2, schedule=schedule)
+    assert learning_rate_share(0, settings, 100) == 1.0
+    np.testing.assert_allclose(learning_rate_share(50, settings, 100), middle)
+
+
+def test_a_ramp_goes_from_its_start_to_its_end():
+    linear, cosine = (Ramp(start=0.9, end=0.1, shape=shape) for shape in ("linear", "cosine"))
+    assert [value_at(linear, done) for done in (0.0, 1.0)] == pytest.approx([0.9, 0.1])
+    assert value_at(linear, 0.25) == pytest.approx(0.7)
+    assert value_at(cosine, 0.25) == pytest.approx(0.9 - 0.8 * (1 - math.cos(math.pi / 4)) / 2)
+    assert value_at(0.3, 0.7) == 0.3

@@ -50,4 +50,11 @@ def test_zero_0_2_and_3_on_two_workers_train_like_one_process(tmp_path):
         ]
         for name, weight in weights[0].items():
             for other in weights[1:]:
+                if name.endswith("c_attn.bias"):
+                    # Attention does not change with a common shift of all its keys: their bias has
+                    # no gradient but rounding, which Adam makes steps of. Queries and values then.
+                    query, _, value = other[name].chunk(3)
+                    torch.testing.assert_close(query, weight.chunk(3)[0], rtol=1e-4, atol=2e-5)
+                    torch.testing.assert_close(value, weight.chunk(3)[2], rtol=1e-4, atol=2e-5)
+                    continue
                 torch.testing.assert_close(other[name], weight, rtol=1e-4, atol=2e-5)

@@ -15,31 +15,35 @@ from rayfuse.models import split_head
 from rayfuse.recipe import TrainSettings
 from rayfuse.train import engine as engine_module
 from rayfuse.train.engine import FusionModel, build_engine, save_model
-from rayfuse.train.feed import MicroBatch, build_micro_batch
-from rayfuse.train.loop import train_steps
+from rayfuse.train.feed import Packing, Step, build_micro_batches
+from rayfuse.train.loop import Objective, train_steps
+from rayfuse.train.shards import Rows, join_rows
 from tests.fakes import tiny_config
 
-VOCAB, STEPS, ROWS, MICRO = 97, 4, 8, 2
+VOCAB, STEPS, ROWS = 97, 4, 8
 
 
-def random_row(random: np.random.Generator) -> tuple[np.ndarray, FusedRow]:
+def random_row(random: np.random.Generator) -> Rows:
     length = int(random.integers(3, 20))
     ids = np.stack([random.permutation(VOCAB)[:5] for _ in range(length)]).astype(np.int32)
     probs = random.dirichlet(np.ones(6), size=length)
-    fused = FusedRow(random.random(length) < 0.7, ids, probs[:, :5], probs[:, 5])
-    return random.integers(0, VOCAB, length).astype(np.int32), fused
+    has_signal = random.random(length) < 0.7
+    winners = np.where(has_signal, random.integers(2, size=length), -1)
+    fused = FusedRow(has_signal, ids, probs[:, :5], probs[:, 5], winners)
+    token_ids = random.integers(0, VOCAB, length).astype(np.int32)
+    return Rows(token_ids, np.array([length]), fused)
 
 
-def micro_batches(rank: int, num_workers: int) -> list[list[MicroBatch]]:
+def deal_steps(rank: int, num_workers: int) -> list[Step]:
     """Deal the same rows of every step to any number of workers; the last step is short."""
     random = np.random.default_rng(7)
     steps = [[random_row(random) for _ in range(ROWS)] for _ in range(STEPS)]
-    steps[-1] = steps[-1][:3]
-    share = ROWS // num_workers
-    mine = [rows[rank * share : (rank + 1) * share] for rows in steps]
+    steps[-1] = steps[-1][:1]  # with two workers, one has nothing
+    packing = Packing(sequence_tokens=24, sequences=2, is_packed=True)
+    shares = [np.array_split(np.arange(len(rows)), num_workers)[rank] for rows in steps]
     return [
-        [build_micro_batch(rows[start : start + MICRO]) for start in range(0, share, MICRO)]
-        for rows in mine
+        Step(build_micro_batches(join_rows([rows[i] for i in share]), packing), "id")
+        for rows, share in zip(steps, shares, strict=True)
     ]
 
 
@@ -48,14 +52,13 @@ def train_once(family: str, tied: bool, stage: int, rank: int, num_workers: int)
     model = AutoModelForCausalLM.from_config(tiny_config(family, VOCAB, tied=tied))
     settings = TrainSettings(
         rows_per_step=ROWS,
-        micro_batch_rows=MICRO,
         num_workers=num_workers,
         zero_stage=stage,
         learning_rate=1e-2,
         chunk_positions=7,
     )
     engine = build_engine(
-        FusionModel(split_head(model, name=family), settings.chunk_positions),
+        FusionModel(split_head(model, name=family), settings, num_sources=2),
         settings,
         num_steps=STEPS,
         num_workers=num_workers,
@@ -64,8 +67,8 @@ def train_once(family: str, tied: bool, stage: int, rank: int, num_workers: int)
     losses: list[float] = []
     train_steps(
         engine,
-        iter(micro_batches(rank, num_workers)),
-        clm_weight=0.9,
+        iter(deal_steps(rank, num_workers)),
+        Objective(0.9, 1.0, STEPS, ("one", "two")),
         first_step=0,
         num_workers=num_workers,
         after_step=lambda metrics: losses.append(metrics.loss),

@@ -1,0 +1,145 @@
+"""What reaches the engine, and targets of other kinds: adapters, scaled and capped logits."""
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
+
+from rayfuse.models import LogitTransform, split_head
+from rayfuse.recipe import LoraSettings, TrainSettings
+from rayfuse.train.engine import FusionModel, build_engine, save_model
+from rayfuse.train.feed import Packing, Step, build_micro_batches
+from rayfuse.train.loop import Objective, StepMetrics, train_steps
+from tests.fakes import tiny_config
+from tests.train.test_feed import VOCAB, random_rows
+
+
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (names | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items():
+            patch.setenv(name, value)
+        torch.distributed.init_process_group("gloo")
+        yield
+        torch.distributed.destroy_process_group()
+
+
+def start_engine(settings: TrainSettings, family: str = "llama", num_steps: int = 10):
+    torch.manual_seed(0)
+    lm = split_head(AutoModelForCausalLM.from_config(tiny_config(family, VOCAB)), name=family)
+    model = FusionModel(lm, settings, num_sources=2)
+    return build_engine(model, settings, num_steps=num_steps, num_workers=1, device="cpu")
+
+
+def train(engine, settings: TrainSettings, num_steps: int) -> list[StepMetrics]:
+    steps = [
+        Step(build_micro_batches(random_rows(6, seed), Packing(40, 1, True)), str(seed))
+        for seed in range(num_steps)
+    ]
+    seen: list[StepMetrics] = []
+    objective = Objective(settings.clm_weight, settings.temperature, num_steps, ("a", "b"))
+    train_steps(engine, iter(steps), objective, first_step=0, num_workers=1, after_step=seen.append)
+    return seen
+
+
+def test_every_setting_of_adamw_and_its_schedule_reaches_the_engine(process_group):
+    settings = TrainSettings(
+        learning_rate=3e-3,
+        betas=(0.8, 0.9),
+        epsilon=1e-5,
+        weight_decay=0.3,
+        gradient_clipping=0.7,
+        warmup_share=0.2,
+        final_learning_rate_share=0.1,
+        schedule="linear",
+    )
+    engine = start_engine(settings)
+    assert engine.gradient_clipping() == 0.7
+    matrices, vectors = engine.optimizer.param_groups
+    for group, decay in ((matrices, 0.3), (vectors, 0.0)):
+        assert group["betas"] == (0.8, 0.9)
+        assert group["eps"] == 1e-5
+        assert group["weight_decay"] == decay
+    rates = [metrics.learning_rate for metrics in train(engine, settings, 10)]
+    falling = [3e-3 * (1 - 0.9 * done / 8) for done in range(8)]
+    assert rates == pytest.approx([1.5e-3, 3e-3, *falling])
+
+
+def test_lambda_and_temperature_go_their_way(process_group):
+    settings = TrainSettings.model_validate(
+        {"lambda": {"start": 0.9, "end": 0.1}, "temperature": {"start": 1, "end": 3}}
+    )
+    seen = train(start_engine(settings), settings, 5)
+    assert [each.clm_weight for each in seen] == pytest.approx([0.9, 0.7, 0.5, 0.3, 0.1])
+    assert [each.temperature for each in seen] == pytest.approx([1, 1.5, 2, 2.5, 3])
+    for each in seen:
+        assert set(each.source_losses) == {"a", "b"}
+        assert each.tokens_per_second > 0
+        assert each.flops_per_second > 0
+        assert each.gradient_norm > 0
+
+
+def test_fault_20_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(process_group):
+    settings = TrainSettings(learning_rate=1e-2)
+    engine = start_engine(settings)
+    with torch.no_grad():
+        engine.module.lm[0].model.get_input_embeddings().weight.fill_(float("nan"))
+    before = engine.module.head_loss.weight.detach().clone()
+    with pytest.raises(FloatingPointError, match=r"the loss of step 1 is nan; .*learning_rate"):
+        train(engine, settings, 3)
+    assert torch.equal(engine.module.head_loss.weight, before)
+
+
+def test_a_target_with_adapters_trains_them_alone_and_is_exported_whole(process_group, tmp_path):
+    pytest.importorskip("peft")
+    settings = TrainSettings(lora=LoraSettings(rank=4), learning_rate=1e-2)
+    engine = start_engine(settings)
+    losses = [metrics.loss for metrics in train(engine, settings, 6)]
+    assert len(set(losses)) == 6
+    plain = AutoModelForCausalLM.from_config(tiny_config("llama", VOCAB))
+    save_model(engine, str(tmp_path / "model"), rank=0)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert {*loaded.state_dict()} == {*plain.state_dict()}
+    torch.manual_seed(0)
+    first = AutoModelForCausalLM.from_config(tiny_config("llama", VOCAB)).state_dict()
+    changed = {name for name, w in loaded.state_dict().items() if not torch.equal(w, first[name])}
+    assert changed
+    assert all("_proj" in name for name in changed)
+    (batch,) = build_micro_batches(random_rows(1), Packing(40, 1, True))
+    ids = torch.from_numpy(batch.token_ids).long()
+    engine.module.eval()
+    loaded.eval()
+    merged = engine.module.lm[0].hidden_states(ids)
+    torch.testing.assert_close(loaded.base_model(ids).last_hidden_state, merged)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (Gemma2Config(final_logit_softcapping=3.0, head_dim=16), LogitTransform(1.0, 3.0)),
+        (CohereConfig(logit_scale=0.0625), LogitTransform(0.0625)),
+        (GraniteConfig(logits_scaling=8.0), LogitTransform(0.125)),
+    ],
+    ids=["gemma2", "cohere", "granite"],
+)
+def test_families_that_scale_or_cap_their_logits_are_read_right(config, expected):
+    config.update(tiny_config("llama", VOCAB).to_dict() | {"model_type": config.model_type})
+    config.num_key_value_heads, config.initializer_range = 1, 0.5
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    lm = split_head(AutoModelForCausalLM.from_config(config), name="it")
+    assert lm.transform == expected
+
+
+def test_training_with_offload_and_gradient_checkpointing_gives_the_same_losses(process_group):
+    runs = []
+    for changes in ({}, {"offload": True}, {"gradient_checkpointing": True}):
+        settings = TrainSettings(learning_rate=1e-2, **changes)
+        runs.append([each.loss for each in train(start_engine(settings), settings, 4)])
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5)
+    assert runs[2] == pytest.approx(runs[0], rel=1e-5)

@@ -1,0 +1,155 @@
+"""Faults 1, 3, 4 and 5 in training: whatever is killed, the curve and the model are the same."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.local_cluster import LocalCluster
+from tests.test_job import write_recipe
+from tests.train.test_resume import without_times
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
+
+COMMAND = str(Path(sys.executable).with_name("rayfuse"))
+IS_LONG = bool(os.environ.get("RAYFUSE_LONG_CHAOS"))
+SEEDS = [1, 2, 3] if IS_LONG else [1]
+SETTINGS = [
+    *("train.baseline=false", "train.epochs=20", "train.checkpoint_every_steps=5"),
+    *("train.validate_every_steps=10", "train.learning_rate=0.001"),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[LocalCluster]:
+    cluster = LocalCluster(tmp_path_factory.mktemp("home"), num_cpus=4)
+    yield cluster
+    cluster.stop()
+
+
+def start(cluster: LocalCluster, stage: str, recipe: Path, *settings: str) -> subprocess.Popen[str]:
+    env = cluster.env | {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
+    return subprocess.Popen(
+        [COMMAND, stage, str(recipe), *settings],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    said = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, said[-4000:]
+    return said
+
+
+@pytest.fixture(scope="module")
+def captured(cluster, tmp_path_factory) -> Path:
+    """A recipe's folder with everything that training needs."""
+    folder = tmp_path_factory.mktemp("captured")
+    recipe = write_recipe(folder)
+    for stage in ("corpus", "capture"):
+        finish(start(cluster, stage, recipe))
+    return folder
+
+
+def make_storage(captured: Path, name: str) -> str:
+    shutil.copytree(captured / "storage", captured / name)
+    return f"storage={captured / name}"
+
+
+def read_run(captured: Path, name: str) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """Return the metrics without times, and the model's files."""
+    (folder,) = (captured / name / "train").iterdir()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    files = {path.name: path.read_bytes() for path in (folder / "model").iterdir()}
+    return [without_times(json.loads(line)) for line in lines], files
+
+
+@pytest.fixture(scope="module")
+def calm(cluster, captured) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    finish(
+        start(cluster, "train", captured / "recipe.yaml", make_storage(captured, "calm"), *SETTINGS)
+    )
+    return read_run(captured, "calm")
+
+
+def wait_for_checkpoint(captured: Path, name: str, process: subprocess.Popen[str]) -> None:
+    while not list((captured / name).glob("train/*/checkpoints/records/*-[01].json")):
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_killed_worker_changes_no_bit_of_the_curve_or_the_model(seed, cluster, captured, calm):
+    name = f"worker{seed}"
+    storage = make_storage(captured, name)
+    process = start(cluster, "train", captured / "recipe.yaml", storage, *SETTINGS)
+    wait_for_checkpoint(captured, name, process)
+    chance = random.Random(seed)
+    time.sleep(chance.uniform(0, 2))
+    chance.choice(cluster.find_workers("RayTrainWorker")).kill()
+    said = finish(process)
+    assert "goes on from the checkpoint of step" in said
+    assert read_run(captured, name) == calm
+
+
+def test_a_killed_driver_changes_nothing_either(cluster, captured, calm):
+    storage = make_storage(captured, "driver")
+    process = start(cluster, "train", captured / "recipe.yaml", storage, *SETTINGS)
+    wait_for_checkpoint(captured, "driver", process)
+    process.kill()
+    process.communicate()
+    said = finish(start(cluster, "train", captured / "recipe.yaml", storage, *SETTINGS))
+    assert "goes on from the checkpoint of step" in said
+    assert read_run(captured, "driver") == calm
+
+
+def wait_until(is_true: Callable[[], bool], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < until
+        time.sleep(0.5)
+
+
+@pytest.mark.skipif(not IS_LONG, reason="some ten minutes; RAYFUSE_LONG_CHAOS=1 runs it")
+def test_two_workers_become_one_and_two_again_on_the_same_batches(tmp_path):
+    recipe = write_recipe(tmp_path)
+    head = LocalCluster(tmp_path, num_cpus=1)
+    try:
+        node = head.add_node(num_cpus=1)
+        for stage in ("corpus", "capture"):
+            finish(start(head, stage, recipe))
+        settings = [*SETTINGS, "train.min_workers=1", "train.epochs=3000"]
+        calm = finish(start(head, "train", recipe, make_storage(tmp_path, "calm"), *settings))
+        process = start(head, "train", recipe, make_storage(tmp_path, "elastic"), *settings)
+        wait_for_checkpoint(tmp_path, "elastic", process)
+        head.kill_node(node)
+        metrics = next((tmp_path / "elastic/train").iterdir()) / "metrics.jsonl"
+
+        def last_workers() -> int:
+            return json.loads(metrics.read_text().splitlines()[-1])["num_workers"]
+
+        wait_until(lambda: last_workers() == 1, 300)
+        head.add_node(num_cpus=1)
+        wait_until(lambda: last_workers() == 2, 300)
+        finish(process)
+    finally:
+        head.stop()
+    print(calm)
+    expected, _ = read_run(tmp_path, "calm")
+    found, _ = read_run(tmp_path, "elastic")
+    assert [each["batch_id"] for each in found] == [each["batch_id"] for each in expected]
+    assert {each["num_workers"] for each in found} == {1, 2}
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
