@@ -105,11 +105,12 @@ def _dump_difference(each: Difference) -> dict[str, Any]:
 
 
 def _dump_curve(curve: Curve) -> dict[str, Any]:
+    clm = curve.clm_loss[np.isfinite(curve.clm_loss)]
     fusion = curve.fusion_loss[np.isfinite(curve.fusion_loss)]
     return {
         "steps": int(curve.steps[-1]),
         "tokens": int(curve.tokens[-1]),
         "seconds": float(curve.seconds.sum()),
-        "last_clm_loss": float(curve.clm_loss[-1]),
+        "last_clm_loss": float(clm[-1]) if len(clm) else None,
         "last_fusion_loss": float(fusion[-1]) if len(fusion) else None,
     }

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +15,10 @@ from rayfuse.recipe import Curve, value_at
 from rayfuse.train.feed import MicroBatch, Step, empty_micro_batch
 from rayfuse.train.loss import LossWeights
 from rayfuse.train.measures import Meter
+
+
+MOST_SKIPPED_STEPS = 3
+"""Steps in a row whose loss or gradient is not finite before a training ends."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,11 @@ class StepMetrics:
 
     step: int
     """Steps done, this one included."""
-    loss: float
-    clm_loss: float
+    is_skipped: bool
+    """The loss or a gradient was not finite, so the weights are those of the step before."""
+    loss: float | None
+    """Here and below: nothing where it is not finite."""
+    clm_loss: float | None
     """Nats per target token."""
     fusion_loss: float | None
     """Nats per position with a signal; nothing where no position has one."""
@@ -61,7 +69,7 @@ class StepMetrics:
     clm_weight: float
     temperature: float
     learning_rate: float
-    gradient_norm: float
+    gradient_norm: float | None
     batch_id: str
     """Of the rows of the step: equal in runs that train on the same rows."""
     seconds: float
@@ -89,18 +97,29 @@ def train_steps(
     first_step: int,
     num_workers: int,
     after_step: Callable[[StepMetrics], None],
+    skipped_before: int = 0,
 ) -> None:
     """Train on every step's micro-batches.
 
     The loss of a step is a sum over its positions divided by their count over all micro-batches and
-    workers, so that how rows are dealt does not change it.
+    workers, so that how rows are dealt does not change it. A step whose loss or gradient is not
+    finite leaves the weights as they are; several such steps in a row end the training.
+
+    Args:
+        engine: The engine; all workers must call.
+        steps: This worker's share of each.
+        objective: What the losses weigh.
+        first_step: Steps done before.
+        num_workers: Size of the process group.
+        after_step: Called with each step's metrics.
+        skipped_before: Steps skipped in a row up to the first.
 
     Raises:
-        FloatingPointError: The loss is not finite; the weights are those of the step before.
+        FloatingPointError: `MOST_SKIPPED_STEPS` in a row were not finite.
     """
     meter = Meter(engine)
     num_sources = len(objective.source_names)
-    step = first_step
+    step, skipped = first_step, skipped_before
     while True:
         began = time.monotonic()
         part = next(steps, None)
@@ -116,37 +135,35 @@ def train_steps(
             is_last = number == len(batches)
             engine.set_gradient_accumulation_boundary(is_last)
             loss, batch_sums = engine(batch, weights)
-            engine.backward(loss)
+            # Times 1, or times NaN where it is not finite: no worker then has a gradient to use.
+            engine.backward(loss * (1 + 0 * loss.detach()))
             sums[0] += loss.detach()
             sums[1:] += batch_sums
             if not is_last:
                 engine.step()
         scaled_loss, clm, *by_source = sum_over_workers(sums, engine.device)
-        if not math.isfinite(scaled_loss):
-            raise FloatingPointError(
-                f"the loss of step {step} is {scaled_loss}; the last checkpoint is from before. "
-                "Lower train.learning_rate, or train.gradient_clipping"
-            )
-        engine.step()
+        is_taken = take_step(engine)
+        skipped = 0 if is_taken else skipped + 1
         seconds = time.monotonic() - began
         after_step(
             StepMetrics(
                 step=step,
-                loss=scaled_loss / num_workers,
-                clm_loss=clm / max(positions, 1),
-                fusion_loss=sum(by_source) / sum(signals) if sum(signals) else None,
+                is_skipped=not is_taken,
+                loss=_if_finite(scaled_loss / num_workers),
+                clm_loss=_if_finite(clm / max(positions, 1)),
+                fusion_loss=_if_finite(sum(by_source) / sum(signals)) if sum(signals) else None,
                 source_losses={
                     name: nats / count
                     for name, nats, count in zip(
                         objective.source_names, by_source, signals, strict=True
                     )
-                    if count
+                    if count and math.isfinite(nats)
                 },
                 tokens=int(positions),
                 clm_weight=weights.clm,
                 temperature=weights.temperature,
                 learning_rate=learning_rate,
-                gradient_norm=float(engine.get_global_grad_norm() or 0.0),
+                gradient_norm=float(engine.get_global_grad_norm() or 0.0) if is_taken else None,
                 batch_id=part.batch_id,
                 seconds=seconds,
                 wait_seconds=waited,
@@ -154,6 +171,34 @@ def train_steps(
                 **meter.measure(part.batches, positions, seconds),
             )
         )
+        if skipped == MOST_SKIPPED_STEPS:
+            raise FloatingPointError(
+                f"the losses or gradients of steps {step - skipped + 1} to {step} are not finite; "
+                "the last checkpoint is kept. Lower train.learning_rate, or train.gradient_clipping"
+            )
+
+
+def take_step(engine: Any) -> bool:
+    """Take the optimiser's step unless a gradient is not finite; return whether it was taken.
+
+    DeepSpeed looks at the norm of the gradients itself, but for plain AdamW (ZeRO-0 in float32).
+    """
+    if hasattr(engine.optimizer, "overflow"):
+        engine.step()
+        is_taken = engine.was_step_applied()
+    else:
+        grads = [each.grad for each in engine.module.parameters() if each.grad is not None]
+        is_taken = bool(torch.nn.utils.get_total_norm(grads).isfinite())
+        engine.step() if is_taken else engine.zero_grad()
+    if not is_taken:  # the schedule goes by the step's number all the same
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            engine.lr_scheduler.step()
+    return is_taken
+
+
+def _if_finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def share_out(

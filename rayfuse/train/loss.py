@@ -147,8 +147,11 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_loss = grad_outputs[0]
+        # In place: a copy of the weight's gradient would be the largest thing there is. Torch then
+        # refuses a second backward pass of the same loss.
         grads = (
-            None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors
+            None if grad is None else grad.mul_(grad_loss.to(grad.dtype))
+            for grad in ctx.saved_tensors
         )
         return (*grads, None, None, None)
 

@@ -132,6 +132,7 @@ class Trainer:
             first_step=first_step,
             num_workers=self.num_workers,
             after_step=after_step,
+            skipped_before=_count_last_skipped(self.records),
         )
         self.checkpoints.wait()
         with tempfile.TemporaryDirectory() as folder:
@@ -195,7 +196,13 @@ class Trainer:
         self.records.append(replace(metrics, tokens=tokens_before + metrics.tokens).to_record())
         if self.rank:
             return
-        note = f"loss {metrics.loss:.3f}, {metrics.tokens_per_second:,.0f} tokens/s"
+        if metrics.is_skipped:
+            self._tell(
+                f"step {metrics.step} left the weights as they were: its loss or gradient is not "
+                f"finite (rows {metrics.batch_id})"
+            )
+        loss = "not finite" if metrics.loss is None else f"{metrics.loss:.3f}"
+        note = f"loss {loss}, {metrics.tokens_per_second:,.0f} tokens/s"
         if self.num_workers > 1:
             note += f" on {self.num_workers}"
         if metrics.wait_seconds > 0.1 * metrics.seconds:
@@ -335,6 +342,12 @@ def _gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def _count_last_skipped(records: list[dict[str, Any]]) -> int:
+    """Return how many steps in a row, up to the last, left the weights as they were."""
+    taken = [number for number, record in enumerate(records, 1) if not record["is_skipped"]]
+    return len(records) - max(taken, default=0)
 
 
 def _to_lines(records: list[dict[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -37,12 +38,14 @@ def start_engine(settings: TrainSettings, family: str = "llama", num_steps: int 
     return build_engine(model, settings, num_steps=num_steps, num_workers=1, device="cpu")
 
 
-def train(engine, settings: TrainSettings, num_steps: int) -> list[StepMetrics]:
+def train(
+    engine, settings: TrainSettings, num_steps: int, seen: list[StepMetrics] | None = None
+) -> list[StepMetrics]:
+    seen = [] if seen is None else seen
     steps = [
         Step(build_micro_batches(random_rows(6, seed), Packing(40, 1, True)), str(seed))
         for seed in range(num_steps)
     ]
-    seen: list[StepMetrics] = []
     objective = Objective(settings.clm_weight, settings.temperature, num_steps, ("a", "b"))
     train_steps(engine, iter(steps), objective, first_step=0, num_workers=1, after_step=seen.append)
     return seen
@@ -85,14 +88,50 @@ def test_lambda_and_temperature_go_their_way(process_group):
         assert each.gradient_norm > 0
 
 
-def test_fault_20_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(process_group):
+@pytest.mark.filterwarnings("ignore:.*torch.distributed.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+@pytest.mark.parametrize("damage", ["loss", "gradient"])
+def test_fault_20_a_step_that_is_not_finite_is_skipped_and_counted(
+    damage, zero_stage, process_group
+):
+    settings = TrainSettings(learning_rate=1e-2, zero_stage=zero_stage)
+    engine = start_engine(settings)
+    seen: list[StepMetrics] = []
+    weights: dict[int, torch.Tensor] = {}
+    embedding = engine.module.lm[0].model.get_input_embeddings()
+    forward = embedding.forward
+
+    def forward_damaged_in_step_3(*args: Any) -> torch.Tensor:
+        weights[len(seen)] = engine.module.head_loss.weight.detach().clone()
+        hidden = forward(*args)
+        if len(seen) == 2 and damage == "loss":
+            return hidden * float("inf")
+        if len(seen) == 2:
+            hidden.register_hook(lambda gradient: gradient * float("nan"))
+        return hidden
+
+    embedding.forward = forward_damaged_in_step_3
+    train(engine, settings, 5, seen)
+    assert [metrics.is_skipped for metrics in seen] == [False, False, True, False, False]
+    assert (seen[2].loss is None) == (damage == "loss")
+    assert seen[2].gradient_norm is None
+    assert all(metrics.loss is not None for metrics in seen[3:])
+    changed = [not torch.equal(weights[step], weights[step + 1]) for step in range(4)]
+    assert changed == [True, True, False, True]
+    again = train(start_engine(settings), settings, 5)
+    assert [each.learning_rate for each in seen] == [each.learning_rate for each in again]
+
+
+def test_fault_20_several_such_steps_in_a_row_stop_the_run_with_the_weights_untouched(
+    process_group,
+):
     settings = TrainSettings(learning_rate=1e-2)
     engine = start_engine(settings)
     with torch.no_grad():
         engine.module.lm[0].model.get_input_embeddings().weight.fill_(float("nan"))
     before = engine.module.head_loss.weight.detach().clone()
-    with pytest.raises(FloatingPointError, match=r"the loss of step 1 is nan; .*learning_rate"):
-        train(engine, settings, 3)
+    with pytest.raises(FloatingPointError, match=r"of steps 1 to 3 are not fin.*learning_rate"):
+        train(engine, settings, 5)
     assert torch.equal(engine.module.head_loss.weight, before)
 
 
