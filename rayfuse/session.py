@@ -49,6 +49,18 @@ def leave_cluster_at_once() -> None:
         ray.shutdown()
 
 
+def beside_the_driver() -> dict[str, Any]:
+    """Return Ray's options for what must outlive all machines but the driver's."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = ray.get_runtime_context().get_node_id()
+    return {
+        "num_cpus": 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+    }
+
+
 def _quieten_ray_data() -> None:
     """Leave progress to ours, which counts shards, and keep warnings and errors."""
     import ray.data

@@ -16,7 +16,6 @@ from rayfuse.train.feed import MicroBatch, Step, empty_micro_batch
 from rayfuse.train.loss import LossWeights
 from rayfuse.train.measures import Meter
 
-
 MOST_SKIPPED_STEPS = 3
 """Steps in a row whose loss or gradient is not finite before a training ends."""
 

@@ -10,6 +10,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rayfuse.layout import Layout, TrainRun
 from rayfuse.progress import Board, Progress, RunState
 from rayfuse.recipe import Recipe
+from rayfuse.session import beside_the_driver
 from rayfuse.storage.store import Store
 from rayfuse.train.trackers import check_trackers
 from rayfuse.train.worker import WorkerTask, run_worker
@@ -42,8 +43,8 @@ def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
             raise ValueError(
                 f"{data.folder} is not whole; run `rayfuse corpus`, `capture` and `align` first"
             )
-    board: Any = ray.remote(num_cpus=0)(Board).remote()
-    fit: Any = ray.remote(num_cpus=0, max_retries=0)(_fit)
+    board: Any = ray.remote(**beside_the_driver())(Board).remote()
+    fit: Any = ray.remote(**beside_the_driver(), max_retries=0)(_fit)
     waiting = [_plan_run(recipe, layout, run, board) for run in runs]
     at_once = _count_runs_at_once(waiting[0])
     running: list[Any] = []

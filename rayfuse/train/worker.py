@@ -1,6 +1,7 @@
 """What each Ray Train worker does: load, go on from the last checkpoint, train, publish."""
 
 import contextlib
+import errno
 import json
 import logging
 import shutil
@@ -24,6 +25,7 @@ from rayfuse.model_files import load_recipe_tokenizer
 from rayfuse.models import keeps_rows_apart, load_causal_lm, resolve_dtype
 from rayfuse.recipe import Recipe, dump_recipe
 from rayfuse.storage.dataset import DataSet, ShardError
+from rayfuse.storage.object_store import StorageGoneError
 from rayfuse.storage.store import Store
 from rayfuse.train.checkpoint import Checkpoints, Record, name_checkpoint
 from rayfuse.train.engine import FusionModel, build_engine, save_model
@@ -33,8 +35,8 @@ from rayfuse.train.order import count_steps
 from rayfuse.train.shards import ShardReader
 from rayfuse.train.trackers import Trackers
 
-FINAL_ERRORS = (ShardError, FloatingPointError, ValueError)
-"""What trying again does not mend."""
+FINAL_ERRORS = (ShardError, StorageGoneError, FloatingPointError, ValueError)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 TAG = "ds"
 
@@ -62,9 +64,16 @@ def run_worker(config: dict[str, Any]) -> None:
     task: WorkerTask = config["task"]
     try:
         Trainer(task).train()
-    except FINAL_ERRORS as error:
-        ray.get(task.board.fail.remote(task.run.name, error))
+    except Exception as error:
+        if _is_final(error):
+            ray.get(task.board.fail.remote(task.run.name, error))
         raise
+
+
+def _is_final(error: Exception) -> bool:
+    """Return whether trying again would not mend it."""
+    is_full = isinstance(error, OSError) and error.errno in FULL_DISK
+    return is_full or isinstance(error, FINAL_ERRORS)
 
 
 @dataclass

@@ -1,6 +1,7 @@
-"""Faults 1, 3, 4 and 5 in training: whatever is killed, the curve and the model are the same."""
+"""Faults 1, 3, 5, 7 and 8 in training: the curve and the model are those of a calm run."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
 
 from tests.local_cluster import LocalCluster
+from tests.s3 import Rule
 from tests.test_job import write_recipe
 from tests.train.test_resume import without_times
 
@@ -29,7 +32,8 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[LocalCluster]:
+def cluster(s3_proxy, tmp_path_factory) -> Iterator[LocalCluster]:
+    """A head that knows the S3 server, since that was started before it."""
     cluster = LocalCluster(tmp_path_factory.mktemp("home"), num_cpus=4)
     yield cluster
     cluster.stop()
@@ -68,9 +72,9 @@ def make_storage(captured: Path, name: str) -> str:
     return f"storage={captured / name}"
 
 
-def read_run(captured: Path, name: str) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
     """Return the metrics without times, and the model's files."""
-    (folder,) = (captured / name / "train").iterdir()
+    (folder,) = (folder / "train").iterdir()
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     files = {path.name: path.read_bytes() for path in (folder / "model").iterdir()}
     return [without_times(json.loads(line)) for line in lines], files
@@ -81,7 +85,7 @@ def calm(cluster, captured) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
     finish(
         start(cluster, "train", captured / "recipe.yaml", make_storage(captured, "calm"), *SETTINGS)
     )
-    return read_run(captured, "calm")
+    return read_run(captured / "calm")
 
 
 def wait_for_checkpoint(captured: Path, name: str, process: subprocess.Popen[str]) -> None:
@@ -101,7 +105,7 @@ def test_a_killed_worker_changes_no_bit_of_the_curve_or_the_model(seed, cluster,
     chance.choice(cluster.find_workers("RayTrainWorker")).kill()
     said = finish(process)
     assert "goes on from the checkpoint of step" in said
-    assert read_run(captured, name) == calm
+    assert read_run(captured / name) == calm
 
 
 def test_a_killed_driver_changes_nothing_either(cluster, captured, calm):
@@ -112,12 +116,56 @@ def test_a_killed_driver_changes_nothing_either(cluster, captured, calm):
     process.communicate()
     said = finish(start(cluster, "train", captured / "recipe.yaml", storage, *SETTINGS))
     assert "goes on from the checkpoint of step" in said
-    assert read_run(captured, "driver") == calm
+    assert read_run(captured / "driver") == calm
 
 
-def wait_until(is_true: Callable[[], bool], seconds: float) -> None:
-    until = time.monotonic() + seconds
+FAULTS = ["500", "503", "slowdown", "reset", "lost_reply", "truncate", "stall:2"]
+
+
+def put_on_s3(captured: Path, s3_root: str) -> str:
+    s3fs.S3FileSystem().put(f"{captured / 'storage'}/", s3_root, recursive=True)
+    return f"storage={s3_root}"
+
+
+def read_run_on_s3(s3_root: str, folder: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    s3fs.S3FileSystem().get(f"{s3_root}/train/", f"{folder}/train/", recursive=True)
+    return read_run(folder)
+
+
+def test_fault_7_on_s3_where_one_request_in_twenty_fails_nothing_changes(
+    cluster, captured, calm, s3_root, s3_proxy, tmp_path
+):
+    storage = put_on_s3(captured, s3_root)
+    s3_proxy.share, s3_proxy.kinds = 0.05, FAULTS
+    finish(start(cluster, "train", captured / "recipe.yaml", storage, *SETTINGS))
+    s3_proxy.heal()
+    assert read_run_on_s3(s3_root, tmp_path) == calm
+    assert sum(done is not None for _, _, done in s3_proxy.log) > 5
+
+
+def test_fault_8_a_checkpoint_that_is_cut_off_is_not_used_and_said_to_be(
+    cluster, captured, calm, s3_root, s3_proxy, tmp_path
+):
+    storage = put_on_s3(captured, s3_root)
+    cut = [Rule("reset", "PUT", "checkpoints/step_00000010", math.inf)]
+    cut += [Rule("reset", "POST", "checkpoints/step_00000010", math.inf)]
+    s3_proxy.rules = cut
+    settings = [storage, "storage_patience_seconds=8", *SETTINGS]
+    process = start(cluster, "train", captured / "recipe.yaml", *settings)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 1
+    assert f"storage {s3_root} has failed for" in said
+    assert "run the same command again once the storage is back" in said
+    s3_proxy.heal()
+    said = finish(start(cluster, "train", captured / "recipe.yaml", storage, *SETTINGS))
+    assert "goes on from the checkpoint of step 5; a later checkpoint was cut off" in said
+    assert read_run_on_s3(s3_root, tmp_path) == calm
+
+
+def wait_until(is_true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 300
     while not is_true():
+        assert process.poll() is None, process.communicate()[0][-4000:]
         assert time.monotonic() < until
         time.sleep(0.5)
 
@@ -130,7 +178,8 @@ def test_two_workers_become_one_and_two_again_on_the_same_batches(tmp_path):
         node = head.add_node(num_cpus=1)
         for stage in ("corpus", "capture"):
             finish(start(head, stage, recipe))
-        settings = [*SETTINGS, "train.min_workers=1", "train.epochs=3000"]
+        settings = [*SETTINGS, "train.min_workers=1", "train.epochs=250"]
+        settings += ["train.checkpoint_every_steps=25", "train.validate_every_steps=100"]
         calm = finish(start(head, "train", recipe, make_storage(tmp_path, "calm"), *settings))
         process = start(head, "train", recipe, make_storage(tmp_path, "elastic"), *settings)
         wait_for_checkpoint(tmp_path, "elastic", process)
@@ -140,15 +189,15 @@ def test_two_workers_become_one_and_two_again_on_the_same_batches(tmp_path):
         def last_workers() -> int:
             return json.loads(metrics.read_text().splitlines()[-1])["num_workers"]
 
-        wait_until(lambda: last_workers() == 1, 300)
+        wait_until(lambda: last_workers() == 1, process)
         head.add_node(num_cpus=1)
-        wait_until(lambda: last_workers() == 2, 300)
+        wait_until(lambda: last_workers() == 2, process)
         finish(process)
     finally:
         head.stop()
     print(calm)
-    expected, _ = read_run(tmp_path, "calm")
-    found, _ = read_run(tmp_path, "elastic")
+    expected, _ = read_run(tmp_path / "calm")
+    found, _ = read_run(tmp_path / "elastic")
     assert [each["batch_id"] for each in found] == [each["batch_id"] for each in expected]
     assert {each["num_workers"] for each in found} == {1, 2}
     for ours, theirs in zip(found, expected, strict=True):
