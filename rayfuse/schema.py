@@ -65,7 +65,8 @@ ALIGNED = pa.schema(
 # float16, for a mean KL below 1e-4 nats a token (benchmarks/record_size.py).
 _DEEPEST = 20.0
 _SCALE = np.log1p(_DEEPEST)
-_PROB_OF_CODE = np.exp(-np.expm1(np.arange(256) / 255 * _SCALE)).astype(np.float32)
+PROB_OF_CODE = np.exp(-np.expm1(np.arange(256) / 255 * _SCALE)).astype(np.float32)
+"""What each code stands for, before a head is scaled to its mass."""
 
 LOWEST_LOGPROB = -_DEEPEST
 """What a log-probability is cut to in storage: 2e-9."""
@@ -122,7 +123,7 @@ def decode_probs(
     levels = differences.reshape(top_ids.shape).T.copy()
     for entry in range(1, len(levels)):
         levels[entry] += levels[entry - 1]
-    probs = _PROB_OF_CODE[levels]
+    probs = PROB_OF_CODE[levels]
     probs *= top_ids.T >= 0
     head = -np.expm1(np.minimum(tail_logprobs.astype(np.float32), np.float32(0)))
     probs *= head / np.maximum(probs.sum(axis=0), np.float32(1e-30))

@@ -1,6 +1,6 @@
 """What share of target positions each method gives a signal to: all pairs of tokenizers, by domain.
 
-    python benchmarks/coverage.py [--data DIR] [--json]
+    python benchmarks/signal_share.py [--data DIR] [--json]
 
 Prints a Markdown table: `bytes / exact / mined`, percent of target positions. `mined` counts the
 positions that the papers' rule accepts, with its own vocabulary map.
