@@ -1,6 +1,7 @@
 """What tests share: one small Ray cluster per session, real data where it is."""
 
 import os
+import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,3 +71,20 @@ def s3_root(s3_proxy: FaultProxy) -> Iterator[str]:
     make_bucket(s3_proxy.upstream_port, bucket)
     yield f"s3://{bucket}/run"
     s3_proxy.heal()
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """Return a file system of its own, of half a megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system may be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -104,23 +104,6 @@ def test_fault_6_a_zombie_that_wakes_up_loses_and_leaves_nothing(model, corpus):
     assert not verify_data_set(capturer.captured, corpus).orphans
 
 
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """Return a file system of its own, of half a megabyte."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip(f"no file system may be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_fault_14_a_full_disk_is_named_and_nothing_half_written_counts(small_disk, model, corpus):
     store = LocalStore(str(small_disk))
     capturer = make_capturer(model, replace(corpus, store=store))

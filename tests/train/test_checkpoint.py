@@ -79,3 +79,20 @@ def test_the_newest_and_the_best_are_kept(checkpoints, tmp_path):
     folder = tmp_path / "train/fused-x/checkpoints"
     assert not list(folder.glob(f"{cut}/ds/*"))
     assert list(folder.glob(f"{making}/ds/*"))
+
+
+def test_fault_14_a_full_disk_is_named_and_leaves_the_checkpoint_before(small_disk, tmp_path):
+    checkpoints = Checkpoints(LocalStore(str(small_disk)), "train/fused-x")
+    before = save(checkpoints, 5)
+    local = tempfile.TemporaryDirectory()
+    Path(local.name, "weights.pt").write_bytes(bytes(2**20))
+    record = Record(name_checkpoint(10, "a"), 10, 1, {}, None)
+    checkpoints.begin(record.name)
+    checkpoints.upload(local, record, 0)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        checkpoints.wait()
+    assert str(small_disk) in str(error.value)
+    assert list(checkpoints.list_whole()) == [before]
+    later = Checkpoints(checkpoints.store, "train/fused-x")
+    after = save(later, 15)
+    assert list(later.list_whole()) == [before, after]
