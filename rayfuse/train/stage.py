@@ -32,7 +32,8 @@ def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     Raises:
         ValueError: A data set is not whole, or a tracker is not installed.
         ShardError: A shard is missing or damaged.
-        FloatingPointError: A loss is not finite.
+        FloatingPointError: Losses or gradients of several steps in a row are not finite.
+        StorageGoneError: The storage does not answer any more.
     """
     runs = [run for run in layout.runs if not is_trained(run, layout.store)]
     if not runs:

@@ -185,8 +185,11 @@ def test_two_workers_become_one_and_two_again_on_the_same_batches(tmp_path):
         node = head.add_node(num_cpus=1)
         for stage in ("corpus", "capture"):
             finish(start(head, stage, recipe))
-        settings = [*SETTINGS, "train.min_workers=1", "train.epochs=250"]
+        settings = [*SETTINGS, "train.min_workers=1", "train.epochs=150"]
         settings += ["train.checkpoint_every_steps=25", "train.validate_every_steps=100"]
+        # Other workers add up in another order. A model that learns its text by heart, as at the
+        # other tests' rate of 0.001, makes a difference of 1e-8 into one of 1e-2 in 300 steps.
+        settings += ["train.learning_rate=0.0001"]
         calm = finish(start(head, "train", recipe, make_storage(tmp_path, "calm"), *settings))
         process = start(head, "train", recipe, make_storage(tmp_path, "elastic"), *settings)
         wait_for_checkpoint(tmp_path, "elastic", process)
@@ -207,5 +210,11 @@ def test_two_workers_become_one_and_two_again_on_the_same_batches(tmp_path):
     found, _ = read_run(tmp_path / "elastic")
     assert [each["batch_id"] for each in found] == [each["batch_id"] for each in expected]
     assert {each["num_workers"] for each in found} == {1, 2}
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    differences = [
+        abs(ours["loss"] / theirs["loss"] - 1) for ours, theirs in zip(found, expected, strict=True)
+    ]
+    print(
+        f"losses from {expected[0]['loss']:.3f} to {expected[-1]['loss']:.3f}, at most "
+        f"{max(differences):.1e} apart"
+    )
+    assert max(differences) < 1e-4
