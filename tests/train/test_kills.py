@@ -190,7 +190,7 @@ def test_two_workers_become_one_and_two_again_on_the_same_batches(tmp_path):
         # Other workers add up in another order. A model that learns its text by heart, as at the
         # other tests' rate of 0.001, makes a difference of 1e-8 into one of 1e-2 in 300 steps.
         settings += ["train.learning_rate=0.0001"]
-        calm = finish(start(head, "train", recipe, make_storage(tmp_path, "calm"), *settings))
+        finish(start(head, "train", recipe, make_storage(tmp_path, "calm"), *settings))
         process = start(head, "train", recipe, make_storage(tmp_path, "elastic"), *settings)
         wait_for_checkpoint(tmp_path, "elastic", process)
         head.kill_node(node)
@@ -205,7 +205,6 @@ def test_two_workers_become_one_and_two_again_on_the_same_batches(tmp_path):
         finish(process)
     finally:
         head.stop()
-    print(calm)
     expected, _ = read_run(tmp_path / "calm")
     found, _ = read_run(tmp_path / "elastic")
     assert [each["batch_id"] for each in found] == [each["batch_id"] for each in expected]
