@@ -8,8 +8,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MptConfig,
@@ -85,6 +88,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, bos: str | None, eos: 
     ).save_pretrained(folder)
 
 
+ONE: dict[str, Any] = {"num_key_value_heads": 1, "pad_token_id": None}
+
+
 def tiny_config(family: str, vocab_size: int, *, tied: bool = False, context: int = 512) -> Any:
     """Return the config of a model of a family with two layers of width 32."""
     sizes: dict[str, Any] = {
@@ -102,6 +108,12 @@ def tiny_config(family: str, vocab_size: int, *, tied: bool = False, context: in
         return MistralConfig(**sizes, num_key_value_heads=1)
     if family == "qwen2":
         return Qwen2Config(**sizes, num_key_value_heads=1)
+    if family == "gemma2":  # caps its logits
+        return Gemma2Config(**sizes, **ONE, head_dim=16, final_logit_softcapping=0.05)
+    if family == "cohere":  # scales them
+        return CohereConfig(**sizes, **ONE, logit_scale=0.25)
+    if family == "granite":
+        return GraniteConfig(**sizes, **ONE, logits_scaling=4.0)
     if family == "gpt_neox":
         return GPTNeoXConfig(**sizes)
     if family == "mpt":

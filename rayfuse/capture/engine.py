@@ -23,6 +23,9 @@ from rayfuse.recipe import CaptureSettings, ModelSettings
 
 TokenRows = Sequence[Int[np.ndarray, " _"]]
 
+NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What errors say that a smaller batch may help against."""
+
 FATAL = "CUDA error"
 """Begins what a GPU says that will answer nothing any more."""
 
@@ -114,9 +117,9 @@ class TransformersEngine:
             try:
                 record = self._score_batch(rows[part])
             except (RuntimeError, ValueError, IndexError, MemoryError) as error:
-                if str(error).startswith(FATAL):
-                    raise
                 is_full = _is_out_of_memory(error)
+                if str(error).startswith(FATAL) and not is_full:
+                    raise
                 reason = "out of memory" if is_full else f"model fails: {_first_line(error)}"
             else:
                 yield part, record
@@ -134,7 +137,7 @@ class TransformersEngine:
         """Take half of what did not fit for the most that does."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self.batch_tokens = max(min(self.batch_tokens, num_tokens) // 2, 1)
+        self.batch_tokens = max(min(self.batch_tokens, num_tokens // 2), 1)
         logger.warning(
             "out of memory with %d tokens; batches are cut to %d from here on: lower "
             "capture.batch_tokens (%d)",
@@ -153,7 +156,7 @@ class TransformersEngine:
         following = np.concatenate([np.append(row[1:], -1) for row in rows]).astype(np.int64)
         return keep_top_k(
             hidden.flatten(0, 1)[at],
-            self.lm.head,
+            self.lm,
             self.known_ids,
             _send(torch.from_numpy(following), device),
             _send(make_noise(rows, self.settings.num_draws, self.salt), device),
@@ -222,7 +225,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     text = str(error)
-    return "can't allocate memory" in text or "out of memory" in text
+    return any(sign in text for sign in NO_MEMORY)
 
 
 def _first_line(error: BaseException) -> str:

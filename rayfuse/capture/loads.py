@@ -4,25 +4,26 @@ from collections import Counter
 
 
 class Loads:
-    """Keeps count for all sources. Ray restarts an actor without end and tells nobody."""
+    """Keeps count for all actors. Ray restarts an actor without end and tells nobody."""
 
     def __init__(self) -> None:
         self.loading: set[str] = set()
         self.deaths: Counter[str] = Counter()
 
-    def begin(self, source: str, actor: str) -> int:
-        """Note that an actor starts to load, and return the deaths since one of its source's had.
+    def begin(self, actor: str) -> int:
+        """Note that an actor starts to load, and return its deaths in a row in the middle of that.
+
+        A machine that is lost takes all its actors at once: each has a count of its own.
 
         Args:
-            source: The source's name.
             actor: Its id, the same after a restart.
         """
         if actor in self.loading:
-            self.deaths[source] += 1
+            self.deaths[actor] += 1
         self.loading.add(actor)
-        return self.deaths[source]
+        return self.deaths[actor]
 
-    def end(self, source: str, actor: str) -> None:
+    def end(self, actor: str) -> None:
         """Note that an actor has its model."""
         self.loading.discard(actor)
-        self.deaths[source] = 0
+        self.deaths[actor] = 0

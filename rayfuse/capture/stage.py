@@ -66,7 +66,7 @@ class CaptureActor:
         # A fault is raised in a call: here, Ray would build the actor again and again.
         self.fault: Exception | None = None
         actor = ray.get_runtime_context().get_actor_id()
-        deaths: int = ray.get(loads.begin.remote(source.name, actor))  # pyright: ignore[reportAssignmentType]
+        deaths: int = ray.get(loads.begin.remote(actor))  # pyright: ignore[reportAssignmentType]
         if deaths > MOST_INIT_DEATHS:
             self.fault = RuntimeError(_describe_deaths(source, deaths))
             return
@@ -75,7 +75,7 @@ class CaptureActor:
         except ValueError as error:
             self.fault = error
             return
-        loads.end.remote(source.name, actor)
+        loads.end.remote(actor)
         self.capturer = ShardCapturer(engine, load_recipe_tokenizer(source), corpus, captured)
         self.tags = {"source": source.name}
         self.tokens = Counter("rayfuse_capture_tokens", "Tokens scored", ("source",))
@@ -128,6 +128,10 @@ def capture_sources(
         raise ValueError("the corpus is not whole; run `rayfuse corpus` first")
     for rows in (layout.corpus_rows, layout.held_out_rows):
         keep_rows(layout.store, rows)
+    # For the whole process: Ray's context manager swaps a global, and each source has a thread.
+    context = DataContext.get_current()
+    context.max_consecutive_actor_init_deaths = MOST_INIT_DEATHS
+    context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
     work = [
         _plan_source(recipe, layout, source)
         for source in recipe.sources
@@ -255,42 +259,38 @@ def _describe_deaths(source: SourceSettings, deaths: int) -> str:
 
 def _build_stream(work: SourceWork, load_engine: LoadEngine, loads: Any) -> ray.data.Dataset:
     source, task = work.source, work.task
-    context = DataContext.get_current().copy()
-    context.max_consecutive_actor_init_deaths = MOST_INIT_DEATHS
-    context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
-    with DataContext.current(context):
-        return (
-            ray.data.from_arrow(split_shards(work.shards, MOST_BLOCKS))
-            .map_batches(
-                CaptureActor,
-                fn_constructor_args=(
-                    source,
-                    work.settings,
-                    task.corpus,
-                    task.captured,
-                    load_engine,
-                    loads,
-                ),
-                batch_size=1,
-                batch_format="pyarrow",
-                compute=ActorPoolStrategy(
-                    min_size=min(source.min_actors, work.max_actors),
-                    max_size=work.max_actors,
-                    # Ray adds actors once those there have 1.75 times the work they can take.
-                    max_tasks_in_flight_per_actor=2 * CALLS_PER_ACTOR,
-                    max_concurrent_calls_per_actor=CALLS_PER_ACTOR,
-                    enable_true_multi_threading=True,
-                ),
-                num_cpus=source.cpus,
-                **_gpu_options(work),
-            )
-            .map_batches(
-                partial(_align_behind, task=task),
-                batch_size=1,
-                batch_format="pyarrow",
-                num_cpus=ALIGN_CPUS,
-            )
+    return (
+        ray.data.from_arrow(split_shards(work.shards, MOST_BLOCKS))
+        .map_batches(
+            CaptureActor,
+            fn_constructor_args=(
+                source,
+                work.settings,
+                task.corpus,
+                task.captured,
+                load_engine,
+                loads,
+            ),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(
+                min_size=min(source.min_actors, work.max_actors),
+                max_size=work.max_actors,
+                # Ray adds actors once those there have 1.75 times the work they can take.
+                max_tasks_in_flight_per_actor=2 * CALLS_PER_ACTOR,
+                max_concurrent_calls_per_actor=CALLS_PER_ACTOR,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=source.cpus,
+            **_gpu_options(work),
         )
+        .map_batches(
+            partial(_align_behind, task=task),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=ALIGN_CPUS,
+        )
+    )
 
 
 class MetricsLog:

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import nn
 
 from rayfuse.capture.draws import Draws, count_draws, draw_ids
+from rayfuse.models import CausalLM
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class TopTensors:
 @torch.inference_mode()
 def keep_top_k(
     hidden: Float[torch.Tensor, "positions width"],
-    head: nn.Linear,
+    lm: CausalLM,
     known_ids: Bool[torch.Tensor, " head_width"],
     next_ids: Int[torch.Tensor, " positions"],
     noise: Float[torch.Tensor, "positions draws"],
@@ -109,7 +110,7 @@ def keep_top_k(
 
     Args:
         hidden: The head's inputs.
-        head: The model's output embedding.
+        lm: The model, whose head it is.
         known_ids: Head rows that the tokenizer has; the others are masked before normalising.
         next_ids: The token that comes next at each position; -1 where none does.
         noise: In [0, 1), for draws from what is not kept.
@@ -118,7 +119,7 @@ def keep_top_k(
     """
     unknown_ids = torch.nonzero(~known_ids)[:, 0]
     parts = [
-        _reduce_chunk(head(part).float(), unknown_ids, following, chances, top_k)
+        _reduce_chunk(lm.logits(part), unknown_ids, following, chances, top_k)
         for part, following, chances in zip(
             hidden.split(chunk_positions),
             next_ids.split(chunk_positions),

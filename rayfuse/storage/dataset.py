@@ -311,9 +311,9 @@ class DataSet:
         """
         manifest = self.read_manifest()
         if manifest is None:
+            committed = self.list_committed(num_shards)  # first: data comes before its commit
             files = self._list_files("data", num_shards)
-            present = {_shard_of(name) for part in files for name in part}
-            lost = sorted(self.list_committed(num_shards) - present)
+            lost = sorted(committed - {_shard_of(name) for part in files for name in part})
         else:
             lost = self._find_changed(manifest)
         self.drop_shards(lost)

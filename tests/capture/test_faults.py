@@ -177,6 +177,21 @@ def test_fault_15_a_row_beyond_the_memory_is_rejected_and_its_neighbours_are_not
     assert engine.batch_tokens < 1000
 
 
+def test_fault_15_many_batches_beyond_the_memory_are_all_cut_to_what_fits(model):
+    engine = TransformersEngine(model, CaptureSettings(top_k=4, batch_tokens=100))
+    whole = engine._score_batch
+
+    def limited(rows):
+        if sum(len(row) for row in rows) > 60:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling it")
+        return whole(rows)
+
+    engine._score_batch = limited
+    records = engine.score_rows([np.arange(10) + 1] * 80)
+    assert not any(isinstance(record, Failure) for record in records)
+    assert engine.batch_tokens == 50
+
+
 class FakeHub(BaseHTTPRequestHandler):
     """Answers as a hub does for models that one may not have."""
 

@@ -12,11 +12,12 @@ from rayfuse.capture.top_k import TopLogprobs, keep_top_k
 from rayfuse.corpus.documents import Document
 from rayfuse.corpus.shards import build_rows
 from rayfuse.model_files import load_recipe_tokenizer
+from rayfuse.models import CausalLM
 from rayfuse.recipe import CaptureSettings, ModelSettings
 from rayfuse.schema import CORPUS, decode_probs, flatten_column
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 
-FAMILIES = ["llama", "mistral", "qwen2", "gpt_neox", "gpt2", "mpt"]
+FAMILIES = ["llama", "mistral", "qwen2", "gpt_neox", "gpt2", "mpt", "gemma2", "cohere", "granite"]
 VOCAB, PADDED = 300, 320
 
 
@@ -67,7 +68,7 @@ def test_neither_batches_nor_chunks_change_a_record(tmp_path):
 def test_a_vocabulary_smaller_than_top_k_leaves_empty_entries():
     record = keep_top_k(
         torch.randn(3, 4),
-        nn.Linear(4, 5),
+        CausalLM(nn.Identity(), nn.Identity(), nn.Linear(4, 5)),
         torch.tensor([True, True, True, False, False]),
         torch.tensor([0, 1, -1]),
         torch.zeros(3, 0),
