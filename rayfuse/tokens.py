@@ -227,22 +227,30 @@ def build_tokenizer(
 
 
 def _hide_control_tokens(content: dict[str, Any]) -> dict[str, Any]:
-    """Return a unigram tokenizer in which no text is spelled by a control token.
+    """Return a tokenizer in which no text is spelled by a control token.
 
-    Unigram takes whichever entries are likeliest, its control tokens among them. Under a name with
-    a blank in it, which no text has by then, they are never met.
+    Unigram takes whichever entries are likeliest, BPE whatever its merges make, WordLevel each word
+    that it has: control tokens among them. Under a name with a blank in it, which no text has by
+    then, they are never met.
     """
-    if content["model"]["type"] != "Unigram":
-        return content
-    vocabulary = [list(entry) for entry in content["model"]["vocab"]]
-    added_tokens = [dict(token) for token in content["added_tokens"]]
-    for token in added_tokens:
-        if token["special"]:
-            hidden = f"control token {token['content']}"
-            if token["id"] < len(vocabulary):
-                vocabulary[token["id"]][0] = hidden
-            token["content"] = hidden
-    model = content["model"] | {"vocab": vocabulary}
+    hidden = {
+        token["content"]: f"control token {token['content']}"
+        for token in content["added_tokens"]
+        if token["special"]
+    }
+    model = dict(content["model"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {hidden.get(name, name): i for name, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[hidden.get(name, name), score] for name, score in model["vocab"]]
+    if "merges" in model:
+        model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in hidden]
+    if "unk_token" in model:
+        model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
+    added_tokens = [
+        token | {"content": hidden.get(token["content"], token["content"])}
+        for token in content["added_tokens"]
+    ]
     return content | {"model": model, "added_tokens": added_tokens}
 
 

@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from rayfuse.tokens import load_tokenizer
+from rayfuse.tokens import build_tokenizer, load_tokenizer
 from tests.fakes import byte_level_tokenizer, save_tokenizer
 
 
@@ -67,3 +68,34 @@ def test_a_file_of_another_structure_is_named(name, change, sound, tmp_path):
 def test_a_folder_that_is_not_there_is_called_one(model):
     with pytest.raises(ValueError, match=r"a folder that does not exist; check the path"):
         load_tokenizer(model)
+
+
+def spells_its_markers(model: models.Model) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<s>", "[UNK]"])
+    return tokenizer
+
+
+WORDS = {"[UNK]": 0, "<s>": 1, "<": 2, "s": 3, ">": 4, "s>": 5, "the": 6}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordLevel(WORDS, unk_token="[UNK]"),
+        models.BPE(WORDS, [("s", ">"), ("<", "s>")], unk_token="[UNK]"),
+        models.WordPiece(WORDS | {"##s": 7, "##>": 8}, unk_token="[UNK]"),
+        models.Unigram([(word, -1.0) for word in WORDS], unk_id=0),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_no_model_spells_a_marker_in_a_text_with_its_control_token(model):
+    plain = spells_its_markers(model)
+    plain.encode_special_tokens = True
+    assert 1 in plain.encode("<s>").ids  # this one does, left to itself
+    tokenizer = build_tokenizer(plain.to_str(), start_id=1, eos_id=None)
+    (ids,) = tokenizer.encode(["the <s> the"])
+    assert 1 not in ids.tolist()
+    assert tokenizer.token_names[:2] == ("[UNK]", "<s>")
+    assert tokenizer.encode(["never"])[0].tolist()[0] == 0
