@@ -57,7 +57,7 @@ def _make_record(
 ) -> TopLogprobs:
     seq_len, top_k = len(row), pool.shape[1]
     ids = pool[random.integers(0, len(pool), seq_len)]
-    following = np.append(row[1:], row[-1])
+    following = np.append(row[1:], row[-1:])
     is_absent = (ids != following[:, None]).all(axis=1) & (random.random(seq_len) < 0.9)
     ranks = np.minimum(random.geometric(0.5, seq_len) - 1, top_k - 1)
     ids[is_absent, ranks[is_absent]] = following[is_absent]
@@ -65,7 +65,7 @@ def _make_record(
     is_next = ids == following[:, None]
     in_head = (probs[:, :-1] * is_next).sum(axis=1)
     next_probs = np.where(is_next.any(axis=1), in_head, probs[:, -1] / 10)
-    next_probs[-1] = 1.0
+    next_probs[-1:] = 1.0
     return TopLogprobs(ids, np.log(probs[:, :-1]), np.log(probs[:, -1]), np.log(next_probs))
 
 

@@ -7,6 +7,7 @@ byte's number says which row it is in and one search serves the whole shard.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
@@ -23,7 +24,7 @@ class Fault(IntEnum):
     CHANGED_TEXT = 1
     """It spells other bytes than the text has there: case, accents, blanks, Unicode forms."""
     INSIDE_CHARACTER = 2
-    """It begins inside a character of the text that the tokenizer took apart."""
+    """It begins inside a character of the text that the tokenizer took apart and changed."""
     UNKNOWN_TOKEN = 3
     """It stands for text that the vocabulary cannot spell."""
     DROPPED_TEXT = 4
@@ -288,24 +289,50 @@ def _place_row(
     vocabulary: SpelledVocabulary,
     implies_blank: bool,
 ) -> _RowPlace:
-    is_char_start = (np.frombuffer(text, dtype=np.uint8) & 0xC0) != 0x80
-    byte_of_char = np.append(np.flatnonzero(is_char_start), len(text))
-    begins, ends = byte_of_char[chars[:, 0]], byte_of_char[chars[:, 1]]
-    # A blank put before a word is given the word's first character: it ends where that begins.
-    ends[:-1] = np.minimum(ends[:-1], begins[1:])
-    ends = np.maximum.accumulate(ends)
+    spelled = [vocabulary.spell(token_id) for token_id in ids.tolist()]
+    begins, ends = _count_in_bytes(text, chars, spelled)
     faults = np.zeros(len(ids), dtype=np.uint8)
     has_blank = np.zeros(len(ids), dtype=bool)
     done = 0
-    for at, token_id in enumerate(ids.tolist()):
-        spelled, covered = vocabulary.spell(token_id), text[done : ends[at]]
+    for at, piece in enumerate(spelled):
+        covered = text[done : ends[at]]
         may_add = implies_blank or (at == 0 and vocabulary.adds_blank)
-        has_blank[at] = may_add and spelled == SPACE + covered
-        if not spelled:
+        has_blank[at] = may_add and piece == SPACE + covered
+        if not piece:
             faults[at] = Fault.UNKNOWN_TOKEN
         elif begins[at] < done or not (covered or has_blank[at]):
             faults[at] = Fault.INSIDE_CHARACTER
-        elif spelled != covered and not has_blank[at]:
+        elif piece != covered and not has_blank[at]:
             faults[at] = Fault.CHANGED_TEXT
         done = int(ends[at])
     return _RowPlace(ids, ends, faults, has_blank)
+
+
+def _count_in_bytes(
+    text: bytes, chars: Int[np.ndarray, "tokens 2"], spelled: Sequence[bytes]
+) -> tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, " tokens"]]:
+    """Return where each token begins and ends in bytes; ends never decrease.
+
+    Offsets count characters: of tokens that share one they cannot tell where each ends. If what
+    these spell is together what their characters are, that tells.
+    """
+    is_char_start = (np.frombuffer(text, dtype=np.uint8) & 0xC0) != 0x80
+    byte_of_char = np.append(np.flatnonzero(is_char_start), len(text))
+    begins, stops = byte_of_char[chars[:, 0]], byte_of_char[chars[:, 1]]
+    # A blank put before a word is given the word's first character: it ends where that begins.
+    ends = np.append(np.minimum(stops[:-1], begins[1:]), stops[-1:])
+    for run in _list_sharing(begins, stops):
+        if b"".join(spelled[run]) == text[begins[run.start] : stops[run].max()]:
+            lengths = np.array([len(piece) for piece in spelled[run]])
+            ends[run] = begins[run.start] + np.cumsum(lengths)
+            begins[run] = ends[run] - lengths
+    return begins, np.maximum.accumulate(ends)
+
+
+def _list_sharing(
+    begins: Int[np.ndarray, " tokens"], stops: Int[np.ndarray, " tokens"]
+) -> list[slice]:
+    """Return the runs of tokens that share characters with one another."""
+    is_first = np.append(True, begins[1:] >= np.maximum.accumulate(stops)[:-1])
+    bounds = [*np.flatnonzero(is_first).tolist(), len(begins)]
+    return [slice(first, stop) for first, stop in pairwise(bounds) if stop > first + 1]

@@ -82,13 +82,15 @@ def place_plainly(name: str, tokenizer: Tokenizer, text: str) -> PlainRow:
             done += len(piece)
             ends.append(done)
         return PlainRow(ends, [True] * len(ends), [bool(added)] + [False] * (len(ends) - 1))
+    shared = place_shared(text, encoding.offsets, spelled)
     ends, is_right, has_blank, done = [], [], [], 0
     unknown = {"[UNK]", "<unk>", "</s>", "<pad>"}  # a unigram model may find its own controls
     offsets = [*encoding.offsets, (len(text), len(text))]
     for at, (token, piece) in enumerate(zip(tokens, spelled, strict=True)):
         begin, end = (len(text[:char].encode()) for char in offsets[at])
         next_begin = len(text[: offsets[at + 1][0]].encode())
-        end = max(done, min(end, next_begin))
+        begin, end = shared.get(at, (begin, min(end, next_begin)))
+        end = max(done, end)
         covered = data[done:end]
         may_add = name == "bert-base-uncased" or (at == 0 and adds_blank)
         has_extra = may_add and piece == b" " + covered
@@ -98,6 +100,25 @@ def place_plainly(name: str, tokenizer: Tokenizer, text: str) -> PlainRow:
         ends.append(end)
         done = end
     return PlainRow(ends, is_right, has_blank)
+
+
+def place_shared(
+    text: str, offsets: list[tuple[int, int]], spelled: list[bytes]
+) -> dict[int, tuple[int, int]]:
+    """Return the bytes of tokens that share characters, where together they spell these."""
+    found, at = {}, 0
+    while at < len(offsets):
+        stop, reach = at + 1, offsets[at][1]
+        while stop < len(offsets) and offsets[stop][0] < reach:
+            reach = max(reach, offsets[stop][1])
+            stop += 1
+        if stop > at + 1 and b"".join(spelled[at:stop]) == text[offsets[at][0] : reach].encode():
+            begin = len(text[: offsets[at][0]].encode())
+            for index in range(at, stop):
+                found[index] = (begin, begin + len(spelled[index]))
+                begin += len(spelled[index])
+        at = stop
+    return found
 
 
 def count_signals(source_name: str, source: PlainRow, target_name: str, target: PlainRow) -> int:

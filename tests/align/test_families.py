@@ -184,7 +184,9 @@ def test_lossy_families_are_placed_where_they_spell_the_text_and_say_why_not_els
 @pytest.mark.parametrize("source", FAMILIES)
 def test_every_family_can_teach_every_other(source, target):
     ours, theirs = FAMILIES[source], FAMILIES[target]
-    corpus = make_corpus(TEXTS, theirs, max_tokens=1024)
+    silent = "\x07"  # no token at all to WordPiece
+    corpus = make_corpus([silent, *TEXTS[:3], silent, *TEXTS[3:], silent], theirs, max_tokens=20)
+    assert corpus.num_rows > len(TEXTS) + 3  # some rows end no document
     captured = make_captured(corpus, ours, top_k=6)
     alignment = Alignment(
         spell_vocabulary(ours), spell_vocabulary(theirs), map_vocabulary(ours, theirs)
@@ -248,6 +250,40 @@ def test_added_tokens_of_every_flag_leave_the_rest_of_the_row_placed(flags):
     assert placed.ends[-1] == len(text)
     swallows = bool({"lstrip", "rstrip"} & set(flags))
     assert (placed.faults > 0).sum() == swallows  # the blanks it swallowed are not what it spells
+
+
+TAKEN_APART = "the cats, 漢字 and 👩 sat; "
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_token_without_a_fault_spells_the_bytes_it_covers(name):
+    tokenizer = FAMILIES[name]
+    texts = [*TEXTS, TAKEN_APART + "e\u0301 " + TAKEN_APART]
+    placed, offsets = place(tokenizer, texts)
+    for row, text in enumerate(texts):
+        begins = placed.row_starts[row]
+        for at in range(offsets[row], offsets[row + 1] - 1):
+            spelled = tokenizer.token_bytes[placed.ids[at + 1]] or b""
+            covered = slice(placed.ends[at] - begins, placed.ends[at + 1] - begins)
+            if not placed.faults[at] and not placed.next_is_eos[at]:
+                added = b" " if placed.next_has_blank[at] else b""
+                assert spelled == added + text.encode()[covered]
+
+
+def test_text_changed_in_one_place_leaves_parts_of_characters_placed_elsewhere():
+    """Offsets count characters; tokens that share one are told apart by what they spell."""
+    tokenizer = FAMILIES["qwen (NFC)"]
+    calm, changed = (
+        place(tokenizer, [TAKEN_APART + accented + TAKEN_APART])[0]
+        for accented in ("\u00e9 ", "e\u0301 ")
+    )
+    np.testing.assert_array_equal(calm.ids, changed.ids)
+    spelled = [tokenizer.token_bytes[i] or b"" for i in calm.ids.tolist()]
+    assert sum(0x80 <= token[0] < 0xC0 for token in spelled if token) > 5
+    assert not calm.faults.any()
+    # The two bytes of the letter, and the blank, which is given the accent.
+    assert (changed.faults > 0).sum() == 3
+    assert ((changed.ends - calm.ends)[changed.ends > len(TAKEN_APART.encode()) + 3] == 1).all()
 
 
 def test_ids_that_the_vocabulary_leaves_out_spell_nothing():
