@@ -5,8 +5,7 @@ from typing import Any
 
 from rayfuse.align.inspect import align_texts, report_pair
 from rayfuse.align.picture import build_picture
-from rayfuse.align.shard import align_shard
-from rayfuse.align.task import load_alignment, plan_task
+from rayfuse.align.task import align_captured, plan_task
 from rayfuse.layout import Layout, plan_layout
 from rayfuse.model_files import load_recipe_tokenizer
 from rayfuse.recipe import Recipe, read_recipe
@@ -141,16 +140,17 @@ def _measure_mass(recipe: Recipe, layout: Layout, name: str) -> dict[str, Any]:
         note = f"unknown: no map for align.method {recipe.align.method} yet; run `rayfuse align`"
         return {"captured_mass": None, "captured_note": note}
     source = next(each for each in recipe.sources if each.name == name)
-    task = plan_task(recipe, layout, source)
     shard = min(commits)
-    table = layout.captured[name].read_shard(commits[shard])
-    corpus = layout.corpus.read_shard(layout.corpus.read_commit(shard))
-    # Frozen pydantic models do hash; the type checker does not know.
-    _, stats = align_shard(corpus, table, load_alignment(task))  # pyright: ignore[reportArgumentType]
+    _, stats = align_captured(plan_task(recipe, layout, source), shard)
     signals = max(stats["with_signal"], 1.0)
     captured = 1 - stats["captured_tail_mass"] / signals
     kept = 1 - stats["tail_mass"] / signals
-    return {"captured_shard": shard, "captured_mass": captured, "kept_mass": kept}
+    return {
+        "captured_shard": shard,
+        "captured_mass": captured,
+        "kept_mass": kept,
+        "lost_mass": captured - kept,
+    }
 
 
 def _is_map_ready(layout: Layout, name: str) -> bool:
@@ -177,6 +177,7 @@ def print_report(numbers: dict[str, Any]) -> None:
             f"{numbers['captured_shard']})"
         )
         print(f"  kept after mapping     {numbers['kept_mass']:>12.2%}")
+        print(f"  lost to the tail       {numbers['lost_mass']:>12.2%}")
     print(f"  placed and matched     {numbers['tokens_per_second']:>12,.0f} tokens/s/core")
     if numbers["worst_tokens"]:
         print("  worst target tokens (without signal / occurrences, kind):")

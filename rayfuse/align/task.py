@@ -48,7 +48,18 @@ def plan_task(recipe: Recipe, layout: Layout, source: SourceSettings) -> AlignTa
 
 
 def align_committed(task: AlignTask, shard: int) -> Commit:
-    """Align a captured shard and return its commit.
+    """Align a captured shard, store the result and return its commit.
+
+    Raises:
+        ShardError: A shard that is read is missing or damaged.
+        ValueError: As for `align_captured`.
+    """
+    table, stats = align_captured(task, shard)
+    return task.aligned.write_shard(shard, table, tokens=int(stats["positions"]), stats=stats)
+
+
+def align_captured(task: AlignTask, shard: int) -> tuple[pa.Table, dict[str, float]]:
+    """Return a captured shard's ALIGNED rows and their sums.
 
     Raises:
         ShardError: A shard that is read is missing or damaged.
@@ -56,16 +67,15 @@ def align_committed(task: AlignTask, shard: int) -> Commit:
             shard, the row and, where it can, the position.
     """
     corpus = task.corpus.read_shard(task.corpus.read_commit(shard))
-    captured_commit = task.captured.read_commit(shard)
-    captured = task.captured.read_shard(captured_commit)
+    commit = task.captured.read_commit(shard)
+    captured = task.captured.read_shard(commit)
     # Frozen pydantic models do hash; the type checker does not know.
     alignment = load_alignment(task)  # pyright: ignore[reportArgumentType]
     try:
-        table, stats = align_shard(corpus, captured, alignment)
+        return align_shard(corpus, captured, alignment)
     except ValueError as error:
-        name = f"{task.captured.folder}/{captured_commit.file}"
+        name = f"{task.captured.folder}/{commit.file}"
         raise ValueError(f"{name}: {error}; remove it and capture the shard again") from error
-    return task.aligned.write_shard(shard, table, tokens=int(stats["positions"]), stats=stats)
 
 
 @lru_cache(maxsize=8)
