@@ -89,6 +89,8 @@ def build_picture(aligned: AlignedTexts, report: PairReport, names: tuple[str, s
         for kind, colour in KINDS.items()
     )
     drawn = "\n".join(_draw_texts(aligned))
+    num_bytes = sum(len(text.encode()) for text in aligned.texts)
+    part = f": about {MAX_BYTES:,} of its {num_bytes:,} bytes" if num_bytes > MAX_BYTES else ""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{source_name} → {target_name}</title>
 <style>{STYLE}</style></head><body>
@@ -99,7 +101,7 @@ on both sides:{keys}. A target position learns from the source where its token b
 boundary, the dark line, and the method <b>{report.method}</b> accepts it. What spells nothing of
 the text (EOS, a blank put before it) is counted but not drawn.</p>
 {_table_of_numbers(report)}
-<h2>The text</h2>
+<h2>The text{part}</h2>
 {drawn}
 <h2>Target tokens that most often learn nothing</h2>
 {_table_of_worst(report)}
@@ -191,15 +193,18 @@ def _plan_drawing(aligned: AlignedTexts, data: bytes, start: int, num_bytes: int
 
 
 def _find_line_end(drawing: _Drawing, begin: int) -> int:
-    """Return the next line end among the shared boundaries, else the last that fits."""
+    """Return the next line end among the shared boundaries, else the last that fits.
+
+    Empty lines are drawn at the end of the line before them.
+    """
     first = bisect_right(drawing.shared, begin)
     found = drawing.shared[first]
     for boundary in drawing.shared[first:]:
-        if drawing.cells[boundary] - drawing.cells[begin] > LINE_CELLS:
+        is_far = drawing.cells[boundary] - drawing.cells[begin] > LINE_CELLS
+        is_ended = drawing.data[found - 1 : found] == b"\n"
+        if is_far or (is_ended and drawing.data[found:boundary].strip(b"\r\n")):
             break
         found = boundary
-        if drawing.data[boundary - 1 : boundary] == b"\n":
-            break
     return found
 
 
@@ -290,6 +295,6 @@ def _draw_token(drawing: _Drawing, left: float, token: _Token, y: float, colour:
     return (
         f'<g><title>{html.escape(_show(token.label))}</title><rect x="{x + 0.5:.1f}" '
         f'y="{y + 1}" width="{max(width - 1, 1):.1f}" height="{ROW - 2}" rx="3" fill="{colour}" '
-        f'fill-opacity=".12" stroke="{colour}"/><text x="{xs}" y="{y + 18}" xml:space="preserve">'
+        f'fill-opacity=".12" stroke="{colour}"/><text x="{xs}" y="{y + 16.5}" xml:space="preserve">'
         f"{html.escape(_show(covered))}</text></g>"
     )

@@ -203,8 +203,10 @@ def test_of_what_is_captured_the_mass_is_told(tmp_path, capsys):
         data.write_shard(0, table, tokens=1)
     (numbers,) = inspect_pairs(str(path), None, None, None)
     assert 0 < numbers["kept_mass"] <= numbers["captured_mass"] < 1
+    assert numbers["lost_mass"] == numbers["captured_mass"] - numbers["kept_mass"]
     print_report(numbers)
-    assert "kept after mapping" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "kept after mapping" in printed and "lost to the tail" in printed
 
 
 def list_bands(page: str) -> list[str]:
@@ -261,6 +263,16 @@ def test_the_picture_shows_every_token_of_both_sides_once():
     assert shown == sum(len(np.unique(ends)) for ends in placed)
 
 
+def test_empty_lines_take_no_line_of_the_picture_and_what_is_left_out_is_said():
+    aligned = align_texts(["The cat\n\n\nsat\n"], SOURCE, TARGET)
+    page = build_picture(aligned, report_pair(aligned), ("s", "t"))
+    assert page.count("<svg") == 2
+    assert "<h2>The text</h2>" in page
+    aligned = align_texts(["The cat sat.\n" * 1000], SOURCE, TARGET)
+    page = build_picture(aligned, report_pair(aligned), ("s", "t"))
+    assert "<h2>The text: about 6,000 of its 13,000 bytes</h2>" in page
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine to draw the page with")
 @pytest.mark.parametrize("text", [ENGLISH, PYTHON, CHINESE])
 def test_a_browser_draws_the_picture(text, tmp_path, shared_data):
@@ -273,6 +285,7 @@ def test_a_browser_draws_the_picture(text, tmp_path, shared_data):
     subprocess.run(
         [
             *(str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+            *("--disable-quic", "--no-first-run", "--disable-background-networking"),
             *(f"--screenshot={shot}", "--window-size=1100,1600", page.as_uri()),
         ],
         check=True,
