@@ -84,17 +84,20 @@ def map_to_nearest(
 ) -> Int[np.ndarray, " tokens"]:
     """Return the target token at the least edit distance from each source token (`mined`).
 
-    The distance is Levenshtein's, over the bytes that tokens spell; ties go to the lowest id.
-    FuseLLM's MinED, section 3.2 of arXiv 2401.10491. Tokens that spell nothing are mapped to -1.
+    The distance is Levenshtein's, over the bytes that tokens spell; ties go to the lowest id, but
+    never to a byte token whose byte another token spells too. FuseLLM's MinED, section 3.2 of arXiv
+    2401.10491. Tokens that spell nothing are mapped to -1.
     """
     by_bytes = target.list_by_bytes()
     goals = sorted(by_bytes, key=by_bytes.__getitem__)  # by id: the first of equals is the lowest
     goal_ids = np.array([by_bytes[goal] for goal in goals], dtype=np.int32)
     spelled = [source.token_bytes[token_id] or b"" for token_id in token_ids]
-    mapped = np.array([by_bytes.get(token, -1) for token in spelled], dtype=np.int32)
     namesakes = dict(_list_namesakes(source, target))
     mapped = np.array(
-        [namesakes.get(i, goal) for i, goal in zip(token_ids, mapped.tolist(), strict=True)],
+        [
+            namesakes.get(token_id, by_bytes.get(piece, -1))
+            for token_id, piece in zip(token_ids, spelled, strict=True)
+        ],
         dtype=np.int32,
     )
     todo = [i for i in np.flatnonzero(mapped < 0).tolist() if spelled[i]]
