@@ -52,7 +52,12 @@ class Trackers:
             import mlflow  # pyright: ignore[reportMissingImports]
 
             mlflow.set_experiment("rayfuse")
-            mlflow.start_run(run_name=title)
+            of_title = f"attributes.run_name = '{title}'"
+            begun = mlflow.search_runs(filter_string=of_title, output_format="list")
+            if begun:  # before this training was interrupted
+                mlflow.start_run(run_id=begun[0].info.run_id)
+            else:
+                mlflow.start_run(run_name=title)
             self.mlflow = mlflow
 
     def log(self, record: dict[str, Any]) -> None:
