@@ -173,7 +173,7 @@ def iterate_steps(
     Workers may have different numbers of micro-batches in a step.
     """
 
-    def build(window: list[tuple[str, Int[np.ndarray, "rows 2"]]]) -> Step:
+    def build(window: list[tuple[str, Int[np.ndarray, "_ 2"]]]) -> Step:
         reader.keep({int(shard) for _, rows in window for shard in np.unique(rows[:, 0])})
         batch_id, mine = window[0]
         return Step(build_micro_batches(reader.read_rows(mine), packing), batch_id)
