@@ -97,6 +97,7 @@ def train_steps(
     num_workers: int,
     after_step: Callable[[StepMetrics], None],
     skipped_before: int = 0,
+    seed: int = 0,
 ) -> None:
     """Train on every step's micro-batches.
 
@@ -112,6 +113,7 @@ def train_steps(
         num_workers: Size of the process group.
         after_step: Called with each step's metrics.
         skipped_before: Steps skipped in a row up to the first.
+        seed: Of what is drawn by chance in a step, such as dropout.
 
     Raises:
         FloatingPointError: `MOST_SKIPPED_STEPS` in a row were not finite.
@@ -126,6 +128,7 @@ def train_steps(
             return
         waited = time.monotonic() - began
         step += 1
+        seed_dropout(seed, step, engine.global_rank)
         positions, signals, batches = share_out(part.batches, num_sources, engine.device)
         weights = objective.weights_at(step, positions, num_workers)
         sums = torch.zeros(2 + num_sources, dtype=torch.float64, device=engine.device)
@@ -175,6 +178,11 @@ def train_steps(
                 f"the losses or gradients of steps {step - skipped + 1} to {step} are not finite; "
                 "the last checkpoint is kept. Lower train.learning_rate, or train.gradient_clipping"
             )
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Make chance in a step a function of these alone: a run that goes on repeats no other's."""
+    torch.manual_seed(int(np.random.default_rng([seed, step, rank]).integers(2**63)))
 
 
 def take_step(engine: Any) -> bool:
