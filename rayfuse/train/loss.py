@@ -175,18 +175,11 @@ def _differentiate_chunk(
     of (log q on H, log Q) that a common shift does not change has the gradient dD / dlog q_i on H
     and q dD / dlog Q / Q elsewhere.
     """
+    if not targets.top_ids.shape[1]:
+        return _differentiate_text(logits, targets.next_ids[:, None], weights, head)
     next_ids = targets.next_ids[:, None]
     next_logits = logits.gather(1, next_ids)
     highest = logits.amax(1, keepdim=True)
-    if not targets.top_ids.shape[1]:
-        exps = logits.sub_(highest).exp_()
-        total = exps.sum(1, keepdim=True)
-        clm = (highest + total.log() - next_logits).sum()
-        grad = exps.mul_(weights.scale / total)
-        grad.scatter_add_(1, next_ids, torch.full_like(highest, -weights.scale))
-        sums = torch.zeros(1 + head.num_sources, dtype=clm.dtype, device=clm.device)
-        sums[0] = clm
-        return _Chunk(clm * weights.scale, sums, grad)
     is_entry = (targets.top_ids >= 0) & targets.has_signal[:, None]
     # Empty entries repeat a real one: writing one value twice is harmless. A position without any
     # entry repeats token 0, which then counts as the tail it is.
@@ -226,6 +219,25 @@ def _differentiate_chunk(
     sums.index_add_(0, targets.sources + 2, nats * signal)  # without a signal: row 1, dropped
     loss = (clm * clm_weight).sum() + (nats * fusion_weight).sum()
     return _Chunk(loss, torch.cat([sums[:1], sums[2:]]), grad)
+
+
+def _differentiate_text(
+    logits: Float[torch.Tensor, "positions vocab"],
+    next_ids: Int[torch.Tensor, "positions 1"],
+    weights: LossWeights,
+    head: HeadLoss,
+) -> _Chunk:
+    """Return the same where no source is heard: plain cross-entropy."""
+    next_logits = logits.gather(1, next_ids)
+    highest = logits.amax(1, keepdim=True)
+    exps = logits.sub_(highest).exp_()
+    total = exps.sum(1, keepdim=True)
+    clm = (highest + total.log() - next_logits).sum()
+    grad = exps.mul_(weights.scale / total)
+    grad.scatter_add_(1, next_ids, torch.full_like(highest, -weights.scale))
+    sums = torch.zeros(1 + head.num_sources, dtype=clm.dtype, device=clm.device)
+    sums[0] = clm
+    return _Chunk(clm * weights.scale, sums, grad)
 
 
 def _differentiate_outcomes(

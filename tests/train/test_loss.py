@@ -213,6 +213,27 @@ def test_without_entries_the_loss_is_plain_cross_entropy():
     assert not sums[1:].any()
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("heat", [1.0, 2.5])
+def test_entries_where_no_source_has_a_signal_are_not_heard(divergence, heat):
+    torch.manual_seed(3)
+    head = nn.Linear(WIDTH, VOCAB, dtype=torch.float64)
+    hidden = torch.randn(POSITIONS, WIDTH, dtype=torch.float64, requires_grad=True)
+    targets = random_targets()
+    silent = torch.zeros(POSITIONS, dtype=torch.bool)
+    targets = replace(targets, has_signal=silent, sources=torch.full_like(targets.sources, -1))
+    expected = nn.functional.cross_entropy(head(hidden), targets.next_ids)
+    weights = LossWeights(1 / POSITIONS, 0.3, heat)
+    loss, sums = make_head(TrainSettings(divergence=divergence), head)(hidden, targets, weights)
+    torch.testing.assert_close(loss, expected)
+    assert not sums[1:].any()
+    wanted = [hidden, head.weight, head.bias]
+    for grad, other in zip(
+        torch.autograd.grad(loss, wanted), torch.autograd.grad(expected, wanted), strict=True
+    ):
+        torch.testing.assert_close(grad, other)
+
+
 def test_no_positions_at_all_have_no_loss():
     head = nn.Linear(WIDTH, VOCAB)
     hidden = torch.randn(0, WIDTH, requires_grad=True)
