@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import nn
 
+NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 @dataclass(frozen=True)
 class LogitTransform:
@@ -81,6 +83,13 @@ class CausalLM:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.head.weight.device
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a device's or the host's memory is full."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(sign in str(error) for sign in NO_MEMORY)
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:

@@ -31,6 +31,8 @@ class RunState:
     validations: dict[int, float] = field(default_factory=dict[int, float])
     """Bits per byte by step."""
     fault: Exception | None = None
+    most_sequences: int | None = None
+    """Of a micro-batch, where more did not fit the memory."""
 
 
 class Board:
@@ -51,6 +53,10 @@ class Board:
     def validate(self, name: str, step: int, bits_per_byte: float) -> None:
         """Take note of a validation."""
         self.runs.setdefault(name, RunState()).validations[step] = bits_per_byte
+
+    def limit(self, name: str, most_sequences: int) -> None:
+        """Take note of how many sequences a micro-batch may have after memory ran out."""
+        self.runs.setdefault(name, RunState()).most_sequences = most_sequences
 
     def fail(self, name: str, fault: Exception) -> None:
         """Take note of what trying again would not mend."""

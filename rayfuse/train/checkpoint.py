@@ -7,6 +7,7 @@ with their sha256, comes last; with every worker's record there, the checkpoint 
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ from pathlib import Path
 from rayfuse.storage.store import Store
 
 BEGUN = "begun"
+RECORD_FILE = re.compile(rf"(step_\d+-\w+)-(?:\d+|{BEGUN})\.json")
 BLOCK_BYTES = 2**22
 
 
@@ -50,18 +52,27 @@ class Checkpoints:
     def list_whole(self) -> dict[str, list[Record]]:
         """Return every worker's record of each whole checkpoint, by its name, oldest first."""
         found: dict[str, list[Record]] = {}
-        for file in sorted(self.store.sizes(f"{self.folder}/records")):
-            name, _, rank = file.removesuffix(".json").rpartition("-")
-            if rank != BEGUN:
-                record = json.loads(self.store.read(f"{self.folder}/records/{file}"))
-                found.setdefault(name, []).append(Record(**record))
+        for file, name in self._list_records().items():
+            record = self._read_record(file)
+            if record is not None and record.name == name:
+                found.setdefault(name, []).append(record)
         return {name: each for name, each in found.items() if len(each) == each[0].num_workers}
 
     def list_cut_off(self) -> list[str]:
         """Return the names of the checkpoints that were begun and are not whole."""
-        files = self.store.sizes(f"{self.folder}/records")
-        begun = {name.rpartition("-")[0] for name in files if name.endswith(f"-{BEGUN}.json")}
-        return sorted(begun - set(self.list_whole()))
+        return sorted(set(self._list_records().values()) - set(self.list_whole()))
+
+    def _list_records(self) -> dict[str, str]:
+        """Return which checkpoint each file is of, by its name; foreign files are left out."""
+        files = sorted(self.store.sizes(f"{self.folder}/records"))
+        return {file: found[1] for file in files if (found := RECORD_FILE.fullmatch(file))}
+
+    def _read_record(self, file: str) -> Record | None:
+        """Return a worker's record; None for one that is damaged, gone, or of the beginning."""
+        try:
+            return Record(**json.loads(self.store.read(f"{self.folder}/records/{file}")))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
 
     def begin(self, name: str) -> None:
         """Note that a checkpoint is about to be made; one worker says so."""
@@ -95,7 +106,9 @@ class Checkpoints:
         """Bring a checkpoint's files into a folder, and return whether they are as recorded."""
         for record in records:
             for name, digest in record.files.items():
-                path = folder / name
+                path = (folder / name).resolve()
+                if not path.is_relative_to(folder.resolve()):
+                    return False
                 path.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     self.store.download(f"{self.folder}/{record.name}/{name}", str(path))

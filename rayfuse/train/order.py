@@ -56,6 +56,16 @@ def order_rows(rows_per_shard: Sequence[int], *, seed: int, epoch: int) -> Order
     return Order(np.concatenate(rows)[order], np.concatenate(lanes)[order])
 
 
+def draw_rows(rows_per_shard: Sequence[int], count: int, *, seed: int) -> Int[np.ndarray, "rows 2"]:
+    """Return some rows of all, each once, as (shard, row in shard); all if there are fewer."""
+    ends = np.cumsum(np.asarray(rows_per_shard, dtype=np.int64))
+    total = int(ends[-1]) if len(ends) else 0
+    chosen = np.random.default_rng(seed).choice(total, min(count, total), replace=False)
+    shards = np.searchsorted(ends, chosen, side="right")
+    starts = ends - np.asarray(rows_per_shard, dtype=np.int64)
+    return np.stack([shards, chosen - starts[shards]], axis=1)
+
+
 def count_steps(num_rows: int, rows_per_step: int, epochs: int) -> int:
     """Return the optimiser steps of a run; the last of each epoch may have fewer rows."""
     return epochs * -(-num_rows // rows_per_step)

@@ -1,5 +1,6 @@
 """The train stage: Ray Train workers around a DeepSpeed engine, with and without fusion at once."""
 
+import uuid
 from typing import Any
 
 import ray
@@ -46,7 +47,8 @@ def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
             )
     board: Any = ray.remote(**beside_the_driver())(Board).remote()
     fit: Any = ray.remote(**beside_the_driver(), max_retries=0)(_fit)
-    waiting = [_plan_run(recipe, layout, run, board) for run in runs]
+    job = uuid.uuid4().hex
+    waiting = [_plan_run(recipe, layout, run, board, job) for run in runs]
     at_once = _count_runs_at_once(waiting[0])
     running: list[Any] = []
     watch = Watch(progress)
@@ -133,7 +135,7 @@ def _worker_resources(task: WorkerTask) -> dict[str, float]:
     return resources
 
 
-def _plan_run(recipe: Recipe, layout: Layout, run: TrainRun, board: Any) -> WorkerTask:
+def _plan_run(recipe: Recipe, layout: Layout, run: TrainRun, board: Any, job: str) -> WorkerTask:
     gpus = recipe.train.gpus_per_worker
     use_gpu = ray.cluster_resources().get("GPU", 0) > 0 if gpus is None else gpus > 0
     return WorkerTask(
@@ -145,6 +147,7 @@ def _plan_run(recipe: Recipe, layout: Layout, run: TrainRun, board: Any) -> Work
         held_out=layout.held_out,
         use_gpu=use_gpu,
         board=board,
+        job=job,
     )
 
 

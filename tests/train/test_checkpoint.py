@@ -1,12 +1,17 @@
 """Checkpoints: whole or not used, undamaged or not used, kept as long as they are worth it."""
 
+import hashlib
+import pickle
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from rayfuse.storage.store import LocalStore
 from rayfuse.train.checkpoint import Checkpoints, Record, name_checkpoint
+from rayfuse.train.peers import Peers
+from rayfuse.train.resume import fetch_newest
 
 
 @pytest.fixture
@@ -79,6 +84,67 @@ def test_the_newest_and_the_best_are_kept(checkpoints, tmp_path):
     folder = tmp_path / "train/fused-x/checkpoints"
     assert not list(folder.glob(f"{cut}/ds/*"))
     assert list(folder.glob(f"{making}/ds/*"))
+
+
+@dataclass(frozen=True)
+class Bomb:
+    """Writes a file as it is unpickled."""
+
+    path: str
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"name": "step_0000', b"[]", b"{}", b"\xff\x00", b"null"])
+def test_a_torn_record_makes_its_checkpoint_one_that_was_cut_off(torn, checkpoints, tmp_path):
+    before, name = save(checkpoints, 5), save(checkpoints, 10)
+    (tmp_path / f"train/fused-x/checkpoints/records/{name}-1.json").write_bytes(torn)
+    assert list(checkpoints.list_whole()) == [before]
+    assert checkpoints.list_cut_off() == [name]
+
+
+def test_foreign_files_among_the_records_are_not_looked_at_and_not_removed(checkpoints, tmp_path):
+    names = [save(checkpoints, step) for step in (1, 2, 3)]
+    folder = tmp_path / "train/fused-x/checkpoints"
+    foreign = [folder / "records" / name for name in (".DS_Store", "notes.json", "step_1-0.json")]
+    foreign += [folder / "readme.txt", folder / names[2] / "ds" / "more.txt"]
+    for path in foreign:
+        path.write_bytes(b"not ours")
+    assert list(checkpoints.list_whole()) == names
+    assert not checkpoints.list_cut_off()
+    checkpoints.retain(1)
+    assert list(checkpoints.list_whole()) == names[2:]
+    assert all(path.exists() for path in foreign)
+
+
+def test_fault_29_a_record_names_no_file_outside_its_checkpoint(checkpoints, tmp_path):
+    save(checkpoints, 5)
+    (records,) = checkpoints.list_whole().values()
+    (tmp_path / "train/fused-x/checkpoints/stolen").write_bytes(b"x")
+    digest = hashlib.sha256(b"x").hexdigest()
+    hostile = replace(records[0], files={"../stolen": digest})
+    assert not checkpoints.download([hostile], tmp_path / "back/in")
+    assert not (tmp_path / "back/stolen").exists()
+
+
+def test_fault_25_a_pickle_in_place_of_a_checkpoints_file_is_never_read(
+    process_group, checkpoints, tmp_path
+):
+    name = save(checkpoints, 5)
+    peers = Peers(rank=0, num_workers=1, local_rank=0, scratch=tmp_path / "scratch")
+    peers.renew_scratch()
+    said: list[str] = []
+    marker = tmp_path / "marker"
+    path = tmp_path / "train/fused-x/checkpoints" / name / "ds/part_1.pt"
+    path.write_bytes(pickle.dumps(Bomb(str(marker))))
+    with fetch_newest(checkpoints, peers, said.append) as found:
+        assert found is None
+    assert not any(peers.scratch.iterdir())
+    assert said == ["the checkpoint of step 5 is damaged, so not used"]
+    assert not marker.exists()
+    pickle.loads(path.read_bytes())  # it would have gone off
+    assert marker.exists()
 
 
 def test_fault_14_a_full_disk_is_named_and_leaves_the_checkpoint_before(small_disk, tmp_path):

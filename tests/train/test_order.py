@@ -6,7 +6,7 @@ import pytest
 
 from rayfuse.recipe import Ramp, TrainSettings, value_at
 from rayfuse.train.engine import learning_rate_share
-from rayfuse.train.order import LANES, count_steps, order_rows
+from rayfuse.train.order import LANES, count_steps, draw_rows, order_rows
 
 SHARDS = [5, 0, 7, 3] * 6
 
@@ -50,6 +50,16 @@ def test_a_worker_of_many_reads_few_of_the_shards():
     steps = [order.step(number, 16) for number in range(80)]
     mine = {int(shard) for step in steps for shard in step.share(3, 8)[:, 0]}
     assert len(mine) <= 12  # of 32; 4 of its lane, and those it shares with its neighbours'
+
+
+@pytest.mark.parametrize("count", [0, 1, 9, 90, 1000])
+def test_rows_are_drawn_each_once_and_from_all_shards_alike(count):
+    drawn = draw_rows(SHARDS, count, seed=0).tolist()
+    assert len(drawn) == min(count, sum(SHARDS))
+    assert len(set(map(tuple, drawn))) == len(drawn)
+    assert all(0 <= row < SHARDS[shard] for shard, row in drawn)
+    assert drawn == draw_rows(SHARDS, count, seed=0).tolist()
+    assert len(draw_rows([], count, seed=0)) == 0
 
 
 def test_the_learning_rate_warms_up_then_falls_by_a_cosine():

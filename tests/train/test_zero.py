@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 ROOT = Path(__file__).parents[2]
 
 
-def train_in_processes(num_workers: int, stages: list[str], folder: Path) -> dict[str, list[float]]:
+def train_in_processes(
+    num_workers: int, stages: list[str], folder: Path, start: int = 0
+) -> dict[str, list[float]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -22,7 +24,16 @@ def train_in_processes(num_workers: int, stages: list[str], folder: Path) -> dic
     script = str(ROOT / "tests/train/zero_worker.py")
     workers = [
         subprocess.Popen(
-            [sys.executable, script, str(rank), str(num_workers), port, str(out), *stages],
+            [
+                sys.executable,
+                script,
+                str(rank),
+                str(num_workers),
+                port,
+                str(out),
+                str(start),
+                *stages,
+            ],
             env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -36,13 +47,13 @@ def train_in_processes(num_workers: int, stages: list[str], folder: Path) -> dic
 
 
 @pytest.mark.timeout(600)
-def test_zero_0_2_and_3_on_two_workers_train_like_one_process(tmp_path):
+def test_every_zero_stage_on_two_workers_trains_like_one_process_and_goes_on_with_one(tmp_path):
     alone = train_in_processes(1, ["0"], tmp_path)
-    together = train_in_processes(2, ["0", "2", "3"], tmp_path)
+    together = train_in_processes(2, ["0", "1", "2", "3"], tmp_path)
     for family in ("llama", "gpt2"):
         expected = alone[f"{family}-0"]
         assert len(set(expected)) == len(expected)
-        for stage in ("0", "2", "3"):
+        for stage in ("0", "1", "2", "3"):
             np.testing.assert_allclose(together[f"{family}-{stage}"], expected, rtol=2e-6)
         weights = [
             AutoModelForCausalLM.from_pretrained(tmp_path / f"{family}-{run}").state_dict()
@@ -58,3 +69,6 @@ def test_zero_0_2_and_3_on_two_workers_train_like_one_process(tmp_path):
                     torch.testing.assert_close(value, weight.chunk(3)[2], rtol=1e-4, atol=2e-5)
                     continue
                 torch.testing.assert_close(other[name], weight, rtol=1e-4, atol=2e-5)
+    rest = train_in_processes(1, ["0", "1", "2", "3"], tmp_path, start=2)
+    for name, losses in rest.items():  # what two have begun, one has gone on with
+        np.testing.assert_allclose(losses, together[name][2:], rtol=2e-6)

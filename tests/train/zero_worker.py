@@ -1,4 +1,8 @@
-"""One process of a training without Ray: `python zero_worker.py RANK WORLD PORT OUT STAGE...`."""
+"""One process of a training without Ray: `zero_worker.py RANK WORLD PORT OUT START STAGE...`.
+
+With a START of 0 it trains from the beginning, and makes a checkpoint after step 2; with 2 it goes
+on from what other processes, as many or not, have left there.
+"""
 
 import json
 import os
@@ -14,13 +18,16 @@ from rayfuse.fuse.fuse import FusedRow
 from rayfuse.models import split_head
 from rayfuse.recipe import TrainSettings
 from rayfuse.train import engine as engine_module
+from rayfuse.train.checkpoint import Record
 from rayfuse.train.engine import FusionModel, build_engine, save_model
 from rayfuse.train.feed import Packing, Step, build_micro_batches
-from rayfuse.train.loop import Objective, train_steps
+from rayfuse.train.loop import Objective, StepMetrics, train_steps
+from rayfuse.train.resume import TAG, Found, convert_checkpoint, has_parts
 from rayfuse.train.shards import Rows, join_rows
 from tests.fakes import tiny_config
 
-VOCAB, STEPS, ROWS = 97, 4, 8
+VOCAB, STEPS, ROWS, CHECKPOINT = 97, 4, 8, 2
+RECORD = Record("step_2-x", CHECKPOINT, 2, {}, None)
 
 
 def random_row(random: np.random.Generator) -> Rows:
@@ -47,7 +54,9 @@ def deal_steps(rank: int, num_workers: int) -> list[Step]:
     ]
 
 
-def train_once(family: str, tied: bool, stage: int, rank: int, num_workers: int) -> list[float]:
+def train_once(
+    family: str, tied: bool, stage: int, rank: int, num_workers: int, start: int
+) -> list[float]:
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(tiny_config(family, VOCAB, tied=tied))
     settings = TrainSettings(
@@ -57,27 +66,41 @@ def train_once(family: str, tied: bool, stage: int, rank: int, num_workers: int)
         learning_rate=1e-2,
         chunk_positions=7,
     )
+    root = Path(os.environ["MODEL_FOLDER"])
+    found = Found(root / f"checkpoint-{family}-{stage}", RECORD)
+    if start and has_parts(found.folder):
+        convert_checkpoint(found.folder)
     engine = build_engine(
         FusionModel(split_head(model, name=family), settings, num_sources=2),
         settings,
         num_steps=STEPS,
         num_workers=num_workers,
         device="cpu",
+        load_universal=found.is_universal,
     )
+    if start:
+        found.load(engine)
+        decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
+        assert decays == [settings.weight_decay, 0.0]
     losses: list[float] = []
+
+    def after_step(metrics: StepMetrics) -> None:
+        losses.append(metrics.loss)
+        if metrics.step == CHECKPOINT and not start:
+            engine.save_checkpoint(str(found.folder), tag=TAG, save_latest=False)
+
     train_steps(
         engine,
-        iter(deal_steps(rank, num_workers)),
+        iter(deal_steps(rank, num_workers)[start:]),
         Objective(0.9, 1.0, STEPS, ("one", "two")),
-        first_step=0,
+        first_step=start,
         num_workers=num_workers,
-        after_step=lambda metrics: losses.append(metrics.loss),
+        after_step=after_step,
     )
     if stage == 3 and num_workers > 1:
         weight = engine.module.head_loss.weight
         assert weight.numel() == 0, "the head's weight is not partitioned"
-    folder = Path(os.environ["MODEL_FOLDER"], f"{family}-{stage}-{num_workers}")
-    save_model(engine, str(folder), rank=rank)
+    save_model(engine, str(root / f"{family}-{stage}-{num_workers}"), rank=rank)
     return losses
 
 
@@ -94,7 +117,7 @@ def shard_even_tiny_weights() -> None:
 
 
 def main() -> None:
-    rank, num_workers, port, out, *stages = sys.argv[1:]
+    rank, num_workers, port, out, start, *stages = sys.argv[1:]
     os.environ |= {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -106,7 +129,9 @@ def main() -> None:
     shard_even_tiny_weights()
     torch.distributed.init_process_group("gloo")
     losses = {
-        f"{family}-{stage}": train_once(family, tied, int(stage), int(rank), int(num_workers))
+        f"{family}-{stage}": train_once(
+            family, tied, int(stage), int(rank), int(num_workers), int(start)
+        )
         for family, tied in (("llama", False), ("gpt2", True))
         for stage in stages
     }
