@@ -1,5 +1,6 @@
 """The train stage: Ray Train workers around a DeepSpeed engine, with and without fusion at once."""
 
+import time
 import uuid
 from typing import Any
 
@@ -13,6 +14,7 @@ from rayfuse.progress import Board, Progress, RunState
 from rayfuse.recipe import Recipe
 from rayfuse.session import beside_the_driver
 from rayfuse.storage.store import Store
+from rayfuse.train.hold import Hold
 from rayfuse.train.trackers import check_trackers
 from rayfuse.train.worker import WorkerTask, run_worker
 
@@ -48,20 +50,30 @@ def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     board: Any = ray.remote(**beside_the_driver())(Board).remote()
     fit: Any = ray.remote(**beside_the_driver(), max_retries=0)(_fit)
     job = uuid.uuid4().hex
-    waiting = [_plan_run(recipe, layout, run, board, job) for run in runs]
-    at_once = _count_runs_at_once(waiting[0])
-    running: list[Any] = []
+    tasks = [_plan_run(recipe, layout, run, board, job) for run in runs]
+    at_once = _count_runs_at_once(tasks[0])
     watch = Watch(progress)
+    queue = Queue(tasks, job, watch)
+    running: list[Any] = []
     try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                running.append(fit.remote(waiting.pop(0)))
-            ready, running = ray.wait(running, timeout=POLL_SECONDS)
+        while queue.waiting or running:
+            running += [fit.remote(task) for task in queue.take(at_once - len(running))]
+            ready, running = _wait(running)
             watch.look(ray.get(board.read.remote()))
+            queue.renew()
             _end_runs(ready, board)
     finally:
         for each in running:
             ray.cancel(each, force=True)
+        queue.release()
+
+
+def _wait(running: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Return the runs that have ended, and the others, after a while."""
+    if not running:
+        time.sleep(POLL_SECONDS)
+        return [], []
+    return ray.wait(running, timeout=POLL_SECONDS)
 
 
 def _end_runs(ready: list[Any], board: Any) -> None:
@@ -75,12 +87,49 @@ def _end_runs(ready: list[Any], board: Any) -> None:
         raise
 
 
+class Queue:
+    """Runs that wait for room, or for another job that trains them."""
+
+    def __init__(self, tasks: list[WorkerTask], job: str, watch: "Watch") -> None:
+        self.waiting, self.watch = [*tasks], watch
+        self.holds = {
+            task.run.name: Hold(task.store, f"{task.run.folder}/held.json", job) for task in tasks
+        }
+
+    def take(self, room: int) -> list[WorkerTask]:
+        """Return those that are to start now; what another job has done is dropped."""
+        taken: list[WorkerTask] = []
+        for task in [*self.waiting]:
+            if len(taken) == room:
+                break
+            hold = self.holds[task.run.name]
+            if is_trained(task.run, task.store):
+                self.waiting.remove(task)
+            elif hold.take():
+                self.waiting.remove(task)
+                taken.append(task)
+            else:
+                self.watch.tell_held(task.run.name, hold.holder)
+        return taken
+
+    def renew(self) -> None:
+        """Say that we train what we have taken."""
+        for hold in self.holds.values():
+            hold.renew()
+
+    def release(self) -> None:
+        """Let other jobs have what we had taken."""
+        for hold in self.holds.values():
+            hold.release()
+
+
 class Watch:
     """Tells what is new on the board."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.told: dict[str, int] = {}
+        self.held: set[str] = set()
         self.has_warned = False
 
     def look(self, states: dict[str, RunState]) -> None:
@@ -100,6 +149,13 @@ class Watch:
                 raise state.fault
         if {"fused", "clm"} <= set(states):
             self._compare(states["fused"], states["clm"])
+
+    def tell_held(self, name: str, holder: str) -> None:
+        """Say, once, that another job trains a run."""
+        if name not in self.held:
+            self.held.add(name)
+            note = f"{holder} trains it already; this job waits, and takes over if that one dies"
+            self.progress(f"train {name}", 0, 0, note=note)
 
     def _compare(self, fused: RunState, clm: RunState) -> None:
         """Warn early where fusion is worse than the same training without it."""
