@@ -1,6 +1,7 @@
 """A Ray cluster of several nodes on this machine, of our own processes, to be broken by tests."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -11,6 +12,12 @@ import time
 from pathlib import Path
 
 import psutil
+
+LIST_NODES = """
+import json, os, ray
+ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
+print(json.dumps([node["NodeID"] for node in ray.nodes() if node["Alive"]]))
+"""
 
 
 def free_port() -> int:
@@ -79,6 +86,23 @@ class LocalCluster:
         """SIGKILL a node and all that runs on it."""
         kill_tree(node)
         self.nodes.remove(node)
+
+    def list_nodes(self) -> set[str]:
+        """Return the ids of the nodes that have joined and live."""
+        env = self.env | {"RAY_ADDRESS": f"127.0.0.1:{self.port}"}
+        done = subprocess.run(
+            [sys.executable, "-c", LIST_NODES], env=env, capture_output=True, text=True, check=True
+        )
+        return set(json.loads(done.stdout.splitlines()[-1]))
+
+    def drain_node(self, node_id: str, *, seconds: int) -> None:
+        """Give notice, as a cloud does, that a node is to be taken away."""
+        drain = ray_command(
+            *("drain-node", f"--address=127.0.0.1:{self.port}", f"--node-id={node_id}"),
+            *("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"),
+            f"--deadline-remaining-seconds={seconds}",
+        )
+        subprocess.run(drain, env=self.env, capture_output=True, check=True)
 
     def find_workers(self, name: str) -> list[psutil.Process]:
         """Return the cluster's workers whose title has a name in it."""
