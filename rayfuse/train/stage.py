@@ -13,6 +13,7 @@ from rayfuse.layout import Layout, TrainRun
 from rayfuse.progress import Board, Progress, RunState
 from rayfuse.recipe import Recipe
 from rayfuse.session import beside_the_driver
+from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import Store
 from rayfuse.train.hold import Hold
 from rayfuse.train.trackers import check_trackers
@@ -29,11 +30,30 @@ def is_trained(run: TrainRun, store: Store) -> bool:
     return "done.json" in store.sizes(run.folder)
 
 
+def check_data(*data_sets: DataSet) -> None:
+    """Raise unless all data sets are whole and hold rows.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for data in data_sets:
+        if not data.is_whole():
+            raise ValueError(
+                f"{data.folder} is not whole; run `rayfuse corpus`, `capture` and `align` first"
+            )
+        manifest = data.read_manifest()
+        if manifest is None or not manifest.rows:
+            raise ValueError(
+                f"{data.folder} has no rows to train on; `rayfuse status` says why documents were "
+                "rejected"
+            )
+
+
 def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     """Train every run that is not done yet, all at once if there is room.
 
     Raises:
-        ValueError: A data set is not whole, or a tracker is not installed.
+        ValueError: A data set is not whole or has no rows, or a tracker is not installed.
         ShardError: A shard is missing or damaged.
         FloatingPointError: Losses or gradients of several steps in a row are not finite.
         StorageGoneError: The storage does not answer any more.
@@ -42,11 +62,7 @@ def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     if not runs:
         return
     check_trackers(recipe)
-    for data in (layout.corpus, *layout.aligned.values()):
-        if not data.is_whole():
-            raise ValueError(
-                f"{data.folder} is not whole; run `rayfuse corpus`, `capture` and `align` first"
-            )
+    check_data(layout.corpus, *layout.aligned.values())
     board: Any = ray.remote(**beside_the_driver())(Board).remote()
     fit: Any = ray.remote(**beside_the_driver(), max_retries=0)(_fit)
     job = uuid.uuid4().hex

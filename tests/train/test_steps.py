@@ -8,6 +8,7 @@ import pytest
 from rayfuse.recipe import FuseSettings
 from rayfuse.storage.dataset import DataSet
 from rayfuse.train.feed import Packing, Plan, Step, iterate_steps
+from rayfuse.train.stage import check_data
 from tests.train.data import open_reader, write_data
 
 LENGTHS = [[5, 9, 2], [], [7], [3, 3, 3, 8, 1]]
@@ -90,6 +91,17 @@ def test_no_rows_at_all_make_no_steps(tmp_path):
         corpus, aligned = write_data(tmp_path / name, lengths)
         reader = open_reader(corpus, aligned)
         assert not list(iterate_steps(reader, Packing(8, 1, True), PLAN, rank=0, num_workers=2))
+
+
+def test_training_does_not_begin_on_no_rows_or_on_data_that_is_not_whole(data, tmp_path):
+    corpus, aligned = data
+    check_data(corpus, *aligned.values())
+    empty, _ = write_data(tmp_path / "empty", [[], []])
+    with pytest.raises(ValueError, match="corpus has no rows to train on"):
+        check_data(empty, *aligned.values())
+    aligned["b"].drop_manifest()
+    with pytest.raises(ValueError, match="b is not whole; run `rayfuse corpus`"):
+        check_data(corpus, *aligned.values())
 
 
 @pytest.mark.parametrize("method", ["min_ce", "avg_ce"])
