@@ -1,6 +1,8 @@
 """A source LLM that answers with top-k records."""
 
 import logging
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -26,6 +28,9 @@ TokenRows = Sequence[Int[np.ndarray, " _"]]
 NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What errors say that a smaller batch may help against."""
 
+MEMORY_PAUSES = (1.0, 5.0, 25.0)
+"""Seconds before a row that alone found no memory is tried again: others may give some back."""
+
 FATAL = "CUDA error"
 """Begins what a GPU says that will answer nothing any more."""
 
@@ -39,6 +44,13 @@ class Failure:
     reason: str
 
 
+NO_MEMORY_ALONE = Failure("out of memory")
+
+
+class MemoryShortError(RuntimeError):
+    """Not even half of one row finds memory: it is not the row's fault."""
+
+
 @runtime_checkable
 class Engine(Protocol):
     """Scores rows of token ids; holds the weights."""
@@ -47,7 +59,11 @@ class Engine(Protocol):
     """Tokens of a batch by now; fewer than the recipe says once memory ran out."""
 
     def score_rows(self, rows: TokenRows) -> list[TopLogprobs | Failure]:
-        """Return each row's record, in the order of the rows."""
+        """Return each row's record, in the order of the rows.
+
+        Raises:
+            MemoryShortError: There is no memory, for none of the rows.
+        """
         ...
 
 
@@ -60,6 +76,8 @@ class TransformersEngine:
     def __init__(self, source: ModelSettings, settings: CaptureSettings) -> None:
         self.settings = settings
         self.batch_tokens = settings.batch_tokens
+        self.too_long_tokens: float = math.inf
+        """Rows of so many were tried again and again, and found no memory."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.lm = load_causal_lm(
             source.model,
@@ -89,25 +107,71 @@ class TransformersEngine:
     def _score_windows(self, rows: TokenRows) -> list[TopLogprobs | Failure]:
         """Return the records of rows that the model takes.
 
+        A row that alone finds no memory is tried again later: the shortage may pass. Where half of
+        it fits then, the row is too long for this machine; where not, the machine is short.
+        """
+        batch_tokens = self.batch_tokens
+        results = self._score_batches(rows, list(range(len(rows))))
+        for pause in MEMORY_PAUSES:
+            short = self._list_short(rows, results)
+            if not short:
+                break
+            time.sleep(pause)
+            results |= self._score_batches(rows, short)
+            if len(self._list_short(rows, results)) < len(short):
+                self.batch_tokens = batch_tokens  # what was too large then may fit again
+        for index in self._list_short(rows, results):
+            self._check_half(rows[index])
+        return [results[index] for index in range(len(rows))]
+
+    def _list_short(self, rows: TokenRows, results: dict[int, TopLogprobs | Failure]) -> list[int]:
+        """Return the rows that found no memory and are short enough to find some yet."""
+        return [
+            index
+            for index, result in results.items()
+            if result == NO_MEMORY_ALONE and len(rows[index]) < self.too_long_tokens
+        ]
+
+    def _check_half(self, row: Int[np.ndarray, " _"]) -> None:
+        """Learn that a row is too long, so that none like it is waited for.
+
+        Raises:
+            MemoryShortError: Half of it finds no memory either.
+        """
+        half = row[: max(len(row) // 2, 1)]
+        if any(answer == NO_MEMORY_ALONE for _, answer in self._score_parts([half])):
+            raise MemoryShortError(
+                f"there is no memory for {len(half)} tokens, {sum(MEMORY_PAUSES):.0f} s after it "
+                "ran out; free it or give the actors another machine, then run the same command "
+                "again"
+            )
+        self.too_long_tokens = min(self.too_long_tokens, len(row))
+
+    def _score_batches(
+        self, rows: TokenRows, indices: list[int]
+    ) -> dict[int, TopLogprobs | Failure]:
+        """Return the records of some rows.
+
         A batch that does not fit the memory is cut in two, and later ones are smaller. A batch that
         the model fails on is halved until the row is found that it fails on.
         """
         results: dict[int, TopLogprobs | Failure] = {}
         lengths = [len(row) for row in rows]
         waiting: tuple[list[int], HostCopy] | None = None
-        for batch in batch_by_tokens(lengths, self.batch_tokens):
+        for places in batch_by_tokens([lengths[index] for index in indices], self.batch_tokens):
+            batch = [indices[place] for place in places]
             for part, answer in self._score_parts([rows[index] for index in batch]):
-                indices = batch[part]
+                found = batch[part]
                 if isinstance(answer, Failure):
-                    results |= dict.fromkeys(indices, answer)
+                    results |= dict.fromkeys(found, answer)
                     continue
                 copy = HostCopy(answer, self.copies)
                 if waiting:  # the last batch's record travels while this one is computed
                     results |= _split_record(*waiting, lengths)
-                waiting = (indices, copy)
+                waiting = (found, copy)
         if waiting:
             results |= _split_record(*waiting, lengths)
-        return [results[index] for index in range(len(rows))]
+        return results
 
     def _score_parts(self, rows: TokenRows) -> Iterator[tuple[slice, TopTensors | Failure]]:
         """Yield the records of a batch in as many parts as it takes, each with its rows."""
@@ -120,7 +184,9 @@ class TransformersEngine:
                 is_full = _is_out_of_memory(error)
                 if str(error).startswith(FATAL) and not is_full:
                     raise
-                reason = "out of memory" if is_full else f"model fails: {_first_line(error)}"
+                failure = (
+                    NO_MEMORY_ALONE if is_full else Failure(f"model fails: {_first_line(error)}")
+                )
             else:
                 yield part, record
                 continue
@@ -128,7 +194,7 @@ class TransformersEngine:
             if is_full:
                 self._shrink_batches(sum(len(row) for row in rows[part]))
             if part.stop - part.start == 1:
-                yield part, Failure(reason)
+                yield part, failure
             else:
                 middle = (part.start + part.stop) // 2
                 parts += [slice(middle, part.stop), slice(part.start, middle)]

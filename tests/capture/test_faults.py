@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -18,7 +18,12 @@ import numpy as np
 import pytest
 import torch
 
-from rayfuse.capture.engine import Failure, TransformersEngine
+from rayfuse.capture.engine import (
+    MEMORY_PAUSES,
+    Failure,
+    MemoryShortError,
+    TransformersEngine,
+)
 from rayfuse.capture.live import LiveNumbers
 from rayfuse.capture.record import NOT_FINITE
 from rayfuse.capture.shard import ShardCapturer, ShardNumbers
@@ -160,21 +165,58 @@ print("batch", engine.batch_tokens)
     assert int(done.stdout.split()[-1]) <= 150_000
 
 
-def test_fault_15_a_row_beyond_the_memory_is_rejected_and_its_neighbours_are_not(model):
-    engine = TransformersEngine(model, CaptureSettings(top_k=4, batch_tokens=1000))
+def limit_memory(engine: TransformersEngine, find_limit: Callable[[], int]) -> None:
+    """Let batches of more tokens run out of memory."""
     whole = engine._score_batch
 
     def limited(rows):
-        if sum(len(row) for row in rows) > 60:
+        if sum(len(row) for row in rows) > find_limit():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
         return whole(rows)
 
     engine._score_batch = limited
+
+
+@pytest.fixture
+def pauses(monkeypatch) -> list[float]:
+    """Return the seconds that would have been waited for memory."""
+    slept: list[float] = []
+    monkeypatch.setattr("rayfuse.capture.engine.time.sleep", slept.append)
+    return slept
+
+
+def test_fault_15_a_row_beyond_the_memory_is_rejected_and_its_neighbours_are_not(model, pauses):
+    engine = TransformersEngine(model, CaptureSettings(top_k=4, batch_tokens=1000))
+    limit_memory(engine, lambda: 60)
     rows = [np.arange(n) + 1 for n in (50, 90, 30, 40)]
+    for _ in range(2):
+        records = engine.score_rows(rows)
+        assert records[1] == Failure("out of memory")
+        assert [len(records[i].next_logprobs) for i in (0, 2, 3)] == [50, 30, 40]
+        assert engine.batch_tokens < 1000
+        assert pauses == list(MEMORY_PAUSES)  # once: later rows of this length are not waited for
+
+
+def test_fault_15_no_row_is_lost_to_a_shortage_that_passes(model, pauses):
+    engine = TransformersEngine(model, CaptureSettings(top_k=4, batch_tokens=1000))
+    rows = [np.arange(n) + 1 for n in (50, 90, 30, 40)]
+    alone = engine.score_rows(rows)
+    limit_memory(engine, lambda: 35 if len(pauses) < 2 else 1000)
     records = engine.score_rows(rows)
-    assert records[1] == Failure("out of memory")
-    assert [len(records[i].next_logprobs) for i in (0, 2, 3)] == [50, 30, 40]
-    assert engine.batch_tokens < 1000
+    assert pauses == list(MEMORY_PAUSES[:2])
+    for record, expected in zip(records, alone, strict=True):
+        np.testing.assert_allclose(record.next_logprobs, expected.next_logprobs, atol=1e-5)
+    assert engine.batch_tokens == 1000
+
+
+def test_fault_15_a_shortage_that_stays_commits_nothing_and_stops_the_run(model, corpus, pauses):
+    capturer = make_capturer(model, corpus)
+    limit_memory(capturer.engine, lambda: 3)
+    with pytest.raises(MemoryShortError, match=r"no memory for \d+ tokens, 31 s after .*same comm"):
+        capturer.capture(0)
+    assert not capturer.captured.list_committed()
+    capturer = make_capturer(model, corpus)
+    assert capturer.capture(0).rejects == 0
 
 
 def test_fault_15_many_batches_beyond_the_memory_are_all_cut_to_what_fits(model):
