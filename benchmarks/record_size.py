@@ -38,7 +38,7 @@ from rayfuse.corpus.shards import build_rows
 from rayfuse.model_files import load_recipe_tokenizer
 from rayfuse.recipe import CaptureSettings, ModelSettings
 from rayfuse.schema import decode_probs, flatten_column
-from rayfuse.storage.dataset import encode_table
+from rayfuse.storage.encoding import encode_table
 from rayfuse.tokens import TextTokenizer
 
 MOST_BYTES = {10: 30, 16: 45}

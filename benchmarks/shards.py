@@ -33,6 +33,7 @@ class SimulatedStore:
     """Shards made up as they are asked for; the few other files are kept."""
 
     root = "simulated://bucket"
+    lists_by_prefix = True
 
     def __init__(self, num_shards: int) -> None:
         self.num_shards = num_shards

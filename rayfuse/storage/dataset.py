@@ -3,7 +3,7 @@
 import hashlib
 import json
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -13,12 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayfuse.schema import SCHEMA_VERSION
+from rayfuse.storage.encoding import decode_origin, encode_table
 from rayfuse.storage.store import Store
-
-# Columns whose small, repeating values (differences of codes) a dictionary packs best; every other
-# list column is split into byte planes, which a dictionary left on would silently switch off.
-DICTIONARY_COLUMNS = ("top_logprobs",)
-
 
 REMEDY = "run `rayfuse verify --repair`, which makes it again"
 
@@ -226,25 +222,28 @@ class DataSet:
         Args:
             num_shards: How many there may be, where that is known: many are listed in parallel.
         """
-        parts = self._list_files("commits", num_shards)
+        parts = self.list_files("commits", num_shards)
         return {int(name.partition(".")[0]) for part in parts for name in part}
 
-    def _list_files(self, folder: str, num_shards: int) -> Iterator[dict[str, int]]:
+    def list_files(self, folder: str, num_shards: int) -> Iterator[dict[str, int]]:
         """Yield the sizes of a folder's files, in parts.
 
-        Object stores list a thousand names at a time, one page after the other: a million shards
-        are listed by the first digits of their names.
+        S3 lists a thousand names at a time, one page after the other: a million shards are listed
+        by the first digits of their names. Other stores would list all of them for each.
         """
         path = f"{self.folder}/{folder}"
-        if num_shards < MANY_SHARDS:
+        if num_shards < MANY_SHARDS or not self.store.lists_by_prefix:
             yield self.store.sizes(path)
             return
         with ThreadPoolExecutor(NUM_READERS) as readers:
             prefixes = [f"{number:02d}" for number in range(100)]
             yield from readers.map(lambda prefix: self.store.sizes(path, prefix), prefixes)
 
-    def commits(self) -> dict[int, Commit]:
+    def commits(self, num_shards: int = 0) -> dict[int, Commit]:
         """Return the commit records by shard: the manifest's, or the single ones without it.
+
+        Args:
+            num_shards: As for `list_committed`.
 
         Raises:
             ShardError: A record, or the manifest, is damaged.
@@ -252,9 +251,17 @@ class DataSet:
         manifest = self.read_manifest()
         if manifest is not None:
             return {commit.shard: commit for commit in self._read_records(manifest)}
-        shards = sorted(self.list_committed())
+        shards = sorted(self.list_committed(num_shards))
         with ThreadPoolExecutor(NUM_READERS) as readers:
             return dict(zip(shards, readers.map(self.read_commit, shards), strict=True))
+
+    def count_rejects(self, committed: Collection[int], num_shards: int) -> int:
+        """Return the rejects of committed shards; only the records of those with any are read."""
+        parts = self.list_files("rejects", num_shards)
+        listed = {int(name.partition(".")[0]) for part in parts for name in part}
+        with ThreadPoolExecutor(NUM_READERS) as readers:
+            found = readers.map(self.read_commit, listed.intersection(committed))
+            return sum(commit.rejects for commit in found)
 
     def read_manifest(self) -> Manifest | None:
         """Return the manifest, or nothing while the data set is not whole.
@@ -312,8 +319,8 @@ class DataSet:
         manifest = self.read_manifest()
         if manifest is None:
             committed = self.list_committed(num_shards)  # first: data comes before its commit
-            files = self._list_files("data", num_shards)
-            lost = sorted(committed - {_shard_of(name) for part in files for name in part})
+            files = self.list_files("data", num_shards)
+            lost = sorted(committed - {shard_of(name) for part in files for name in part})
         else:
             lost = self._find_changed(manifest)
         self.drop_shards(lost)
@@ -324,7 +331,7 @@ class DataSet:
         records = self._read_records_table(manifest, ["file", "num_bytes"])
         unseen = dict(zip(records["file"].to_pylist(), range(manifest.num_shards), strict=True))
         num_bytes = records["num_bytes"].to_numpy()
-        for part in self._list_files("data", manifest.num_shards):
+        for part in self.list_files("data", manifest.num_shards):
             for name, size in part.items():
                 shard = unseen.get(f"data/{name}")
                 if shard is not None and num_bytes[shard] == size:
@@ -339,7 +346,7 @@ class DataSet:
         """
         if self.read_manifest() is not None:
             return
-        commits = self.commits()
+        commits = self.commits(num_shards)
         missing = sorted(set(range(num_shards)) - set(commits))
         if missing:
             raise ShardError(f"{self.folder}: {len(missing)} shards missing, first {missing[0]}")
@@ -388,53 +395,13 @@ def split_shards(shards: Sequence[int], most_blocks: int) -> list[pa.Table]:
     return [numbers.slice(a, b - a) for a, b in pairwise(cuts)]
 
 
-def encode_table(table: pa.Table, fingerprint: str, shard: int) -> bytes:
-    """Return a table as Parquet: byte planes for lists of numbers, zstd, page checksums."""
-    table = table.replace_schema_metadata(
-        {
-            "rayfuse.schema_version": str(SCHEMA_VERSION),
-            "rayfuse.fingerprint": fingerprint,
-            "rayfuse.shard": str(shard),
-        }
-    )
-    lists = [field.name for field in table.schema if pa.types.is_list(field.type)]
-    split = [
-        f"{name}.list.element"
-        for name in lists
-        if name not in DICTIONARY_COLUMNS
-        and not pa.types.is_boolean(table.schema.field(name).type.value_type)
-    ]
-    encodings: Any = {  # the type stubs know no lists of columns here
-        "use_dictionary": [f"{name}.list.element" for name in lists if name in DICTIONARY_COLUMNS],
-        "use_byte_stream_split": split,
-    }
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
-        sink,
-        row_group_size=256,
-        compression="zstd",
-        compression_level=1,
-        write_page_checksum=True,
-        **encodings,
-    )
-    return sink.getvalue().to_pybytes()
-
-
-def decode_origin(data: bytes) -> tuple[str, int]:
-    """Return the fingerprint and the shard number that a shard's bytes say they are of."""
-    metadata = pq.read_schema(pa.BufferReader(data)).metadata or {}
-    fingerprint = metadata.get(b"rayfuse.fingerprint", b"").decode()
-    return fingerprint, int(metadata.get(b"rayfuse.shard", b"-1"))
-
-
 def fingerprint_of(**parts: Any) -> str:
     """Return a short hash of all that decides a result, from plain JSON values."""
     text = json.dumps(parts | {"schema_version": SCHEMA_VERSION}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _shard_of(name: str) -> int:
+def shard_of(name: str) -> int:
     """Return the shard of a data file's name, NUMBER-ATTEMPT.parquet."""
     return int(name.partition("-")[0])
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import posixpath
 import random
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,22 @@ FINAL_ERRORS = (
     *("ParamValidationError", "UnknownServiceError", "ProfileNotFound", "NoRegionError"),
 )
 """Asking again gets the same answer."""
+
+
+class Tally:
+    """A count that several threads add to."""
+
+    def __init__(self) -> None:
+        self.count, self.lock = 0, threading.Lock()
+
+    def add(self) -> None:
+        """Count one more."""
+        with self.lock:
+            self.count += 1
+
+
+REPEATED = Tally()
+"""Requests of this process that failed and were asked again."""
 
 
 class StorageGoneError(OSError):
@@ -72,6 +89,7 @@ def ask_patiently(
                 bound = min(0.1 * 2**tries, LONGEST_PAUSE_SECONDS)
                 time.sleep(min(random.uniform(0, bound), store.patience_seconds - waited))
                 tries += 1
+                REPEATED.add()
                 store.reconnect()
 
     return ask
@@ -117,6 +135,10 @@ class ObjectStore:
     def __reduce__(self) -> tuple[type["ObjectStore"], tuple[str, float]]:
         return ObjectStore, (self.root, self.patience_seconds)  # credentials stay out of pickles
 
+    @property
+    def lists_by_prefix(self) -> bool:
+        return self.root.partition("://")[0] in S3
+
     def reconnect(self) -> None:
         """Forget the connection and its credentials; the next request makes both anew."""
         self.__dict__.pop("_fs", None)
@@ -150,7 +172,7 @@ class ObjectStore:
     def sizes(self, folder: str, prefix: str = "") -> dict[str, int]:
         path = self._path(folder)
         try:
-            if prefix and self.root.partition("://")[0] in S3:
+            if prefix and self.lists_by_prefix:
                 entries = self._fs.find(path, maxdepth=1, prefix=prefix, detail=True).values()
             else:
                 entries = self._fs.ls(path, detail=True, refresh=True)

@@ -28,6 +28,11 @@ class Store(Protocol):
         """The folder or URI that names are below."""
         ...
 
+    @property
+    def lists_by_prefix(self) -> bool:
+        """Whether a listing by prefix costs less than one of the whole folder."""
+        ...
+
     def read(self, name: str) -> bytes:
         """Return a file's bytes.
 
@@ -79,6 +84,10 @@ class LocalStore:
     """A folder on a disk that all workers see."""
 
     root: str
+
+    @property
+    def lists_by_prefix(self) -> bool:
+        return False
 
     def read(self, name: str) -> bytes:
         return self._path(name).read_bytes()

@@ -2,17 +2,20 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from rayfuse.storage.dataset import Commit, DataSet, ShardError
+from rayfuse.storage.dataset import Commit, DataSet, ShardError, shard_of
 
 NUM_READERS = 8
 """Shards read at a time: a gigabyte at most."""
+
+NUM_RECORD_READERS = 32
+"""Commit records read at a time."""
 
 
 @dataclass(frozen=True)
@@ -48,37 +51,60 @@ def verify_data_set(
         corpus: The data set whose rows it must hold, in the same order.
         tell: Called with the shards checked so far and their number.
     """
-    damages = list(_check_records(data))
-    shards = sorted(data.list_committed())
+    num_shards = _count_shards(data) or (_count_shards(corpus) if corpus else 0)
+    shards = sorted(data.list_committed(num_shards))
+    with ThreadPoolExecutor(NUM_RECORD_READERS) as readers:
+        found = readers.map(lambda shard: _read_record(data, shard), shards)
+        records = dict(zip(shards, found, strict=True))
+    commits = {s: record for s, record in records.items() if isinstance(record, Commit)}
+    damages = [record for record in records.values() if isinstance(record, Damage)]
+    damages += _check_records(data, records.keys(), commits)
     bad_records = {damage.shard for damage in damages}
+    good = [commit for shard, commit in commits.items() if shard not in bad_records]
     checked = 0
     with ThreadPoolExecutor(NUM_READERS) as readers:
-        good = [shard for shard in shards if shard not in bad_records]
-        for damage in readers.map(lambda shard: _check_shard(data, shard, corpus), good):
+        for damage in readers.map(lambda commit: _check_shard(data, commit, corpus), good):
             checked += 1
             damages += [damage] if damage else []
             if tell:
                 tell(checked, len(good))
-    return Verified(data.folder, len(shards), damages, find_orphans(data, bad_records))
+    orphans = _find_orphans(data, {commit.shard: commit for commit in good}, num_shards)
+    return Verified(data.folder, len(shards), damages, orphans)
 
 
-def _check_records(data: DataSet) -> Iterator[Damage]:
-    """Yield what is wrong with the run record, the manifest and the commit records."""
-    shards = sorted(data.list_committed())
-    commits: dict[int, Commit] = {}
-    for shard in shards:
-        try:
-            commits[shard] = data.read_commit(shard)
-        except ShardError as error:
-            yield Damage(f"{data.folder}/commits/{shard:05d}.json", str(error), shard)
+def _count_shards(data: DataSet) -> int:
+    """Return how many shards a data set has; 0 where its manifest does not say."""
+    try:
+        manifest = data.read_manifest()
+    except ShardError:
+        return 0
+    return manifest.num_shards if manifest else 0
+
+
+def _read_record(data: DataSet, shard: int) -> Commit | Damage:
+    try:
+        return data.read_commit(shard)
+    except ShardError as error:
+        return Damage(f"{data.folder}/commits/{shard:05d}.json", str(error), shard)
+
+
+def _check_records(
+    data: DataSet, shards: Collection[int], commits: dict[int, Commit]
+) -> Iterator[Damage]:
+    """Yield what is wrong with the run record, with the manifest, and between it and the records.
+
+    Args:
+        data: The data set.
+        shards: Those that have a commit record.
+        commits: The records that can be read.
+    """
     try:
         if shards and data.read_run().get("fingerprint") != data.fingerprint:
             yield Damage(f"{data.folder}/run.json", "belongs to another run")
     except (ValueError, FileNotFoundError) as error:
         yield Damage(f"{data.folder}/run.json", f"is no run record: {error}")
     try:
-        manifest = data.read_manifest()
-        listed = data.commits() if manifest else commits
+        listed = data.commits() if data.read_manifest() else commits
     except ShardError as error:
         yield Damage(f"{data.folder}/manifest.json", str(error))
         return
@@ -91,8 +117,8 @@ def _check_records(data: DataSet) -> Iterator[Damage]:
             )
 
 
-def _check_shard(data: DataSet, shard: int, corpus: DataSet | None) -> Damage | None:
-    commit = data.read_commit(shard)
+def _check_shard(data: DataSet, commit: Commit, corpus: DataSet | None) -> Damage | None:
+    shard = commit.shard
     name = f"{data.folder}/{commit.file}"
     try:
         table = data.read_shard(commit)
@@ -111,23 +137,18 @@ def _check_shard(data: DataSet, shard: int, corpus: DataSet | None) -> Damage | 
     return None
 
 
-def find_orphans(data: DataSet, bad_records: Iterable[int | None] = ()) -> list[str]:
+def _find_orphans(data: DataSet, commits: dict[int, Commit], num_shards: int) -> list[str]:
     """Return the data files of committed shards that are not the committed ones.
 
     Such a file can never count any more: its shard has its commit. Files of shards without one are
     left alone, since a worker may be about to commit them.
     """
-    known = set(bad_records)
-    committed = {
-        shard: data.read_commit(shard).file.removeprefix("data/")
-        for shard in data.list_committed()
-        if shard not in known
-    }
-    return [
+    return sorted(
         f"{data.folder}/data/{name}"
-        for name in sorted(data.store.sizes(f"{data.folder}/data"))
-        if (shard := int(name.partition("-")[0])) in committed and committed[shard] != name
-    ]
+        for part in data.list_files("data", num_shards)
+        for name in part
+        if (commit := commits.get(shard_of(name))) and commit.file != f"data/{name}"
+    )
 
 
 def forget_damages(data: DataSet, verified: Verified, run: dict[str, Any]) -> None:
@@ -180,7 +201,7 @@ def read_status(data: DataSet, num_shards: int | None) -> Status:
         ShardError: A record is damaged.
     """
     manifest = data.read_manifest()
-    commits = data.commits().values()
+    commits = data.commits(num_shards or 0).values()
     return Status(
         folder=data.folder,
         is_whole=data.is_whole(),

@@ -1,5 +1,6 @@
 import json
 import os
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayfuse.schema import CORPUS
-from rayfuse.storage.dataset import DataSet, Reject, ShardError, encode_table, fingerprint_of
+from rayfuse.storage.dataset import DataSet, Reject, ShardError, fingerprint_of
+from rayfuse.storage.encoding import encode_table
 from rayfuse.storage.store import LocalStore, Store, check_store, open_store
 
 
@@ -78,16 +80,18 @@ def test_a_shard_of_another_data_set_or_another_number_is_refused(tmp_path):
         data.read_shard(swapped)
 
 
-@pytest.mark.parametrize("offset", [10, 200, -30])
-def test_a_flipped_bit_is_found(tmp_path, offset):
+def test_fault_12_a_flipped_bit_is_found_wherever_it_is(tmp_path):
     data = make_data(tmp_path)
     commit = data.write_shard(0, make_table(), tokens=1)
     path = tmp_path / data.folder / commit.file
-    content = bytearray(path.read_bytes())
-    content[offset] ^= 4
-    path.write_bytes(content)
-    with pytest.raises(ShardError, match="is not what was committed"):
-        data.read_shard(commit)
+    sound = path.read_bytes()
+    choose = random.Random(0)
+    for offset in choose.choices(range(len(sound)), k=200):
+        content = bytearray(sound)
+        content[offset] ^= 1 << choose.randrange(8)
+        path.write_bytes(content)
+        with pytest.raises(ShardError, match="is not what was committed"):
+            data.read_shard(commit)
 
 
 def test_a_shard_that_is_gone_is_named(tmp_path):
@@ -114,6 +118,48 @@ def test_a_data_set_is_whole_once_every_shard_is_there_and_not_after_one_is_lost
     data.write_shard(1, make_table(), tokens=1)
     data.finish(3)
     assert data.is_whole()
+
+
+class WatchedStore(LocalStore):
+    """A folder that knows what it was asked."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        object.__setattr__(self, "asked", [])
+
+    def read(self, name: str) -> bytes:
+        self.asked.append(name)
+        return super().read(name)
+
+    def sizes(self, folder: str, prefix: str = "") -> dict[str, int]:
+        self.asked.append(f"{folder}/{prefix}*")
+        return super().sizes(folder, prefix)
+
+
+class PrefixStore(WatchedStore):
+    """The same, said to list a part at the cost of a part."""
+
+    lists_by_prefix = True
+
+
+@pytest.mark.parametrize("kind", [WatchedStore, PrefixStore])
+def test_a_folder_of_many_shards_is_listed_once_or_by_first_digits_where_that_costs_less(
+    kind, tmp_path
+):
+    data = make_data_in(kind(str(tmp_path)))
+    shards = [0, 99_999, 100_000, 123_456]
+    for shard in shards:
+        data.write_shard(shard, make_table(), tokens=1, rejects=[Reject("x", "y")] * (shard % 7))
+    data.store.asked.clear()
+    num_shards = 200_000
+    assert data.list_committed(num_shards) == set(shards)
+    assert data.drop_lost_shards(num_shards) == []
+    listings = len([name for name in data.store.asked if name.endswith("*")])
+    assert listings == (300 if data.store.lists_by_prefix else 3)
+    data.store.asked.clear()
+    assert data.count_rejects(shards, num_shards) == sum(shard % 7 for shard in shards)
+    read = [name for name in data.store.asked if not name.endswith("*")]
+    assert len(read) == sum(shard % 7 > 0 for shard in shards)
 
 
 def test_a_folder_of_another_fingerprint_is_refused(tmp_path):

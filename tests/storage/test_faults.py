@@ -61,6 +61,19 @@ def test_fault_8_a_storage_that_is_gone_is_said_to_be_after_its_patience(s3_root
         store.read("a")
 
 
+def test_fault_8_a_storage_whose_name_is_gone_is_waited_for_as_one_that_is_away(
+    s3_root, s3_proxy, monkeypatch
+):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://nowhere.invalid:{s3_proxy.port}")
+    store = open_store(s3_root, patience_seconds=2.0)
+    with pytest.raises(StorageGoneError, match=r"has failed for \d+ s.*nowhere\.invalid"):
+        store.read("a")
+    monkeypatch.undo()
+    store.reconnect()
+    store.write("a", b"1")
+    assert store.read("a") == b"1"
+
+
 def test_fault_9_a_commit_whose_answer_is_lost_is_known_as_ours(data, s3_proxy):
     s3_proxy.rules.append(Rule("lost_reply", method="PUT", match="commits/"))
     commit = data.write_shard(0, make_table(), tokens=1)

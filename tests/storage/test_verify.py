@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from rayfuse.storage.dataset import DataSet, ShardError
 from rayfuse.storage.store import LocalStore
 from rayfuse.storage.verify import forget_damages, read_status, verify_data_set
-from tests.storage.test_dataset import make_data, make_table
+from tests.storage.test_dataset import WatchedStore, make_data, make_table
 
 NUM_SHARDS = 4
 
@@ -154,6 +155,14 @@ def test_fault_10_leftovers_of_lost_attempts_are_found_and_those_in_flight_are_n
     assert not (folder / "00001-0123456789ab.parquet").exists()
     assert (folder / "00009-0123456789ab.parquet").exists()
     assert data.is_whole()
+
+
+def test_verifying_reads_each_record_once_and_lists_each_folder_once(data):
+    watched = replace(data, store=WatchedStore(data.store.root))
+    verify_data_set(watched)
+    for folder, times in (("commits", NUM_SHARDS + 1), ("data", NUM_SHARDS + 1)):
+        asked = [name for name in watched.store.asked if f"/{folder}/" in name]
+        assert len(asked) == len(set(asked)) == times
 
 
 def test_rows_that_are_not_the_corpus_own_are_damage(data, tmp_path):
