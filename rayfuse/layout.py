@@ -180,6 +180,7 @@ def _place_captured(
         rows=rows,
         model=files.identity,
         dtype=source.dtype,
+        backend=source.backend,
         tokenizer=load_recipe_tokenizer(source).content_hash,
         top_k=recipe.capture.kept_entries,
         draws=recipe.capture.num_draws,

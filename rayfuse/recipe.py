@@ -121,6 +121,9 @@ class SourceSettings(ModelSettings):
 
     name: str
     """What the source is called in folders and tables."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """What runs the model. `vllm`, an extra of its own, spreads a model over all GPUs of an actor;
+    it gives the likeliest tokens only, no draws."""
     gpus: NonNegativeFloat | None = None
     """GPUs of one actor, fractions allowed; by default 1 where the cluster has any, else 0."""
     accelerator_type: str | None = None
@@ -151,6 +154,16 @@ class SourceSettings(ModelSettings):
         if self.max_actors is not None and self.max_actors < self.min_actors:
             raise ValueError(
                 f"max_actors {self.max_actors} is below min_actors {self.min_actors}; raise it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_gpus(self) -> "SourceSettings":
+        gpus = self.gpus or 0.0
+        if gpus > 1 and (self.backend != "vllm" or gpus != int(gpus)):
+            raise ValueError(
+                f"gpus is {self.gpus}; backend transformers uses one GPU or a part of it, backend "
+                "vllm any whole number of them"
             )
         return self
 
@@ -467,6 +480,17 @@ class Recipe(Settings):
             if name not in names:
                 raise ValueError(
                     f"fuse.weights names {name!r}, which is no source; sources: {', '.join(names)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_backends(self) -> "Recipe":
+        for source in self.sources:
+            if source.backend == "vllm" and self.capture.num_draws:
+                raise ValueError(
+                    f"source {source.name} has backend vllm, which makes no draws, but "
+                    f"capture.signal is {self.capture.signal}; use backend transformers, or signal "
+                    "top_k"
                 )
         return self
 

@@ -91,10 +91,12 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, bos: str | None, eos: 
 ONE: dict[str, Any] = {"num_key_value_heads": 1, "pad_token_id": None}
 
 
-def tiny_config(family: str, vocab_size: int, *, tied: bool = False, context: int = 512) -> Any:
-    """Return the config of a model of a family with two layers of width 32."""
+def tiny_config(
+    family: str, vocab_size: int, *, tied: bool = False, context: int = 512, width: int = 32
+) -> Any:
+    """Return the config of a model of a family with two layers of two heads."""
     sizes: dict[str, Any] = {
-        "hidden_size": 32,
+        "hidden_size": width,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "intermediate_size": 64,
@@ -134,10 +136,14 @@ def tiny_config(family: str, vocab_size: int, *, tied: bool = False, context: in
     )
 
 
-def save_model(family: str, vocab_size: int, folder: Path, *, tied: bool = False) -> None:
+def save_model(
+    family: str, vocab_size: int, folder: Path, *, tied: bool = False, width: int = 32
+) -> None:
     """Write a random tiny model of a family as a Hugging Face folder."""
     torch.manual_seed(len(family) + vocab_size)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, vocab_size, tied=tied))
+    model = AutoModelForCausalLM.from_config(
+        tiny_config(family, vocab_size, tied=tied, width=width)
+    )
     model.save_pretrained(folder)
 
 

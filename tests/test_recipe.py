@@ -61,6 +61,8 @@ def test_a_dumped_recipe_reads_back_as_the_same_recipe():
         ("train.lambda", {"start": 0.9, "end": 2}, r"2 is not between 0 and 1"),
         ("train.temperature", 0, r"temperature 0 is not above 0"),
         ("train.sequence_tokens", 100, r"sequence_tokens 100 is below corpus.max_tokens 2048"),
+        ("sources.0.gpus", 2, r"gpus is 2.0; backend transformers uses one GPU or a part of it"),
+        ("sources", [{"name": "a", "model": "m", "backend": "vllm", "gpus": 1.5}], "any whole"),
         ("sources", [], r"sources is \[\]"),
         ("corpus.documents", [], r"corpus.documents is \[\]"),
     ],
@@ -72,6 +74,14 @@ def test_a_wrong_setting_is_named_with_its_value_and_the_remedy(path, value, mes
         return
     with pytest.raises(RecipeError, match=message):
         parse_recipe(values)
+
+
+@pytest.mark.parametrize("signal", ["sampled", "top_k_and_sampled_tail"])
+def test_draws_are_refused_for_a_backend_that_makes_none(signal):
+    values = with_setting("sources.0.backend", "vllm")
+    assert parse_recipe(values).sources[0].backend == "vllm"
+    with pytest.raises(RecipeError, match="source a has backend vllm, which makes no draws"):
+        parse_recipe(values | {"capture": {"signal": signal}})
 
 
 def test_two_sources_of_one_name_are_refused():

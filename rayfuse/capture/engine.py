@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -21,7 +22,7 @@ from rayfuse.models import (
     pad_rows,
     resolve_dtype,
 )
-from rayfuse.recipe import CaptureSettings, ModelSettings
+from rayfuse.recipe import CaptureSettings, ModelSettings, SourceSettings
 
 TokenRows = Sequence[Int[np.ndarray, " _"]]
 
@@ -67,7 +68,7 @@ class Engine(Protocol):
         ...
 
 
-LoadEngine = Callable[[ModelSettings, CaptureSettings], Engine]
+LoadEngine = Callable[[SourceSettings, CaptureSettings], Engine]
 
 
 class TransformersEngine:
@@ -99,10 +100,7 @@ class TransformersEngine:
 
         A row longer than the model takes is scored in windows.
         """
-        cuts = [cut_windows(len(row), self.context_tokens) for row in rows]
-        windows = [row[cut] for row, each in zip(rows, cuts, strict=True) for cut, _ in each]
-        records = iter(self._score_windows(windows))
-        return [_join_windows([(next(records), kept) for _, kept in each]) for each in cuts]
+        return score_in_windows(rows, self.context_tokens, self._score_windows)
 
     def _score_windows(self, rows: TokenRows) -> list[TopLogprobs | Failure]:
         """Return the records of rows that the model takes.
@@ -259,9 +257,44 @@ class HostCopy:
         return self.record
 
 
-def load_transformers_engine(source: ModelSettings, settings: CaptureSettings) -> Engine:
-    """Return the default engine."""
+def load_recipe_engine(source: SourceSettings, settings: CaptureSettings) -> Engine:
+    """Return the engine that a recipe asks for."""
+    if source.backend == "vllm":
+        from rayfuse.capture.vllm_engine import VllmEngine
+
+        return VllmEngine(source, settings)
     return TransformersEngine(source, settings)
+
+
+def check_backend(source: SourceSettings) -> None:
+    """Check that a source's backend is installed; this needs no GPU.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if source.backend == "vllm" and find_spec("vllm") is None:
+        raise ValueError(
+            f"source {source.name}: backend is 'vllm', which is not installed here; run pip "
+            "install 'rayfuse[vllm]' on all machines, or use backend transformers"
+        )
+
+
+def score_in_windows(
+    rows: TokenRows,
+    context_tokens: int | None,
+    score: Callable[[TokenRows], list[TopLogprobs | Failure]],
+) -> list[TopLogprobs | Failure]:
+    """Return each row's record, in the order of the rows.
+
+    Args:
+        rows: Token ids of any number.
+        context_tokens: The most that the model takes; longer rows are scored in windows.
+        score: Returns the records of rows that the model takes.
+    """
+    cuts = [cut_windows(len(row), context_tokens) for row in rows]
+    windows = [row[cut] for row, each in zip(rows, cuts, strict=True) for cut, _ in each]
+    records = iter(score(windows))
+    return [_join_windows([(next(records), kept) for _, kept in each]) for each in cuts]
 
 
 def _join_windows(windows: list[tuple[TopLogprobs | Failure, slice]]) -> TopLogprobs | Failure:

@@ -11,6 +11,9 @@ from torch import nn
 from rayfuse.capture.draws import Draws, count_draws, draw_ids
 from rayfuse.models import CausalLM
 
+LEAST_TAIL = 1e-7
+"""Below it a float32 sum near 1 says nothing of what is missing."""
+
 
 @dataclass(frozen=True)
 class TopLogprobs:
@@ -147,8 +150,7 @@ def _reduce_chunk(
     if missing:
         ids = nn.functional.pad(ids, (0, missing), value=-1)
         logprobs = nn.functional.pad(logprobs, (0, missing), value=-torch.inf)
-    # Below 1e-7 a float32 sum near 1 says nothing, so the tail ends there.
-    tail = (1 - logprobs.double().exp().sum(1)).clamp(min=1e-7).log()
+    tail = (1 - logprobs.double().exp().sum(1)).clamp(min=LEAST_TAIL).log()
     drawn = ids[:, :0]
     if noise.shape[1]:
         drawn = draw_ids(logits.scatter_(1, top.indices, -torch.inf), noise)
