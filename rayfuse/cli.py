@@ -39,7 +39,9 @@ def main() -> None:
     except ValueError as error:
         _fail(str(error), BAD_INPUT)
     except Exception as error:  # the last place that can turn a failure into a message
-        cause = _root_cause(error)
+        from rayfuse.session import find_root_cause
+
+        cause = find_root_cause(error)
         if isinstance(cause, ValueError):
             _fail(str(cause), BAD_INPUT)
         _fail(f"{type(cause).__name__}: {cause}", FAILED)
@@ -61,16 +63,6 @@ def _stop() -> None:
     leave_cluster_at_once()
     sys.stdout.flush()
     os._exit(STOPPED)
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    """Find what was raised inside Ray's wrappers."""
-    if not type(error).__module__.startswith("ray."):
-        return error
-    inner = getattr(error, "cause", None) or error.__cause__
-    for failure in getattr(error, "worker_failures", {}).values():
-        inner = failure
-    return _root_cause(inner) if isinstance(inner, BaseException) else error
 
 
 def _fail(message: str, code: int) -> None:

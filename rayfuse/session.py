@@ -49,6 +49,16 @@ def leave_cluster_at_once() -> None:
         ray.shutdown()
 
 
+def find_root_cause(error: BaseException) -> BaseException:
+    """Find what was raised inside Ray's wrappers."""
+    if not type(error).__module__.startswith("ray."):
+        return error
+    inner = getattr(error, "cause", None) or error.__cause__
+    for failure in getattr(error, "worker_failures", {}).values():
+        inner = failure
+    return find_root_cause(inner) if isinstance(inner, BaseException) else error
+
+
 def beside_the_driver() -> dict[str, Any]:
     """Return Ray's options for what must outlive all machines but the driver's."""
     import ray

@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass, field
 
 from rayfuse.capture.shard import ShardNumbers
 
+LEAST_ROWS = 100
+"""A few rejects among fewer rows say nothing about a share."""
+
 RATE_SECONDS = 300.0
 """Rates are of the last five minutes: machines come and go."""
 
@@ -24,6 +27,7 @@ class Snapshot:
     tokens: int
     """By this job."""
     rejects: int
+    """By all jobs so far."""
     tokens_per_second: float
     """By all workers of this job."""
     tokens_per_second_per_worker: float
@@ -36,6 +40,8 @@ class Snapshot:
     dollars_left: float | None
     batch_tokens: int
     """The smallest of any worker."""
+    storage_repeats: int
+    """Requests to the storage that failed and were asked again, by this job's workers."""
 
     def describe(self, wanted_batch_tokens: int) -> str:
         """Return the numbers that a progress bar has room for."""
@@ -49,6 +55,8 @@ class Snapshot:
             parts.append(f"{self.shards_from_others} shards by another job")
         if self.rejects:
             parts.append(f"{self.rejects} rejected")
+        if self.storage_repeats:
+            parts.append(f"{self.storage_repeats} requests to the storage repeated")
         if self.batch_tokens < wanted_batch_tokens:
             parts.append(f"out of memory: batches cut to {self.batch_tokens} tokens")
         return ", ".join(parts)
@@ -64,9 +72,10 @@ class LiveNumbers:
     batch_tokens: int
     dollars_per_hour: float | None = None
     """Of one worker."""
-    tokens: int = 0
     rows: int = 0
+    """Of all shards that are done, by whichever job; likewise the rejects."""
     rejects: int = 0
+    tokens: int = 0
     shards: int = 0
     from_others: int = 0
     busy_seconds: float = 0.0
@@ -74,6 +83,8 @@ class LiveNumbers:
     recent: deque[tuple[float, ShardNumbers]] = field(
         default_factory=deque[tuple[float, ShardNumbers]]
     )
+    repeats: dict[str, int] = field(default_factory=dict[str, int])
+    """By worker."""
     began: float = field(default_factory=time.monotonic)
 
     def add(self, numbers: ShardNumbers) -> None:
@@ -85,6 +96,7 @@ class LiveNumbers:
         if not numbers.is_ours:
             self.from_others += 1
             return
+        self.repeats[numbers.worker] = numbers.storage_repeats
         self.tokens += numbers.tokens
         self.busy_seconds += numbers.busy_seconds
         self.idle_seconds += numbers.idle_seconds
@@ -121,6 +133,7 @@ class LiveNumbers:
             dollars=None if price is None else price * (self.busy_seconds + self.idle_seconds),
             dollars_left=None if price is None else price * pace * left,
             batch_tokens=self.batch_tokens,
+            storage_repeats=sum(self.repeats.values()),
         )
 
     def check_rejects(self, most: float) -> None:
@@ -138,10 +151,6 @@ class LiveNumbers:
                 f"than capture.max_rejected_share ({most:.2%}); the reasons are in its folder's "
                 "rejects/: check the model, or raise the share"
             )
-
-
-LEAST_ROWS = 100
-"""A few rejects among fewer rows say nothing about a share."""
 
 
 def to_line(snapshot: Snapshot) -> dict[str, object]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from rayfuse.capture.engine import Engine
 from rayfuse.capture.record import build_captured, tokenise_rows
 from rayfuse.storage.dataset import Commit, DataSet
+from rayfuse.storage.object_store import REPEATED
 from rayfuse.tokens import TextTokenizer
 
 
@@ -30,6 +31,8 @@ class ShardNumbers:
     """The model had waited for this shard, or for the worker's start."""
     batch_tokens: int
     """Of a batch by now: fewer than the recipe says once memory ran out."""
+    storage_repeats: int
+    """Requests to the storage that this worker had to repeat so far."""
 
 
 class ShardCapturer:
@@ -90,4 +93,5 @@ class ShardCapturer:
             busy_seconds=commit.stats.get("busy_seconds", 0.0),
             idle_seconds=commit.stats.get("idle_seconds", 0.0),
             batch_tokens=self.engine.batch_tokens,
+            storage_repeats=REPEATED.count,
         )

@@ -5,7 +5,9 @@ the captured shard; a CPU task right behind it aligns it.
 """
 
 import json
+import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -16,21 +18,23 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+from ray._private.state import state as cluster_state  # no public way to ask who drains
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayActorError
 from ray.util.metrics import Counter
 
 from rayfuse.align.task import AlignTask, align_committed, plan_task
-from rayfuse.capture.engine import LoadEngine, load_transformers_engine
+from rayfuse.capture.engine import LoadEngine, check_backend, load_recipe_engine
 from rayfuse.capture.live import LiveNumbers, to_line
-from rayfuse.capture.loads import Loads
+from rayfuse.capture.lives import Lives
 from rayfuse.capture.pools import share_actors
 from rayfuse.capture.shard import ShardCapturer, ShardNumbers
 from rayfuse.kept_rows import keep_rows
 from rayfuse.layout import Layout
 from rayfuse.model_files import load_recipe_tokenizer, read_model_files
 from rayfuse.progress import Progress
-from rayfuse.recipe import CaptureSettings, Recipe, SourceSettings, dump_recipe
+from rayfuse.recipe import CaptureSettings, DType, Recipe, SourceSettings, dump_recipe
+from rayfuse.session import beside_the_driver, find_root_cause
 from rayfuse.storage.dataset import DataSet, list_missing, split_shards
 
 CALLS_PER_ACTOR = 3
@@ -39,8 +43,11 @@ CALLS_PER_ACTOR = 3
 MOST_BLOCKS = 4096
 """Blocks of shard numbers: the driver holds an object for each."""
 
-MOST_INIT_DEATHS = 5
-"""Deaths in a row while actors load a model that are put up with: spot machines do go away."""
+MOST_DEATHS = 5
+"""Deaths in a row before an actor's first shard that are put up with: spot machines do go away."""
+
+DRAIN_SECONDS = 5.0
+"""Between two looks whether a machine is about to be taken away."""
 
 NO_PROGRESS_SECONDS = 86_400
 """A day: machines with the right GPU may take long to come."""
@@ -61,13 +68,13 @@ class CaptureActor:
         corpus: DataSet,
         captured: DataSet,
         load_engine: LoadEngine,
-        loads: Any,
+        lives: Any,
     ) -> None:
         # A fault is raised in a call: here, Ray would build the actor again and again.
         self.fault: Exception | None = None
-        actor = ray.get_runtime_context().get_actor_id()
-        deaths: int = ray.get(loads.begin.remote(actor))  # pyright: ignore[reportAssignmentType]
-        if deaths > MOST_INIT_DEATHS:
+        self.actor, self.lives = ray.get_runtime_context().get_actor_id(), lives
+        deaths: int = ray.get(lives.begin.remote(self.actor))  # pyright: ignore[reportAssignmentType]
+        if deaths > MOST_DEATHS:
             self.fault = RuntimeError(_describe_deaths(source, deaths))
             return
         try:
@@ -75,8 +82,10 @@ class CaptureActor:
         except ValueError as error:
             self.fault = error
             return
-        loads.end.remote(actor)
         self.capturer = ShardCapturer(engine, load_recipe_tokenizer(source), corpus, captured)
+        self.is_proven = False
+        self.calls = threading.Semaphore(CALLS_PER_ACTOR)
+        threading.Thread(target=self._leave_in_time, daemon=True).start()
         self.tags = {"source": source.name}
         self.tokens = Counter("rayfuse_capture_tokens", "Tokens scored", ("source",))
         self.busy = Counter("rayfuse_capture_busy_seconds", "The model computed", ("source",))
@@ -86,15 +95,32 @@ class CaptureActor:
         """Capture the shards that a batch names, and return a row of numbers for each."""
         if self.fault is not None:
             raise self.fault
-        return pa.Table.from_pylist([self._capture(n) for n in batch["shard"].to_pylist()])
+        with self.calls:
+            return pa.Table.from_pylist([self._capture(n) for n in batch["shard"].to_pylist()])
 
     def _capture(self, shard: int) -> dict[str, Any]:
         numbers = self.capturer.capture(shard)
+        if not self.is_proven:
+            self.is_proven = True
+            self.lives.prove.remote(self.actor)
         if numbers.is_ours:
             self.tokens.inc(numbers.tokens, self.tags)
             self.busy.inc(numbers.busy_seconds, self.tags)
             self.idle.inc(numbers.idle_seconds, self.tags)
         return asdict(numbers)
+
+    def _leave_in_time(self) -> None:
+        """End this process once its machine is to be taken away and the shards in hand are done.
+
+        Ray Data gives actors on such a machine no work, and leaves them there; one that dies it
+        starts again, on another machine.
+        """
+        node = ray.get_runtime_context().get_node_id()
+        while node not in cluster_state.get_draining_nodes():
+            time.sleep(DRAIN_SECONDS)
+        for _ in range(CALLS_PER_ACTOR):
+            self.calls.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -108,6 +134,9 @@ class SourceWork:
     gpus: float
     """Of one actor."""
     settings: CaptureSettings
+    rows_before: int
+    """Of the shards that are done; by their number, all being about as long."""
+    rejects_before: int
     max_actors: int = 1
 
 
@@ -115,14 +144,14 @@ def capture_sources(
     recipe: Recipe,
     layout: Layout,
     progress: Progress,
-    load_engine: LoadEngine = load_transformers_engine,
+    load_engine: LoadEngine = load_recipe_engine,
 ) -> None:
     """Capture and align what is missing of every source, all sources at once.
 
     Raises:
         ValueError: The corpus is not whole, a model cannot be used, or too many rows are rejected.
         StorageGoneError: The storage does not answer any more.
-        RuntimeError: Actors die again and again while they load a model.
+        RuntimeError: Actors die again and again before they have finished a shard.
     """
     if not layout.corpus.is_whole():
         raise ValueError("the corpus is not whole; run `rayfuse corpus` first")
@@ -130,25 +159,23 @@ def capture_sources(
         keep_rows(layout.store, rows)
     # For the whole process: Ray's context manager swaps a global, and each source has a thread.
     context = DataContext.get_current()
-    context.max_consecutive_actor_init_deaths = MOST_INIT_DEATHS
+    context.max_consecutive_actor_init_deaths = MOST_DEATHS
     context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
-    work = [
-        _plan_source(recipe, layout, source)
-        for source in recipe.sources
-        if not layout.captured[source.name].is_whole()
-    ]
+    work = plan_work(recipe, layout, progress)
     ended: SimpleQueue[BaseException | None] = SimpleQueue()
-    loads: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Loads).remote()
+    lives: Any = ray.remote(**beside_the_driver())(Lives).remote()
 
     def run(each: SourceWork) -> None:
         try:
-            _capture_source(each, progress, load_engine, loads)
+            _capture_source(each, progress, load_engine, lives)
         except BaseException as error:  # handed to the main thread
+            reason = str(find_root_cause(error)).partition("\n")[0]
+            progress(f"capture {each.source.name}", 0, 0, note=f"stopped: {reason}")
             ended.put(error)
         else:
             ended.put(None)
 
-    for each in _size_pools(work):
+    for each in work:
         # A daemon: when the main thread is told to stop, nothing waits for the sources to end.
         threading.Thread(target=run, args=(each,), daemon=True).start()
     errors = [error for error in (ended.get() for _ in work) if error is not None]
@@ -156,27 +183,68 @@ def capture_sources(
         raise errors[0]
 
 
-def _plan_source(recipe: Recipe, layout: Layout, source: SourceSettings) -> SourceWork:
+def plan_work(recipe: Recipe, layout: Layout, progress: Progress) -> list[SourceWork]:
+    """Return what is left to do for each source that is not captured whole."""
+    return _size_pools(
+        [
+            _plan_source(recipe, layout, source, progress)
+            for source in recipe.sources
+            if not layout.captured[source.name].is_whole()
+        ]
+    )
+
+
+def _plan_source(
+    recipe: Recipe, layout: Layout, source: SourceSettings, progress: Progress
+) -> SourceWork:
+    check_backend(source)
     captured, aligned = layout.captured[source.name], layout.aligned[source.name]
     is_first = captured.claim({"recipe": dump_recipe(recipe), "source": source.name})
     aligned.claim({"recipe": dump_recipe(recipe), "source": source.name})
     manifest = layout.corpus.read_manifest()
     assert manifest is not None, "the corpus is whole"
-    todo = list_missing(captured, manifest.num_shards)
+    num_shards = manifest.num_shards
+    todo = list_missing(captured, num_shards)
+    done = set(range(num_shards)).difference(todo)
     if not is_first:
         # Perhaps another job is at it: in another order both seldom take the same shard.
         random.Random().shuffle(todo)
+    gpus = _count_gpus(source)
+    dtype = settle_dtype(captured, source.dtype, on_gpu=gpus > 0)
+    if source.dtype == "auto" and not is_first:
+        progress(f"capture {source.name}", 0, 0, note=f"goes on in {dtype}, as it was begun")
     settings = recipe.capture.model_copy(
         update={"batch_tokens": source.batch_tokens or recipe.capture.batch_tokens}
     )
     return SourceWork(
-        source=source,
+        source=source.model_copy(update={"dtype": dtype, "gpus": gpus}),
         shards=todo,
-        num_shards=manifest.num_shards,
+        num_shards=num_shards,
         task=plan_task(recipe, layout, source),
-        gpus=_count_gpus(source),
+        gpus=gpus,
         settings=settings,
+        rows_before=manifest.rows * len(done) // max(num_shards, 1),
+        rejects_before=captured.count_rejects(done, num_shards),
     )
+
+
+def settle_dtype(captured: DataSet, wanted: DType, *, on_gpu: bool) -> DType:
+    """Return the precision of all shards of a capture; for `auto`, that of whoever began it.
+
+    Raises:
+        ValueError: What was written down then is damaged.
+    """
+    if wanted != "auto":
+        return wanted
+    name = f"{captured.folder}/dtype"
+    captured.store.create(name, b"bfloat16" if on_gpu else b"float32")
+    found = captured.store.read(name).decode(errors="replace")
+    if found not in ("bfloat16", "float32"):
+        raise ValueError(
+            f"{captured.store.root}/{name} is damaged: it says {found!r}; write bfloat16 there if "
+            "the shards come from GPUs, float32 if from CPUs"
+        )
+    return found
 
 
 def _count_gpus(source: SourceSettings) -> float:
@@ -206,7 +274,7 @@ def _size_pools(work: list[SourceWork]) -> list[SourceWork]:
 
 
 def _capture_source(
-    work: SourceWork, progress: Progress, load_engine: LoadEngine, loads: Any
+    work: SourceWork, progress: Progress, load_engine: LoadEngine, lives: Any
 ) -> None:
     source, task = work.source, work.task
     if work.shards:
@@ -216,9 +284,11 @@ def _capture_source(
             done_before=work.num_shards - len(work.shards),
             batch_tokens=work.settings.batch_tokens,
             dollars_per_hour=source.dollars_per_hour,
+            rows=work.rows_before,
+            rejects=work.rejects_before,
         )
         log = MetricsLog(task.captured)
-        for numbers in _stream_numbers(work, load_engine, loads):
+        for numbers in _stream_numbers(work, load_engine, lives):
             live.add(numbers)
             now = live.snapshot()
             progress(
@@ -236,28 +306,29 @@ def _capture_source(
 
 
 def _stream_numbers(
-    work: SourceWork, load_engine: LoadEngine, loads: Any
+    work: SourceWork, load_engine: LoadEngine, lives: Any
 ) -> Iterator[ShardNumbers]:
     """Capture and align the shards of one source, and yield each one's numbers.
 
     Raises:
-        RuntimeError: Actors die again and again while they load the model.
+        RuntimeError: Actors die again and again before they have finished a shard.
     """
     try:
-        for row in _build_stream(work, load_engine, loads).iter_rows():
+        for row in _build_stream(work, load_engine, lives).iter_rows():
             yield ShardNumbers(**row)
     except RayActorError as error:
-        raise RuntimeError(_describe_deaths(work.source, MOST_INIT_DEATHS + 1)) from error
+        raise RuntimeError(_describe_deaths(work.source, MOST_DEATHS + 1)) from error
 
 
 def _describe_deaths(source: SourceSettings, deaths: int) -> str:
     return (
-        f"source {source.name}: {deaths} times in a row an actor died while it loaded "
-        f"{source.model!r}; give it a machine with more memory, then run the same command again"
+        f"source {source.name}: {deaths} times in a row an actor died before it had finished a "
+        f"shard with {source.model!r}; give it a machine with more memory or lower batch_tokens, "
+        "then run the same command again"
     )
 
 
-def _build_stream(work: SourceWork, load_engine: LoadEngine, loads: Any) -> ray.data.Dataset:
+def _build_stream(work: SourceWork, load_engine: LoadEngine, lives: Any) -> ray.data.Dataset:
     source, task = work.source, work.task
     return (
         ray.data.from_arrow(split_shards(work.shards, MOST_BLOCKS))
@@ -269,7 +340,7 @@ def _build_stream(work: SourceWork, load_engine: LoadEngine, loads: Any) -> ray.
                 task.corpus,
                 task.captured,
                 load_engine,
-                loads,
+                lives,
             ),
             batch_size=1,
             batch_format="pyarrow",

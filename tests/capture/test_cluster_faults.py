@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -16,15 +18,17 @@ import s3fs
 import torch
 import yaml
 
-from rayfuse.capture.engine import Engine, load_transformers_engine
-from rayfuse.capture.record import NOT_FINITE
-from rayfuse.capture.stage import MOST_INIT_DEATHS, capture_sources
+from rayfuse.capture.engine import Engine, Failure, TokenRows, TransformersEngine
+from rayfuse.capture.record import NOT_FINITE, tokenise_rows
+from rayfuse.capture.stage import MOST_DEATHS, capture_sources, plan_work, settle_dtype
+from rayfuse.capture.top_k import TopLogprobs
 from rayfuse.corpus.stage import build_corpora
+from rayfuse.model_files import load_recipe_tokenizer
 from rayfuse.pipeline import prepare_run
 from rayfuse.progress import report_nothing
 from rayfuse.recipe import CaptureSettings, ModelSettings, Recipe, parse_recipe
 from rayfuse.schema import flatten_column
-from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.dataset import DataSet, Reject
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 
 pytestmark = pytest.mark.ray
@@ -61,18 +65,34 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
+class DyingEngine:
+    """Its process may be killed when it scores, as by a system that is out of memory."""
+
+    def __init__(self, engine: Engine, die: Callable[[], None]) -> None:
+        self.engine, self.die = engine, die
+        self.batch_tokens = engine.batch_tokens
+
+    def score_rows(self, rows: TokenRows) -> list[TopLogprobs | Failure]:
+        self.die()
+        return self.engine.score_rows(rows)
+
+
 def load_dying_engine(
     source: ModelSettings, settings: CaptureSettings, *, tombs: Path, deaths: int
 ) -> Engine:
-    """Load a model, at a later attempt: the first ones are killed in the middle of it."""
-    if len(list(tombs.iterdir())) < deaths:
-        (tombs / uuid.uuid4().hex).touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return load_transformers_engine(source, settings)
+    """Load a model, and be killed the first few times: in the middle of that, then of scoring."""
+
+    def die(last: int) -> None:
+        if len(list(tombs.iterdir())) < last:
+            (tombs / uuid.uuid4().hex).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    die(min(deaths, 3))
+    return DyingEngine(TransformersEngine(source, settings), partial(die, deaths))
 
 
 @pytest.mark.parametrize("deaths", [2, 1000])
-def test_fault_2_a_few_deaths_in_a_models_load_are_survived_and_many_stop_the_run(
+def test_fault_2_15_a_few_deaths_before_a_shard_is_done_are_survived_and_many_stop_the_run(
     deaths, models, folder, ray_cluster
 ):
     recipe = write_recipe(models, folder, "sound")
@@ -82,15 +102,86 @@ def test_fault_2_a_few_deaths_in_a_models_load_are_survived_and_many_stop_the_ru
     tombs.mkdir()
     capture = partial(capture_sources, recipe, layout, report_nothing)
     dying = partial(load_dying_engine, tombs=tombs, deaths=deaths)
-    if deaths > MOST_INIT_DEATHS:
+    if deaths > MOST_DEATHS:
         with pytest.raises(RuntimeError, match=r"6 times in a row an actor died .*/sound'; give"):
             capture(dying)
-        assert len(list(tombs.iterdir())) == MOST_INIT_DEATHS + 1
+        assert len(list(tombs.iterdir())) == MOST_DEATHS + 1
         capture()
     else:
         capture(dying)
         assert len(list(tombs.iterdir())) == deaths
     assert layout.captured["sound"].is_whole()
+
+
+def load_slow_or_no_engine(source: ModelSettings, settings: CaptureSettings) -> Engine:
+    if source.model.endswith("/poisoned"):
+        raise ValueError("the model is of another make\nand more")
+    time.sleep(5)
+    return TransformersEngine(source, settings)
+
+
+def test_a_source_that_fails_is_told_at_once_and_the_others_go_on_in_the_dtype_they_began_with(
+    models, folder, ray_cluster
+):
+    recipe = write_recipe(models, folder, "sound", "poisoned")
+    layout = prepare_run(recipe)
+    build_corpora(recipe, layout, report_nothing)
+    sound = layout.captured["sound"]
+    sound.claim({})
+    assert settle_dtype(sound, "auto", on_gpu=True) == "bfloat16"  # by a cluster with GPUs
+    told: list[tuple[str, int, str]] = []
+
+    def tell(title: str, done: int, total: int, unit: str = "", note: str = "") -> None:
+        told.append((title, total, note))
+
+    with pytest.raises(ValueError, match="of another make"):
+        capture_sources(recipe, layout, tell, load_slow_or_no_engine)
+    assert sound.is_whole()
+    failed = told.index(("capture poisoned", 0, "stopped: the model is of another make"))
+    last = max(i for i, (title, *_) in enumerate(told) if title == "capture sound")
+    assert failed < last
+    assert ("capture sound", 0, "goes on in bfloat16, as it was begun") in told
+    commit = sound.read_commit(0)
+    corpus = layout.corpus.read_shard(layout.corpus.read_commit(0))
+    tokens = tokenise_rows(corpus, load_recipe_tokenizer(recipe.sources[0]))
+    said = flatten_column(sound.read_shard(commit), "next_logprobs")[0]
+    gaps = {
+        dtype: np.abs(said - score(recipe.sources[0], dtype, tokens)).max()
+        for dtype in ("float32", "bfloat16")
+    }
+    assert gaps["bfloat16"] < 0.1 * gaps["float32"]
+
+
+def score(source: ModelSettings, dtype: str, tokens: TokenRows) -> np.ndarray:
+    """Return the log-probability of each next token, in float16 as it is stored."""
+    model = source.model_copy(update={"dtype": dtype})
+    engine = TransformersEngine(model, CaptureSettings(top_k=4))
+    records = engine.score_rows(tokens)
+    return np.concatenate([record.next_logprobs for record in records]).astype(np.float16)
+
+
+def test_fault_19_the_rejects_of_earlier_jobs_count(models, folder, ray_cluster):
+    recipe = write_recipe(models, folder, "sound", shard_tokens=300)
+    layout = prepare_run(recipe)
+    build_corpora(recipe, layout, report_nothing)
+    captured = layout.captured["sound"]
+    captured.claim({})
+    for shard in range(3):
+        rows = layout.corpus.read_shard(layout.corpus.read_commit(shard), columns=["row_id"])
+        rejects = [Reject(name, NOT_FINITE) for name in rows["row_id"].to_pylist()[:shard]]
+        captured.write_shard(shard, rows, tokens=1, rejects=rejects)
+    (work,) = plan_work(recipe, layout, report_nothing)
+    assert work.rejects_before == 3
+    manifest = layout.corpus.read_manifest()
+    done = 3 / manifest.num_shards
+    assert work.num_shards - len(work.shards) == 3
+    assert work.rows_before == pytest.approx(done * manifest.rows, abs=1)
+    captured.drop_shards([0])
+    for shard in range(3, manifest.num_shards):
+        rows = layout.corpus.read_shard(layout.corpus.read_commit(shard), columns=["row_id"])
+        captured.write_shard(shard, rows, tokens=1)
+    with pytest.raises(ValueError, match=r"source sound: 3 of \d+ rows were rejected, more than"):
+        capture_sources(recipe, layout, report_nothing)
 
 
 def read_reasons(data: DataSet) -> dict[str, str]:

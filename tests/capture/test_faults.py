@@ -34,10 +34,12 @@ from rayfuse.model_files import load_recipe_tokenizer, read_model_files
 from rayfuse.recipe import CaptureSettings, ModelSettings
 from rayfuse.schema import flatten_column
 from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.object_store import REPEATED
 from rayfuse.storage.store import LocalStore, open_store
 from rayfuse.storage.verify import forget_damages, verify_data_set
 from rayfuse.tokens import load_tokenizer
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
+from tests.s3 import Rule
 from tests.test_kept_rows import MODELS, write_recipe
 
 VOCAB, PADDED = 300, 352
@@ -107,6 +109,18 @@ def test_fault_6_a_zombie_that_wakes_up_loses_and_leaves_nothing(model, corpus):
     assert late.worker == numbers.worker
     assert sorted((path.name, path.read_bytes()) for path in (content / "data").iterdir()) == before
     assert not verify_data_set(capturer.captured, corpus).orphans
+
+
+def test_fault_7_requests_that_are_repeated_are_counted(model, corpus, s3_root, s3_proxy):
+    store = open_store(s3_root)
+    for name in ("commits/00000.json", corpus.read_commit(0).file):
+        store.write(f"{corpus.folder}/{name}", corpus.store.read(f"{corpus.folder}/{name}"))
+    capturer = make_capturer(model, replace(corpus, store=store))
+    before = REPEATED.count
+    s3_proxy.rules += [Rule("slowdown", match="/data/", times=3), Rule("500", match="/commits/")]
+    numbers = capturer.capture(0)
+    assert numbers.is_ours
+    assert numbers.storage_repeats == before + 4
 
 
 def test_fault_14_a_full_disk_is_named_and_nothing_half_written_counts(small_disk, model, corpus):
@@ -387,7 +401,7 @@ def test_fault_19_a_row_of_numbers_that_are_none_is_rejected_alone(value, model,
 
 def test_fault_19_too_many_rejects_stop_the_run():
     live = LiveNumbers(source="s", num_shards=9, done_before=0, batch_tokens=1)
-    numbers = ShardNumbers(0, 1000, 200, 2, True, "w", 1.0, 1.0, 1)
+    numbers = ShardNumbers(0, 1000, 200, 2, True, "w", 1.0, 1.0, 1, 0)
     live.add(numbers)
     live.check_rejects(0.01)
     live.add(replace(numbers, shard=1, rejects=3))

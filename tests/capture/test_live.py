@@ -1,0 +1,141 @@
+"""What a capture says of itself while it runs, and how many actors its sources get."""
+
+import json
+import time
+import urllib.request
+from dataclasses import replace
+
+import pyarrow as pa
+import pytest
+import ray
+
+from rayfuse.capture import live as live_module
+from rayfuse.capture.engine import load_recipe_engine
+from rayfuse.capture.live import LiveNumbers, to_line
+from rayfuse.capture.lives import Lives
+from rayfuse.capture.pools import share_actors
+from rayfuse.capture.shard import ShardNumbers
+from rayfuse.capture.stage import CaptureActor, plan_work
+from rayfuse.pipeline import prepare_run, run_stages
+from rayfuse.progress import report_nothing
+from rayfuse.recipe import parse_recipe
+from rayfuse.session import beside_the_driver
+from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
+
+DONE = ShardNumbers(
+    0,
+    1000,
+    10,
+    0,
+    True,
+    "w",
+    busy_seconds=3.0,
+    idle_seconds=1.0,
+    batch_tokens=64,
+    storage_repeats=0,
+)
+
+
+def test_numbers_add_up_and_the_rest_is_told_in_time_and_money(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(live_module.time, "monotonic", lambda: now[0])
+    live = LiveNumbers("s", 10, 2, batch_tokens=64, dollars_per_hour=3600.0, began=0.0)
+    for shard in range(4):
+        now[0] += 5.0
+        live.add(
+            replace(
+                DONE,
+                shard=shard,
+                worker=f"w{shard % 2}",
+                batch_tokens=64 >> (shard == 3),
+                storage_repeats=2 * shard - shard // 2,
+            )
+        )
+    live.add(replace(DONE, shard=4, is_ours=False, rejects=1))
+    found = live.snapshot()
+    assert (found.shards_done, found.shards_from_others, found.rejects) == (7, 1, 1)
+    assert (found.tokens, found.workers, found.busy_share) == (4000, 2, 0.75)
+    assert found.storage_repeats == (4 - 1) + (6 - 1)  # the last of each worker
+    assert found.tokens_per_second == pytest.approx(4000 / 20)
+    assert found.tokens_per_second_per_worker == pytest.approx(100)
+    assert found.seconds_left == pytest.approx(3 * 5.0)
+    assert (found.dollars, found.dollars_left) == (pytest.approx(16.0), pytest.approx(12.0))
+    said = found.describe(wanted_batch_tokens=64)
+    for words in ("200 tokens/s on 2", "busy 75%", "$16.00, $12.00 left", "1 shards by another"):
+        assert words in said
+    assert (
+        "1 rejected, 8 requests to the storage repeated, out of memory: batches cut to 32 tokens"
+        in said
+    )
+
+
+def test_actors_go_where_the_most_work_is_left_for_each():
+    assert share_actors([8.0, 4.0], [1.0, 1.0], 6.0) == [4, 2]
+    assert share_actors([8.0, 8.0], [1.0, 0.5], 3.0) == [2, 2]
+    assert share_actors([1.0, 1.0], [1.0, 1.0], 1.0) == [1, 1]  # they take turns
+    assert share_actors([0.0, 5.0], [1.0, 1.0], 4.0) == [1, 3]
+
+
+@pytest.mark.ray
+def test_a_capture_tells_its_numbers_to_its_file_and_to_rays_metrics(tmp_path, ray_cluster):
+    model = tmp_path / "model"
+    save_model("llama", 320, model)
+    save_tokenizer(byte_level_tokenizer(300), model, bos="<|end|>", eos="<|end|>")
+    (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in SAMPLE * 10))
+    (tmp_path / "held_out.txt").write_text(SAMPLE[0])
+    source = {"model": str(model), "batch_tokens": 256, "dollars_per_hour": 2.5}
+    recipe = parse_recipe(
+        {
+            "storage": str(tmp_path / "storage"),
+            "corpus": {"documents": str(tmp_path / "docs.jsonl"), "shard_tokens": 100}
+            | {"max_tokens": 256},
+            "target": {"model": str(model)},
+            "sources": [
+                {"name": "one", "min_actors": 2, "max_actors": 3, **source},
+                {"name": "two", **source},
+            ],
+            "evaluate": {"documents": str(tmp_path / "held_out.txt")},
+        }
+    )
+    layout = prepare_run(recipe)
+    run_stages(recipe, layout, ("corpus",), report_nothing, lambda _: None)
+    one, two = plan_work(recipe, layout, report_nothing)
+    assert (one.max_actors, one.settings.batch_tokens) == (3, 256)
+    assert 1 <= two.max_actors <= ray.cluster_resources()["CPU"]
+    actor = ray.remote(CaptureActor).remote(
+        one.source,
+        one.settings,
+        layout.corpus,
+        layout.captured["one"],
+        load_recipe_engine,
+        ray.remote(**beside_the_driver())(Lives).remote(),
+    )
+    (numbers,) = ray.get(actor.__call__.remote(pa.table({"shard": [0]}))).to_pylist()
+    said = wait_for_metrics(["capture_tokens", "capture_busy_seconds", "capture_idle_seconds"])
+    assert 'source="one"' in said
+    assert numbers["tokens"] > 0
+    run_stages(recipe, layout, ("capture",), report_nothing, lambda _: None)
+    for name, data in layout.captured.items():
+        last = json.loads(data.store.read(f"{data.folder}/metrics.jsonl").splitlines()[-1])
+        commits = data.commits().values()
+        assert (last["source"], last["shards_done"]) == (name, last["num_shards"])
+        assert last["num_shards"] == len(commits)
+        made = sum(commit.tokens for commit in commits)
+        assert last["tokens"] == made - (numbers["tokens"] if name == "one" else 0)
+        assert 0 < last["busy_share"] <= 1
+        assert last["dollars"] > 0 == last["dollars_left"] == last["seconds_left"]
+        assert set(last) == set(to_line(LiveNumbers(name, 1, 0, 1).snapshot()))
+
+
+def wait_for_metrics(names: list[str]) -> str:
+    """Return the lines of a node's metrics once all of ours are there."""
+    port = ray.nodes()[0]["MetricsExportPort"]
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            said = answer.read().decode()
+        lines = [line for line in said.splitlines() if "rayfuse_" in line]
+        if all(any(name in line for line in lines) for name in names):
+            return "\n".join(lines)
+        time.sleep(1)
+    raise TimeoutError("Ray's metrics do not have ours")
