@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -39,7 +40,7 @@ def ray_command(*arguments: str) -> list[str]:
     return [str(Path(sys.executable).with_name("ray")), *arguments]
 
 
-def kill_tree(process: subprocess.Popen[bytes]) -> None:
+def kill_tree(process: subprocess.Popen[Any]) -> None:
     """SIGKILL a process we started, and all that came from it."""
     try:
         family = [*psutil.Process(process.pid).children(recursive=True)]
@@ -76,9 +77,13 @@ class LocalCluster:
         wait_for_port(self.dashboard if with_dashboard else self.port)
         self.env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{self.dashboard}"
 
-    def add_node(self, *, num_cpus: int) -> subprocess.Popen[bytes]:
-        """Start one more node; it joins within seconds."""
-        node = self._start(f"--address=127.0.0.1:{self.port}", f"--num-cpus={num_cpus}")
+    def add_node(self, *, num_cpus: int, accelerator: str = "") -> subprocess.Popen[bytes]:
+        """Start one more node, as if it had a kind of GPU; it joins within seconds."""
+        resources = {f"accelerator_type:{accelerator}": 1} if accelerator else {}
+        node = self._start(
+            *(f"--address=127.0.0.1:{self.port}", f"--num-cpus={num_cpus}"),
+            f"--resources={json.dumps(resources)}",
+        )
         self.nodes.append(node)
         return node
 

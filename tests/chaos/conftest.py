@@ -1,0 +1,45 @@
+"""One cluster, and what an undisturbed run on it writes, for all tests that break something."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.runs import (
+    LEAST_SHARDS,
+    SOURCES,
+    Content,
+    read_content,
+    run_command,
+    write_models_and_text,
+    write_recipe,
+)
+from tests.local_cluster import LocalCluster
+
+
+@pytest.fixture(scope="package")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("chaos")
+    write_models_and_text(folder)
+    return folder
+
+
+@pytest.fixture(scope="package")
+def cluster(s3_proxy, folder) -> Iterator[LocalCluster]:
+    """A head that knows the S3 server, since that was started before it."""
+    cluster = LocalCluster(folder, num_cpus=3)
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture(scope="package")
+def calm_content(cluster, folder) -> Content:
+    """What an undisturbed run writes."""
+    recipe = write_recipe(folder, "calm", str(folder / "storage-calm"))
+    for stage in ("corpus", "capture"):
+        result = run_command(cluster, stage, str(recipe))
+        assert result.returncode == 0, result.stdout + result.stderr
+    content = read_content(recipe)
+    assert len(content) == 2 * len(SOURCES)
+    assert all(len(shards) > LEAST_SHARDS for shards in content.values())
+    return content
