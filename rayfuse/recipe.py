@@ -111,7 +111,7 @@ class ModelSettings(Settings):
     revision: str | None = None
     """The hub commit; write it down for a run that can be repeated."""
     dtype: DType = "auto"
-    """`auto`: bfloat16 on a GPU, float32 on a CPU."""
+    """`auto`: bfloat16 on a GPU, float32 on a CPU; a capture stays in what it was begun in."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
 
