@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import nn
 
 NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What errors say that a smaller batch may help against."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from rayfuse.model_files import load_recipe_tokenizer, read_model_files
 from rayfuse.models import (
     batch_by_tokens,
     cut_windows,
+    is_out_of_memory,
     load_causal_lm,
     pad_rows,
     resolve_dtype,
@@ -25,9 +26,6 @@ from rayfuse.models import (
 from rayfuse.recipe import CaptureSettings, ModelSettings, SourceSettings
 
 TokenRows = Sequence[Int[np.ndarray, " _"]]
-
-NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What errors say that a smaller batch may help against."""
 
 MEMORY_PAUSES = (1.0, 5.0, 25.0)
 """Seconds before a row that alone found no memory is tried again: others may give some back."""
@@ -179,7 +177,7 @@ class TransformersEngine:
             try:
                 record = self._score_batch(rows[part])
             except (RuntimeError, ValueError, IndexError, MemoryError) as error:
-                is_full = _is_out_of_memory(error)
+                is_full = is_out_of_memory(error)
                 if str(error).startswith(FATAL) and not is_full:
                     raise
                 failure = (
@@ -318,13 +316,6 @@ def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return any(sign in text for sign in NO_MEMORY)
 
 
 def _first_line(error: BaseException) -> str:

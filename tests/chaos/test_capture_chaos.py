@@ -1,10 +1,8 @@
 """Faults 1, 3 and 5: whatever is killed, whenever, the data sets come out byte for byte."""
 
-import json
 import random
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +21,7 @@ from tests.chaos.runs import (
     run_command,
     start_capture,
 )
-from tests.local_cluster import LocalCluster, kill_tree, ray_command
+from tests.local_cluster import LocalCluster, kill_tree
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -188,44 +186,18 @@ def test_fault_5_a_capture_that_dies_with_its_whole_cluster_goes_on_on_another(
     assert {path: path.stat().st_mtime_ns for path in made} == made
 
 
-LIST_NODES = """
-import json, os, ray
-ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
-print(json.dumps([node["NodeID"] for node in ray.nodes() if node["Alive"]]))
-"""
-
-
-def list_nodes(cluster: LocalCluster) -> set[str]:
-    env = cluster.env | {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
-    done = subprocess.run(
-        [sys.executable, "-c", LIST_NODES], env=env, capture_output=True, text=True, check=True
-    )
-    return set(json.loads(done.stdout.splitlines()[-1]))
-
-
 def test_fault_4_the_only_actor_leaves_a_machine_that_is_told_to_go(cluster, folder, calm_content):
     """Nobody takes the machine away: who stays on it gets no work and waits without end."""
     recipe = make_corpus(
         cluster, folder, "spot", str(folder / "storage-spot"), accelerator_type="L4", max_actors=1
     )
-    there = list_nodes(cluster)
+    there = cluster.list_nodes()
     nodes = [cluster.add_node(num_cpus=3, accelerator="L4")]
-    while not (joined := list_nodes(cluster) - there):
+    while not (joined := cluster.list_nodes() - there):
         time.sleep(0.5)
     driver = start_capture(cluster, recipe)
     nodes.append(cluster.add_node(num_cpus=3, accelerator="L4"))
-    drained = subprocess.run(
-        ray_command(
-            *("drain-node", f"--address=127.0.0.1:{cluster.port}", f"--node-id={joined.pop()}"),
-            *("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"),
-            "--deadline-remaining-seconds=3600",
-        ),
-        env=cluster.env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert drained.returncode == 0, drained.stderr
+    cluster.drain_node(joined.pop(), seconds=3600)
     _, message = driver.communicate(timeout=400)
     for node in nodes:
         cluster.kill_node(node)
