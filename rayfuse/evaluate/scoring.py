@@ -3,8 +3,10 @@
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
+from rayfuse.align.boundaries import place_tokens, spell_vocabulary
+from rayfuse.evaluate.ensemble import TokenCosts
 from rayfuse.evaluate.scores import DocumentScore
 from rayfuse.models import (
     CausalLM,
@@ -60,6 +62,26 @@ def score_rows(
         context_tokens: The most tokens that the model takes; longer rows are scored in windows.
 
     Raises:
+        ValueError: As for `score_tokens`.
+    """
+    costs = score_tokens(
+        lm, tokenizer, rows, name=name, batch_tokens=batch_tokens, context_tokens=context_tokens
+    )
+    return np.array([row.nats.sum() for row in costs])
+
+
+def score_tokens(
+    lm: CausalLM,
+    tokenizer: TextTokenizer,
+    rows: pa.Table,
+    *,
+    name: str,
+    batch_tokens: int,
+    context_tokens: int | None = None,
+) -> list[TokenCosts]:
+    """Return what a model pays for the text of each row, token by token; see `score_rows`.
+
+    Raises:
         ValueError: The model has no start token, so that nothing would be paid for the first token;
             or a row's log-probabilities are not finite.
     """
@@ -70,24 +92,45 @@ def score_rows(
         )
     texts: list[str] = rows["text"].to_pylist()
     token_rows = tokenizer.encode_rows(texts, [False] * len(texts))
-    nats = np.zeros(len(texts))
-    windows = [
-        (row, token_rows[row][cut], kept)
-        for row in range(len(texts))
-        for cut, kept in cut_windows(len(token_rows[row]), context_tokens)
-    ]
-    for batch in batch_by_tokens([len(tokens) for _, tokens, _ in windows], batch_tokens):
-        scored = next_token_logprobs(lm, [windows[index][1] for index in batch], CHUNK_POSITIONS)
-        for index, logprobs in zip(batch, scored, strict=True):
-            row, _, kept = windows[index]
-            nats[row] -= logprobs[kept].sum()
-    broken = np.flatnonzero(~np.isfinite(nats))
-    if len(broken):
+    cuts = [cut_windows(len(tokens), context_tokens) for tokens in token_rows]
+    windows = [(row, *each) for row, parts in enumerate(cuts) for each in parts]
+    token_windows = [token_rows[row][part] for row, part, _ in windows]
+    found: dict[int, Float[np.ndarray, " _"]] = {}
+    for batch in batch_by_tokens([len(tokens) for tokens in token_windows], batch_tokens):
+        scored = next_token_logprobs(lm, [token_windows[i] for i in batch], CHUNK_POSITIONS)
+        found |= {i: -scores[windows[i][2]] for i, scores in zip(batch, scored, strict=True)}
+    by_row: list[list[Float[np.ndarray, " _"]]] = [[] for _ in texts]
+    for i, (row, _, _) in enumerate(windows):
+        by_row[row].append(found[i])
+    nats = [np.concatenate(parts)[:-1] for parts in by_row]  # nothing comes after the last token
+    broken = [row for row, each in enumerate(nats) if not np.isfinite(each).all()]
+    if broken:
         raise ValueError(
-            f"model {name} gives row {rows['row_id'][int(broken[0])].as_py()!r} a log-probability "
+            f"model {name} gives row {rows['row_id'][broken[0]].as_py()!r} a log-probability "
             f"that is not finite ({len(broken)} of {len(texts)} rows); try dtype float32"
         )
-    return nats
+    ends = _find_ends(token_rows, texts, tokenizer)
+    return [TokenCosts(*each) for each in zip(ends, nats, strict=True)]
+
+
+def _find_ends(
+    token_rows: list[Int[np.ndarray, " _"]], texts: list[str], tokenizer: TextTokenizer
+) -> list[Int[np.ndarray, " _"]]:
+    """Return where each row's tokens end in its bytes, start token left out; see `TokenCosts`."""
+    spelled = [text.encode() for text in texts]
+    offsets = np.concatenate([[0], np.cumsum([len(tokens) for tokens in token_rows])])
+    placed = place_tokens(
+        np.concatenate(token_rows),
+        offsets,
+        spelled,
+        spell_vocabulary(tokenizer),
+        [False] * len(texts),
+    )
+    starts = zip(offsets[:-1].tolist(), offsets[1:].tolist(), placed.row_starts, strict=True)
+    ends = [placed.ends[start + 1 : stop] - byte for start, stop, byte in starts]
+    for row, text in zip(ends, spelled, strict=True):
+        row[-1:] = len(text)  # a tokenizer may leave out the end of a text
+    return ends
 
 
 def score_documents(rows: pa.Table, nats: Float[np.ndarray, " rows"]) -> list[DocumentScore]:

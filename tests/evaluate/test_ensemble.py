@@ -1,0 +1,170 @@
+"""The ensemble pays for the mean of what its sources give to the same bytes."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayfuse.evaluate.ensemble import TokenCosts, average_sources, find_joint_ends
+from rayfuse.evaluate.scoring import load_scored_model, score_rows, score_tokens
+from rayfuse.models import CausalLM
+from rayfuse.recipe import ModelSettings
+from rayfuse.tokens import TextTokenizer, load_tokenizer
+from tests.fakes import byte_level_tokenizer, save_model, save_tokenizer, sentencepiece_tokenizer
+
+Model = tuple[CausalLM, TextTokenizer]
+
+
+def cost(ends: list[int], nats: list[float]) -> TokenCosts:
+    return TokenCosts(np.array(ends), np.array(nats))
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Model]:
+    """Return a function that makes a random model of a family, seed and kind of tokenizer."""
+
+    def make(family: str, seed: int, kind: str = "bytes", vocab_size: int = 257) -> Model:
+        folder = tmp_path_factory.mktemp(f"{family}-{seed}")
+        is_bytes = kind == "bytes"
+        train = byte_level_tokenizer if is_bytes else sentencepiece_tokenizer
+        tokenizer = train(vocab_size)
+        save_model(family, tokenizer.get_vocab_size(), folder)
+        bos, eos = (None, "<|end|>") if is_bytes else ("<s>", "</s>")
+        save_tokenizer(tokenizer, folder, bos=bos, eos=eos)
+        lm = load_scored_model(ModelSettings(model=str(folder), dtype="float32"))
+        torch.manual_seed(seed)
+        for weight in lm.model.parameters():  # far enough from uniform that models disagree
+            weight.data.add_(0.3 * torch.randn_like(weight))
+        return lm, load_tokenizer(str(folder))
+
+    return make
+
+
+def score(model: Model, rows: pa.Table) -> list[TokenCosts]:
+    return score_tokens(*model, rows, name="tiny", batch_tokens=500)
+
+
+def next_probs(model: Model, text: str) -> tuple[np.ndarray, list[int]]:
+    """Return the model's dense distributions over a text's tokens, and these tokens."""
+    lm, tokenizer = model
+    ids = tokenizer.encode([text])[0].tolist()
+    with torch.no_grad():
+        logits = lm.model(input_ids=torch.tensor([[tokenizer.start_id, *ids]])).logits[0, :-1]
+    return logits.double().softmax(1).numpy(), ids
+
+
+def test_with_one_tokenizer_it_is_the_mean_of_the_dense_distributions(load, rows):
+    models = [load("llama", 1), load("gpt_neox", 2), load("gpt2", 3)]
+    found = [average_sources(each) for each in zip(*(score(m, rows) for m in models), strict=True)]
+    for text, ensemble in zip(rows["text"].to_pylist(), found, strict=True):
+        dense = [next_probs(model, text) for model in models]
+        mean = np.mean([probs for probs, _ in dense], axis=0)
+        expected = -np.log(mean[np.arange(len(mean)), dense[0][1]])
+        np.testing.assert_allclose(ensemble.nats, expected, rtol=1e-4)
+        assert ensemble.ends[-1] == len(text.encode())
+
+
+def test_with_several_tokenizers_it_is_the_mean_over_joint_chunks_of_dense_products(load, rows):
+    models = [
+        load("llama", 4),
+        load("gpt_neox", 5, vocab_size=320),
+        load("mistral", 6, kind="sentencepiece", vocab_size=300),
+    ]
+    found = [average_sources(each) for each in zip(*(score(m, rows) for m in models), strict=True)]
+    for text, ensemble in zip(rows["text"].to_pylist(), found, strict=True):
+        spans, products = [], []
+        for model in models:
+            probs, ids = next_probs(model, text)
+            # Brute force: where each token stops, by spelling all tokens up to it.
+            spelled = [model[1].token_bytes[token_id] or b"" for token_id in ids]
+            extra = len(b"".join(spelled)) - len(text.encode())  # a blank put before the text
+            stops = [max(0, len(b"".join(spelled[: i + 1])) - extra) for i in range(len(ids))]
+            spans.append(stops)
+            products.append([probs[i, token_id] for i, token_id in enumerate(ids)])
+        joint = sorted(set.intersection(*map(set, spans)))
+        total, start = 0.0, -1
+        for stop in joint:
+            chances = [
+                math.prod(p for p, end in zip(each, ends, strict=True) if start < end <= stop)
+                for each, ends in zip(products, spans, strict=True)
+            ]
+            total -= math.log(sum(chances) / len(chances))
+            start = stop
+        assert ensemble.nats.sum() == pytest.approx(total, rel=1e-4)
+        assert ensemble.ends.tolist() == joint
+
+
+def test_tokens_pay_together_what_the_row_pays(load, rows):
+    model = load("llama", 7)
+    windowed = score_tokens(*model, rows, name="tiny", batch_tokens=40, context_tokens=8)
+    whole = score_rows(*model, rows, name="tiny", batch_tokens=40, context_tokens=8)
+    np.testing.assert_allclose([each.nats.sum() for each in windowed], whole)
+    for each, text in zip(windowed, rows["text"].to_pylist(), strict=True):
+        assert each.ends.tolist() == list(range(1, len(text.encode()) + 1))  # a byte a token
+        assert len(each.nats) == len(each.ends)
+
+
+def test_by_hand_two_sources_meet_where_both_tokens_end():
+    a = cost([2, 5], [math.log(2), math.log(4)])  # 1/2, 1/4
+    b = cost([3, 5], [math.log(4), math.log(4)])  # 1/4, 1/4: they meet at 5 alone
+    ensemble = average_sources([a, b])
+    assert ensemble.ends.tolist() == [5]
+    assert ensemble.nats.tolist() == pytest.approx([-math.log((1 / 8 + 1 / 16) / 2)])
+
+
+def test_a_blank_before_the_text_is_paid_with_the_bytes_it_stands_at():
+    a = cost([0, 3], [1.0, 2.0])  # a token that is nothing but the blank put before
+    b = cost([3], [3.0])
+    assert average_sources([a, b]).nats.tolist() == pytest.approx([3.0])
+
+
+def test_sources_of_other_texts_are_refused():
+    with pytest.raises(ValueError, match=r"spell \[3, 4\] bytes of one row"):
+        find_joint_ends([cost([3], [1.0]), cost([2, 4], [1.0, 1.0])])
+
+
+LENGTHS = st.lists(st.integers(1, 4), min_size=1, max_size=12)
+
+
+@st.composite
+def sources_of_one_row(draw: st.DrawFn) -> list[TokenCosts]:
+    num_bytes = draw(st.integers(1, 20))
+    found = []
+    for _ in range(draw(st.integers(1, 4))):
+        inner = draw(st.sets(st.integers(1, num_bytes)))
+        ends = sorted(inner | {num_bytes})
+        nats = draw(st.lists(st.floats(0, 30), min_size=len(ends), max_size=len(ends)))
+        found.append(cost(ends, nats))
+    return found
+
+
+@given(sources_of_one_row())
+def test_one_source_or_equal_ones_pay_what_one_pays_alone(sources: list[TokenCosts]):
+    for each in sources:
+        for copies in (1, 3):
+            assert average_sources([each] * copies).nats.sum() == pytest.approx(each.nats.sum())
+
+
+@given(sources_of_one_row())
+def test_no_chunk_costs_more_than_the_mean_or_much_less_than_the_best(sources: list[TokenCosts]):
+    ensemble = average_sources(sources)
+    totals = [source.nats.sum() for source in sources]
+    assert ensemble.nats.sum() <= np.mean(totals) + 1e-9  # Jensen, chunk by chunk
+    most = average_sources(sources[::-1])
+    np.testing.assert_allclose(most.nats, ensemble.nats)  # in whatever order
+    assert (
+        ensemble.nats.sum()
+        >= sum(
+            min(
+                source.nats[(source.ends > start) & (source.ends <= stop)].sum()
+                for source in sources
+            )
+            for start, stop in zip([0, *ensemble.ends[:-1]], ensemble.ends, strict=True)
+        )
+        - 1e-9
+    )

@@ -1,0 +1,101 @@
+"""Weights are averaged tensor by tensor, where models have the same ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rayfuse.evaluate.merge_weights import average_weights, find_difference
+from rayfuse.evaluate.scoring import load_scored_model
+from rayfuse.recipe import ModelSettings
+from rayfuse.tokens import load_tokenizer
+from tests.fakes import byte_level_tokenizer, save_model, save_tokenizer
+
+
+def make_model(folder: Path, seed: int, *, tied: bool = False, vocab_size: int = 260) -> Path:
+    save_model("llama", vocab_size, folder, tied=tied)
+    save_tokenizer(byte_level_tokenizer(257), folder, bos=None, eos="<|end|>")
+    torch.manual_seed(seed)
+    path = folder / "model.safetensors"
+    weights = {name: torch.randn_like(tensor) for name, tensor in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_weight_is_the_mean_and_the_model_loads(tmp_path: Path, tied: bool):
+    folders = [make_model(tmp_path / name, seed, tied=tied) for seed, name in enumerate("abc")]
+    (tmp_path / "merged").mkdir()
+    average_weights(folders, tmp_path / "merged")
+    parts = [load_scored_model(ModelSettings(model=str(f))).model.state_dict() for f in folders]
+    merged = load_scored_model(ModelSettings(model=str(tmp_path / "merged"))).model.state_dict()
+    assert merged.keys() == parts[0].keys()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, sum(part[name] for part in parts) / 3)
+    own = load_tokenizer(str(tmp_path / "merged")).content_hash
+    assert own == load_tokenizer(str(folders[0])).content_hash
+
+
+def test_a_model_averaged_with_itself_is_itself_to_the_bit_in_bfloat16(tmp_path: Path):
+    folder = make_model(tmp_path / "a", 1)
+    path = folder / "model.safetensors"
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
+    weights["steps"] = torch.tensor([7])  # no weight: kept as it is
+    save_file(weights, path, metadata={"format": "pt"})
+    (tmp_path / "merged").mkdir()
+    average_weights([folder, folder, folder], tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(torch.equal(merged[name], tensor) for name, tensor in weights.items())
+
+
+def test_a_model_in_several_files_is_averaged_with_one_in_a_single_file(tmp_path: Path):
+    whole, parts = make_model(tmp_path / "a", 1), make_model(tmp_path / "b", 2)
+    weights = load_file(parts / "model.safetensors")
+    names = sorted(weights)
+    (parts / "model.safetensors").unlink()
+    files = {"model-1.safetensors": names[:5], "model-2.safetensors": names[5:]}
+    for file, own in files.items():
+        save_file({name: weights[name] for name in own}, parts / file, metadata={"format": "pt"})
+    index = {name: file for file, own in files.items() for name in own}
+    (parts / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
+    (tmp_path / "merged").mkdir()
+    average_weights([parts, whole], tmp_path / "merged")
+    assert sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors")) == [*files]
+    merged = load_scored_model(ModelSettings(model=str(tmp_path / "merged"))).model.state_dict()
+    for name, tensor in load_file(whole / "model.safetensors").items():
+        torch.testing.assert_close(merged[name], (tensor + weights[name]) / 2)
+
+
+def test_models_of_other_tensors_are_refused(tmp_path: Path):
+    first, second = make_model(tmp_path / "a", 1), make_model(tmp_path / "b", 2, vocab_size=300)
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(ValueError, match=r"their shapes are \[\[260, 32\], \[300, 32\]\]"):
+        average_weights([first, second], tmp_path / "merged")
+    tied = make_model(tmp_path / "c", 3, tied=True)
+    with pytest.raises(ValueError, match=r"'lm_head.weight' is in one of them only \(1 such"):
+        average_weights([first, tied], tmp_path / "merged")
+
+
+OURS = {"model_type": "llama", "hidden_size": 32, "rope_theta": 1e4, "bos_token_id": 1}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "is_same_tokenizer", "reason"),
+    [
+        ({}, True, None),
+        ({"bos_token_id": 2, "torch_dtype": "bfloat16", "attention_dropout": 0.1}, True, None),
+        ({}, False, "its tokenizer is another"),
+        ({"model_type": "mpt", "hidden_size": 64}, False, "its model_type is 'mpt', not 'llama'"),
+        ({"hidden_size": 64}, True, "its hidden_size is 64, not 32"),
+        ({"rope_theta": 5e5}, True, "its rope_theta is 500000.0, not 10000.0"),
+    ],
+)
+def test_why_two_models_cannot_be_merged(
+    theirs: dict[str, object], is_same_tokenizer: bool, reason: str | None
+):
+    found = find_difference(OURS, OURS | theirs, is_same_tokenizer=is_same_tokenizer)
+    assert found == reason
