@@ -1,13 +1,13 @@
 """Where each data set and result of a recipe lies: folders named by fingerprints."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 from rayfuse.align.inspect import check_pair
 from rayfuse.corpus.inputs import InputFile, list_inputs
 from rayfuse.kept_rows import Rows, place_rows
-from rayfuse.model_files import ModelFiles, check_model, load_recipe_tokenizer
+from rayfuse.model_files import ModelFiles, check_model, find_difference, load_recipe_tokenizer
 from rayfuse.recipe import Documents, ModelSettings, Recipe, SourceSettings
 from rayfuse.storage.dataset import DataSet, fingerprint_of
 from rayfuse.storage.store import Store, open_store
@@ -33,6 +33,17 @@ class TrainRun:
 
 
 @dataclass(frozen=True)
+class Merge:
+    """The target and the sources whose weights are averaged, as a baseline."""
+
+    folder: str | None = None
+    """Below the storage root; the model lies in it. None where there is nothing to average."""
+    sources: tuple[str, ...] = ()
+    left_out: dict[str, str] = field(default_factory=dict[str, str])
+    """The other sources, and why their weights cannot be averaged with the target's."""
+
+
+@dataclass(frozen=True)
 class Layout:
     """The folders of one recipe's run."""
 
@@ -47,12 +58,15 @@ class Layout:
     """Stored vocabulary maps by source, for the methods that take long to make one."""
     runs: tuple[TrainRun, ...]
     evaluations: dict[str, str]
-    """Result file by model name: sources, `target`, `clm`, `fused`."""
+    """Result file by model name: sources, `target`, `clm`, `fused`, `ensemble`, `merged`."""
     corpus_rows: Rows
     held_out_rows: Rows
     corpus_inputs: tuple[InputFile, ...] = ()
     """The documents as they were when the folders were named by them."""
     held_out_inputs: tuple[InputFile, ...] = ()
+    token_costs: dict[str, DataSet] = field(default_factory=dict[str, DataSet])
+    """What each source of the ensemble pays for the held-out rows, token by token."""
+    merge: Merge = Merge()
 
     def input_fingerprint(self) -> str:
         """Return a hash of everything that is reported on."""
@@ -103,11 +117,26 @@ def plan_layout(recipe: Recipe) -> Layout:
     }
     map_files = _place_maps(recipe, corpus)
     runs = _place_runs(recipe, target_files, corpus, aligned)
-    scored = {name: files.identity for name, files in source_files.items()}
-    scored |= {"target": target_files.identity} | {run.name: run.fingerprint for run in runs}
-    evaluations = {
-        name: f"evaluate/{name}-{fingerprint_of(model=model, text=held_out.fingerprint)}.json"
+    scored: dict[str, Any] = {
+        source.name: [source_files[source.name].identity, source.dtype] for source in recipe.sources
+    }
+    ensemble = [name for name in scored if recipe.fuse.weights.get(name, 1.0) > 0]
+    scored["target"] = [target_files.identity, recipe.target.dtype]
+    scored |= {run.name: run.fingerprint for run in runs}
+    if len(ensemble) > 1:
+        scored["ensemble"] = sorted(scored[name] for name in ensemble)
+    merge = _plan_merge(recipe, target_files, source_files)
+    if merge.folder is not None:
+        scored["merged"] = [merge.folder, recipe.target.dtype]
+    fingerprints = {
+        name: fingerprint_of(model=model, text=held_out.fingerprint)
         for name, model in scored.items()
+    }
+    evaluations = {name: f"evaluate/{name}-{each}.json" for name, each in fingerprints.items()}
+    token_costs = {
+        name: DataSet(store, f"evaluate/tokens-{name}-{fingerprints[name]}", fingerprints[name])
+        for name in ensemble
+        if "ensemble" in scored
     }
     return Layout(
         store,
@@ -122,6 +151,8 @@ def plan_layout(recipe: Recipe) -> Layout:
         held_out_rows,
         tuple(chain.from_iterable(inputs)),
         tuple(chain.from_iterable(held_out_inputs)),
+        token_costs,
+        merge,
     )
 
 
@@ -236,6 +267,27 @@ def _place_runs(
     return tuple(runs)
 
 
+def _plan_merge(recipe: Recipe, target: ModelFiles, source_files: dict[str, ModelFiles]) -> Merge:
+    """Return which sources can be averaged with the target: same tensors, same tokens."""
+    left_out: dict[str, str] = {}
+    for source in recipe.sources:
+        files = source_files[source.name]
+        hashes = {load_recipe_tokenizer(each).content_hash for each in (source, recipe.target)}
+        difference = find_difference(target, files)
+        if files.identity == target.identity:
+            left_out[source.name] = "it is the target itself"
+        elif difference is not None:
+            left_out[source.name] = difference
+        elif len(hashes) > 1:
+            left_out[source.name] = "its tokenizer is not the target's"
+    names = tuple(source.name for source in recipe.sources if source.name not in left_out)
+    if not names:
+        return Merge(left_out=left_out)
+    models = sorted(source_files[name].identity for name in names)
+    fingerprint = fingerprint_of(first=target.identity, others=models)
+    return Merge(f"evaluate/merged-model-{fingerprint}", names, left_out)
+
+
 def describe_model(recipe: Recipe, name: str, layout: Layout) -> ModelSettings:
     """Return the settings of a model by its name in tables.
 
@@ -247,7 +299,17 @@ def describe_model(recipe: Recipe, name: str, layout: Layout) -> ModelSettings:
     for source in recipe.sources:
         if source.name == name:
             return source
-    run = {run.name: run for run in layout.runs}[name]
+    folder = find_own_folder(name, layout)
+    if folder is None:
+        raise KeyError(name)
     return recipe.target.model_copy(
-        update={"model": f"{layout.store.root}/{run.folder}/model", "revision": None}
+        update={"model": f"{layout.store.root}/{folder}", "revision": None}
     )
+
+
+def find_own_folder(name: str, layout: Layout) -> str | None:
+    """Return where a model of this run's making lies below the storage root; None for others."""
+    if name == "merged" and layout.merge.folder is not None:
+        return f"{layout.merge.folder}/model"
+    run = next((run for run in layout.runs if run.name == name), None)
+    return None if run is None else f"{run.folder}/model"

@@ -13,6 +13,12 @@ from rayfuse.tokens import TextTokenizer, check_folder, load_tokenizer
 WHOLE_HASH_BYTES = 64 * 2**20
 """Weights up to this size are hashed whole; of larger files, 64 spread blocks of 1 MiB."""
 
+PLAIN_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+"""A model's files besides its weights."""
+
+BOOKKEEPING = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+"""Keys of a config that say where a model comes from and how it is stored."""
+
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
@@ -28,6 +34,8 @@ class ModelFiles:
     """The longest row it takes, where its config says."""
     num_bytes: int
     """Of its weights; 1 where nobody has counted them."""
+    config: dict[str, Any]
+    """Its config.json."""
 
 
 def load_recipe_tokenizer(settings: ModelSettings) -> TextTokenizer:
@@ -80,7 +88,27 @@ def read_model_files(model: str, revision: str | None) -> ModelFiles:
         config, identity = _read_hub(model, revision)
         num_bytes = 1
     contexts = [config[key] for key in CONTEXT_KEYS if isinstance(config.get(key), int)]
-    return ModelFiles(identity, config["vocab_size"], min(contexts, default=None), num_bytes)
+    context_tokens = min(contexts, default=None)
+    return ModelFiles(identity, config["vocab_size"], context_tokens, num_bytes, config)
+
+
+def find_difference(ours: ModelFiles, theirs: ModelFiles) -> str | None:
+    """Return why two models' weights mean different things, by their configs; None if they do not.
+
+    Their tokenizers are for the caller to compare.
+    """
+    keys = ours.config.keys() | theirs.config.keys()
+    for key in ["model_type", *sorted(filter(_is_of_weights, keys))]:
+        own, other = ours.config.get(key), theirs.config.get(key)
+        if own != other:
+            return f"its {key} is {other!r}, not {own!r}"
+    return None
+
+
+def _is_of_weights(key: str) -> bool:
+    """Return whether a key of a config says what weights there are, or what they mean."""
+    is_of_use = key in BOOKKEEPING or key.endswith("_token_id") or key == "use_cache"
+    return not is_of_use and "dropout" not in key and not key.endswith("pdrop")
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], str]:
@@ -108,6 +136,19 @@ def _read_hub(model: str, revision: str | None) -> tuple[dict[str, Any], str]:
         ) from error
     # The cache keeps a file under snapshots/COMMIT/: the commit is what the id stood for.
     return json.loads(path.read_bytes()), f"{model}@{path.parent.name}"
+
+
+def find_folder(settings: ModelSettings) -> Path:
+    """Return the folder that a model's files lie in; those of the hub are fetched first."""
+    folder = Path(settings.model).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", *PLAIN_FILES]
+    return Path(
+        snapshot_download(settings.model, revision=settings.revision, allow_patterns=patterns)
+    )
 
 
 def _hash_file(path: Path) -> str:

@@ -31,7 +31,7 @@ SECRET_PATTERN = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]*(?=@)")
 """The name and the secret in an address that has them."""
 
 UNUSABLE_PATTERN = re.compile("[\x00\ud800-\udfff]")
-RESERVED_NAMES = ("target", "clm", "fused", "all")
+RESERVED_NAMES = ("target", "clm", "fused", "ensemble", "merged", "all")
 
 
 class RecipeError(ValueError):

@@ -21,6 +21,7 @@ ints = _list_of(pa.int32())
 halfs = _list_of(pa.float16())
 codes = _list_of(pa.uint8())
 flags = _list_of(pa.bool_())
+floats = _list_of(pa.float32())
 
 CORPUS = pa.schema(
     {
@@ -58,6 +59,14 @@ ALIGNED = pa.schema(
         "nats_per_byte": halfs,  # T: the source's cost of token t+1's bytes, per byte
         "nats": pa.float32(),  # as captured
         "num_tokens": pa.int32(),  # the source's own tokens of the row's text, EOS left out
+    }
+)
+
+TOKEN_COSTS = pa.schema(
+    {
+        "row_id": pa.string(),  # as in the held-out rows, same order
+        "ends": ints,  # the byte of the text after each token: start token and EOS left out
+        "nats": floats,  # of each of these tokens: -log of its probability
     }
 )
 

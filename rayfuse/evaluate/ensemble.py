@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float, Int
+
+from rayfuse.schema import TOKEN_COSTS, build_list_column, flatten_column, floats, ints
 
 
 @dataclass(frozen=True)
@@ -70,3 +73,26 @@ def _sum_chunks(
     """
     paid = np.concatenate([[0.0], np.cumsum(source.nats, dtype=np.float64)])
     return np.diff(paid[np.searchsorted(source.ends, joint_ends, side="right")], prepend=0.0)
+
+
+def build_costs(row_ids: list[str], rows: Sequence[TokenCosts]) -> pa.Table:
+    """Return the TOKEN_COSTS rows."""
+    offsets = np.concatenate([[0], np.cumsum([len(row.ends) for row in rows])]).astype(np.int64)
+    ends = np.concatenate([np.zeros(0, np.int32), *(row.ends for row in rows)]).astype(np.int32)
+    nats = np.concatenate([np.zeros(0), *(row.nats for row in rows)]).astype(np.float32)
+    columns = {
+        "row_id": pa.array(row_ids, type=pa.string()),
+        "ends": build_list_column(ends, offsets, ints),
+        "nats": build_list_column(nats, offsets, floats),
+    }
+    return pa.Table.from_pydict(columns, schema=TOKEN_COSTS)
+
+
+def read_costs(table: pa.Table) -> list[TokenCosts]:
+    """Return what TOKEN_COSTS rows hold."""
+    ends, offsets = flatten_column(table, "ends")
+    nats = flatten_column(table, "nats")[0]
+    cuts = offsets[1:-1]
+    return [
+        TokenCosts(*row) for row in zip(np.split(ends, cuts), np.split(nats, cuts), strict=True)
+    ]

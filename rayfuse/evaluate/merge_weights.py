@@ -1,7 +1,7 @@
 """Weight merging as a baseline: the plain mean of models that have the same tensors."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,34 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-BOOKKEEPING = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
-"""Keys of a config that say nothing of what the weights mean; so do token ids, the cache and
-dropout."""
-
-PLAIN_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
-"""What a merged model takes over from the first, besides weights."""
-
-
-def find_difference(
-    ours: Mapping[str, Any], theirs: Mapping[str, Any], *, is_same_tokenizer: bool
-) -> str | None:
-    """Return why two models' weights mean different things, by their configs; None if they do not.
-
-    Args:
-        ours: One model's config.json.
-        theirs: The other's.
-        is_same_tokenizer: Their tokenizers give the same ids.
-    """
-    keys = ["model_type", *sorted(key for key in ours.keys() | theirs.keys() if _matters(key))]
-    for key in keys:
-        if ours.get(key) != theirs.get(key):
-            return f"its {key} is {theirs.get(key)!r}, not {ours.get(key)!r}"
-    return None if is_same_tokenizer else "its tokenizer is another"
-
-
-def _matters(key: str) -> bool:
-    is_about_use = key in BOOKKEEPING or key.endswith("_token_id") or key == "use_cache"
-    return not is_about_use and "dropout" not in key and not key.endswith("pdrop")
+from rayfuse.model_files import PLAIN_FILES
 
 
 def average_weights(folders: Sequence[Path], merged: Path) -> None:

@@ -21,9 +21,15 @@ LEAST_DOCUMENTS = 6
 CHUNK_DRAWS = 4_000_000
 """Documents drawn at a time in the bootstrap: 100 MB."""
 
-Role = Literal["source", "target", "clm", "fused"]
+Role = Literal["source", "ensemble", "merged", "target", "clm", "fused"]
 
-OWN_ROLES: dict[str, Role] = {"target": "target", "clm": "clm", "fused": "fused"}
+OWN_ROLES: dict[str, Role] = {
+    "ensemble": "ensemble",
+    "merged": "merged",
+    "target": "target",
+    "clm": "clm",
+    "fused": "fused",
+}
 """Names that no source may have, and what they stand for."""
 
 
@@ -47,7 +53,7 @@ class Evaluation:
     """What the model is called in tables."""
     role: Role
     model: str
-    """Folder or hub id."""
+    """Folder or hub id; of the ensemble, the sources' names."""
     documents: list[DocumentScore]
     seconds: float
     """Of computing, loading included, summed over tasks."""

@@ -1,5 +1,7 @@
 """Held-out rows -> what one model pays for each."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 import torch
@@ -48,26 +50,9 @@ def score_rows(
     batch_tokens: int,
     context_tokens: int | None = None,
 ) -> Float[np.ndarray, " rows"]:
-    """Return what a model pays for the text of each row, in nats.
-
-    The text is cut by the model's own tokenizer, with its start token before it. EOS is not there:
-    it spells no bytes.
-
-    Args:
-        lm: The model.
-        tokenizer: The model's own.
-        rows: CORPUS columns; `row_id` and `text` are read.
-        name: What errors call the model.
-        batch_tokens: Tokens of one forward pass, padding counted.
-        context_tokens: The most tokens that the model takes; longer rows are scored in windows.
-
-    Raises:
-        ValueError: As for `score_tokens`.
-    """
-    costs = score_tokens(
-        lm, tokenizer, rows, name=name, batch_tokens=batch_tokens, context_tokens=context_tokens
-    )
-    return np.array([row.nats.sum() for row in costs])
+    """Return what a model pays for the text of each row, in nats; see `score_tokens`."""
+    settings = {"name": name, "batch_tokens": batch_tokens, "context_tokens": context_tokens}
+    return sum_rows(score_tokens(lm, tokenizer, rows, **settings))
 
 
 def score_tokens(
@@ -79,7 +64,18 @@ def score_tokens(
     batch_tokens: int,
     context_tokens: int | None = None,
 ) -> list[TokenCosts]:
-    """Return what a model pays for the text of each row, token by token; see `score_rows`.
+    """Return what a model pays for the text of each row, token by token.
+
+    The text is cut by the model's own tokenizer, with its start token before it. EOS is not there:
+    it spells no bytes.
+
+    Args:
+        lm: The model.
+        tokenizer: The model's own.
+        rows: CORPUS columns; `row_id` and `text` are read.
+        name: What errors call the model.
+        batch_tokens: Tokens of one forward pass, padding counted.
+        context_tokens: The most tokens that the model takes; longer rows are scored in windows.
 
     Raises:
         ValueError: The model has no start token, so that nothing would be paid for the first token;
@@ -131,6 +127,11 @@ def _find_ends(
     for row, text in zip(ends, spelled, strict=True):
         row[-1:] = len(text)  # a tokenizer may leave out the end of a text
     return ends
+
+
+def sum_rows(costs: Sequence[TokenCosts]) -> Float[np.ndarray, " rows"]:
+    """Return what is paid for each row, in nats."""
+    return np.array([row.nats.sum() for row in costs])
 
 
 def score_documents(rows: pa.Table, nats: Float[np.ndarray, " rows"]) -> list[DocumentScore]:

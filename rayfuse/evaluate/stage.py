@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import ray
 from ray.exceptions import RayTaskError
 
@@ -18,12 +19,14 @@ from rayfuse.evaluate.scores import (
     parse_evaluation,
     sum_documents,
 )
-from rayfuse.layout import Layout, describe_model
-from rayfuse.model_files import load_recipe_tokenizer, read_model_files
+from rayfuse.layout import Layout, describe_model, find_own_folder
+from rayfuse.model_files import find_folder, load_recipe_tokenizer, read_model_files
 from rayfuse.progress import Progress
-from rayfuse.recipe import ModelSettings, Recipe, SourceSettings
+from rayfuse.recipe import ModelSettings, Recipe, SourceSettings, dump_recipe
 from rayfuse.storage.dataset import Commit, DataSet
 from rayfuse.storage.store import Store
+
+ENSEMBLE, MERGED = "ensemble", "merged"
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,10 @@ class ScoreTask:
     model: ModelSettings
     held_out: DataSet
     batch_tokens: int
-    trained_folder: str | None
+    own_folder: str | None
     """Below the storage root; nothing where the model is not of this run's making."""
+    costs: DataSet | None = None
+    """Where a source of the ensemble leaves what it pays token by token."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,18 @@ def evaluate_models(recipe: Recipe, layout: Layout, progress: Progress) -> dict[
     """
     names = [name for name in layout.evaluations if not _is_evaluated(layout, name)]
     if names:
-        _score_models(recipe, layout, names, progress)
+        groups = _plan_groups(recipe, layout)
+        shards = {shard for group in groups for shard in group}
+        if ENSEMBLE in names:
+            for name, costs in layout.token_costs.items():
+                costs.claim({"recipe": dump_recipe(recipe), "source": name})
+                if shards - costs.list_committed() and name not in names:
+                    names.append(name)
+        _score_models(
+            recipe, layout, [name for name in names if name != ENSEMBLE], groups, progress
+        )
+        if ENSEMBLE in names:
+            _score_ensemble(recipe, layout, groups, progress)
     return {
         name: parse_evaluation(layout.store.read(file)) for name, file in layout.evaluations.items()
     }
@@ -81,15 +97,40 @@ def group_shards(commits: Iterable[Commit], task_tokens: int) -> list[list[int]]
     return groups
 
 
-def _score_models(recipe: Recipe, layout: Layout, names: list[str], progress: Progress) -> None:
-    groups = _plan_groups(recipe, layout)
-    num_shards = sum(len(group) for group in groups)
+def _score_models(
+    recipe: Recipe, layout: Layout, names: list[str], groups: list[list[int]], progress: Progress
+) -> None:
+    tasks = {name: _plan_task(recipe, layout, name) for name in names}
     pending: dict[Any, tuple[str, int]] = {}
-    for name in names:
-        task = _plan_task(recipe, layout, name)
+    for name, task in tasks.items():
+        made = _merge_models(recipe, layout) if name == MERGED else None
         remote: Any = ray.remote(**_resource_options(task.model))(score_shards)
-        pending |= {remote.remote(task, group): (name, i) for i, group in enumerate(groups)}
-    found: dict[str, dict[int, ScoredShards]] = {name: {} for name in names}
+        pending |= {remote.remote(task, each, made): (name, i) for i, each in enumerate(groups)}
+    for name, parts in _gather(pending, groups, progress):
+        evaluation = _join_parts(name, tasks[name].model.model, parts)
+        layout.store.write(layout.evaluations[name], evaluation.to_json())
+
+
+def _score_ensemble(
+    recipe: Recipe, layout: Layout, groups: list[list[int]], progress: Progress
+) -> None:
+    average: Any = ray.remote(num_cpus=1)(average_shards)
+    costs = list(layout.token_costs.values())
+    pending = {
+        average.remote(layout.held_out, costs, group): (ENSEMBLE, i)
+        for i, group in enumerate(groups)
+    }
+    for name, parts in _gather(pending, groups, progress):
+        evaluation = _join_parts(name, ", ".join(layout.token_costs), parts)
+        layout.store.write(layout.evaluations[name], evaluation.to_json())
+
+
+def _gather(
+    pending: dict[Any, tuple[str, int]], groups: list[list[int]], progress: Progress
+) -> Iterator[tuple[str, list[ScoredShards]]]:
+    """Yield each model's name and what its tasks found, as soon as all of them are done."""
+    num_shards = sum(len(group) for group in groups)
+    found: dict[str, dict[int, ScoredShards]] = {name: {} for name, _ in pending.values()}
     try:
         while pending:
             (ready,), _ = ray.wait(list(pending), num_returns=1)
@@ -99,12 +140,20 @@ def _score_models(recipe: Recipe, layout: Layout, names: list[str], progress: Pr
             done = sum(len(groups[i]) for i in found[name])
             progress(f"evaluate {name}", done, num_shards, "shards")
             if done == num_shards:
-                parts = [found[name][i] for i in range(len(groups))]
-                evaluation = _join_parts(name, describe_model(recipe, name, layout), parts)
-                layout.store.write(layout.evaluations[name], evaluation.to_json())
+                yield name, [found[name][i] for i in range(len(groups))]
     finally:
         for reference in pending:  # after an error: what is still running would be lost anyhow
             ray.cancel(reference)
+
+
+def _merge_models(recipe: Recipe, layout: Layout) -> Any:
+    """Begin to average the weights, unless they are there, and return what to wait for."""
+    folder = layout.merge.folder
+    assert folder is not None, "there is no model merged"
+    if "done.json" in layout.store.sizes(folder):
+        return None
+    sources = [source for source in recipe.sources if source.name in layout.merge.sources]
+    return ray.remote(merge_models).remote([recipe.target, *sources], layout.store, folder)
 
 
 def _plan_groups(recipe: Recipe, layout: Layout) -> list[list[int]]:
@@ -117,15 +166,16 @@ def _plan_groups(recipe: Recipe, layout: Layout) -> list[list[int]]:
 
 
 def _plan_task(recipe: Recipe, layout: Layout, name: str) -> ScoreTask:
-    run = next((run for run in layout.runs if run.name == name), None)
-    if run is not None and "done.json" not in layout.store.sizes(run.folder):
-        raise ValueError(f"the model {name} is not trained; run `rayfuse train` first")
+    for run in layout.runs:
+        if run.name == name and "done.json" not in layout.store.sizes(run.folder):
+            raise ValueError(f"the model {name} is not trained; run `rayfuse train` first")
     return ScoreTask(
         name=name,
         model=describe_model(recipe, name, layout),
         held_out=layout.held_out,
         batch_tokens=recipe.evaluate.batch_tokens,
-        trained_folder=None if run is None else f"{run.folder}/model",
+        own_folder=find_own_folder(name, layout),
+        costs=layout.token_costs.get(name),
     )
 
 
@@ -134,10 +184,10 @@ def _is_evaluated(layout: Layout, name: str) -> bool:
     return file in layout.store.sizes(folder)
 
 
-def _join_parts(name: str, model: ModelSettings, parts: list[ScoredShards]) -> Evaluation:
+def _join_parts(name: str, model: str, parts: list[ScoredShards]) -> Evaluation:
     documents = sum_documents(document for part in parts for document in part.documents)
     seconds = sum(part.seconds for part in parts)
-    return Evaluation(name, find_role(name), model.model, documents, seconds)
+    return Evaluation(name, find_role(name), model, documents, seconds)
 
 
 def _fetch(reference: Any) -> ScoredShards:
@@ -162,11 +212,18 @@ def _resource_options(model: ModelSettings) -> dict[str, Any]:
     return options
 
 
-def score_shards(task: ScoreTask, shards: list[int]) -> ScoredShards:
-    """Score held-out shards with one model; run by Ray, which finds the function by this name."""
+def score_shards(task: ScoreTask, shards: list[int], made: object = None) -> ScoredShards:
+    """Score held-out shards with one model; run by Ray, which finds the function by this name.
+
+    Args:
+        task: The model.
+        shards: Their numbers.
+        made: What makes the model first, for Ray to wait for.
+    """
     import torch
 
-    from rayfuse.evaluate.scoring import load_scored_model, score_documents, score_rows
+    from rayfuse.evaluate.ensemble import build_costs, read_costs
+    from rayfuse.evaluate.scoring import load_scored_model, score_documents, score_tokens, sum_rows
 
     began = time.monotonic()
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
@@ -176,27 +233,75 @@ def score_shards(task: ScoreTask, shards: list[int]) -> ScoredShards:
         lm, tokenizer = load_scored_model(model), load_recipe_tokenizer(model)
         for shard in shards:
             rows = task.held_out.read_shard(task.held_out.read_commit(shard))
-            nats = score_rows(
-                lm,
-                tokenizer,
-                rows,
-                name=task.name,
-                batch_tokens=task.batch_tokens,
-                context_tokens=read_model_files(model.model, model.revision).context_tokens,
-            )
-            documents += score_documents(rows, nats)
+            if task.costs is not None and task.costs.is_committed(shard):
+                costs = read_costs(_read_alike(task.costs, shard, rows))
+            else:
+                costs = score_tokens(
+                    lm,
+                    tokenizer,
+                    rows,
+                    name=task.name,
+                    batch_tokens=task.batch_tokens,
+                    context_tokens=read_model_files(model.model, model.revision).context_tokens,
+                )
+            if task.costs is not None:
+                table = build_costs(rows["row_id"].to_pylist(), costs)
+                task.costs.write_shard(shard, table, tokens=sum(len(row.ends) for row in costs))
+            documents += score_documents(rows, sum_rows(costs))
     return ScoredShards(sum_documents(documents), time.monotonic() - began)
+
+
+def average_shards(held_out: DataSet, costs: list[DataSet], shards: list[int]) -> ScoredShards:
+    """Score held-out shards with the ensemble of models that have scored them; run by Ray."""
+    from rayfuse.evaluate.ensemble import average_sources, read_costs
+    from rayfuse.evaluate.scoring import score_documents, sum_rows
+
+    began = time.monotonic()
+    documents: list[DocumentScore] = []
+    for shard in shards:
+        rows = held_out.read_shard(held_out.read_commit(shard))
+        sources = [read_costs(_read_alike(data, shard, rows)) for data in costs]
+        costs_of_rows = [average_sources(row) for row in zip(*sources, strict=True)]
+        documents += score_documents(rows, sum_rows(costs_of_rows))
+    return ScoredShards(sum_documents(documents), time.monotonic() - began)
+
+
+def _read_alike(data: DataSet, shard: int, rows: pa.Table) -> pa.Table:
+    """Return a shard that holds the same rows as another table.
+
+    Raises:
+        ShardError: It is missing or damaged.
+        ValueError: It holds other rows.
+    """
+    table = data.read_shard(data.read_commit(shard))
+    if not table["row_id"].equals(rows["row_id"]):
+        raise ValueError(
+            f"{data.store.root}/{data.folder}: shard {shard} holds other rows than the held-out "
+            "text; remove the folder and evaluate again"
+        )
+    return table
+
+
+def merge_models(models: list[ModelSettings], store: Store, folder: str) -> None:
+    """Put the model of averaged weights below a folder of a store, `done.json` last; run by Ray."""
+    from rayfuse.evaluate.merge_weights import average_weights
+
+    with tempfile.TemporaryDirectory(prefix="rayfuse-merged-") as merged:
+        average_weights([find_folder(model) for model in models], Path(merged))
+        for file in sorted(Path(merged).iterdir()):
+            store.upload(str(file), f"{folder}/model/{file.name}")
+    store.write(f"{folder}/done.json", b"{}")
 
 
 @contextmanager
 def hold_model(task: ScoreTask) -> Iterator[ModelSettings]:
     """Give a model that can be loaded; one trained into object storage is copied here meanwhile."""
     store = task.held_out.store
-    if task.trained_folder is None or "://" not in store.root:
+    if task.own_folder is None or "://" not in store.root:
         yield task.model
         return
     with tempfile.TemporaryDirectory(prefix="rayfuse-model-") as folder:
-        copy_folder(store, task.trained_folder, Path(folder))
+        copy_folder(store, task.own_folder, Path(folder))
         yield task.model.model_copy(update={"model": folder})
 
 

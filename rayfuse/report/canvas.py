@@ -12,7 +12,14 @@ from matplotlib.figure import Figure
 WIDTH_INCHES = 9.0
 PIXELS_PER_INCH = 200
 
-OWN_COLOURS = {"fused": "#D55E00", "clm": "#0072B2", "target": "#8C8C8C"}
+OWN_COLOURS = {
+    "fused": "#D55E00",
+    "clm": "#0072B2",
+    "target": "#8C8C8C",
+    "ensemble": "#3F3F3F",
+    "merged": "#B3B3B3",
+}
+OWN_HATCHES = {"ensemble": "//", "merged": "xx"}
 SOURCE_COLOURS = ("#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#B8A600", "#5D3A9B", "#882255")
 """After Okabe and Ito: told apart by the colour-blind; repeated with hatches beyond seven."""
 
@@ -22,7 +29,9 @@ INK, FAINT = "#222222", "#D9D9D9"
 def style_of(name: str, sources: Sequence[str]) -> dict[str, Any]:
     """Return a model's colour in every picture, and a hatch where colours repeat."""
     if name in OWN_COLOURS:
-        return {"color": OWN_COLOURS[name]}
+        hatch = OWN_HATCHES.get(name)
+        edge = {"hatch": hatch, "edgecolor": "white"} if hatch else {}
+        return {"color": OWN_COLOURS[name]} | edge
     turn, index = divmod(sources.index(name), len(SOURCE_COLOURS))
     style = {"color": SOURCE_COLOURS[index]}
     return style | {"hatch": "/" * (2 * turn), "edgecolor": "white"} if turn else style

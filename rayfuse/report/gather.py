@@ -9,7 +9,7 @@ import pyarrow as pa
 from jaxtyping import Float, Int
 
 from rayfuse.evaluate.scores import Difference, Evaluation, compare, parse_evaluation
-from rayfuse.layout import Layout, TrainRun
+from rayfuse.layout import Layout, Merge, TrainRun
 from rayfuse.recipe import Recipe
 from rayfuse.report.timeline import Spell, read_spells
 from rayfuse.storage.dataset import Commit, DataSet
@@ -18,7 +18,7 @@ from rayfuse.storage.store import Store
 MOST_SHARDS = 64
 """Shards that the sources' wins are counted on: 64 million tokens by default."""
 
-ROLE_ORDER = ("source", "target", "clm", "fused")
+ROLE_ORDER = ("source", "ensemble", "merged", "target", "clm", "fused")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Findings:
     """All that the report tells."""
 
     evaluations: dict[str, Evaluation]
-    """By name: sources, target, CLM, fused."""
+    """By name: sources, ensemble, merged weights, target, CLM, fused."""
     differences: dict[str, dict[str, Difference]]
     """What fused pays more than another model: by that model's name, then by group."""
     curves: dict[str, Curve]
@@ -92,6 +92,8 @@ class Findings:
     spells: dict[str, list[Spell]]
     """By source: when its workers had which shard."""
     counts: list[StageCount]
+    merge: Merge
+    """Whose weights are averaged as a baseline, and why others are not."""
 
 
 def gather_findings(recipe: Recipe, layout: Layout) -> Findings:
@@ -117,6 +119,7 @@ def gather_findings(recipe: Recipe, layout: Layout) -> Findings:
         signals={name: measure_signal(data) for name, data in layout.aligned.items()},
         spells={name: read_spells(data) for name, data in layout.captured.items()},
         counts=count_stages(layout),
+        merge=layout.merge,
     )
 
 

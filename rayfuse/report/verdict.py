@@ -5,15 +5,26 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rayfuse.evaluate.scores import ALL, LEAST_DOCUMENTS, Difference, bits_per_byte
+from rayfuse.layout import Merge
 from rayfuse.report.gather import Findings
 
 ROLE_TITLES = {
     "source": "source",
+    "ensemble": "mean of the sources",
+    "merged": "mean of the weights",
     "target": "untouched target",
     "clm": "same text, no fusion",
     "fused": "fused target",
 }
 """What each role means, for tables."""
+
+OWN_TITLES = {
+    "clm": "CLM",
+    "target": "the untouched target",
+    "ensemble": "the ensemble of the sources",
+    "merged": "the merged weights",
+}
+"""What the models that are no sources are called in sentences."""
 
 MINUS = "\u2212"
 
@@ -41,6 +52,7 @@ def judge(findings: Findings) -> Verdict:
     }
     pairs = [_compare_pair(findings, name, on_all[name]) for name in names]
     notes = _note_domains(findings.differences) if "clm" in on_all else [NO_BASELINE]
+    notes += note_merge(findings.merge)
     return Verdict(
         outcome="lost" if found["worse"] else "unclear" if found["unclear"] else "won",
         headline=_say_headline(found["better"], found["worse"], found["unclear"]),
@@ -103,6 +115,16 @@ def _note_domains(differences: dict[str, dict[str, Difference]]) -> list[str]:
     return [f"By domain, against {_title('clm')}: {'; '.join(parts)}."]
 
 
+def note_merge(merge: Merge) -> list[str]:
+    """Return why there is no model of averaged weights, or which sources it leaves out."""
+    if not merge.left_out:
+        return []
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in merge.left_out.items())
+    if merge.sources:
+        return [f"The merged weights leave sources out ({reasons})."]
+    return [f"No source's weights can be averaged with the target's ({reasons})."]
+
+
 def say_difference(difference: Difference) -> str:
     """Return a difference with its interval and the documents behind it."""
     return (
@@ -117,8 +139,8 @@ def sign(value: float) -> str:
 
 
 def order_names(names: Iterable[str]) -> list[str]:
-    """Return names of models with the baseline first, the untouched target next, then sources."""
-    return sorted(names, key=lambda name: (name != "clm", name != "target"))
+    """Return names of models with the baselines first, CLM before all, then sources."""
+    return sorted(names, key=lambda name: (name not in OWN_TITLES, [*OWN_TITLES, name].index(name)))
 
 
 def join_names(names: Sequence[str]) -> str:
@@ -134,4 +156,4 @@ def name_domain(domain: str) -> str:
 
 
 def _title(name: str) -> str:
-    return {"clm": "CLM", "target": "the untouched target"}.get(name, f"source {name}")
+    return OWN_TITLES.get(name, f"source {name}")

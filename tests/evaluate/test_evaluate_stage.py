@@ -3,14 +3,22 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
+from rayfuse.evaluate.ensemble import TokenCosts, average_sources
 from rayfuse.evaluate.scores import bits_per_byte, sum_documents
-from rayfuse.evaluate.scoring import load_scored_model, score_documents, score_rows
+from rayfuse.evaluate.scoring import (
+    load_scored_model,
+    score_documents,
+    score_rows,
+    score_tokens,
+)
 from rayfuse.evaluate.stage import (
     ScoreTask,
     copy_folder,
@@ -19,7 +27,7 @@ from rayfuse.evaluate.stage import (
     hold_model,
 )
 from rayfuse.kept_rows import Rows
-from rayfuse.layout import Layout, TrainRun
+from rayfuse.layout import Layout, Merge, TrainRun
 from rayfuse.recipe import ModelSettings, Recipe, parse_recipe
 from rayfuse.storage.dataset import Commit, DataSet
 from rayfuse.storage.store import LocalStore, open_store
@@ -69,7 +77,10 @@ def recipe(tmp_path: Path, make_model: Callable[[int], Path]) -> Recipe:
             "storage": str(tmp_path / "store"),
             "corpus": {"documents": "unused.jsonl", "max_tokens": 64},
             "target": {"model": str(make_model(260))},
-            "sources": [{"name": "small", "model": str(make_model(257))}],
+            "sources": [
+                {"name": "small", "model": str(make_model(257))},
+                {"name": "other", "model": str(make_model(258))},
+            ],
         }
     )
 
@@ -84,10 +95,17 @@ def layout(recipe: Recipe, rows: pa.Table) -> Layout:
     held_out.finish(2)
     run = TrainRun("fused", "train/fused-0", "0", True)
     shutil.copytree(recipe.target.model, f"{recipe.storage}/{run.folder}/model")
-    names = ["small", "target", "fused"]
+    names = ["small", "other", "target", "fused", "ensemble", "merged"]
     evaluations = {name: f"evaluate/{name}-0.json" for name in names}
     cut = Rows("0", "corpus/held-out-kept-0.json", (), (), is_kept=False)
-    return Layout(store, held_out, held_out, {}, {}, {}, (run,), evaluations, cut, cut)
+    plain = Layout(store, held_out, held_out, {}, {}, {}, (run,), evaluations, cut, cut)
+    costs = {n: DataSet(store, f"evaluate/tokens-{n}-0", f"{n}0") for n in ("small", "other")}
+    return replace(plain, token_costs=costs, merge=Merge("evaluate/merged-model-0", ("other",)))
+
+
+def score_source(model: str, rows: pa.Table) -> list[TokenCosts]:
+    lm = load_scored_model(ModelSettings(model=model))
+    return score_tokens(lm, load_tokenizer(model), rows, name=model, batch_tokens=500)
 
 
 class Notes:
@@ -109,10 +127,14 @@ def test_every_model_is_scored_once_on_all_held_out_rows(
     found = evaluate_models(recipe, layout, notes)
     assert {name: each.role for name, each in found.items()} == {
         "small": "source",
+        "other": "source",
         "target": "target",
         "fused": "fused",
+        "ensemble": "ensemble",
+        "merged": "merged",
     }
-    for name, model in {"small": recipe.sources[0], "target": recipe.target}.items():
+    models = dict(zip(["small", "other", "target"], [*recipe.sources, recipe.target], strict=True))
+    for name, model in models.items():
         lm = load_scored_model(ModelSettings(model=model.model))
         nats = score_rows(lm, load_tokenizer(model.model), rows, name=name, batch_tokens=500)
         expected = bits_per_byte(sum_documents(score_documents(rows, nats)))
@@ -120,6 +142,11 @@ def test_every_model_is_scored_once_on_all_held_out_rows(
     assert [d.nats for d in found["fused"].documents] == pytest.approx(
         [d.nats for d in found["target"].documents]
     )
+    sources = [score_source(model.model, rows) for model in recipe.sources]
+    mean = [average_sources(row).nats.sum() for row in zip(*sources, strict=True)]
+    expected = bits_per_byte(sum_documents(score_documents(rows, np.array(mean))))
+    assert bits_per_byte(found["ensemble"].documents) == pytest.approx(expected, rel=1e-5)
+    assert found["ensemble"].model == "small, other"
     record = json.loads(layout.store.read("evaluate/small-0.json"))
     assert set(record) == {"name", "role", "model", "bits_per_byte", "documents", "seconds"}
     assert ("evaluate small", 2, 2) in notes.calls
@@ -127,6 +154,14 @@ def test_every_model_is_scored_once_on_all_held_out_rows(
     again = Notes()
     assert evaluate_models(recipe, layout, again) == found
     assert again.calls == []
+
+    # Without its result the ensemble is made anew from what the sources have left, and no model
+    # is loaded for that.
+    layout.store.remove("evaluate/ensemble-0.json")
+    assert (
+        evaluate_models(recipe, layout, again)["ensemble"].documents == found["ensemble"].documents
+    )
+    assert {title for title, *_ in again.calls} == {"evaluate ensemble"}
 
 
 @pytest.mark.ray

@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rayfuse.evaluate.merge_weights import average_weights, find_difference
+from rayfuse.evaluate.merge_weights import average_weights
 from rayfuse.evaluate.scoring import load_scored_model
-from rayfuse.recipe import ModelSettings
+from rayfuse.layout import Layout, plan_layout
+from rayfuse.model_files import ModelFiles, find_difference
+from rayfuse.recipe import ModelSettings, parse_recipe
 from rayfuse.tokens import load_tokenizer
 from tests.fakes import byte_level_tokenizer, save_model, save_tokenizer
 
@@ -84,18 +87,63 @@ OURS = {"model_type": "llama", "hidden_size": 32, "rope_theta": 1e4, "bos_token_
 
 
 @pytest.mark.parametrize(
-    ("theirs", "is_same_tokenizer", "reason"),
+    ("theirs", "reason"),
     [
-        ({}, True, None),
-        ({"bos_token_id": 2, "torch_dtype": "bfloat16", "attention_dropout": 0.1}, True, None),
-        ({}, False, "its tokenizer is another"),
-        ({"model_type": "mpt", "hidden_size": 64}, False, "its model_type is 'mpt', not 'llama'"),
-        ({"hidden_size": 64}, True, "its hidden_size is 64, not 32"),
-        ({"rope_theta": 5e5}, True, "its rope_theta is 500000.0, not 10000.0"),
+        ({}, None),
+        ({"bos_token_id": 2, "torch_dtype": "bfloat16", "attention_dropout": 0.1}, None),
+        ({"model_type": "mpt", "hidden_size": 64}, "its model_type is 'mpt', not 'llama'"),
+        ({"hidden_size": 64}, "its hidden_size is 64, not 32"),
+        ({"rope_theta": 5e5}, "its rope_theta is 500000.0, not 10000.0"),
     ],
 )
-def test_why_two_models_cannot_be_merged(
-    theirs: dict[str, object], is_same_tokenizer: bool, reason: str | None
-):
-    found = find_difference(OURS, OURS | theirs, is_same_tokenizer=is_same_tokenizer)
-    assert found == reason
+def test_why_two_models_cannot_be_merged(theirs: dict[str, Any], reason: str | None):
+    ours, other = (ModelFiles("", 1, None, 1, config) for config in (OURS, OURS | theirs))
+    assert find_difference(ours, other) == reason
+
+
+def plan(tmp_path: Path, sources: dict[str, Path], target: Path, **sections: Any) -> Layout:
+    text = tmp_path / "text.jsonl"
+    if not text.exists():  # another one would be another fingerprint
+        text.write_text('{"text": "The cat sat."}\n')
+    recipe = {
+        "storage": str(tmp_path / "store"),
+        "corpus": {"documents": str(text), "max_tokens": 32},
+        "target": {"model": str(target)},
+        "sources": [{"name": name, "model": str(folder)} for name, folder in sources.items()],
+    }
+    return plan_layout(parse_recipe(recipe | sections))
+
+
+def test_a_run_plans_to_merge_what_can_be_and_says_why_the_rest_cannot(tmp_path: Path):
+    target = make_model(tmp_path / "target", 0)
+    others = {
+        "alike": make_model(tmp_path / "a", 1),
+        "itself": target,
+        "wider": make_model(tmp_path / "w", 2, vocab_size=300),
+        "words": make_model(tmp_path / "o", 3),
+    }
+    save_tokenizer(byte_level_tokenizer(260), others["words"], bos=None, eos="<|end|>")
+    layout = plan(tmp_path, others, target)
+    assert layout.merge.sources == ("alike",)
+    assert layout.merge.left_out == {
+        "itself": "it is the target itself",
+        "wider": "its vocab_size is 300, not 260",
+        "words": "its tokenizer is not the target's",
+    }
+    assert set(layout.evaluations) == {*others, "target", "fused", "clm", "ensemble", "merged"}
+    lonely = plan(tmp_path, {"wider": others["wider"]}, target)
+    assert lonely.merge.folder is None
+    assert set(lonely.evaluations) == {"wider", "target", "fused", "clm"}  # one is no ensemble
+
+
+def test_sources_that_are_not_heard_are_not_in_the_ensemble(tmp_path: Path):
+    folders = {name: make_model(tmp_path / name, seed) for seed, name in enumerate("abct")}
+    target = folders.pop("t")
+    every = plan(tmp_path, folders, target)
+    some = plan(tmp_path, folders, target, fuse={"weights": {"b": 0}})
+    assert list(every.token_costs) == ["a", "b", "c"]
+    assert list(some.token_costs) == ["a", "c"]
+    assert some.evaluations["a"] == every.evaluations["a"]
+    assert some.evaluations["ensemble"] != every.evaluations["ensemble"]
+    turned = plan(tmp_path, dict(reversed(folders.items())), target)
+    assert turned.evaluations["ensemble"] == every.evaluations["ensemble"]

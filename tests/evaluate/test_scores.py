@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rayfuse.evaluate.scores import (
+    OWN_ROLES,
     Difference,
     DocumentScore,
     Evaluation,
@@ -17,6 +18,7 @@ from rayfuse.evaluate.scores import (
     parse_evaluation,
     sum_documents,
 )
+from rayfuse.recipe import RESERVED_NAMES
 
 LN2 = math.log(2)
 
@@ -71,8 +73,9 @@ def test_an_evaluation_comes_back_from_its_file_as_it_was():
 
 
 def test_every_name_that_is_not_the_runs_own_is_a_source():
-    names = ["mpt", "target", "clm", "fused"]
-    assert [find_role(name) for name in names] == ["source", "target", "clm", "fused"]
+    own = ["target", "clm", "fused", "ensemble", "merged"]
+    assert [find_role(name) for name in ["mpt", *own]] == ["source", *own]
+    assert set(OWN_ROLES) < set(RESERVED_NAMES)
 
 
 def test_a_model_does_not_differ_from_itself():

@@ -8,7 +8,7 @@ import pytest
 
 from rayfuse.evaluate.scores import DocumentScore, Evaluation, compare, find_role
 from rayfuse.kept_rows import Rows
-from rayfuse.layout import Layout, TrainRun
+from rayfuse.layout import Layout, Merge, TrainRun
 from rayfuse.recipe import Recipe, parse_recipe
 from rayfuse.report.gather import Curve, Findings, SourceSignal, SourceWins, StageCount
 from rayfuse.report.timeline import Spell
@@ -18,7 +18,8 @@ from rayfuse.storage.store import open_store
 
 HOSTILE = '<script>alert("x")</script> | $\\frac'
 DOMAINS = ("books", "code", "math", HOSTILE, "web", "wiki")
-COSTS = {"big": 0.98, "coder": 1.15, "small": 1.15, "target": 1.10, "clm": 1.05, "fused": 1.03}
+COSTS = {"big": 0.98, "coder": 1.15, "small": 1.15, "ensemble": 1.09, "merged": 1.4, "target": 1.10,
+         "clm": 1.05, "fused": 1.03}  # fmt: skip
 """Bits per byte of the made-up models, about."""
 
 GAPS = {("coder", "code"): -0.3, ("coder", "math"): -0.12, ("fused", "code"): -0.1,
@@ -84,6 +85,7 @@ def findings() -> Findings:
         },
         spells={"big": [Spell("w", 100.0 * i, 90.0, 10.0, 5000) for i in range(1, 9)], "coder": []},
         counts=[StageCount("corpus", 12_000, 9_000_000, 17), StageCount("held-out", 180, 90, 0)],
+        merge=Merge(left_out={"big": "its model_type is 'mpt', not 'llama'"}),
     )
 
 
@@ -167,7 +169,7 @@ def layout(recipe: Recipe) -> Layout:
         TrainRun("fused", "train/fused-0", "0", True),
         TrainRun("clm", "train/clm-0", "1", False),
     )
-    names = ("big", "coder", "target", "fused", "clm")
+    names = ("big", "coder", "target", "fused", "clm", "ensemble", "merged")
     evaluations = {name: f"evaluate/{name}-0.json" for name in names}
     for name, file in evaluations.items():
         store.write(file, make_evaluation(name, COSTS[name]).to_json())

@@ -75,7 +75,15 @@ def test_a_run_without_metrics_has_no_curve(layout: Layout):
 
 
 def test_sources_come_first_and_fused_last(layout: Layout):
-    assert list(read_evaluations(layout)) == ["big", "coder", "target", "clm", "fused"]
+    assert list(read_evaluations(layout)) == [
+        "big",
+        "coder",
+        "ensemble",
+        "merged",
+        "target",
+        "clm",
+        "fused",
+    ]
 
 
 def test_a_model_that_is_not_evaluated_is_named(layout: Layout):
@@ -86,6 +94,6 @@ def test_a_model_that_is_not_evaluated_is_named(layout: Layout):
 
 def test_fused_is_compared_with_every_other_model(layout: Layout, recipe: Recipe):
     found = gather_findings(recipe, layout)
-    assert set(found.differences) == {"big", "coder", "target", "clm"}
+    assert set(found.differences) == {"big", "coder", "ensemble", "merged", "target", "clm"}
     assert found.differences["big"]["all"].difference > 0 > found.differences["clm"]["all"].high
     assert {count.stage: count.rejects for count in found.counts}["corpus"] == 2

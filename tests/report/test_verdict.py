@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from rayfuse.evaluate.scores import Difference
+from rayfuse.layout import Merge
 from rayfuse.report.gather import Findings
 from rayfuse.report.verdict import NO_BASELINE, join_names, judge, sign
 
@@ -63,6 +64,26 @@ def test_too_few_documents_make_no_claim_and_no_interval(findings: Findings):
 def test_a_run_without_baseline_says_what_cannot_be_told(findings: Findings):
     assert NO_BASELINE in judge(with_outcomes(findings, big=BETTER)).sentences
     assert NO_BASELINE not in judge(with_outcomes(findings, clm=BETTER)).sentences
+
+
+def test_the_baselines_that_are_no_models_of_the_run_are_named_as_what_they_are(findings):
+    verdict = judge(with_outcomes(findings, ensemble=WORSE, merged=UNCLEAR, clm=BETTER))
+    assert verdict.headline == (
+        "The fused model did not win: it is worse than the ensemble of the sources and there is "
+        "no clear difference from the merged weights. It is better than CLM."
+    )
+
+
+def test_what_cannot_be_merged_is_told_with_the_reason(findings: Findings):
+    assert (
+        "No source's weights can be averaged with the target's (big: its model_type is 'mpt', not "
+        "'llama')."
+    ) in judge(findings).sentences
+    merged = replace(findings.merge, folder="evaluate/m", sources=("coder",))
+    sentences = judge(replace(findings, merge=merged)).sentences
+    assert any(each.startswith("The merged weights leave sources out (big:") for each in sentences)
+    silent = judge(replace(findings, merge=Merge())).sentences
+    assert not any("averaged" in each or "merged" in each for each in silent[-2:])
 
 
 def test_domains_are_told_apart_against_the_baseline(findings: Findings):
