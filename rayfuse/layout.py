@@ -6,6 +6,7 @@ from typing import Any
 
 from rayfuse.align.inspect import check_pair
 from rayfuse.corpus.inputs import InputFile, list_inputs
+from rayfuse.evaluate.tasks import describe_tasks
 from rayfuse.kept_rows import Rows, place_rows
 from rayfuse.model_files import ModelFiles, check_model, find_difference, load_recipe_tokenizer
 from rayfuse.recipe import Documents, ModelSettings, Recipe, SourceSettings
@@ -67,10 +68,20 @@ class Layout:
     token_costs: dict[str, DataSet] = field(default_factory=dict[str, DataSet])
     """What each source of the ensemble pays for the held-out rows, token by token."""
     merge: Merge = Merge()
+    task_scores: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
+    """Result file by model and task."""
+    task_costs: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
+    """By source of the ensemble and task: what it pays for the answers, token by token."""
+
+    def list_results(self) -> list[str]:
+        """Return all files that evaluating makes for the report."""
+        tasks = (file for files in self.task_scores.values() for file in files.values())
+        return [*self.evaluations.values(), *tasks]
 
     def input_fingerprint(self) -> str:
         """Return a hash of everything that is reported on."""
-        return fingerprint_of(evaluations=self.evaluations, runs=[run.folder for run in self.runs])
+        results = sorted(self.list_results())
+        return fingerprint_of(evaluations=results, runs=[run.folder for run in self.runs])
 
 
 def plan_layout(recipe: Recipe) -> Layout:
@@ -153,6 +164,7 @@ def plan_layout(recipe: Recipe) -> Layout:
         tuple(chain.from_iterable(held_out_inputs)),
         token_costs,
         merge,
+        *_place_tasks(recipe, scored, list(token_costs)),
     )
 
 
@@ -286,6 +298,28 @@ def _plan_merge(recipe: Recipe, target: ModelFiles, source_files: dict[str, Mode
     models = sorted(source_files[name].identity for name in names)
     fingerprint = fingerprint_of(first=target.identity, others=models)
     return Merge(f"evaluate/merged-model-{fingerprint}", names, left_out)
+
+
+def _place_tasks(
+    recipe: Recipe, models: dict[str, Any], ensemble: list[str]
+) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:
+    """Name the files of scores at tasks, and of what the ensemble's sources pay for answers."""
+    tasks = recipe.evaluate.tasks
+    if tasks is None:
+        return {}, {}
+    rules = describe_tasks(tasks)
+    stems = {
+        name: {
+            task: f"evaluate/task-{name}-{task}-{fingerprint_of(model=model, task=task, **rules)}"
+            for task in tasks.names
+        }
+        for name, model in models.items()
+    }
+    scores, costs = (
+        {name: {task: stem + ending for task, stem in stems[name].items()} for name in names}
+        for names, ending in ((list(stems), ".json"), (ensemble, ".parquet"))
+    )
+    return scores, costs
 
 
 def describe_model(recipe: Recipe, name: str, layout: Layout) -> ModelSettings:

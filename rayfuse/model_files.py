@@ -118,7 +118,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], str]:
             f"model is {str(folder)!r}, a folder without config.json and *.safetensors; "
             "save the model there with save_pretrained"
         )
-    hashes = [f"{file.name}:{_hash_file(file)}" for file in [folder / "config.json", *weights]]
+    hashes = [f"{file.name}:{hash_file(file)}" for file in [folder / "config.json", *weights]]
     config = json.loads((folder / "config.json").read_bytes())
     return config, hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
@@ -151,7 +151,8 @@ def find_folder(settings: ModelSettings) -> Path:
     )
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """Return a hash of a file, of large ones of 64 spread blocks."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:

@@ -25,10 +25,14 @@ def prepare_run(recipe: Recipe) -> Layout:
     """Return where a run lies, after checking what can be checked without a cluster.
 
     Raises:
-        ValueError: A model, the documents or the storage cannot be used.
+        ValueError: A model, the documents, the storage or a task cannot be used.
     """
     layout = plan_layout(recipe)
     check_store(layout.store)
+    if recipe.evaluate.tasks is not None and not is_stage_done("evaluate", layout):
+        from rayfuse.evaluate.tasks import check_tasks
+
+        check_tasks(recipe.evaluate)
     return layout
 
 
@@ -66,7 +70,7 @@ def is_stage_done(stage: str, layout: Layout) -> bool:
         return all("done.json" in store.sizes(run.folder) for run in layout.runs)
     if stage == "evaluate":
         present = store.sizes("evaluate")
-        names = [name.removeprefix("evaluate/") for name in layout.evaluations.values()]
+        names = [name.removeprefix("evaluate/") for name in layout.list_results()]
         return all(name in present for name in names)
     from rayfuse.report.stage import is_report_current
 

@@ -27,6 +27,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+TASK_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 SECRET_PATTERN = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]*(?=@)")
 """The name and the secret in an address that has them."""
 
@@ -406,6 +407,32 @@ class TrainSettings(Settings):
         return self.clm_weight != 1
 
 
+class TasksSettings(Settings):
+    """What models are asked besides held-out text, by lm-eval (`pip install rayfuse[tasks]`)."""
+
+    names: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Tasks, groups of tasks or tags: those of `folder`, or lm-eval's own, which come from the hub.
+    A group is one score, the mean of its tasks'."""
+    folder: str | None = None
+    """A folder of task definitions, lm-eval's YAML and the Python beside it, which is run."""
+    data: str | None = None
+    """What the definitions of `folder` are given as `data`: the folder that their sets lie in."""
+    num_fewshot: NonNegativeInt | None = None
+    """Examples before each question; by default as many as each definition says."""
+    limit: PositiveInt | None = None
+    """Questions of each task at most, the first ones; by default all."""
+
+    @field_validator("names")
+    @classmethod
+    def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if not TASK_PATTERN.fullmatch(name):
+                raise ValueError(f"{_short(name)} is no task's name; give a folder as tasks.folder")
+            if names.count(name) > 1:
+                raise ValueError(f"the task {name!r} is there twice")
+        return names
+
+
 class EvaluateSettings(Settings):
     """The held-out text and how models are scored on it."""
 
@@ -417,6 +444,10 @@ class EvaluateSettings(Settings):
     """Tokens in one forward pass."""
     bootstrap_samples: PositiveInt = 2000
     """Resamples of the documents for the confidence intervals."""
+    tasks: TasksSettings | None = None
+    """Tasks for lm-eval; by default none."""
+    run_generated_code: bool = False
+    """Let tasks run the code that models write (HumanEval, MultiPL-E), in a sandbox."""
 
 
 PAPER: dict[tuple[str, str], Any] = {

@@ -127,13 +127,15 @@ class Difference:
     """-inf where there are too few documents to tell."""
     high: float
     num_documents: int
+    higher_is_better: bool = False
+    """Of a score that is no cost."""
 
     @property
     def outcome(self) -> Literal["better", "worse", "unclear"]:
         """What may be claimed of the first model; unclear where the interval holds zero."""
-        if self.high < 0:
-            return "better"
-        return "worse" if self.low > 0 else "unclear"
+        if self.low <= 0 <= self.high:
+            return "unclear"
+        return "better" if (self.low > 0) == self.higher_is_better else "worse"
 
 
 def compare(a: Evaluation, b: Evaluation, *, samples: int, seed: int) -> dict[str, Difference]:
@@ -162,21 +164,28 @@ def compare(a: Evaluation, b: Evaluation, *, samples: int, seed: int) -> dict[st
     bits = (nats_a - nats_b) / math.log(2)
     num_bytes = np.array([document.num_bytes for document in a.documents])
     return {
-        group: _bootstrap(bits[index], num_bytes[index], samples=samples, seed=seed)
+        group: bootstrap(bits[index], num_bytes[index], samples=samples, seed=seed)
         for group, index in _group_documents(a.documents).items()
     }
 
 
-def _bootstrap(
-    bits: Float[np.ndarray, " documents"],
-    num_bytes: Int[np.ndarray, " documents"],
+def bootstrap(
+    values: Float[np.ndarray, " documents"],
+    weights: Float[np.ndarray, " documents"] | Int[np.ndarray, " documents"],
     *,
     samples: int,
     seed: int,
 ) -> Difference:
-    """Return sum(bits) / sum(bytes) and the middle 95 % of it over resamples of the documents."""
-    num_documents = len(bits)
-    difference = float(bits.sum() / num_bytes.sum())
+    """Return sum(values) / sum(weights) and the middle 95 % of it over resamples of documents.
+
+    Args:
+        values: Of each document, by how much one model differs from another: bits.
+        weights: What they are divided by: bytes.
+        samples: Resamples.
+        seed: Of the resampling.
+    """
+    num_documents = len(values)
+    difference = float(values.sum() / weights.sum())
     if num_documents < LEAST_DOCUMENTS:
         return Difference(difference, -math.inf, math.inf, num_documents)
     draw = np.random.default_rng(seed)
@@ -185,7 +194,7 @@ def _bootstrap(
     for start in range(0, samples, step):
         shape = (min(step, samples - start), num_documents)
         chosen = draw.integers(0, num_documents, shape)
-        found.append(bits[chosen].sum(axis=1) / num_bytes[chosen].sum(axis=1))
+        found.append(values[chosen].sum(axis=1) / weights[chosen].sum(axis=1))
     low, high = np.quantile(np.concatenate(found), [0.025, 0.975])
     return Difference(difference, float(low), float(high), num_documents)
 

@@ -16,6 +16,7 @@ from rayfuse.models import (
     cut_windows,
     load_causal_lm,
     next_token_logprobs,
+    pad_rows,
     resolve_dtype,
 )
 from rayfuse.recipe import ModelSettings
@@ -127,6 +128,35 @@ def _find_ends(
     for row, text in zip(ends, spelled, strict=True):
         row[-1:] = len(text)  # a tokenizer may leave out the end of a text
     return ends
+
+
+@torch.inference_mode()
+def score_last(
+    lm: CausalLM, rows: Sequence[Int[np.ndarray, " _"]], counts: Sequence[int]
+) -> list[tuple[Float[np.ndarray, " _"], bool]]:
+    """Return the log-probabilities of each row's last tokens, and whether all are the likeliest.
+
+    Args:
+        lm: The model.
+        rows: Token ids, one batch.
+        counts: How many tokens at the end of each row are scored, fewer than it has.
+    """
+    hidden = lm.hidden_states(pad_rows(list(rows)).to(lm.device))
+    results: list[tuple[Float[np.ndarray, " _"], bool]] = []
+    for row, hidden_row, count in zip(rows, hidden, counts, strict=True):
+        following = torch.from_numpy(row[len(row) - count :].astype(np.int64)).to(lm.device)
+        states = hidden_row[len(row) - 1 - count : len(row) - 1]
+        logprobs: list[np.ndarray] = [np.zeros(0)]
+        is_greedy = True
+        for part, ids in zip(
+            states.split(CHUNK_POSITIONS), following.split(CHUNK_POSITIONS), strict=True
+        ):
+            logits = lm.logits(part)
+            chosen = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(1)
+            logprobs.append(chosen.double().cpu().numpy())
+            is_greedy &= bool((logits.argmax(1) == ids).all())
+        results.append((np.concatenate(logprobs), is_greedy))
+    return results
 
 
 def sum_rows(costs: Sequence[TokenCosts]) -> Float[np.ndarray, " rows"]:

@@ -3,7 +3,6 @@
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import pyarrow as pa
 import ray
 from ray.exceptions import RayTaskError
 
+from rayfuse.evaluate.ask import AskTask, ask_ensemble, ask_model
+from rayfuse.evaluate.held_model import ScoreTask, hold_model
 from rayfuse.evaluate.scores import (
     DocumentScore,
     Evaluation,
@@ -27,20 +28,6 @@ from rayfuse.storage.dataset import Commit, DataSet
 from rayfuse.storage.store import Store
 
 ENSEMBLE, MERGED = "ensemble", "merged"
-
-
-@dataclass(frozen=True)
-class ScoreTask:
-    """All that a worker needs to score shards with one model."""
-
-    name: str
-    model: ModelSettings
-    held_out: DataSet
-    batch_tokens: int
-    own_folder: str | None
-    """Below the storage root; nothing where the model is not of this run's making."""
-    costs: DataSet | None = None
-    """Where a source of the ensemble leaves what it pays token by token."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +60,8 @@ def evaluate_models(recipe: Recipe, layout: Layout, progress: Progress) -> dict[
         )
         if ENSEMBLE in names:
             _score_ensemble(recipe, layout, groups, progress)
+    if recipe.evaluate.tasks is not None:
+        _ask_models(recipe, layout, progress)
     return {
         name: parse_evaluation(layout.store.read(file)) for name, file in layout.evaluations.items()
     }
@@ -146,6 +135,53 @@ def _gather(
             ray.cancel(reference)
 
 
+def _ask_models(recipe: Recipe, layout: Layout, progress: Progress) -> None:
+    """Ask every model what it has no score at: one Ray task a model, the ensemble afterwards."""
+    ask: dict[str, AskTask] = {}
+    present = layout.store.sizes("evaluate")
+    for name, files in layout.task_scores.items():
+        costs = layout.task_costs.get(name, {})
+        wanted = {task: file for task, file in files.items() if _base(file) not in present}
+        if name != ENSEMBLE:
+            for task, file in costs.items():
+                if _base(file) not in present:
+                    wanted[task] = files[task]
+        if wanted:
+            ask[name] = AskTask(name, recipe.evaluate, layout.store, wanted, costs)
+    _run_asked(
+        {
+            name: ray.remote(**_resource_options(describe_model(recipe, name, layout)))(
+                ask_model
+            ).remote(task, _plan_task(recipe, layout, name))
+            for name, task in ask.items()
+            if name != ENSEMBLE
+        },
+        progress,
+    )
+    if ENSEMBLE in ask:
+        sources = list(layout.task_costs.values())
+        pending = ray.remote(num_cpus=1)(ask_ensemble).remote(ask[ENSEMBLE], sources)
+        _run_asked({ENSEMBLE: pending}, progress)
+
+
+def _run_asked(pending: dict[str, Any], progress: Progress) -> None:
+    """Wait for models that are asked tasks."""
+    names = {reference: name for name, reference in pending.items()}
+    waiting = list(names)
+    try:
+        while waiting:
+            (ready,), waiting = ray.wait(waiting, num_returns=1)
+            number = _fetch(ready)
+            progress(f"ask {names[ready]}", number, number, "tasks")
+    finally:
+        for reference in waiting:
+            ray.cancel(reference)
+
+
+def _base(file: str) -> str:
+    return file.rpartition("/")[2]
+
+
 def _merge_models(recipe: Recipe, layout: Layout) -> Any:
     """Begin to average the weights, unless they are there, and return what to wait for."""
     folder = layout.merge.folder
@@ -190,7 +226,7 @@ def _join_parts(name: str, model: str, parts: list[ScoredShards]) -> Evaluation:
     return Evaluation(name, find_role(name), model, documents, seconds)
 
 
-def _fetch(reference: Any) -> ScoredShards:
+def _fetch(reference: Any) -> Any:
     """Return a task's result; its ValueError comes back as itself, without Ray's frame."""
     try:
         return ray.get(reference)
@@ -291,21 +327,3 @@ def merge_models(models: list[ModelSettings], store: Store, folder: str) -> None
         for file in sorted(Path(merged).iterdir()):
             store.upload(str(file), f"{folder}/model/{file.name}")
     store.write(f"{folder}/done.json", b"{}")
-
-
-@contextmanager
-def hold_model(task: ScoreTask) -> Iterator[ModelSettings]:
-    """Give a model that can be loaded; one trained into object storage is copied here meanwhile."""
-    store = task.held_out.store
-    if task.own_folder is None or "://" not in store.root:
-        yield task.model
-        return
-    with tempfile.TemporaryDirectory(prefix="rayfuse-model-") as folder:
-        copy_folder(store, task.own_folder, Path(folder))
-        yield task.model.model_copy(update={"model": folder})
-
-
-def copy_folder(store: Store, folder: str, path: Path) -> None:
-    """Copy the files right below a folder of a store to a local folder that exists."""
-    for name in store.sizes(folder):
-        (path / name).write_bytes(store.read(f"{folder}/{name}"))

@@ -9,6 +9,7 @@ import pyarrow as pa
 from jaxtyping import Float, Int
 
 from rayfuse.evaluate.scores import Difference, Evaluation, compare, parse_evaluation
+from rayfuse.evaluate.task_scores import TaskScore, compare_tasks, parse_task_score
 from rayfuse.layout import Layout, Merge, TrainRun
 from rayfuse.recipe import Recipe
 from rayfuse.report.timeline import Spell, read_spells
@@ -92,6 +93,10 @@ class Findings:
     spells: dict[str, list[Spell]]
     """By source: when its workers had which shard."""
     counts: list[StageCount]
+    task_scores: dict[str, dict[str, TaskScore]]
+    """By task, then by model."""
+    task_differences: dict[str, dict[str, Difference]]
+    """By task, then by the model that fused is compared with."""
     merge: Merge
     """Whose weights are averaged as a baseline, and why others are not."""
 
@@ -110,6 +115,7 @@ def gather_findings(recipe: Recipe, layout: Layout) -> Findings:
         for name, other in evaluations.items()
         if name != "fused"
     }
+    tasks = read_task_scores(layout, list(evaluations))
     curves = {run.name: read_curve(layout.store, run) for run in layout.runs}
     return Findings(
         evaluations=evaluations,
@@ -119,6 +125,8 @@ def gather_findings(recipe: Recipe, layout: Layout) -> Findings:
         signals={name: measure_signal(data) for name, data in layout.aligned.items()},
         spells={name: read_spells(data) for name, data in layout.captured.items()},
         counts=count_stages(layout),
+        task_scores=tasks,
+        task_differences={task: compare_to_fused(each, recipe) for task, each in tasks.items()},
         merge=layout.merge,
     )
 
@@ -139,6 +147,37 @@ def read_evaluations(layout: Layout) -> dict[str, Evaluation]:
             ) from error
     ordered = sorted(found, key=lambda name: ROLE_ORDER.index(found[name].role))
     return {name: found[name] for name in ordered}
+
+
+def read_task_scores(layout: Layout, names: list[str]) -> dict[str, dict[str, TaskScore]]:
+    """Return the scores by task and model, models in order; those not asked are not there.
+
+    Raises:
+        ValueError: A score is missing.
+    """
+    found: dict[str, dict[str, TaskScore]] = {}
+    for name in names:
+        for task, file in layout.task_scores.get(name, {}).items():
+            try:
+                score = parse_task_score(layout.store.read(file))
+            except FileNotFoundError as error:
+                raise ValueError(
+                    f"the model {name} has no score at {task}; run `rayfuse evaluate` first"
+                ) from error
+            if score.subtasks:
+                found.setdefault(task, {})[name] = score
+    return found
+
+
+def compare_to_fused(scores: dict[str, TaskScore], recipe: Recipe) -> dict[str, Difference]:
+    """Return by how much fused scores more than each other model at one task."""
+    return {
+        name: compare_tasks(
+            scores["fused"], other, samples=recipe.evaluate.bootstrap_samples, seed=recipe.seed
+        )
+        for name, other in scores.items()
+        if name != "fused"
+    }
 
 
 def read_curve(store: Store, run: TrainRun) -> Curve | None:

@@ -4,7 +4,7 @@ import yaml
 
 from rayfuse.recipe import Recipe, describe_curve, dump_recipe
 from rayfuse.report.gather import Findings
-from rayfuse.report.tables import build_table, escape_markdown, render_markdown
+from rayfuse.report.tables import escape_markdown, render_tables
 from rayfuse.report.verdict import Verdict
 
 
@@ -37,7 +37,7 @@ def build_model_card(findings: Findings, verdict: Verdict, recipe: Recipe) -> st
 
 Bits per byte on held-out text, lower is better, the lowest of each column in bold.
 
-{render_markdown(build_table(findings.evaluations))}
+{render_tables(findings)}
 ## What it is made from
 
 - Base model (the target): {_say_model(recipe.target.model, recipe.target.revision)}

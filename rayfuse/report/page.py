@@ -9,7 +9,7 @@ import yaml
 from rayfuse.evaluate.scores import ALL, Difference
 from rayfuse.recipe import Recipe, dump_recipe
 from rayfuse.report.gather import Findings, SourceWins, StageCount
-from rayfuse.report.tables import build_table, render_html
+from rayfuse.report.tables import TASK_NOTE, build_table, build_task_table, render_html
 from rayfuse.report.timeline import Spell, share_waited, sum_busy
 from rayfuse.report.verdict import MINUS, Verdict, name_domain, order_names, sign
 
@@ -18,6 +18,8 @@ CAPTIONS = {
     "bits on the same text.",
     "differences": "Where a point and its whole line lie left of zero, the fused model is better, "
     "and not by the luck of which documents were held out.",
+    "task_differences": "Where a point and its whole line lie right of zero, the fused model is "
+    "better at the task; a line across zero is no claim.",
     "training_curves": "Both runs see the same rows in the same order, so where the difference "
     "stays below zero, fusion helps the target to fit the text.",
     "source_wins": "The longer a colour, the more rows of that domain this source predicts best; "
@@ -31,6 +33,7 @@ CAPTIONS = {
 TITLES = {
     "bits_per_byte": "Scores by domain",
     "differences": "How sure the differences are",
+    "task_differences": "How sure the differences at tasks are",
     "training_curves": "Training",
     "source_wins": "What each source is good at",
     "alignment": "How much of the sources reaches the target",
@@ -106,6 +109,7 @@ def build_page(
 <div class="wide">{render_html(build_table(findings.evaluations))}</div>
 <p class="note">Lower is better; the lowest of each column is underlined. Bytes are the same for
 every tokenizer, so these numbers compare between models.</p>
+{_render_tasks(findings)}
 {figures}
 <h2>Details</h2>
 {_render_details(findings, recipe)}
@@ -113,6 +117,23 @@ every tokenizer, so these numbers compare between models.</p>
 </body>
 </html>
 """
+
+
+def _render_tasks(findings: Findings) -> str:
+    if not findings.task_scores:
+        return ""
+    table = render_html(build_task_table(findings.evaluations, findings.task_scores))
+    rows = [
+        [name, task, *_say_interval(each)]
+        for task, others in findings.task_differences.items()
+        for name, each in others.items()
+    ]
+    header = ["other model", "task", "difference", "from", "to", "questions", "fused is"]
+    return (
+        f'<h2>Tasks</h2>\n<div class="wide">{table}</div>\n<p class="note">{TASK_NOTE} The best of '
+        "each column is underlined; a group is the mean of its tasks.</p>\n<details><summary>Fused "
+        f"minus other, with 95 % intervals</summary>\n{_render_plain_table(header, rows)}</details>"
+    )
 
 
 def _describe_run(recipe: Recipe) -> str:

@@ -1,6 +1,7 @@
 """Findings -> PNG pictures, 900 pixels wide where shown, twice that in the file."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float
@@ -38,6 +39,8 @@ def draw_plots(findings: Findings) -> dict[str, bytes]:
         "bits_per_byte": draw_bits_per_byte(evaluations),
         "differences": draw_differences(findings.differences),
     }
+    if any(findings.task_differences.values()):
+        plots["task_differences"] = draw_task_differences(findings.task_differences)
     if findings.curves:
         plots["training_curves"] = draw_training_curves(findings.curves)
     if findings.wins.counts:
@@ -84,19 +87,57 @@ def draw_differences(differences: dict[str, dict[str, Difference]]) -> bytes:
     domains = [group for group in differences.get("clm", {}) if group != ALL]
     if 1 < len(domains) <= 2 * MOST_GROUPS:
         lines += [(f"clm, {name_domain(name)}", differences["clm"][name]) for name in domains]
+    return _draw_intervals(
+        lines,
+        "fused minus other, bits per byte (left of 0: fused is better)",
+        "Differences with 95 % intervals (grey square: no clear difference)",
+    )
+
+
+def draw_task_differences(differences: dict[str, dict[str, Difference]]) -> bytes:
+    """Return how much better fused is at each task than the baseline, with 95 % intervals.
+
+    Args:
+        differences: By task, then by the model that fused is compared with; at least one.
+    """
+    other = order_names({name: None for each in differences.values() for name in each})[0]
+    lines = [(task, _turn(each[other])) for task, each in differences.items() if other in each]
+    return _draw_intervals(
+        lines,
+        "gain of fused in the task's own metric (right of 0: fused is better)",
+        f"Tasks, fused against {plain(other)}, 95 % intervals (grey square: no clear difference)",
+    )
+
+
+def _turn(each: Difference) -> Difference:
+    """Return a difference turned such that more is better."""
+    if each.higher_is_better:
+        return each
+    return replace(
+        each,
+        difference=-each.difference,
+        low=-each.high,
+        high=-each.low,
+        higher_is_better=True,
+    )
+
+
+def _draw_intervals(lines: list[tuple[str, Difference]], label: str, title: str) -> bytes:
+    """Return differences as points with their intervals; the mark says the outcome too."""
     figure, (axes,) = new_figure(1.4 + 0.34 * len(lines), rows=1)
     for at, (_, each) in enumerate(lines):
         colour = {"better": "#0072B2", "worse": "#D55E00", "unclear": "#8C8C8C"}[each.outcome]
+        marker = {"better": "o", "worse": "X", "unclear": "s"}[each.outcome]
         if np.isfinite(each.low):
             axes.plot([each.low, each.high], [at, at], color=colour, linewidth=3, alpha=0.6)
-        axes.plot(each.difference, at, color=colour, marker="o", markersize=7)
+        axes.plot(each.difference, at, color=colour, marker=marker, markersize=7)
     axes.axvline(0, color=INK, linewidth=1)
     axes.set_yticks(range(len(lines)), [plain(title, 34) for title, _ in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.08)
-    axes.set_xlabel("fused minus other, bits per byte (left of 0: fused is better)")
-    axes.set_title("Differences with 95 % intervals (grey: no clear difference)")
+    axes.set_xlabel(label)
+    axes.set_title(title)
     values = axes.secondary_yaxis("right")
     values.set_yticks(range(len(lines)), [sign(each.difference) for _, each in lines])
     values.tick_params(length=0)

@@ -13,7 +13,7 @@ from rayfuse.recipe import Recipe
 from rayfuse.report.gather import Curve, Findings, gather_findings
 from rayfuse.report.model_card import build_model_card
 from rayfuse.report.page import build_page
-from rayfuse.report.tables import build_table, render_markdown
+from rayfuse.report.tables import render_tables
 from rayfuse.report.timeline import share_waited, sum_busy
 from rayfuse.report.verdict import Verdict, judge
 
@@ -38,7 +38,7 @@ def write_report(recipe: Recipe, layout: Layout) -> str:
     run = next(run for run in layout.runs if run.name == "fused")
     texts = {
         PAGE_FILE: build_page(findings, verdict, recipe, plots),
-        "report/table.md": render_markdown(build_table(findings.evaluations)),
+        "report/table.md": render_tables(findings),
         f"{run.folder}/model/README.md": build_model_card(findings, verdict, recipe),
         FINDINGS_FILE: dump_findings(findings, verdict, layout.input_fingerprint()),
     }
@@ -77,6 +77,15 @@ def dump_findings(findings: Findings, verdict: Verdict, input_fingerprint: str) 
             name: {group: _dump_difference(each) for group, each in groups.items()}
             for name, groups in findings.differences.items()
         },
+        "tasks": {
+            task: {name: each.value for name, each in scores.items()}
+            for task, scores in findings.task_scores.items()
+        },
+        "fused_minus_at_tasks": {
+            task: {name: _dump_difference(each) for name, each in others.items()}
+            for task, others in findings.task_differences.items()
+        },
+        "merged_weights": asdict(findings.merge),
         "training": {name: _dump_curve(curve) for name, curve in findings.curves.items()},
         "source_wins": asdict(findings.wins),
         "signals": {

@@ -5,21 +5,28 @@ import re
 from dataclasses import dataclass
 
 from rayfuse.evaluate.scores import Evaluation, bits_per_byte
+from rayfuse.evaluate.task_scores import TaskScore
+from rayfuse.report.gather import Findings
 from rayfuse.report.verdict import ROLE_TITLES, name_domain
+
+TASK_NOTE = "Tasks, through lm-eval; arrows tell which way is better."
+
+UP, DOWN, DASH = "\u2191", "\u2193", "\u2013"
+"""More is better, less is better, not asked."""
 
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Bits per byte as text, four decimals."""
+    """Scores as text: bits per byte with four decimals, or of tasks."""
 
     header: list[str]
     """`model`, `what it is`, then a column for each group of documents."""
     rows: list[list[str]]
     best: list[int]
-    """Of each group's column, the row with the lowest score."""
+    """Of each group's column, the row with the best score."""
 
     def is_best(self, row: int, column: int) -> bool:
-        """Return whether a cell is the lowest score of its column."""
+        """Return whether a cell is the best score of its column."""
         return column >= 2 and self.best[column - 2] == row
 
 
@@ -42,8 +49,51 @@ def build_table(evaluations: dict[str, Evaluation]) -> ScoreTable:
     return ScoreTable(["model", "what it is", *map(name_domain, groups)], rows, best)
 
 
+def build_task_table(
+    evaluations: dict[str, Evaluation], scores: dict[str, dict[str, TaskScore]]
+) -> ScoreTable:
+    """Return the table of tasks: models in their order, a column a task, its metric in the header.
+
+    Args:
+        evaluations: The models, by name.
+        scores: By task, then by model; a model that was not asked has a dash.
+    """
+    rows = [
+        [
+            name,
+            ROLE_TITLES[each.role],
+            *(_say_score(by_model.get(name)) for by_model in scores.values()),
+        ]
+        for name, each in evaluations.items()
+    ]
+    names = list(evaluations)
+    best = [
+        (max if _first(by_model).higher_is_better else min)(
+            (i for i, name in enumerate(names) if name in by_model),
+            key=lambda i: by_model[names[i]].value,
+        )
+        for by_model in scores.values()
+    ]
+    heads = [f"{task}, {_say_metric(_first(by_model))}" for task, by_model in scores.items()]
+    return ScoreTable(["model", "what it is", *heads], rows, best)
+
+
+def _first(by_model: dict[str, TaskScore]) -> TaskScore:
+    return next(iter(by_model.values()))
+
+
+def _say_metric(score: TaskScore) -> str:
+    """Return a task's metric, and which way it is good."""
+    metrics = sorted({each.metric for each in score.list_main()})
+    return f"{', '.join(metrics)} {UP if score.higher_is_better else DOWN}"
+
+
+def _say_score(score: TaskScore | None) -> str:
+    return f"{score.value:.4f}" if score else DASH
+
+
 def render_markdown(table: ScoreTable) -> str:
-    """Return the table as Markdown, the lowest score of each column in bold."""
+    """Return the table as Markdown, the best score of each column in bold."""
     lines = [[escape_markdown(cell) for cell in table.header]]
     lines.append(["---", "---", *("---:" for _ in table.best)])
     for i, row in enumerate(table.rows):
@@ -54,8 +104,17 @@ def render_markdown(table: ScoreTable) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def render_tables(findings: Findings) -> str:
+    """Return the tables of held-out text and, where models were asked any, of tasks."""
+    text = render_markdown(build_table(findings.evaluations))
+    if not findings.task_scores:
+        return text
+    tasks = build_task_table(findings.evaluations, findings.task_scores)
+    return f"{text}\n{TASK_NOTE}\n\n{render_markdown(tasks)}"
+
+
 def render_html(table: ScoreTable) -> str:
-    """Return the table as HTML, the lowest score of each column marked as class `best`."""
+    """Return the table as HTML, the best score of each column marked as class `best`."""
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in table.header)
     body = "".join(_render_html_row(table, i) for i in range(len(table.rows)))
     return (
@@ -73,7 +132,7 @@ def _render_html_row(table: ScoreTable, row: int) -> str:
 
 
 def render_rich(table: ScoreTable) -> list[list[str]]:
-    """Return header and rows for a rich table: markup escaped, the lowest scores in bold."""
+    """Return header and rows for a rich table: markup escaped, the best scores in bold."""
     from rich.markup import escape
 
     rows = [[escape(cell) for cell in row] for row in table.rows]

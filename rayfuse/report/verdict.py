@@ -52,6 +52,7 @@ def judge(findings: Findings) -> Verdict:
     }
     pairs = [_compare_pair(findings, name, on_all[name]) for name in names]
     notes = _note_domains(findings.differences) if "clm" in on_all else [NO_BASELINE]
+    notes += note_tasks(findings.task_differences)
     notes += note_merge(findings.merge)
     return Verdict(
         outcome="lost" if found["worse"] else "unclear" if found["unclear"] else "won",
@@ -113,6 +114,21 @@ def _note_domains(differences: dict[str, dict[str, Difference]]) -> list[str]:
     }
     parts = [f"{title} {join_names(names)}" for title, names in by_outcome.items() if names]
     return [f"By domain, against {_title('clm')}: {'; '.join(parts)}."]
+
+
+def note_tasks(differences: dict[str, dict[str, Difference]]) -> list[str]:
+    """Return, against each other model, at which tasks fused is better, worse, or neither."""
+    names = order_names({name: None for each in differences.values() for name in each})
+    sentences: list[str] = []
+    for name in names:
+        by_outcome: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
+        for task, each in differences.items():
+            if name in each:
+                by_outcome[each[name].outcome].append(task)
+        said = {"better": "better at", "worse": "worse at", "unclear": "no clear difference at"}
+        parts = [f"{said[key]} {join_names(tasks)}" for key, tasks in by_outcome.items() if tasks]
+        sentences.append(f"Tasks, against {_title(name)}: {'; '.join(parts)}.")
+    return sentences
 
 
 def note_merge(merge: Merge) -> list[str]:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from rayfuse.evaluate.ensemble import TokenCosts, average_sources
+from rayfuse.evaluate.held_model import ScoreTask, copy_folder, hold_model
 from rayfuse.evaluate.scores import bits_per_byte, sum_documents
 from rayfuse.evaluate.scoring import (
     load_scored_model,
@@ -19,19 +20,29 @@ from rayfuse.evaluate.scoring import (
     score_rows,
     score_tokens,
 )
-from rayfuse.evaluate.stage import (
-    ScoreTask,
-    copy_folder,
-    evaluate_models,
-    group_shards,
-    hold_model,
-)
+from rayfuse.evaluate.stage import evaluate_models, group_shards
+from rayfuse.evaluate.task_scores import parse_task_score
 from rayfuse.kept_rows import Rows
 from rayfuse.layout import Layout, Merge, TrainRun
-from rayfuse.recipe import ModelSettings, Recipe, parse_recipe
+from rayfuse.recipe import (
+    EvaluateSettings,
+    ModelSettings,
+    Recipe,
+    TasksSettings,
+    parse_recipe,
+)
 from rayfuse.storage.dataset import Commit, DataSet
 from rayfuse.storage.store import LocalStore, open_store
 from rayfuse.tokens import load_tokenizer
+from tests.evaluate.test_tasks import make_tasks
+
+WRITE = {
+    "output_type": "generate_until",
+    "doc_to_choice": None,
+    "doc_to_target": "x",
+    "generation_kwargs": {"until": ["."], "max_gen_toks": 4},
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+}
 
 
 def commit(shard: int, tokens: int, rows: int = 1) -> Commit:
@@ -79,7 +90,7 @@ def recipe(tmp_path: Path, make_model: Callable[[int], Path]) -> Recipe:
             "target": {"model": str(make_model(260))},
             "sources": [
                 {"name": "small", "model": str(make_model(257))},
-                {"name": "other", "model": str(make_model(258))},
+                {"name": "other", "model": str(make_model(260))},
             ],
         }
     )
@@ -142,6 +153,10 @@ def test_every_model_is_scored_once_on_all_held_out_rows(
     assert [d.nats for d in found["fused"].documents] == pytest.approx(
         [d.nats for d in found["target"].documents]
     )
+    # `other` is made like the target: the mean of the two is either.
+    assert [d.nats for d in found["merged"].documents] == pytest.approx(
+        [d.nats for d in found["target"].documents], rel=1e-6
+    )
     sources = [score_source(model.model, rows) for model in recipe.sources]
     mean = [average_sources(row).nats.sum() for row in zip(*sources, strict=True)]
     expected = bits_per_byte(sum_documents(score_documents(rows, np.array(mean))))
@@ -162,6 +177,47 @@ def test_every_model_is_scored_once_on_all_held_out_rows(
         evaluate_models(recipe, layout, again)["ensemble"].documents == found["ensemble"].documents
     )
     assert {title for title, *_ in again.calls} == {"evaluate ensemble"}
+
+
+@pytest.mark.ray
+def test_every_model_is_asked_every_task_once(
+    ray_cluster: Any, recipe: Recipe, layout: Layout, tmp_path: Path
+):
+    layout.store.write("train/fused-0/done.json", b"{}")
+    folder = str(make_tasks(tmp_path / "tasks"))
+    make_tasks(tmp_path / "tasks", task="write", **WRITE)
+    tasks = TasksSettings(names=("choose", "write"), folder=folder, data=folder)
+    recipe = recipe.model_copy(update={"evaluate": EvaluateSettings(tasks=tasks)})
+    files = {
+        name: {task: f"evaluate/task-{name}-{task}-0.json" for task in tasks.names}
+        for name in layout.evaluations
+    }
+    costs = {
+        name: {task: f"evaluate/task-{name}-{task}-0.parquet" for task in tasks.names}
+        for name in layout.token_costs
+    }
+    layout = replace(layout, task_scores=files, task_costs=costs)
+    evaluate_models(recipe, layout, Notes())
+    found = {
+        name: {task: parse_task_score(layout.store.read(file)) for task, file in own.items()}
+        for name, own in files.items()
+    }
+    assert found["fused"]["choose"].subtasks == found["target"]["choose"].subtasks
+    assert len(found["small"]["choose"].subtasks[0].values) == 3
+    assert found["ensemble"]["choose"].subtasks[0].questions == (
+        found["small"]["choose"].subtasks[0].questions
+    )
+    assert found["small"]["write"].subtasks
+    assert not found["ensemble"]["write"].subtasks  # sources cannot write together
+
+    again = Notes()
+    layout.store.remove(files["small"]["choose"])
+    layout.store.remove(files["ensemble"]["choose"])
+    evaluate_models(recipe, layout, again)
+    assert [title for title, *_ in again.calls] == ["ask small", "ask ensemble"]
+    assert parse_task_score(layout.store.read(files["small"]["choose"])).subtasks == (
+        found["small"]["choose"].subtasks
+    )
 
 
 @pytest.mark.ray

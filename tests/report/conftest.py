@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from rayfuse.evaluate.scores import DocumentScore, Evaluation, compare, find_role
+from rayfuse.evaluate.task_scores import SubtaskScore, TaskScore, compare_tasks
 from rayfuse.kept_rows import Rows
 from rayfuse.layout import Layout, Merge, TrainRun
 from rayfuse.recipe import Recipe, parse_recipe
@@ -27,6 +28,34 @@ GAPS = {("coder", "code"): -0.3, ("coder", "math"): -0.12, ("fused", "code"): -0
 """What a model does better or worse in a domain."""
 
 LN2 = float(np.log(2))
+
+
+def make_task_score(name: str, task: str, chance: float, *, is_cost: bool = False) -> TaskScore:
+    draw = np.random.default_rng(sum(name.encode()))
+    values = draw.binomial(1, chance, 200).astype(float)
+    metric = "bits_per_byte" if is_cost else "acc"
+    subtask = SubtaskScore(
+        task,
+        metric,
+        not is_cost,
+        float(values.mean()),
+        tuple(f"q{i}" for i in range(200)),
+        tuple(values.tolist()),
+        (1.0,) * 200,
+    )
+    return TaskScore(name, task, (subtask,), 2.0)
+
+
+CHANCES = {"big": 0.45, "coder": 0.5, "ensemble": 0.6, "target": 0.4, "clm": 0.5, "fused": 0.8}
+TASKS = {
+    "choose": {name: make_task_score(name, "choose", each) for name, each in CHANCES.items()},
+    HOSTILE: {
+        name: make_task_score(name, HOSTILE, each, is_cost=True)
+        for name, each in CHANCES.items()
+        if name != "ensemble"
+    },
+}
+"""Fused is best where more is better and worst where it is a cost, which the ensemble lacks."""
 
 
 def make_evaluation(name: str, cost: float, *, documents_per_domain: int = 30) -> Evaluation:
@@ -85,6 +114,15 @@ def findings() -> Findings:
         },
         spells={"big": [Spell("w", 100.0 * i, 90.0, 10.0, 5000) for i in range(1, 9)], "coder": []},
         counts=[StageCount("corpus", 12_000, 9_000_000, 17), StageCount("held-out", 180, 90, 0)],
+        task_scores=TASKS,
+        task_differences={
+            task: {
+                name: compare_tasks(by_model["fused"], other, samples=300, seed=0)
+                for name, other in by_model.items()
+                if name != "fused"
+            }
+            for task, by_model in TASKS.items()
+        },
         merge=Merge(left_out={"big": "its model_type is 'mpt', not 'llama'"}),
     )
 

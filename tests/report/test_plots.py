@@ -26,13 +26,14 @@ def width_of(png: bytes) -> int:
     return struct.unpack(">I", png[16:20])[0]
 
 
-def test_a_run_has_six_pictures_twice_900_pixels_wide(findings: Findings):
+def test_a_run_has_seven_pictures_twice_900_pixels_wide(findings: Findings):
     plots = draw_plots(findings)
     assert set(plots) == {
         "alignment",
         "bits_per_byte",
         "differences",
         "source_wins",
+        "task_differences",
         "timeline",
         "training_curves",
     }

@@ -1,13 +1,17 @@
 """One table in four forms, the lowest of each column marked."""
 
+from dataclasses import replace
+
 from rayfuse.evaluate.scores import DocumentScore, Evaluation
 from rayfuse.report.gather import Findings
 from rayfuse.report.tables import (
     build_table,
+    build_task_table,
     escape_markdown,
     render_html,
     render_markdown,
     render_rich,
+    render_tables,
 )
 from tests.report.conftest import HOSTILE
 
@@ -69,3 +73,19 @@ def test_hostile_domains_stay_text_in_every_form(findings: Findings):
     assert columns == {len(table.header) + 1}
     assert "\n" not in escape_markdown("a\nb")
     assert escape_markdown(HOSTILE).startswith(r"\<script\>")
+
+
+def test_the_table_of_tasks_knows_which_way_is_better_and_who_was_not_asked(findings: Findings):
+    table = build_task_table(findings.evaluations, findings.task_scores)
+    assert table.header[2:] == ["choose, acc \u2191", f"{HOSTILE}, bits_per_byte \u2193"]
+    names = list(findings.evaluations)
+    lowest = min(findings.task_scores[HOSTILE].values(), key=lambda score: score.value)
+    assert [names[row] for row in table.best] == ["fused", lowest.name]
+    by_name = {row[0]: row[2:] for row in table.rows}
+    assert by_name["ensemble"][1] == "\u2013" != by_name["ensemble"][0]
+    assert by_name["merged"] == ["\u2013", "\u2013"]
+    text = render_tables(findings)
+    assert text.startswith(render_markdown(build_table(findings.evaluations)))
+    assert render_markdown(table) in text
+    silent = replace(findings, task_scores={}, task_differences={})
+    assert render_tables(silent) == render_markdown(build_table(findings.evaluations))

@@ -8,7 +8,8 @@ import pytest
 from rayfuse.evaluate.scores import Difference
 from rayfuse.layout import Merge
 from rayfuse.report.gather import Findings
-from rayfuse.report.verdict import NO_BASELINE, join_names, judge, sign
+from rayfuse.report.verdict import NO_BASELINE, join_names, judge, note_tasks, sign
+from tests.report.conftest import HOSTILE
 
 BETTER = Difference(-0.02, -0.03, -0.01, 50)
 WORSE = Difference(0.02, 0.01, 0.03, 50)
@@ -84,6 +85,13 @@ def test_what_cannot_be_merged_is_told_with_the_reason(findings: Findings):
     assert any(each.startswith("The merged weights leave sources out (big:") for each in sentences)
     silent = judge(replace(findings, merge=Merge())).sentences
     assert not any("averaged" in each or "merged" in each for each in silent[-2:])
+
+
+def test_at_tasks_better_goes_by_each_metric(findings: Findings):
+    told = note_tasks(findings.task_differences)
+    assert told[0] == f"Tasks, against CLM: better at choose; worse at {HOSTILE}."
+    assert told[2] == "Tasks, against the ensemble of the sources: better at choose."
+    assert all(sentence in judge(findings).sentences for sentence in told)
 
 
 def test_domains_are_told_apart_against_the_baseline(findings: Findings):
