@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from rayfuse.evaluate.sandbox import check_sandbox
 from rayfuse.evaluate.task_scores import SubtaskScore, read_samples
 from rayfuse.model_files import hash_file
 from rayfuse.recipe import EvaluateSettings, TasksSettings
@@ -101,15 +102,25 @@ def check_tasks(settings: EvaluateSettings) -> None:
     for name in settings.tasks.names:
         for subtask, task in load_tasks(manager, name).items():
             if getattr(task, "UNSAFE_CODE", False):
-                _check_code(name, subtask, settings)
+                _check_code(name, subtask, settings, task.config.metadata or {})
 
 
-def _check_code(name: str, subtask: str, settings: EvaluateSettings) -> None:
+def _check_code(
+    name: str, subtask: str, settings: EvaluateSettings, metadata: dict[str, Any]
+) -> None:
+    """Allow a task that runs code only where the recipe does, and in our sandbox alone."""
     if not settings.run_generated_code:
         raise ValueError(
             f"evaluate.tasks.names has {name!r}: {subtask} runs code that models write; "
             "set evaluate.run_generated_code: true, or remove the task"
         )
+    if metadata.get("sandboxed") is not True:
+        raise ValueError(
+            f"evaluate.tasks.names has {name!r}: {subtask} runs code that models write outside "
+            "any sandbox; take a definition that uses rayfuse.evaluate.sandbox and says so "
+            "(metadata: {sandboxed: true}), as recipes/tasks/humaneval.yaml does"
+        )
+    check_sandbox()
 
 
 def load_tasks(manager: Any, name: str) -> dict[str, Any]:

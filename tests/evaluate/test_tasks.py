@@ -117,23 +117,25 @@ def test_of_a_long_context_the_end_counts(model: TextLM):
 
 def test_the_model_writes_what_it_writes_alone_up_to_the_first_stop(model: TextLM, stories: str):
     prompts = ["Once upon a time", "Lily", "Tom saw a big red ball. He"]
-    request = [
-        Instance("generate_until", {}, (prompt, {"until": [". "], "max_gen_toks": 60}), 0)
-        for prompt in prompts
-    ]
+    asked = {"until": ["was", "were not"], "max_gen_toks": 12}
+    request = [Instance("generate_until", {}, (prompt, asked), 0) for prompt in prompts]
     together = model.generate_until(request)
     network = AutoModelForCausalLM.from_pretrained(stories)
     tokenizer = load_tokenizer(stories)
+    stopped: list[bool] = []
     for prompt, written in zip(prompts, together, strict=True):
         ids = [1, *tokenizer.encode([prompt])[0].tolist()]
         done = len(ids)
-        for _ in range(60):  # by hand: the likeliest token each time
+        for _ in range(12):  # by hand: the likeliest token each time
             with torch.no_grad():
                 logits = network(input_ids=torch.tensor([ids])).logits[0, -1]
             ids.append(int(logits.argmax()))
         text = b"".join(tokenizer.token_bytes[i] or b"" for i in ids[done:]).decode()
-        assert written == text.split(". ")[0]
+        stops = [at for stop in ("was", "were not") if (at := text.find(stop)) >= 0]
+        assert written == text[: min(stops, default=len(text))]
         assert written
+        stopped.append(bool(stops))
+    assert any(stopped) != all(stopped)
 
 
 def test_a_task_scores_what_its_log_likelihoods_say(model: TextLM, stories: str, tmp_path: Path):
@@ -233,11 +235,14 @@ def test_a_task_that_cannot_be_asked_is_named_with_the_remedy(
     folder = make_tasks(tmp_path / "tasks", unsafe_code=True)
     with pytest.raises(ValueError, match=r"choose runs code .* evaluate.run_generated_code: true"):
         check_tasks(settings(folder, "choose"))
-    check_tasks(settings(folder, "choose", run_generated_code=True))
+    with pytest.raises(ValueError, match=r"choose runs code .* outside any sandbox"):
+        check_tasks(settings(folder, "choose", run_generated_code=True))
+    make_tasks(folder, unsafe_code=False)
+    check_tasks(settings(folder, "choose"))
     check_tasks(EvaluateSettings())
     (folder / "set.jsonl").unlink()
     with pytest.raises(ValueError, match=r"choose cannot be loaded .* check evaluate.tasks.data"):
-        check_tasks(settings(folder, "choose", run_generated_code=True))
+        check_tasks(settings(folder, "choose"))
     with pytest.raises(ValueError, match=r"tasks.folder is .*gone', a folder that does not exist"):
         describe_tasks(settings(tmp_path / "gone", "choose").tasks)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -294,5 +299,32 @@ def test_every_local_task_finds_its_set(shared_data: Path):
         "local_gsm8k": 1319,
         "local_gsm8k_loss": 1319,
         "local_hellaswag": 500,
+        "local_humaneval": 164,
+        "local_humaneval_loss": 164,
+        "local_multipl_e_cpp": 161,
+        "local_multipl_e_js": 161,
         "local_openbookqa": 500,
     }
+
+
+def test_the_solutions_of_humaneval_pass_and_other_code_does_not(shared_data: Path):
+    tasks = TasksSettings(
+        names=("local_humaneval", "local_multipl_e"),
+        folder=str(LOCAL),
+        data=str(shared_data / "eval"),
+    )
+    check_tasks(EvaluateSettings(tasks=tasks, run_generated_code=True))
+    manager = open_manager(tasks)
+    task = manager.load(["local_humaneval"])["tasks"]["local_humaneval"]
+    for doc in list(task.eval_docs)[:3]:
+        assert task.process_results(doc, [doc["canonical_solution"]]) == {"pass_at_1": 1.0}
+        assert task.process_results(doc, ["    return None"]) == {"pass_at_1": 0.0}
+    strlen = {"cpp": "    return string.size();", "js": "  return string.length;\n}"}
+    for language, solution in strlen.items():
+        name = f"local_multipl_e_{language}"
+        task = manager.load([name])["tasks"][name]
+        doc = task.eval_docs[0]
+        assert task.process_results(doc, [solution]) == {"pass_at_1": 1.0}
+        assert task.process_results(doc, [solution.replace("string", "1 + string")]) == {
+            "pass_at_1": 0.0
+        }

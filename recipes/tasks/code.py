@@ -1,0 +1,54 @@
+"""Tasks that run what models write: HumanEval in Python, MultiPL-E in C++ and JavaScript.
+
+Programs run in rayfuse's sandbox alone, and only where the recipe says
+`evaluate.run_generated_code: true`.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from rayfuse.evaluate.sandbox import check_sandbox, python, run_sandboxed
+
+SECONDS = 20
+"""For compiling and running one program."""
+
+PROGRAMS = {
+    "cpp": ("main.cpp", "g++", ["sh", "-c", "g++ -std=c++17 -w main.cpp -o main && ./main"]),
+    "js": ("main.js", "node", ["node", "main.js"]),
+}
+"""By language: the file, the tool that must be installed, the command."""
+
+
+def load_multipl_e(data: str, language: str, **_: object) -> dict[str, Dataset]:
+    """Return MultiPL-E's HumanEval in a language.
+
+    Raises:
+        ValueError: What runs the language is not installed.
+    """
+    tool = PROGRAMS[language][1]
+    if shutil.which(tool) is None:
+        raise ValueError(f"{tool} is not installed here; install it or leave {language} out")
+    path = Path(data).expanduser() / "multipl_e" / f"humaneval-{language}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = ("name", "language", "prompt", "tests")
+    return {"test": Dataset.from_list([{name: row[name] for name in kept} for row in rows])}
+
+
+def pass_python(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Return whether a function passes HumanEval's test of it."""
+    check_sandbox()
+    text = f"{doc['prompt']}{results[0]}\n{doc['test']}\ncheck({doc['entry_point']})\n"
+    outcome = run_sandboxed({"main.py": text}, [python(), "main.py"], seconds=SECONDS)
+    return {"pass_at_1": float(outcome.passed)}
+
+
+def pass_program(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Return whether a program with MultiPL-E's tests behind it ends without an error."""
+    check_sandbox()
+    file, _, command = PROGRAMS[doc["language"]]
+    text = f"{doc['prompt']}{results[0]}\n{doc['tests']}\n"
+    return {"pass_at_1": float(run_sandboxed({file: text}, command, seconds=SECONDS).passed)}
