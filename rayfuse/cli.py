@@ -305,25 +305,26 @@ def _summarise(layout: Any, stages: tuple[str, ...], console: Any, path: Path) -
 
 def _print_scores(layout: Any, console: Any) -> dict[str, Any]:
     """Print the table of scores and, if the report is there, its verdict; return both."""
-    from rich.table import Table
-
-    from rayfuse.evaluate.scores import bits_per_byte, parse_evaluation
+    from rayfuse.evaluate.scores import bits_per_byte
+    from rayfuse.report.gather import read_evaluations, read_task_scores
     from rayfuse.report.stage import FINDINGS_FILE, PAGE_FILE, is_report_current
-    from rayfuse.report.tables import build_table, render_rich
+    from rayfuse.report.tables import TASK_NOTE, build_table, build_task_table
 
-    evaluations = {
-        name: parse_evaluation(layout.store.read(file)) for name, file in layout.evaluations.items()
-    }
-    header, *rows = render_rich(build_table(evaluations))
-    table = Table(*header, title="bits per byte on held-out text (lower is better)")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    evaluations = read_evaluations(layout)
+    title = "bits per byte on held-out text (lower is better)"
+    _print_table(build_table(evaluations), title, console)
+    tasks = read_task_scores(layout, list(evaluations))
+    if tasks:
+        _print_table(build_task_table(evaluations, tasks), TASK_NOTE, console)
     numbers: dict[str, Any] = {
         "models": {
             name: {"role": each.role, "bits_per_byte": bits_per_byte(each.documents)}
             for name, each in evaluations.items()
-        }
+        },
+        "tasks": {
+            task: {name: each.value for name, each in scores.items()}
+            for task, scores in tasks.items()
+        },
     }
     if is_report_current(layout):
         verdict = json.loads(layout.store.read(FINDINGS_FILE))["verdict"]
@@ -331,3 +332,15 @@ def _print_scores(layout: Any, console: Any) -> dict[str, Any]:
         numbers["report"] = f"{layout.store.root}/{PAGE_FILE}"
         console.print(f"report: {numbers['report']}", highlight=False)
     return numbers
+
+
+def _print_table(scores: Any, title: str, console: Any) -> None:
+    from rich.table import Table
+
+    from rayfuse.report.tables import render_rich
+
+    header, *rows = render_rich(scores)
+    table = Table(*header, title=title)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
