@@ -1,0 +1,68 @@
+"""A run's scores at tasks are files named by all that decides them, and are checked for at once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayfuse.layout import Layout, plan_layout
+from rayfuse.pipeline import is_stage_done, prepare_run
+from rayfuse.recipe import Recipe, parse_recipe
+from tests.evaluate.test_merge_weights import make_model
+from tests.evaluate.test_tasks import make_tasks
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "text.jsonl").write_text('{"text": "The cat sat."}\n')
+    models = {name: str(make_model(tmp_path / name, seed)) for seed, name in enumerate("abt")}
+    folder = str(make_tasks(tmp_path / "tasks"))
+    return {
+        "storage": str(tmp_path / "store"),
+        "corpus": {"documents": str(tmp_path / "text.jsonl"), "max_tokens": 32},
+        "target": {"model": models["t"]},
+        "sources": [{"name": name, "model": models[name]} for name in "ab"],
+        "evaluate": {"tasks": {"names": ["choose"], "folder": folder, "data": folder}},
+    }
+
+
+def change(values: dict[str, Any], **tasks: Any) -> Recipe:
+    merged = values["evaluate"]["tasks"] | tasks
+    return parse_recipe(values | {"evaluate": {"tasks": merged}})
+
+
+def files_of(layout: Layout) -> set[str]:
+    return {file for files in layout.task_scores.values() for file in files.values()}
+
+
+def test_every_model_has_a_file_for_every_task(values: dict[str, Any]):
+    layout = plan_layout(parse_recipe(values))
+    assert set(layout.task_scores) == set(layout.evaluations)
+    assert set(layout.task_costs) == {"a", "b"}
+    assert len(files_of(layout)) == len(layout.evaluations)
+    for file in layout.evaluations.values():
+        layout.store.write(file, b"{}")
+    assert not is_stage_done("evaluate", layout)  # the tasks are still to be asked
+    for file in files_of(layout):
+        layout.store.write(file, b"{}")
+    assert is_stage_done("evaluate", layout)
+    silent = plan_layout(parse_recipe(values | {"evaluate": {}}))
+    assert silent.evaluations == layout.evaluations
+    assert silent.input_fingerprint() != layout.input_fingerprint()
+
+
+def test_a_file_is_named_by_settings_definition_and_data(values: dict[str, Any]):
+    before = files_of(plan_layout(parse_recipe(values)))
+    assert files_of(plan_layout(change(values))) == before
+    assert not files_of(plan_layout(change(values, limit=2))) & before
+    assert not files_of(plan_layout(change(values, num_fewshot=0))) & before
+    make_tasks(Path(values["evaluate"]["tasks"]["folder"]), target_delimiter="")
+    assert not files_of(plan_layout(parse_recipe(values))) & before
+
+
+def test_a_task_that_cannot_be_asked_stops_the_run_before_a_cluster(values: dict[str, Any]):
+    prepare_run(parse_recipe(values))
+    folder = Path(values["evaluate"]["tasks"]["folder"])
+    (folder / "set.jsonl").unlink()
+    with pytest.raises(ValueError, match="the task choose cannot be loaded"):
+        prepare_run(parse_recipe(values))
