@@ -146,7 +146,10 @@ def test_the_fused_model_is_a_hugging_face_folder(finished_run):
 
 def test_every_model_is_scored_on_every_domain(finished_run):
     scores = json.loads((finished_run.root / "report/findings.json").read_text())["bits_per_byte"]
-    assert set(scores) == {*finished_run.layout.captured, "target", "clm", "fused"}
+    sources = list(finished_run.layout.captured)
+    assert set(scores) == {*sources, "ensemble", "target", "clm", "fused"}
+    mean = sum(scores[name]["all"] for name in sources) / len(sources)
+    assert scores["ensemble"]["all"] <= mean  # Jensen: the log of a mean is above the mean log
     for by_domain in scores.values():
         assert set(by_domain) == {"all", "wiki", "code", "multilingual"}
         assert all(0 < value < 40 for value in by_domain.values())
