@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 CONTEXT_TOKENS = 256
-"""The longest row: that of the demo's corpus."""
+"""The longest row of the demo's corpus."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,10 @@ class ModelSpec:
     steps: int
     rows_per_step: int = 4
     learning_rate: float = 5e-3
+    context_tokens: int = CONTEXT_TOKENS
+    """Of a row that it is trained on, and the most that it takes."""
+    head_size: int = 32
+    """Of an attention head."""
 
 
 SOURCES = (

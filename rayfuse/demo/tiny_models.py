@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch.nn.functional import cross_entropy
 
-from rayfuse.demo.specs import CONTEXT_TOKENS, ModelSpec
+from rayfuse.demo.specs import ModelSpec
 from rayfuse.demo.text import DOMAINS, Document
 from rayfuse.demo.tiny_tokenizers import save_tokenizer, train_tokenizer
 from rayfuse.tokens import TextTokenizer, load_tokenizer
@@ -71,8 +71,9 @@ def draw_rows(
     for domain, share in spec.shares:
         texts = [document.text for document in documents if document.domain == domain]
         wanted = round(num_rows * share)
-        stream = _stream_ids(texts, tokenizer, wanted * (CONTEXT_TOKENS - 1), seed)
-        pieces = stream.reshape(wanted, CONTEXT_TOKENS - 1)
+        piece_tokens = spec.context_tokens - 1
+        stream = _stream_ids(texts, tokenizer, wanted * piece_tokens, seed)
+        pieces = stream.reshape(wanted, piece_tokens)
         starts = np.full((wanted, 1), tokenizer.start_id)
         parts.append(np.concatenate([starts, pieces], axis=1))
     rows = np.concatenate(parts).astype(np.int64)
@@ -117,8 +118,8 @@ def _build_llama(spec: ModelSpec, shared: dict[str, Any]) -> Any:
             hidden_size=spec.width,
             intermediate_size=8 * spec.width // 3 // 32 * 32,
             num_hidden_layers=spec.layers,
-            num_attention_heads=spec.width // 32,
-            max_position_embeddings=CONTEXT_TOKENS,
+            num_attention_heads=spec.width // spec.head_size,
+            max_position_embeddings=spec.context_tokens,
         )
     )
 
@@ -132,8 +133,8 @@ def _build_neox(spec: ModelSpec, shared: dict[str, Any]) -> Any:
             hidden_size=spec.width,
             intermediate_size=4 * spec.width,
             num_hidden_layers=spec.layers,
-            num_attention_heads=spec.width // 32,
-            max_position_embeddings=CONTEXT_TOKENS,
+            num_attention_heads=spec.width // spec.head_size,
+            max_position_embeddings=spec.context_tokens,
         )
     )
 
@@ -146,8 +147,8 @@ def _build_mpt(spec: ModelSpec, shared: dict[str, Any]) -> Any:
             **shared,
             d_model=spec.width,
             n_layers=spec.layers,
-            n_heads=spec.width // 32,
-            max_seq_len=CONTEXT_TOKENS,
+            n_heads=spec.width // spec.head_size,
+            max_seq_len=spec.context_tokens,
         )
     )
 
@@ -160,8 +161,8 @@ def _build_gpt2(spec: ModelSpec, shared: dict[str, Any]) -> Any:
             **shared,
             n_embd=spec.width,
             n_layer=spec.layers,
-            n_head=spec.width // 32,
-            n_positions=CONTEXT_TOKENS,
+            n_head=spec.width // spec.head_size,
+            n_positions=spec.context_tokens,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,

@@ -114,7 +114,7 @@ def build_engine(
         if settings.lora is not None:
             lm.enable_input_require_grads()  # else nothing before the first adapter has gradients
     optimizer = torch.optim.AdamW(
-        _group_parameters(model, settings.weight_decay),
+        group_parameters(model, settings.weight_decay),
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.epsilon,
@@ -181,7 +181,7 @@ def _schedule(settings: TrainSettings, num_steps: int) -> Callable[[Any], Any]:
     return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
-def _group_parameters(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def group_parameters(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return parameter groups: vectors (norms, biases) are not decayed."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in parameters if parameter.dim() > 1]
