@@ -1,0 +1,43 @@
+"""The fusion study: does it work, on what, and by how much.
+
+    python -m benchmarks.fusion --out DIR [--scale cpu|gpu|tiny] [--data DIR] [--report-only]
+
+Everything is made from `shared/data`. What is done already below DIR is not done again: kill it at
+any time and give the same command. DIR/RESULTS.md, its plots and DIR/numbers.json are written at
+the end, and with --report-only from what there is.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from benchmarks.fusion.plan import plan_seed
+from benchmarks.fusion.scales import SCALES
+from benchmarks.fusion.units import run_units
+from benchmarks.fusion.work import work
+
+DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+
+
+def main() -> None:
+    """Run what is missing, then write the report."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fusion", description=__doc__)
+    parser.add_argument("--scale", choices=sorted(SCALES), default="cpu")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--workers", type=int, help="processes; by default what the scale says")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the scale's, these alone")
+    parser.add_argument("--questions", nargs="+", help="these alone")
+    parser.add_argument("--report-only", action="store_true")
+    chosen = parser.parse_args()
+    scale = SCALES[chosen.scale]
+    plans = {seed: plan_seed(scale, seed) for seed in chosen.seeds or scale.seeds}
+    if not chosen.report_only:
+        units = [unit for plan in plans.values() for unit in plan.units_of(chosen.questions)]
+        run_units(units, chosen.out, chosen.data, work, workers=chosen.workers or scale.workers)
+
+
+if __name__ == "__main__":
+    main()

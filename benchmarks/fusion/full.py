@@ -1,0 +1,137 @@
+"""Full distributions, never stored: what a source says of every target token, as training reads.
+
+The same positions, choice of source and rules of alignment as the records have (`bytes`), but all
+of the source's vocabulary in place of its likeliest tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float, Int
+
+from benchmarks.fusion.training import PACKING
+from rayfuse.align.boundaries import PlacedTokens, place_tokens
+from rayfuse.align.matches import match_positions
+from rayfuse.align.shard import Alignment
+from rayfuse.models import CausalLM, pad_rows
+from rayfuse.schema import flatten_column
+from rayfuse.train.feed import MicroBatch, build_micro_batches
+from rayfuse.train.order import count_steps, order_rows
+from rayfuse.train.shards import Rows, ShardReader
+
+
+@dataclass(frozen=True)
+class FullSource:
+    """A source model and where its tokens lie beside the target's."""
+
+    lm: CausalLM
+    known_ids: torch.Tensor
+    alignment: Alignment
+    source: PlacedTokens
+    target: PlacedTokens
+    source_at: Int[np.ndarray, " target_tokens"]
+    """The source position that each target position learns from; -1 for none."""
+    continuation: Float[np.ndarray, " target_tokens"]
+    """Probability of the other source tokens that spell the target's next token."""
+
+    def read(
+        self, at: Int[np.ndarray, " positions"], row: int
+    ) -> Float[torch.Tensor, "positions target_vocab_plus_1"]:
+        """Return the probabilities of all target tokens at some positions of a row; last, the tail.
+
+        Args:
+            at: Positions of the shard where this source is heard.
+            row: The row they are all in.
+        """
+        start, stop = self.source.offsets[row : row + 2]
+        ids = self.source.ids[start:stop]
+        with torch.inference_mode():
+            hidden = self.lm.hidden_states(pad_rows([ids]).to(self.lm.device))[0]
+            logits = self.lm.logits(hidden[self.source_at[at] - start])
+            logits[:, ~self.known_ids] = -torch.inf
+            probs = logits.softmax(1)
+        return self._map(probs, at)
+
+    def _map(
+        self, probs: Float[torch.Tensor, "positions head"], at: Int[np.ndarray, " positions"]
+    ) -> Float[torch.Tensor, "positions target_vocab_plus_1"]:
+        vocab_size = len(self.alignment.target.lengths)
+        device = probs.device
+        source_at = self.source_at[at]
+        blanks = self.target.next_has_blank[at].astype(np.int8)
+        blanks -= self.source.next_has_blank[source_at].astype(np.int8)
+        mapped = torch.zeros(len(at), vocab_size + 1, device=device)
+        for view in np.unique(blanks):
+            goals = self.alignment.maps[view, :-1].astype(np.int64)
+            goals = torch.from_numpy(np.where(goals < 0, vocab_size, goals)).to(device)
+            rows = torch.from_numpy(np.flatnonzero(blanks == view)).to(device)
+            part = torch.zeros(len(rows), vocab_size + 1, device=device)
+            part.index_add_(1, goals, probs[rows, : len(goals)])
+            mapped[rows] = part
+        first_ids = self.source.ids[source_at + 1].astype(np.int64)
+        goals = self.alignment.maps[blanks, first_ids].astype(np.int64)
+        here = torch.arange(len(at), device=device)
+        first = probs[here, torch.from_numpy(first_ids).to(device)]
+        chain = first * torch.from_numpy(self.continuation[at]).to(device)
+        true_ids = torch.from_numpy(self.target.ids[at + 1].astype(np.int64)).to(device)
+        mapped[here, torch.from_numpy(np.where(goals < 0, vocab_size, goals)).to(device)] -= first
+        mapped[here, true_ids] += chain
+        mapped[:, -1] += first - chain
+        return mapped.clamp_(min=0)
+
+
+def place_full_source(
+    lm: CausalLM, alignment: Alignment, corpus: pa.Table, captured: pa.Table
+) -> FullSource:
+    """Return a source ready to be asked about a shard's rows."""
+    texts = [text.encode() for text in corpus["text"].to_pylist()]
+    ends = corpus["ends_document"].to_pylist()
+    target = place_tokens(*flatten_column(corpus, "target_ids"), texts, alignment.target, ends)
+    source = place_tokens(*flatten_column(captured, "token_ids"), texts, alignment.source, ends)
+    matches = match_positions(source, target)
+    source_at = np.full(len(target.ids), -1, dtype=np.int64)
+    source_at[matches.target_at] = matches.source_at
+    logprobs = flatten_column(captured, "next_logprobs")[0].astype(np.float32)
+    totals = np.concatenate([[0.0], np.cumsum(logprobs, dtype=np.float64)])
+    rest = totals[matches.source_until] - totals[matches.source_at + 1]
+    continuation = np.ones(len(target.ids), dtype=np.float32)
+    continuation[matches.target_at] = np.exp(np.minimum(rest, 0.0))
+    tokenizer = alignment.source.tokenizer
+    assert tokenizer is not None
+    known = torch.zeros(lm.head.out_features, dtype=torch.bool, device=lm.device)
+    known[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.known_ids()).to(lm.device)
+    return FullSource(lm, known, alignment, source, target, source_at, continuation)
+
+
+def iterate_full_steps(
+    reader: ShardReader, sources: list[FullSource], *, seed: int, rows_per_step: int
+) -> Iterator[list[MicroBatch]]:
+    """Yield the steps of an epoch over one shard, in the product's order."""
+    reader.keep({0})
+    order = order_rows(reader.rows_per_shard, seed=seed, epoch=0)
+    for number in range(count_steps(sum(reader.rows_per_shard), rows_per_step, 1)):
+        numbers = order.step(number, rows_per_step).share(0, 1)
+        rows = reader.read_rows(numbers)
+        yield build_micro_batches(_widen(rows, numbers[:, 1], sources), PACKING)
+
+
+def _widen(rows: Rows, numbers: Int[np.ndarray, " rows"], sources: list[FullSource]) -> Rows:
+    """Return rows whose distributions have an entry for every target token."""
+    target = sources[0].target
+    num_tokens, vocab_size = len(rows.token_ids), len(sources[0].alignment.target.lengths)
+    probs = np.zeros((num_tokens, vocab_size + 1), dtype=np.float32)
+    ends = np.cumsum(rows.lengths)
+    for row, start, stop in zip(numbers.tolist(), ends - rows.lengths, ends, strict=True):
+        winners = rows.fused.winners[start:stop]
+        for number, source in enumerate(sources):
+            here = np.flatnonzero(winners == number)
+            if len(here):
+                probs[start + here] = source.read(target.offsets[row] + here, row).cpu().numpy()
+    ids = np.broadcast_to(np.arange(vocab_size, dtype=np.int32), (num_tokens, vocab_size))
+    fused = replace(
+        rows.fused, top_ids=ids, top_probs=probs[:, :-1], tail_probs=probs[:, -1].copy()
+    )
+    return replace(rows, fused=fused)

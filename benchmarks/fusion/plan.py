@@ -1,0 +1,295 @@
+"""The units of the study: for every seed, the variants of each question, by name."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.fusion.scales import EXPERTS, SOURCES, TARGET, Make, Scale, Size
+from benchmarks.fusion.units import Unit
+from rayfuse.recipe import FuseSettings, TrainSettings
+
+TOP_KS = (4, 10, 16, 32, 64)
+DEFAULT_TOP_K = 16
+LAMBDAS = (0.9, 0.7, 0.5, 0.3, 0.0)
+
+CLM, FUSED, TARGET_ALONE = "CLM", "fused", "target"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One seed's units."""
+
+    models: dict[str, Unit]
+    """What is scored as it is: the target, every source, merged weights."""
+    questions: dict[str, dict[str, Unit]]
+    """Variants of continued training by question and name; some stand in several."""
+    tuning: dict[str, Unit]
+    """Learning rates, compared on the selection half."""
+
+    def units_of(self, questions: list[str] | None = None) -> list[Unit]:
+        """Return the units of some questions, or all, those of the first questions first."""
+        names = list(self.questions) if questions is None else questions
+        units = [unit for name in names for unit in self.questions.get(name, {}).values()]
+        scored = self.models.values() if questions is None or "1" in questions else ()
+        tuning = self.tuning.values() if questions is None or "tuning" in questions else ()
+        return [*scored, *units, *tuning]
+
+
+class Planner:
+    """Makes the units of one seed at one scale."""
+
+    def __init__(self, scale: Scale, seed: int) -> None:
+        self.scale, self.seed = scale, seed
+        self.tokenizers = {
+            make.name: Unit(
+                "tokenizer",
+                make.tokenizer,
+                {"source": make.tokenizer, "vocab_size": scale.vocab_size},
+            )
+            for make in (TARGET, *SOURCES)
+        }
+        rows = {"max_tokens": scale.max_tokens}
+        needs = {"target": self.tokenizers["target"], **self.tokenizers}
+        self.held_out = Unit(
+            "held_out",
+            "valid",
+            rows | {"documents": scale.held_out_documents, "chars": scale.held_out_chars},
+            needs,
+        )
+        self.corpora = {
+            times: Unit(
+                "corpus",
+                f"{times}x, seed {seed}",
+                rows | {"seed": seed, "bytes_per_domain": times * scale.corpus_bytes},
+                needs,
+            )
+            for times in (1, *scale.multiples)
+        }
+        self.target = self.model(TARGET, scale.target)
+        self.sources = {make.name: self.model(make, scale.source) for make in SOURCES}
+
+    def model(
+        self, make: Make, size: Size, *, tokens: int | None = None, start: Unit | None = None
+    ) -> Unit:
+        """Return a model that is trained on its own mixture, from nothing or from another."""
+        scale = self.scale
+        train = {"learning_rate": scale.pretrain_rate, "warmup_share": 0.05}
+        if start is not None:
+            train["learning_rate"] = scale.rate
+        settings = {
+            "family": make.family,
+            "width": size.width,
+            "layers": size.layers,
+            "head_size": size.head_size,
+            "shares": [list(each) for each in make.shares()],
+            "tokens": size.tokens if tokens is None else tokens,
+            "max_tokens": scale.max_tokens,
+            "rows_per_step": scale.pretrain_rows_per_step,
+            "seed": self.seed,
+            "train": train,
+        }
+        needs = {"tokenizer": self.tokenizers[make.name]}
+        if start is not None:
+            needs["start"] = start
+        return Unit("model", f"{make.name}, seed {self.seed}", settings, needs)
+
+    def score(self, model: Unit) -> Unit:
+        """Return a model's score as it is."""
+        return Unit("score", model.name, {}, {"model": model, "held_out": self.held_out})
+
+    def align(
+        self, source: Unit, record: str, *, method: str = "bytes", fault: bool = False
+    ) -> Unit:
+        """Return what one source says, in the target's tokens."""
+        corpus = self.corpora[1]
+        capture, records = _capture_settings(record)
+        captured = Unit(
+            "captured",
+            source.name,
+            {"capture": capture, "records": records},
+            {"model": source, "corpus": corpus},
+        )
+        return Unit(
+            "aligned",
+            f"{source.name}, {record}, {method}",
+            {"record": record, "method": method, "teaches_current_token": fault},
+            {"captured": captured, "corpus": corpus},
+        )
+
+    def train(
+        self,
+        name: str,
+        sources: dict[str, Unit],
+        *,
+        record: str = f"top-{DEFAULT_TOP_K}",
+        align: dict[str, Any] | None = None,
+        times: int = 1,
+        start: Unit | None = None,
+        rate: float | None = None,
+        full: bool = False,
+        fuse: dict[str, Any] | None = None,
+        **train: Any,
+    ) -> Unit:
+        """Return a continued training of the target, on the same rows in the same order as all."""
+        scale = self.scale
+        train = {"learning_rate": rate or scale.rate, "warmup_share": 0.05} | train
+        if not sources:
+            train["clm_weight"] = 1.0
+        # Resolved, so that what is equal by a default is the same unit.
+        settings = {
+            "fuse": FuseSettings(**(fuse or {})).model_dump(mode="json"),
+            "train": TrainSettings(**train).model_dump(mode="json"),
+            "rows_per_step": scale.rows_per_step,
+            "seed": self.seed,
+            "full": full,
+            "keep": False,
+        }
+        needs = {
+            "start": start or self.target,
+            "corpus": self.corpora[times],
+            "held_out": self.held_out,
+        }
+        needs |= {
+            each: self.align(source, record, **(align or {})) for each, source in sources.items()
+        }
+        return Unit("train", f"{name}, seed {self.seed}", settings, needs)
+
+
+def _capture_settings(record: str) -> tuple[dict[str, Any], dict[str, int | None]]:
+    """Return how a record is captured, and the names and sizes of all that are stored with it."""
+    if record.startswith("top-"):
+        return {"top_k": max(TOP_KS)}, {f"top-{top_k}": top_k for top_k in TOP_KS}
+    kept, draws = (int(part) for part in record.removeprefix("sampled-").split("+"))
+    if not kept:
+        return {"signal": "sampled", "draws": draws}, {record: None}
+    return {"signal": "top_k_and_sampled_tail", "top_k": kept, "draws": draws}, {record: None}
+
+
+def plan_seed(scale: Scale, seed: int) -> Plan:
+    """Return the units of one seed."""
+    planner = Planner(scale, seed)
+    train, sources = planner.train, planner.sources
+    clm, fused = train(CLM, {}), train(FUSED, sources)
+    experts = {
+        "+".join(domains): planner.model(
+            Make("target", TARGET.family, TARGET.tokenizer, domains),
+            scale.target,
+            tokens=scale.expert_tokens,
+            start=planner.target,
+        )
+        for domains in EXPERTS
+    }
+    untrained = planner.model(SOURCES[seed % 3], scale.source, tokens=0)
+    weak = planner.model(TARGET, scale.target, tokens=scale.weak_target_tokens)
+    models = {TARGET_ALONE: planner.target, **sources}
+    scored = {name: planner.score(model) for name, model in models.items()}
+    scored |= {f"expert {name}": planner.score(model) for name, model in experts.items()}
+    scored["merged experts"] = Unit(
+        "merge", "experts", {}, {**experts, "held_out": planner.held_out}
+    )
+    scored |= {"weak target": planner.score(weak), "untrained": planner.score(untrained)}
+    questions = {
+        "1": {
+            FUSED: fused,
+            CLM: clm,
+            "fused experts": train("fused experts", experts),
+        },
+        "2": {CLM: clm, FUSED: fused}
+        | {f"CLM {times}x": train(f"CLM {times}x", {}, times=times) for times in scale.multiples},
+        "8": {
+            CLM: clm,
+            FUSED: fused,
+            "and an untrained source": train("noise", {**sources, "untrained": untrained}),
+            "and an untrained source, avg_ce": train(
+                "noise, avg_ce", {**sources, "untrained": untrained}, fuse={"method": "avg_ce"}
+            ),
+            "an untrained source alone": train("noise alone", {"untrained": untrained}),
+            "weak target: CLM": train("weak, CLM", {}, start=weak),
+            "weak target: fused": train("weak, fused", sources, start=weak),
+        },
+        "6": _plan_records(planner, clm, fused),
+        "7": _plan_losses(planner, clm, fused),
+        "3": _plan_numbers(planner, clm, fused),
+        "4": _plan_alignments(planner, clm, fused),
+        "5": _plan_choices(planner, clm, fused),
+    }
+    tuning: dict[str, Unit] = {}
+    if seed == scale.seeds[0]:
+        for rate in scale.rates:
+            tuning[f"{CLM}, {rate:g}"] = train(f"{CLM}, rate {rate:g}", {}, rate=rate)
+            tuning[f"{FUSED}, {rate:g}"] = train(f"{FUSED}, rate {rate:g}", sources, rate=rate)
+    return Plan(scored, questions, tuning)
+
+
+def _plan_numbers(planner: Planner, clm: Unit, fused: Unit) -> dict[str, Unit]:
+    """Return 0 to 3 sources; which comes first goes round with the seed."""
+    names = list(planner.sources)
+    first = planner.seed % len(names)
+    turned = {name: planner.sources[name] for name in names[first:] + names[:first]}
+    one, two = (dict(list(turned.items())[:number]) for number in (1, 2))
+    itself = {"itself": planner.target}
+    return {
+        "0 sources (CLM)": clm,
+        "1 source": planner.train("1 source", one),
+        "2 sources": planner.train("2 sources", two),
+        "3 sources": fused,
+        "the target's own copy": planner.train("its copy", itself),
+        "3 sources and the copy": planner.train("3 and its copy", planner.sources | itself),
+    }
+
+
+def _plan_alignments(planner: Planner, clm: Unit, fused: Unit) -> dict[str, Unit]:
+    sources = planner.sources
+    variants = {CLM: clm, "bytes": fused}
+    for method in ("exact", "mined", "statistics"):
+        variants[method] = planner.train(method, sources, align={"method": method})
+    for fault in (False, True):
+        name = "paper preset" + ", with its off-by-one" * fault
+        variants[name] = planner.train(
+            name,
+            sources,
+            record="top-10",
+            align={"method": "mined", "fault": fault},
+            fuse={"cost": "nats_per_token", "tail": "renormalise"},
+            clm_weight=0.9,
+        )
+    return variants
+
+
+def _plan_choices(planner: Planner, clm: Unit, fused: Unit) -> dict[str, Unit]:
+    settings: dict[str, dict[str, Any]] = {
+        "min_ce, document": {"unit": "document"},
+        "min_ce, span of 32": {"unit": "span"},
+        "min_ce, token": {"unit": "token"},
+        "min_ce, row, per token": {"cost": "nats_per_token"},
+        "avg_ce, row": {"method": "avg_ce"},
+        "avg_ce, row, temperature 0.1": {"method": "avg_ce", "temperature": 0.1},
+        "avg_ce, span of 32": {"method": "avg_ce", "unit": "span"},
+    }
+    return {CLM: clm, "min_ce, row": fused} | {
+        name: planner.train(name, planner.sources, fuse=fuse) for name, fuse in settings.items()
+    }
+
+
+def _plan_records(planner: Planner, clm: Unit, fused: Unit) -> dict[str, Unit]:
+    sources, draws = planner.sources, planner.scale.draws
+    variants = {CLM: clm}
+    for top_k in TOP_KS:
+        name = f"top-{top_k}, bucket"
+        variants[name] = planner.train(name, sources, record=f"top-{top_k}")
+    for tail in ("truth", "renormalise"):
+        name = f"top-{DEFAULT_TOP_K}, {tail}"
+        variants[name] = planner.train(name, sources, fuse={"tail": tail})
+    for record in (f"sampled-0+{draws}", f"sampled-{draws // 2}+{draws // 2}"):
+        variants[record] = planner.train(record, sources, record=record)
+    variants["full distributions"] = planner.train("full", sources, full=True)
+    return variants
+
+
+def _plan_losses(planner: Planner, clm: Unit, fused: Unit) -> dict[str, Unit]:
+    variants = {"lambda 1 (CLM)": clm}
+    for weight in LAMBDAS:
+        name = f"lambda {weight:g}"
+        variants[name] = planner.train(name, planner.sources, clm_weight=weight)
+    for divergence in ("reverse_kl", "jensen_shannon"):
+        variants[divergence] = planner.train(divergence, planner.sources, divergence=divergence)
+    return variants

@@ -1,0 +1,153 @@
+"""How large a study is: models, tokens, text, and what the learning rates were chosen to be."""
+
+from dataclasses import dataclass
+
+DOMAINS = ("books", "code", "legal", "math", "multilingual", "web", "wiki")
+
+SEEDS = (1, 2, 3)
+
+OWN_SHARE = 0.88
+"""Of a source's text, from the domains that are its own."""
+
+
+@dataclass(frozen=True)
+class Make:
+    """One model before fusion: its family, its tokenizer, and the domains that are its own."""
+
+    name: str
+    family: str
+    tokenizer: str
+    """A folder of `shared/data/tokenizers`."""
+    own_domains: tuple[str, ...]
+    """None for an even mixture of all."""
+
+    def shares(self) -> tuple[tuple[str, float], ...]:
+        """Return each domain's share of the model's pre-training text."""
+        if not self.own_domains:
+            return tuple((domain, 1 / len(DOMAINS)) for domain in DOMAINS)
+        others = len(DOMAINS) - len(self.own_domains)
+        return tuple(
+            (domain, OWN_SHARE / len(self.own_domains))
+            if domain in self.own_domains
+            else (domain, (1 - OWN_SHARE) / others)
+            for domain in DOMAINS
+        )
+
+
+SOURCES = (
+    Make("llama", "llama", "open-llama-3b", ("books", "wiki")),
+    Make("mpt", "mpt", "gpt-neox-20b", ("code", "math")),
+    Make("neox", "neox", "gpt2", ("legal", "multilingual", "web")),
+)
+TARGET = Make("target", "llama", "mistral-7b", ())
+EXPERTS = (("books", "wiki"), ("code", "math"), ("legal", "multilingual", "web"))
+"""Own domains of the models that continue the target itself, for merging: they share its shape."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width, depth and pre-training of a model."""
+
+    width: int
+    layers: int
+    tokens: int
+    head_size: int = 32
+
+
+@dataclass(frozen=True)
+class Scale:
+    """All sizes of a study."""
+
+    name: str
+    vocab_size: int
+    """Entries of every cut tokenizer."""
+    max_tokens: int
+    """Of a row, and what models take."""
+    target: Size
+    source: Size
+    weak_target_tokens: int
+    """What a target has seen that all sources are much stronger than."""
+    expert_tokens: int
+    pretrain_rows_per_step: int
+    pretrain_rate: float
+    corpus_bytes: int
+    """Of the fusion corpus, in each domain."""
+    multiples: tuple[int, ...]
+    """How many times that CLM is given, for what fusion reaches."""
+    rows_per_step: int
+    rates: tuple[float, ...]
+    """Peak learning rates of continued training that were compared."""
+    rate: float
+    """The one that was best for CLM on the selection half; all variants have it."""
+    held_out_documents: int
+    """Of a domain in each half, at most."""
+    held_out_chars: int
+    """Of a document, at most: from its beginning."""
+    draws: int
+    """Of sampled records, such that they take the bytes of top-16."""
+    seeds: tuple[int, ...] = SEEDS
+    workers: int = 2
+    """Processes, each with one thread on a CPU."""
+
+
+SCALES = {
+    "tiny": Scale(
+        name="tiny",
+        vocab_size=512,
+        max_tokens=64,
+        target=Size(32, 1, 8_000, 16),
+        source=Size(32, 1, 16_000, 16),
+        weak_target_tokens=2_000,
+        expert_tokens=4_000,
+        pretrain_rows_per_step=8,
+        pretrain_rate=5e-3,
+        corpus_bytes=1_500,
+        multiples=(2,),
+        rows_per_step=8,
+        rates=(2e-3,),
+        rate=2e-3,
+        held_out_documents=6,
+        held_out_chars=200,
+        draws=16,
+        seeds=(1, 2),
+    ),
+    "cpu": Scale(
+        name="cpu",
+        vocab_size=2_048,
+        max_tokens=256,
+        target=Size(128, 2, 500_000),
+        source=Size(128, 2, 1_000_000),
+        weak_target_tokens=60_000,
+        expert_tokens=300_000,
+        pretrain_rows_per_step=4,
+        pretrain_rate=5e-3,
+        corpus_bytes=95_000,
+        multiples=(2, 4),
+        rows_per_step=8,
+        rates=(5e-4, 1e-3, 2e-3, 4e-3),
+        rate=2e-3,
+        held_out_documents=48,
+        held_out_chars=4_000,
+        draws=16,
+    ),
+    "gpu": Scale(
+        name="gpu",
+        vocab_size=16_384,
+        max_tokens=512,
+        target=Size(512, 8, 12_000_000, 64),
+        source=Size(768, 10, 20_000_000, 64),
+        weak_target_tokens=1_000_000,
+        expert_tokens=3_000_000,
+        pretrain_rows_per_step=32,
+        pretrain_rate=1e-3,
+        corpus_bytes=500_000,
+        multiples=(2, 4),
+        rows_per_step=32,
+        rates=(1e-4, 2e-4, 4e-4, 8e-4),
+        rate=4e-4,
+        held_out_documents=120,
+        held_out_chars=8_000,
+        draws=16,
+        workers=4,
+    ),
+}

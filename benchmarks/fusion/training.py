@@ -1,0 +1,80 @@
+"""Training in one process with rayfuse's own feed, objective and loss, and nothing of a cluster."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Int
+
+from rayfuse.fuse.fuse import FusedRow
+from rayfuse.models import CausalLM
+from rayfuse.recipe import TrainSettings
+from rayfuse.train.engine import FusionModel, group_parameters, learning_rate_share
+from rayfuse.train.feed import MicroBatch, Packing, build_micro_batches
+from rayfuse.train.loop import Objective
+from rayfuse.train.shards import Rows
+
+PACKING = Packing(sequence_tokens=1, sequences=64, is_packed=False)
+"""Every row is a sequence of its own: MPT's attention cannot tell packed rows apart."""
+
+
+def train_lm(
+    lm: CausalLM,
+    steps: Iterable[list[MicroBatch]],
+    settings: TrainSettings,
+    *,
+    num_steps: int,
+    source_names: tuple[str, ...] = (),
+) -> list[float]:
+    """Train a model in place and return the plain language-modelling loss of every step.
+
+    Args:
+        lm: The model.
+        steps: The micro-batches of each step.
+        settings: The loss and the optimiser.
+        num_steps: How many steps there are, for the schedule.
+        source_names: What the fusion loss is booked under.
+
+    Raises:
+        FloatingPointError: A loss is not finite.
+    """
+    model = FusionModel(lm, settings, num_sources=len(source_names))
+    optimizer = torch.optim.AdamW(
+        group_parameters(model, settings.weight_decay),
+        lr=settings.learning_rate,
+        betas=settings.betas,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_share(step, settings, num_steps)
+    )
+    objective = Objective(settings.clm_weight, settings.temperature, num_steps, source_names)
+    losses: list[float] = []
+    model.train()
+    for step, batches in enumerate(steps, 1):
+        positions = sum(len(batch.positions) for batch in batches)
+        weights = objective.weights_at(step, positions, 1)
+        total = 0.0
+        for batch in batches:
+            loss, sums = model(batch, weights)
+            loss.backward()
+            total += float(sums[0])
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"step {step}: the gradient is not finite")
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(total / positions)
+    model.eval()
+    return losses
+
+
+def lay_out_text(
+    rows: Int[torch.Tensor, "rows seq_len"], rows_per_step: int
+) -> Iterator[list[MicroBatch]]:
+    """Yield the micro-batches of plain text, step by step."""
+    for part in rows.split(rows_per_step):
+        ids = part.numpy().astype(np.int32)
+        lengths = np.full(len(ids), ids.shape[1])
+        nothing = FusedRow.of_nothing(ids.size)
+        yield build_micro_batches(Rows(ids.reshape(-1), lengths, nothing), PACKING)

@@ -1,0 +1,324 @@
+"""What each kind of unit does, with rayfuse's own parts."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from benchmarks.fusion.cut_tokenizers import cut_tokenizer
+from benchmarks.fusion.full import iterate_full_steps, place_full_source
+from benchmarks.fusion.published import teach_current_token
+from benchmarks.fusion.scales import DOMAINS
+from benchmarks.fusion.text import (
+    HALVES,
+    read_domain,
+    read_fusion,
+    read_held_out,
+    read_pretraining,
+)
+from benchmarks.fusion.training import PACKING, lay_out_text, train_lm
+from benchmarks.fusion.units import Unit
+from rayfuse.align.boundaries import spell_vocabulary
+from rayfuse.align.shard import Alignment, align_shard
+from rayfuse.align.statistics import choose_most_matched, count_pairs
+from rayfuse.align.vocab_map import PLAIN, build_maps, map_to_nearest, map_vocabulary
+from rayfuse.capture.engine import Failure, TransformersEngine
+from rayfuse.capture.record import build_captured, tokenise_rows
+from rayfuse.capture.top_k import TopLogprobs
+from rayfuse.corpus.shards import build_rows
+from rayfuse.demo.specs import ModelSpec
+from rayfuse.demo.text import Document as PlainDocument
+from rayfuse.demo.tiny_models import build_model, draw_rows
+from rayfuse.evaluate.scores import sum_documents
+from rayfuse.evaluate.scoring import score_documents, score_rows
+from rayfuse.models import CausalLM, load_causal_lm, split_head
+from rayfuse.recipe import CaptureSettings, FuseSettings, ModelSettings, TrainSettings
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.store import LocalStore
+from rayfuse.tokens import TextTokenizer, load_tokenizer
+from rayfuse.train.feed import MicroBatch, Plan, iterate_steps
+from rayfuse.train.order import count_steps
+from rayfuse.train.shards import ShardReader
+
+COUNTED_DOCUMENTS = 200
+"""Training documents of each domain in which characters are counted for a cut tokenizer."""
+
+BATCH_TOKENS = 8_192
+"""Of a forward pass without gradients."""
+
+Record = dict[str, Any]
+
+
+def work(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
+    """Do a unit and return its record."""
+    return KINDS[unit.kind](unit, folder, out, data)
+
+
+def _make_tokenizer(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
+    texts = [
+        document.text
+        for domain in DOMAINS
+        for document in read_domain(data, domain, "train")[:COUNTED_DOCUMENTS]
+    ]
+    name, vocab_size = unit.settings["source"], unit.settings["vocab_size"]
+    cut_tokenizer(data / "tokenizers" / name, folder / "tokenizer", texts, vocab_size)
+    return {"vocab_size": _tokenizer_of(unit, out).vocab_size}
+
+
+def _make_model(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
+    """Pre-train a model from nothing, or one that continues another."""
+    settings, tokenizer = unit.settings, _tokenizer_of(unit.needs["tokenizer"], out)
+    rows_per_step = settings["rows_per_step"]
+    spec = ModelSpec(
+        name=unit.name,
+        family=settings["family"],
+        tokenizer="byte_level",
+        vocab_size=tokenizer.vocab_size,
+        head_width=tokenizer.vocab_size,
+        width=settings["width"],
+        layers=settings["layers"],
+        shares=tuple((domain, share) for domain, share in settings["shares"]),
+        steps=settings["tokens"] // (rows_per_step * settings["max_tokens"]),
+        rows_per_step=rows_per_step,
+        context_tokens=settings["max_tokens"],
+        head_size=settings["head_size"],
+    )
+    if "start" in unit.needs:
+        lm = _load(unit.needs["start"], out)
+    else:
+        model = build_model(spec, tokenizer, settings["seed"]).to(_device())
+        lm = split_head(model, name=unit.name)
+    losses: list[float] = []
+    if spec.steps:
+        documents = [
+            PlainDocument(each.doc_id, each.domain, each.text)
+            for each in read_pretraining(data, settings["seed"])
+        ]
+        rows = draw_rows(spec, documents, tokenizer, settings["seed"])
+        steps = lay_out_text(rows, rows_per_step)
+        num_steps = -(-len(rows) // rows_per_step)
+        train = TrainSettings(clm_weight=1.0, **settings["train"])
+        losses = train_lm(lm, steps, train, num_steps=num_steps)
+    _save(lm, unit.needs["tokenizer"], folder, out)
+    return {"losses": losses, "parameters": sum(each.numel() for each in lm.model.parameters())}
+
+
+def _make_corpus(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
+    settings = unit.settings
+    documents = read_fusion(data, settings["seed"], settings["bytes_per_domain"])
+    tokenizers = [_tokenizer_of(need, out) for need in unit.needs.values()]
+    table = build_rows(documents, tokenizers[0], tokenizers, max_tokens=settings["max_tokens"])
+    tokens = sum(len(ids) for ids in table["target_ids"])
+    _data(unit, out, "rows").write_shard(0, table, tokens=tokens)
+    num_bytes = int(np.sum(table["num_bytes"].to_numpy()))
+    return {
+        "rows": table.num_rows,
+        "documents": len(documents),
+        "tokens": tokens,
+        "bytes": num_bytes,
+    }
+
+
+def _make_held_out(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
+    settings = unit.settings
+    tokenizers = [_tokenizer_of(need, out) for need in unit.needs.values()]
+    found: Record = {}
+    for shard, half in enumerate(HALVES):
+        documents = read_held_out(
+            data, half, most_documents=settings["documents"], most_chars=settings["chars"]
+        )
+        table = build_rows(documents, tokenizers[0], tokenizers, max_tokens=settings["max_tokens"])
+        _data(unit, out, "rows").write_shard(shard, table, tokens=0)
+        found[half] = [[each.doc_id, each.domain, len(each.text.encode())] for each in documents]
+    return found
+
+
+def _capture(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
+    """Score the corpus once, at the largest k, and store what each smaller k would have stored."""
+    settings, model = unit.settings, unit.needs["model"]
+    tokenizer = _tokenizer_of(model.needs["tokenizer"], out)
+    corpus = _read_rows(unit.needs["corpus"], out)
+    rows = tokenise_rows(corpus, tokenizer)
+    capture = CaptureSettings(**settings["capture"], batch_tokens=BATCH_TOKENS)
+    source = ModelSettings(model=str(_model_folder(model, out)), dtype="float32")
+    records = TransformersEngine(source, capture).score_rows(rows)
+    found: Record = {}
+    for name, top_k in settings["records"].items():
+        kept = [record if top_k is None else keep_fewer(record, top_k) for record in records]
+        table, rejects = build_captured(corpus, rows, kept, tokenizer.eos_id)
+        commit = _data(unit, out, name).write_shard(0, table, tokens=sum(map(len, rows)))
+        found[name] = {
+            "bytes_per_token": commit.num_bytes / commit.tokens,
+            "rejects": len(rejects),
+        }
+    return {"records": found}
+
+
+def keep_fewer(record: TopLogprobs | Failure, top_k: int) -> TopLogprobs | Failure:
+    """Return the record that a smaller top_k would have made."""
+    if isinstance(record, Failure):
+        return record
+    logprobs = record.top_logprobs[:, :top_k]
+    head = np.exp(logprobs.astype(np.float64)).sum(axis=1)
+    tails = np.log(np.maximum(1 - head, 1e-7)).astype(np.float32)
+    return replace(
+        record, top_ids=record.top_ids[:, :top_k], top_logprobs=logprobs, tail_logprobs=tails
+    )
+
+
+def _align(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
+    captured, settings = unit.needs["captured"], unit.settings
+    corpus = _read_rows(unit.needs["corpus"], out)
+    alignment = _alignment(unit, out, corpus)
+    found = _data(captured, out, settings["record"])
+    table, stats = align_shard(corpus, found.read_shard(found.read_commit(0)), alignment)
+    if settings["teaches_current_token"]:
+        table = teach_current_token(corpus, table)
+    tokens = int(stats["positions"])
+    _data(unit, out, "rows").write_shard(0, table, tokens=tokens, stats=stats)
+    return {"stats": stats}
+
+
+def _alignment(unit: Unit, out: Path, corpus: pa.Table) -> Alignment:
+    method = unit.settings["method"]
+    source = _tokenizer_of(unit.needs["captured"].needs["model"].needs["tokenizer"], out)
+    target = _tokenizer_of(unit.needs["corpus"].needs["target"], out)
+    spelled = (spell_vocabulary(source), spell_vocabulary(target))
+    if method == "mined":
+        maps = build_maps(map_to_nearest(range(source.vocab_size), source, target), source, target)
+    elif method == "statistics":
+        unseen = map_vocabulary(source, target)[PLAIN, :-1]
+        counted = count_pairs(corpus, *spelled)
+        maps = build_maps(choose_most_matched(counted, unseen), source, target)
+    else:
+        maps = map_vocabulary(source, target, only_equal=method == "exact")
+    return Alignment(*spelled, maps, method)
+
+
+def _train(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
+    """Continue a target on a corpus, with the sources there are, and score it."""
+    settings, corpus = unit.settings, unit.needs["corpus"]
+    aligned = {name: need for name, need in unit.needs.items() if need.kind == "aligned"}
+    tokenizer = _tokenizer_of(corpus.needs["target"], out)
+    reader = ShardReader(
+        _data(corpus, out, "rows"),
+        {name: _data(need, out, "rows") for name, need in aligned.items()},
+        FuseSettings(**settings["fuse"]),
+        tokenizer.count_bytes(),
+    )
+    train = TrainSettings(**settings["train"])
+    rows_per_step, seed = settings["rows_per_step"], settings["seed"]
+    if settings["full"]:
+        table = _read_rows(corpus, out)
+        sources = [
+            place_full_source(
+                _load(need.needs["captured"].needs["model"], out),
+                _alignment(need, out, table),
+                table,
+                _read_captured(need, out),
+            )
+            for need in aligned.values()
+        ]
+        steps = iterate_full_steps(reader, sources, seed=seed, rows_per_step=rows_per_step)
+    else:
+        steps = _iterate_batches(reader, Plan(seed, 1, rows_per_step))
+    lm = _load(unit.needs["start"], out)
+    losses = train_lm(
+        lm,
+        steps,
+        train,
+        num_steps=count_steps(sum(reader.rows_per_shard), rows_per_step, 1),
+        source_names=tuple(aligned),
+    )
+    if settings["keep"]:
+        _save(lm, corpus.needs["target"], folder, out)
+    return {"losses": losses} | _score_lm(lm, tokenizer, unit.needs["held_out"], out)
+
+
+def _iterate_batches(reader: ShardReader, plan: Plan) -> Iterator[list[MicroBatch]]:
+    for step in iterate_steps(reader, PACKING, plan, rank=0, num_workers=1):
+        yield step.batches
+
+
+def _score(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
+    model = unit.needs["model"]
+    tokenizer = _tokenizer_of(model.needs["tokenizer"], out)
+    return _score_lm(_load(model, out), tokenizer, unit.needs["held_out"], out)
+
+
+def _merge(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
+    """Score the mean of the weights of models of one shape."""
+    models = [need for need in unit.needs.values() if need.kind == "model"]
+    states = [_load(model, out).model.state_dict() for model in models]
+    lm = _load(models[0], out)
+    lm.model.load_state_dict(
+        {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+    )
+    tokenizer = _tokenizer_of(models[0].needs["tokenizer"], out)
+    return _score_lm(lm, tokenizer, unit.needs["held_out"], out)
+
+
+def _score_lm(lm: CausalLM, tokenizer: TextTokenizer, held_out: Unit, out: Path) -> Record:
+    """Return what a model pays for every held-out document, in nats."""
+    rows = _data(held_out, out, "rows")
+    found: Record = {}
+    for shard, half in enumerate(HALVES):
+        table = rows.read_shard(rows.read_commit(shard))
+        nats = score_rows(lm, tokenizer, table, name="model", batch_tokens=BATCH_TOKENS)
+        found[half] = [round(each.nats, 3) for each in sum_documents(score_documents(table, nats))]
+    return {"nats": found}
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _load(model: Unit, out: Path) -> CausalLM:
+    return load_causal_lm(str(_model_folder(model, out)), dtype=torch.float32, device=_device())
+
+
+def _save(lm: CausalLM, tokenizer: Unit, folder: Path, out: Path) -> None:
+    saved: Any = lm.model
+    saved.save_pretrained(folder / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tokenizer.folder(out) / "tokenizer" / name, folder / "model" / name)
+
+
+def _model_folder(model: Unit, out: Path) -> Path:
+    return model.folder(out).absolute() / "model"
+
+
+def _tokenizer_of(tokenizer: Unit, out: Path) -> TextTokenizer:
+    return load_tokenizer(str(tokenizer.folder(out).absolute() / "tokenizer"))
+
+
+def _data(unit: Unit, out: Path, name: str) -> DataSet:
+    return DataSet(LocalStore(str(unit.folder(out).absolute())), name, unit.key)
+
+
+def _read_rows(corpus: Unit, out: Path) -> pa.Table:
+    rows = _data(corpus, out, "rows")
+    return rows.read_shard(rows.read_commit(0))
+
+
+def _read_captured(aligned: Unit, out: Path) -> pa.Table:
+    found = _data(aligned.needs["captured"], out, aligned.settings["record"])
+    return found.read_shard(found.read_commit(0))
+
+
+KINDS: dict[str, Callable[[Unit, Path, Path, Path], Record]] = {
+    "tokenizer": _make_tokenizer,
+    "model": _make_model,
+    "corpus": _make_corpus,
+    "held_out": _make_held_out,
+    "captured": _capture,
+    "aligned": _align,
+    "train": _train,
+    "score": _score,
+    "merge": _merge,
+}
