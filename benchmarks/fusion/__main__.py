@@ -13,7 +13,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from benchmarks.fusion.findings import gather
 from benchmarks.fusion.plan import plan_seed
+from benchmarks.fusion.report import write_report
 from benchmarks.fusion.scales import SCALES
 from benchmarks.fusion.units import run_units
 from benchmarks.fusion.work import work
@@ -37,6 +39,8 @@ def main() -> None:
     if not chosen.report_only:
         units = [unit for plan in plans.values() for unit in plan.units_of(chosen.questions)]
         run_units(units, chosen.out, chosen.data, work, workers=chosen.workers or scale.workers)
+    write_report(gather(scale, plans, chosen.out), chosen.out)
+    print(f"{chosen.out}/RESULTS.md")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,9 @@ def gather(scale: Scale, plans: dict[int, Plan], out: Path) -> Findings:
     if held_out is None or held_out.key not in done:
         raise ValueError(f"nothing is scored below {out} yet; run the study first")
     documents = {
-        half: [(str(name), str(domain), int(size)) for name, domain, size in done[held_out.key][half]]
+        half: [
+            (str(name), str(domain), int(size)) for name, domain, size in done[held_out.key][half]
+        ]
         for half in HALVES
     }
 

@@ -2,9 +2,9 @@
 
 Two things were drawn by chance: the held-out documents and the seeds, of which everything depends
 (which documents train whom, the models' weights, the order). The difference is the mean over seeds.
-Its interval adds up, as the root of the sum of squares, the half-width of rayfuse's paired bootstrap
-over documents, on the means over seeds, and Student's half-width over the seeds. What is drawn by
-both is then counted twice, so that the intervals are rather too wide than too narrow.
+Its interval adds up, as the root of the sum of squares, the half-width of rayfuse's paired
+bootstrap over documents, on the means over seeds, and Student's half-width over the seeds. What is
+drawn by both is then counted twice, so that the intervals are rather too wide than too narrow.
 """
 
 import math
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from rayfuse.evaluate.scores import ALL, DocumentScore, Evaluation, bits_per_byte, compare
+from rayfuse.evaluate.scores import DocumentScore, Evaluation, bits_per_byte, compare
 
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
 """97.5 % quantile by the number of seeds."""
@@ -79,9 +79,7 @@ def spread_over_seeds(values: Sequence[float]) -> float:
     return STUDENT_T[len(values)] * float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
-def find_multiple(
-    fused: Nats, clm: dict[int, Nats], documents: Documents
-) -> tuple[Interval, bool]:
+def find_multiple(fused: Nats, clm: dict[int, Nats], documents: Documents) -> tuple[Interval, bool]:
     """Return how many times the tokens CLM needs for what fusion reaches, and whether that is in
     sight.
 
@@ -141,5 +139,3 @@ def _evaluation(nats: Float[np.ndarray, " documents"], documents: Documents) -> 
         for (name, domain, num_bytes), each in zip(documents, nats, strict=True)
     ]
     return Evaluation("variant", "fused", "", scores, 0.0)
-
-

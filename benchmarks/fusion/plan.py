@@ -97,7 +97,12 @@ class Planner:
         return Unit("score", model.name, {}, {"model": model, "held_out": self.held_out})
 
     def align(
-        self, source: Unit, record: str, *, method: str = "bytes", fault: bool = False
+        self,
+        source: Unit,
+        *,
+        record: str = f"top-{DEFAULT_TOP_K}",
+        method: str = "bytes",
+        fault: bool = False,
     ) -> Unit:
         """Return what one source says, in the target's tokens."""
         corpus = self.corpora[1]
@@ -120,7 +125,6 @@ class Planner:
         name: str,
         sources: dict[str, Unit],
         *,
-        record: str = f"top-{DEFAULT_TOP_K}",
         align: dict[str, Any] | None = None,
         times: int = 1,
         start: Unit | None = None,
@@ -148,9 +152,7 @@ class Planner:
             "corpus": self.corpora[times],
             "held_out": self.held_out,
         }
-        needs |= {
-            each: self.align(source, record, **(align or {})) for each, source in sources.items()
-        }
+        needs |= {each: self.align(source, **(align or {})) for each, source in sources.items()}
         return Unit("train", f"{name}, seed {self.seed}", settings, needs)
 
 
@@ -183,9 +185,12 @@ def plan_seed(scale: Scale, seed: int) -> Plan:
     models = {TARGET_ALONE: planner.target, **sources}
     scored = {name: planner.score(model) for name, model in models.items()}
     scored |= {f"expert {name}": planner.score(model) for name, model in experts.items()}
-    scored["merged experts"] = Unit(
-        "merge", "experts", {}, {**experts, "held_out": planner.held_out}
+    held_out = {"held_out": planner.held_out}
+    scored["ensemble"] = Unit("ensemble", f"sources, seed {seed}", {}, sources | held_out)
+    scored["ensemble of experts"] = Unit(
+        "ensemble", f"experts, seed {seed}", {}, experts | held_out
     )
+    scored["merged experts"] = Unit("merge", f"experts, seed {seed}", {}, experts | held_out)
     scored |= {"weak target": planner.score(weak), "untrained": planner.score(untrained)}
     questions = {
         "1": {
@@ -247,8 +252,7 @@ def _plan_alignments(planner: Planner, clm: Unit, fused: Unit) -> dict[str, Unit
         variants[name] = planner.train(
             name,
             sources,
-            record="top-10",
-            align={"method": "mined", "fault": fault},
+            align={"record": "top-10", "method": "mined", "fault": fault},
             fuse={"cost": "nats_per_token", "tail": "renormalise"},
             clm_weight=0.9,
         )
@@ -275,12 +279,12 @@ def _plan_records(planner: Planner, clm: Unit, fused: Unit) -> dict[str, Unit]:
     variants = {CLM: clm}
     for top_k in TOP_KS:
         name = f"top-{top_k}, bucket"
-        variants[name] = planner.train(name, sources, record=f"top-{top_k}")
+        variants[name] = planner.train(name, sources, align={"record": f"top-{top_k}"})
     for tail in ("truth", "renormalise"):
         name = f"top-{DEFAULT_TOP_K}, {tail}"
         variants[name] = planner.train(name, sources, fuse={"tail": tail})
     for record in (f"sampled-0+{draws}", f"sampled-{draws // 2}+{draws // 2}"):
-        variants[record] = planner.train(record, sources, record=record)
+        variants[record] = planner.train(record, sources, align={"record": record})
     variants["full distributions"] = planner.train("full", sources, full=True)
     return variants
 

@@ -34,8 +34,10 @@ from rayfuse.corpus.shards import build_rows
 from rayfuse.demo.specs import ModelSpec
 from rayfuse.demo.text import Document as PlainDocument
 from rayfuse.demo.tiny_models import build_model, draw_rows
+from rayfuse.evaluate.ensemble import TokenCosts, average_sources
+from rayfuse.evaluate.merge_weights import average_weights
 from rayfuse.evaluate.scores import sum_documents
-from rayfuse.evaluate.scoring import score_documents, score_rows
+from rayfuse.evaluate.scoring import score_documents, score_rows, score_tokens
 from rayfuse.models import CausalLM, load_causal_lm, split_head
 from rayfuse.recipe import CaptureSettings, FuseSettings, ModelSettings, TrainSettings
 from rayfuse.storage.dataset import DataSet
@@ -254,13 +256,37 @@ def _score(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
 def _merge(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     """Score the mean of the weights of models of one shape."""
     models = [need for need in unit.needs.values() if need.kind == "model"]
-    states = [_load(model, out).model.state_dict() for model in models]
-    lm = _load(models[0], out)
-    lm.model.load_state_dict(
-        {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
-    )
+    merged = folder / "model"
+    shutil.rmtree(merged, ignore_errors=True)
+    merged.mkdir()
+    average_weights([_model_folder(model, out) for model in models], merged)
+    lm = load_causal_lm(str(merged.absolute()), dtype=torch.float32, device=_device())
     tokenizer = _tokenizer_of(models[0].needs["tokenizer"], out)
     return _score_lm(lm, tokenizer, unit.needs["held_out"], out)
+
+
+def _ensemble(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
+    """Score the mean of what models give to the same bytes."""
+    rows = _data(unit.needs["held_out"], out, "rows")
+    tables = [rows.read_shard(rows.read_commit(shard)) for shard in range(len(HALVES))]
+    costs: list[list[list[TokenCosts]]] = [[] for _ in HALVES]
+    for model in unit.needs.values():
+        if model.kind == "model":
+            tokenizer = _tokenizer_of(model.needs["tokenizer"], out)
+            lm = _load(model, out)
+            for found, table in zip(costs, tables, strict=True):
+                settings = {"name": model.name, "batch_tokens": BATCH_TOKENS}
+                found.append(score_tokens(lm, tokenizer, table, **settings))
+    nats = [
+        np.array([average_sources(row).nats.sum() for row in zip(*found, strict=True)])
+        for found in costs
+    ]
+    return {
+        "nats": {
+            half: _sum_documents(table, each)
+            for half, table, each in zip(HALVES, tables, nats, strict=True)
+        }
+    }
 
 
 def _score_lm(lm: CausalLM, tokenizer: TextTokenizer, held_out: Unit, out: Path) -> Record:
@@ -270,8 +296,12 @@ def _score_lm(lm: CausalLM, tokenizer: TextTokenizer, held_out: Unit, out: Path)
     for shard, half in enumerate(HALVES):
         table = rows.read_shard(rows.read_commit(shard))
         nats = score_rows(lm, tokenizer, table, name="model", batch_tokens=BATCH_TOKENS)
-        found[half] = [round(each.nats, 3) for each in sum_documents(score_documents(table, nats))]
+        found[half] = _sum_documents(table, nats)
     return {"nats": found}
+
+
+def _sum_documents(table: pa.Table, nats: np.ndarray) -> list[float]:
+    return [round(each.nats, 2) for each in sum_documents(score_documents(table, nats))]
 
 
 def _device() -> str:
@@ -321,4 +351,5 @@ KINDS: dict[str, Callable[[Unit, Path, Path, Path], Record]] = {
     "train": _train,
     "score": _score,
     "merge": _merge,
+    "ensemble": _ensemble,
 }

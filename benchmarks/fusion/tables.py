@@ -1,0 +1,161 @@
+"""The study's tables, in Markdown."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.fusion.findings import Findings
+from benchmarks.fusion.intervals import Interval, find_multiple
+from benchmarks.fusion.plan import CLM, FUSED, TARGET_ALONE
+from benchmarks.fusion.scales import DOMAINS, SOURCES
+from rayfuse.evaluate.scores import ALL
+
+Records = dict[int, dict[str, Any]]
+
+NOTHING = "not done yet"
+
+
+def to_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    ruler = ["---"] * len(head)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ruler, *lines])
+
+
+def write_interval(interval: Interval) -> str:
+    """Return a difference with its interval, in bold where that excludes zero."""
+    text = f"{interval.value:+.4f} ({interval.low:+.4f} to {interval.high:+.4f})"
+    text = text.replace("-", "\u2212")
+    return text if interval.outcome == "unclear" else f"**{text}**"
+
+
+def write_scores(findings: Findings, models: dict[str, Records]) -> str:
+    """Return bits per byte of models, over all and by domain."""
+    lines: list[list[str]] = []
+    for name, records in models.items():
+        scores = findings.score(records)
+        cells = [f"{scores[group]:.4f}" for group in (ALL, *DOMAINS)]
+        lines.append([name, *cells, str(len(records))])
+    return to_table(["model", ALL, *DOMAINS, "seeds"], lines)
+
+
+def write_against(findings: Findings, ours: Records, others: dict[str, Records]) -> str:
+    """Return one variant minus each other one, over all."""
+    lines = [
+        [name, write_interval(findings.compare(ours, records)[ALL])]
+        for name, records in others.items()
+    ]
+    return to_table(["minus", "bits per byte, all"], lines)
+
+
+def write_domains(findings: Findings, ours: Records, others: dict[str, Records]) -> str:
+    """Return one variant minus some others, by domain."""
+    found = {name: findings.compare(ours, records) for name, records in others.items()}
+    lines = [
+        [group, *(write_interval(each[group]) for each in found.values())]
+        for group in (ALL, *DOMAINS)
+    ]
+    return to_table(["text", *(f"minus {name}" for name in others)], lines)
+
+
+def write_variants(
+    findings: Findings, variants: dict[str, Records], *, default: str | None = None
+) -> str:
+    """Return each variant's bits per byte, and minus CLM and the default.
+
+    Args:
+        findings: Of the study.
+        variants: By name; one is CLM, whatever it is called.
+        default: The name of rayfuse's default among them.
+    """
+    clm = findings.questions["1"].get(CLM)
+    fused = findings.questions["1"].get(FUSED)
+    if clm is None or fused is None:
+        return NOTHING
+    lines: list[list[str]] = []
+    for name, records in variants.items():
+        against_clm, against_fused = (findings.compare(records, each) for each in (clm, fused))
+        wins = [
+            sum(against_clm[d].outcome == kind for d in DOMAINS) for kind in ("better", "worse")
+        ]
+        is_clm, is_default = records is clm or records == clm, name == default
+        lines.append(
+            [
+                name + " (default)" * is_default,
+                f"{findings.score(records, 'selection')[ALL]:.4f}",
+                f"{findings.score(records)[ALL]:.4f}",
+                "" if is_clm else write_interval(against_clm[ALL]),
+                "" if is_clm else f"{wins[0]} / {wins[1]}",
+                "" if is_default else write_interval(against_fused[ALL]),
+                str(len(records)),
+            ]
+        )
+    head = ["variant", "selection half", "reported half", "minus CLM", "domains better / worse"]
+    return to_table([*head, "minus default", "seeds"], lines)
+
+
+def write_multiple(findings: Findings) -> str:
+    """Return the answer to question 2 in words."""
+    records = findings.questions["2"]
+    runs = {1: records.get(CLM)} | {
+        times: records.get(f"CLM {times}x") for times in findings.scale.multiples
+    }
+    fused = records.get(FUSED)
+    seeds = set(fused or ())
+    for each in runs.values():
+        seeds &= set(each or ())
+    if not seeds or fused is None:
+        return NOTHING
+    order = sorted(seeds)
+    multiple, is_in_sight = find_multiple(
+        findings.nats(fused, order, "reported"),
+        {times: findings.nats(each, order, "reported") for times, each in runs.items() if each},
+        findings.documents["reported"],
+    )
+    text = (
+        f"CLM needs **{multiple.value:.2f} times** the tokens for what fusion reaches "
+        f"(95 % interval {multiple.low:.2f} to {multiple.high:.2f}; seeds: {len(order)})."
+    )
+    if not is_in_sight:
+        most = max(findings.scale.multiples)
+        text += f" Beyond {most} times nothing was trained: the end of the interval is a guess."
+    return text
+
+
+def write_wins(findings: Findings) -> list[str]:
+    """Return the sentences of question 1 that can be false."""
+    records = findings.questions["1"]
+    ours, clm = records.get(FUSED), records.get(CLM)
+    if ours is None or clm is None:
+        return [NOTHING]
+    against_clm = findings.compare(ours, clm)
+    better = [domain for domain in DOMAINS if against_clm[domain].outcome == "better"]
+    worse = [domain for domain in DOMAINS if against_clm[domain].outcome == "worse"]
+    names = [make.name for make in SOURCES if make.name in findings.models]
+    lost = [
+        name
+        for name in names
+        if findings.compare(ours, findings.models[name])[ALL].outcome != "better"
+    ]
+    return [
+        f"Fused against CLM on all text: {against_clm[ALL].outcome}.",
+        f"Fused against CLM by domain: better in {len(better)} of {len(DOMAINS)} "
+        f"({', '.join(better) or 'none'}), worse in {len(worse)} ({', '.join(worse) or 'none'}).",
+        f"Fused against every source on all text: better than {len(names) - len(lost)} of "
+        f"{len(names)}" + (f", not than {', '.join(lost)}" if lost else "") + ".",
+    ]
+
+
+def order_models(findings: Findings) -> dict[str, Records]:
+    """Return the models of question 1, those that are done."""
+    names = [make.name for make in SOURCES]
+    found = {name: findings.models[name] for name in [*names, TARGET_ALONE, "ensemble"]
+             if name in findings.models}  # fmt: skip
+    variants = findings.questions["1"]
+    return found | {name: variants[name] for name in (CLM, FUSED) if name in variants}
+
+
+def order_experts(findings: Findings) -> dict[str, Records]:
+    """Return the models that share the target's shape, those that are done."""
+    found = {TARGET_ALONE: findings.models[TARGET_ALONE]} if TARGET_ALONE in findings.models else {}
+    found |= {name: each for name, each in findings.models.items() if "expert" in name}
+    variants = findings.questions["1"]
+    return found | {name: variants[name] for name in (CLM, "fused experts") if name in variants}
