@@ -14,7 +14,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from benchmarks.fusion.findings import gather
-from benchmarks.fusion.plan import plan_seed
+from benchmarks.fusion.plan import order_units, plan_seed
 from benchmarks.fusion.report import write_report
 from benchmarks.fusion.scales import SCALES
 from benchmarks.fusion.units import run_units
@@ -37,7 +37,7 @@ def main() -> None:
     scale = SCALES[chosen.scale]
     plans = {seed: plan_seed(scale, seed) for seed in chosen.seeds or scale.seeds}
     if not chosen.report_only:
-        units = [unit for plan in plans.values() for unit in plan.units_of(chosen.questions)]
+        units = order_units(plans, chosen.questions)
         run_units(units, chosen.out, chosen.data, work, workers=chosen.workers or scale.workers)
     write_report(gather(scale, plans, chosen.out), chosen.out)
     print(f"{chosen.out}/RESULTS.md")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.fusion.intervals import Documents, Interval, Nats, compare_groups, score_groups
-from benchmarks.fusion.plan import Plan
+from benchmarks.fusion.plan import Plan, order_units
 from benchmarks.fusion.scales import Scale
 from benchmarks.fusion.text import HALVES
 from benchmarks.fusion.units import Unit, list_with_needs
@@ -23,12 +23,10 @@ class Findings:
     """Those that are planned."""
     documents: dict[str, Documents]
     """By half."""
-    models: dict[str, dict[int, dict[str, Any]]]
-    """Records by name and seed."""
     questions: dict[str, dict[str, dict[int, dict[str, Any]]]]
-    tuning: dict[str, dict[int, dict[str, Any]]]
+    """Records by question, name and seed."""
     needs: dict[str, list[dict[str, Any]]]
-    """Records of all other units by kind."""
+    """Records of all units by kind."""
     cpu_seconds: dict[str, float]
     """By kind of unit, of all seeds."""
     num_missing: int
@@ -64,7 +62,7 @@ def gather(scale: Scale, plans: dict[int, Plan], out: Path) -> Findings:
     Raises:
         ValueError: The held-out text is not there yet: nothing is scored.
     """
-    every = list_with_needs(unit for plan in plans.values() for unit in plan.units_of())
+    every = list_with_needs(order_units(plans))
     done = {unit.key: unit.read(out) for unit in every if unit.is_done(out)}
     held_out = next((unit for unit in every if unit.kind == "held_out"), None)
     if held_out is None or held_out.key not in done:
@@ -84,7 +82,6 @@ def gather(scale: Scale, plans: dict[int, Plan], out: Path) -> Findings:
                     found.setdefault(name, {})[seed] = done[unit.key]
         return found
 
-    names = next(iter(plans.values())).questions
     cpu_seconds: dict[str, float] = {}
     needs: dict[str, list[dict[str, Any]]] = {}
     for unit in every:
@@ -96,12 +93,10 @@ def gather(scale: Scale, plans: dict[int, Plan], out: Path) -> Findings:
         scale=scale,
         seeds=tuple(plans),
         documents=documents,
-        models=collect({seed: plan.models for seed, plan in plans.items()}),
         questions={
-            question: collect({seed: plan.questions[question] for seed, plan in plans.items()})
-            for question in names
+            question: collect({seed: plan[question] for seed, plan in plans.items()})
+            for question in next(iter(plans.values()))
         },
-        tuning=collect({seed: plan.tuning for seed, plan in plans.items()}),
         needs=needs,
         cpu_seconds=cpu_seconds,
         num_missing=len(every) - len(done),
@@ -126,11 +121,9 @@ def write_numbers(findings: Findings, path: Path) -> None:
     content = {
         "scale": asdict(findings.scale),
         "documents": findings.documents,
-        "models": shorten(findings.models),
         "questions": {
             name: shorten(records) for name, records in sorted(findings.questions.items())
         },
-        "tuning": shorten(findings.tuning),
         "cpu_seconds": findings.cpu_seconds,
     }
     path.write_text(json.dumps(content, separators=(",", ":")) + "\n")

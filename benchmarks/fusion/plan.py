@@ -1,6 +1,6 @@
 """The units of the study: for every seed, the variants of each question, by name."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.fusion.scales import EXPERTS, SOURCES, TARGET, Make, Scale, Size
@@ -14,24 +14,11 @@ LAMBDAS = (0.9, 0.7, 0.5, 0.3, 0.0)
 CLM, FUSED, TARGET_ALONE = "CLM", "fused", "target"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One seed's units."""
+TUNING = "tuning"
+"""Stands beside the questions: learning rates, compared on the selection half."""
 
-    models: dict[str, Unit]
-    """What is scored as it is: the target, every source, merged weights."""
-    questions: dict[str, dict[str, Unit]]
-    """Variants of continued training by question and name; some stand in several."""
-    tuning: dict[str, Unit]
-    """Learning rates, compared on the selection half."""
-
-    def units_of(self, questions: list[str] | None = None) -> list[Unit]:
-        """Return the units of some questions, or all, those of the first questions first."""
-        names = list(self.questions) if questions is None else questions
-        units = [unit for name in names for unit in self.questions.get(name, {}).values()]
-        scored = self.models.values() if questions is None or "1" in questions else ()
-        tuning = self.tuning.values() if questions is None or "tuning" in questions else ()
-        return [*scored, *units, *tuning]
+Plan = dict[str, dict[str, Unit]]
+"""What each question compares, by question and name; some units stand in several."""
 
 
 class Planner:
@@ -180,49 +167,67 @@ def plan_seed(scale: Scale, seed: int) -> Plan:
         )
         for domains in EXPERTS
     }
-    untrained = planner.model(SOURCES[seed % 3], scale.source, tokens=0)
-    weak = planner.model(TARGET, scale.target, tokens=scale.weak_target_tokens)
-    models = {TARGET_ALONE: planner.target, **sources}
-    scored = {name: planner.score(model) for name, model in models.items()}
-    scored |= {f"expert {name}": planner.score(model) for name, model in experts.items()}
     held_out = {"held_out": planner.held_out}
-    scored["ensemble"] = Unit("ensemble", f"sources, seed {seed}", {}, sources | held_out)
-    scored["ensemble of experts"] = Unit(
-        "ensemble", f"experts, seed {seed}", {}, experts | held_out
-    )
-    scored["merged experts"] = Unit("merge", f"experts, seed {seed}", {}, experts | held_out)
-    scored |= {"weak target": planner.score(weak), "untrained": planner.score(untrained)}
-    questions = {
+    plan = {
+        TUNING: {},
         "1": {
-            FUSED: fused,
+            TARGET_ALONE: planner.score(planner.target),
             CLM: clm,
-            "fused experts": train("fused experts", experts),
+            **{name: planner.score(source) for name, source in sources.items()},
+            FUSED: fused,
+            "ensemble": Unit("ensemble", f"sources, seed {seed}", {}, sources | held_out),
         },
         "2": {CLM: clm, FUSED: fused}
         | {f"CLM {times}x": train(f"CLM {times}x", {}, times=times) for times in scale.multiples},
-        "8": {
-            CLM: clm,
-            FUSED: fused,
-            "and an untrained source": train("noise", {**sources, "untrained": untrained}),
-            "and an untrained source, avg_ce": train(
-                "noise, avg_ce", {**sources, "untrained": untrained}, fuse={"method": "avg_ce"}
-            ),
-            "an untrained source alone": train("noise alone", {"untrained": untrained}),
-            "weak target: CLM": train("weak, CLM", {}, start=weak),
-            "weak target: fused": train("weak, fused", sources, start=weak),
-        },
-        "6": _plan_records(planner, clm, fused),
+        "8": _plan_strong_and_bad(planner, clm, fused),
         "7": _plan_losses(planner, clm, fused),
-        "3": _plan_numbers(planner, clm, fused),
-        "4": _plan_alignments(planner, clm, fused),
+        "6": _plan_records(planner, clm, fused),
         "5": _plan_choices(planner, clm, fused),
+        "4": _plan_alignments(planner, clm, fused),
+        "3": _plan_numbers(planner, clm, fused),
+        "1b": {
+            TARGET_ALONE: planner.score(planner.target),
+            **{f"expert {name}": planner.score(model) for name, model in experts.items()},
+            "ensemble of experts": Unit(
+                "ensemble", f"experts, seed {seed}", {}, experts | held_out
+            ),
+            "merged experts": Unit("merge", f"experts, seed {seed}", {}, experts | held_out),
+            CLM: clm,
+            "fused experts": train("fused experts", experts),
+        },
     }
-    tuning: dict[str, Unit] = {}
     if seed == scale.seeds[0]:
-        for rate in scale.rates:
-            tuning[f"{CLM}, {rate:g}"] = train(f"{CLM}, rate {rate:g}", {}, rate=rate)
-            tuning[f"{FUSED}, {rate:g}"] = train(f"{FUSED}, rate {rate:g}", sources, rate=rate)
-    return Plan(scored, questions, tuning)
+        for name, heard in ((CLM, {}), (FUSED, sources)):
+            for rate in scale.rates:
+                label = f"{name}, {rate:g}"
+                plan[TUNING][label] = train(label, heard, rate=rate)
+    return plan
+
+
+def order_units(plans: Mapping[int, Plan], questions: Sequence[str] | None = None) -> list[Unit]:
+    """Return the units of some questions, or of all, question by question and seed by seed."""
+    names = next(iter(plans.values())) if questions is None else questions
+    return [unit for name in names for plan in plans.values() for unit in plan[name].values()]
+
+
+def _plan_strong_and_bad(planner: Planner, clm: Unit, fused: Unit) -> dict[str, Unit]:
+    scale, train, sources = planner.scale, planner.train, planner.sources
+    untrained = planner.model(SOURCES[planner.seed % 3], scale.source, tokens=0)
+    weak = planner.model(TARGET, scale.target, tokens=scale.weak_target_tokens)
+    with_noise = {**sources, "untrained": untrained}
+    return {
+        CLM: clm,
+        FUSED: fused,
+        "and an untrained source": train("noise", with_noise),
+        "and an untrained source, avg_ce": train(
+            "noise, avg_ce", with_noise, fuse={"method": "avg_ce"}
+        ),
+        "an untrained source alone": train("noise alone", {"untrained": untrained}),
+        "untrained": planner.score(untrained),
+        "weak target": planner.score(weak),
+        "weak target: CLM": train("weak, CLM", {}, start=weak),
+        "weak target: fused": train("weak, fused", sources, start=weak),
+    }
 
 
 def _plan_numbers(planner: Planner, clm: Unit, fused: Unit) -> dict[str, Unit]:

@@ -17,6 +17,9 @@ OUTCOMES = {"better": ("#0072B2", "o"), "worse": ("#D55E00", "X"), "unclear": ("
 
 MARKERS = "osD^vPX*<>"
 
+NO_VARIANTS = ("untrained", "weak target", "weak target: CLM", "weak target: fused")
+"""Of question 8, what is not the target continued from the common start."""
+
 MINUS_CLM = "minus CLM, bits per byte (left of 0: better)"
 
 
@@ -54,7 +57,7 @@ def draw_models(findings: Findings) -> bytes:
     axes.set_xlabel("held-out text, by domain")
     axes.set_ylabel("bits per byte (lower is better)")
     axes.set_title("What each model pays, mean over seeds")
-    put_legend_outside(axes, len(models))
+    put_legend_outside(axes, 4)
     return to_png(figure)
 
 
@@ -73,7 +76,7 @@ def draw_variants(findings: Findings, clm: Records) -> bytes:
     lines: dict[str, Interval] = {}
     for question in ("3", "4", "5", "6", "7", "8"):
         for name, records in findings.questions[question].items():
-            if records != clm and not name.startswith("weak target"):
+            if records != clm and name not in NO_VARIANTS:
                 lines[f"{question}: {name}"] = findings.compare(records, clm)[ALL]
     return draw_intervals("All variants, by question", lines, MINUS_CLM)
 
@@ -117,7 +120,7 @@ def draw_top_k(findings: Findings, clm: Records) -> bytes:
     axes.set_xlabel("entries kept at a position (other records stand beside the 16 of equal bytes)")
     axes.set_ylabel("minus CLM, bits per byte")
     axes.set_title("What is kept of each distribution (95 % intervals)")
-    put_legend_outside(axes, len(others) + 1)
+    put_legend_outside(axes, 3)
     return to_png(figure)
 
 
@@ -137,8 +140,8 @@ def draw_tokens(findings: Findings) -> bytes:
     axes.plot(list(points), list(points.values()), marker="s", linestyle="-", label="CLM")
     axes.plot([tokens], [fused], marker="*", markersize=13, linestyle="none", label="fused")
     axes.axhline(fused, linestyle="--", linewidth=1, color=INK)
-    if TARGET_ALONE in findings.models:
-        start = findings.score(findings.models[TARGET_ALONE])[ALL]
+    if TARGET_ALONE in findings.questions["1"]:
+        start = findings.score(findings.questions["1"][TARGET_ALONE])[ALL]
         axes.axhline(start, linestyle=":", linewidth=1, color=INK)
         axes.annotate("target before", (tokens, start), textcoords="offset points", xytext=(0, 4))
     axes.set_xscale("log", base=2)

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 from benchmarks.fusion.findings import Findings, write_numbers
-from benchmarks.fusion.plan import CLM, FUSED
-from benchmarks.fusion.plots import draw_plots
+from benchmarks.fusion.plan import CLM, FUSED, TUNING
+from benchmarks.fusion.plots import NO_VARIANTS, draw_plots
 from benchmarks.fusion.scales import DOMAINS, OWN_SHARE, SOURCES, TARGET
 from benchmarks.fusion.tables import (
     NOTHING,
-    order_experts,
     order_models,
     to_table,
     write_against,
@@ -63,7 +62,7 @@ def _describe_study(findings: Findings) -> str:
         for make, size in [*((make, scale.source) for make in SOURCES), (TARGET, scale.target)]
     ]
     head = ["model", "family", "tokenizer", "own domains", "width x layers", "parameters", "tokens"]
-    done = sorted({seed for records in findings.models.values() for seed in records})
+    done = sorted({seed for records in findings.questions["1"].values() for seed in records})
     parts = [
         f"# The fusion study, scale `{scale.name}`",
         f"`python -m benchmarks.fusion --scale {scale.name} --out DIR` makes all of this from the "
@@ -135,8 +134,8 @@ def _answer_first(findings: Findings) -> str:
         "![bits per byte of every model](models.png)",
         "![fused minus CLM by domain](domains.png)",
     ]
-    if "fused experts" in variants:
-        experts = order_experts(findings)
+    experts = findings.questions["1b"]
+    if "fused experts" in experts:
         rest = {name: each for name, each in experts.items() if name != "fused experts"}
         parts += [
             "### Models of one shape: weight merging",
@@ -146,7 +145,7 @@ def _answer_first(findings: Findings) -> str:
             "their weights cannot be merged.",
             write_scores(findings, experts),
             "Fused from the experts minus each other, over all text:",
-            write_against(findings, variants["fused experts"], rest),
+            write_against(findings, experts["fused experts"], rest),
         ]
     return "\n\n".join(parts)
 
@@ -211,14 +210,14 @@ def _answer_strong_and_bad(findings: Findings) -> str:
     parts = ["## 8. Strong sources, and a bad one"]
     weak_clm, weak = variants.get("weak target: CLM"), variants.get("weak target: fused")
     if weak_clm is not None and weak is not None:
-        scores = findings.score(findings.models["weak target"])
+        scores = findings.score(variants["weak target"])
         parts += [
             f"A target that has seen only {findings.scale.weak_target_tokens:,} tokens "
             f"({scores[ALL]:.4f} bits per byte before), of which every source knows more: fused "
             f"{findings.score(weak)[ALL]:.4f}, CLM {findings.score(weak_clm)[ALL]:.4f}.",
             write_domains(findings, weak, {"its CLM": weak_clm}),
         ]
-    shown = {name: each for name, each in variants.items() if not name.startswith("weak")}
+    shown = {name: each for name, each in variants.items() if name not in NO_VARIANTS}
     parts += [
         "A source with random weights beside the three, and alone:",
         write_variants(findings, shown, default=FUSED) if shown else NOTHING,
@@ -249,7 +248,7 @@ def _describe_choices(findings: Findings) -> str:
     ]
     lines = [
         [name, f"{findings.score(records, 'selection')[ALL]:.4f}"]
-        for name, records in findings.tuning.items()
+        for name, records in findings.questions[TUNING].items()
     ]
     return "\n\n".join([*parts, to_table(["run", "selection half, all"], lines)])
 

@@ -129,11 +129,9 @@ def write_wins(findings: Findings) -> list[str]:
     against_clm = findings.compare(ours, clm)
     better = [domain for domain in DOMAINS if against_clm[domain].outcome == "better"]
     worse = [domain for domain in DOMAINS if against_clm[domain].outcome == "worse"]
-    names = [make.name for make in SOURCES if make.name in findings.models]
+    names = [make.name for make in SOURCES if make.name in records]
     lost = [
-        name
-        for name in names
-        if findings.compare(ours, findings.models[name])[ALL].outcome != "better"
+        name for name in names if findings.compare(ours, records[name])[ALL].outcome != "better"
     ]
     return [
         f"Fused against CLM on all text: {against_clm[ALL].outcome}.",
@@ -145,17 +143,7 @@ def write_wins(findings: Findings) -> list[str]:
 
 
 def order_models(findings: Findings) -> dict[str, Records]:
-    """Return the models of question 1, those that are done."""
-    names = [make.name for make in SOURCES]
-    found = {name: findings.models[name] for name in [*names, TARGET_ALONE, "ensemble"]
-             if name in findings.models}  # fmt: skip
-    variants = findings.questions["1"]
-    return found | {name: variants[name] for name in (CLM, FUSED) if name in variants}
-
-
-def order_experts(findings: Findings) -> dict[str, Records]:
-    """Return the models that share the target's shape, those that are done."""
-    found = {TARGET_ALONE: findings.models[TARGET_ALONE]} if TARGET_ALONE in findings.models else {}
-    found |= {name: each for name, each in findings.models.items() if "expert" in name}
-    variants = findings.questions["1"]
-    return found | {name: variants[name] for name in (CLM, "fused experts") if name in variants}
+    """Return the models of question 1 that are done: sources, ensemble, target, CLM, fused."""
+    names = [*(make.name for make in SOURCES), "ensemble", TARGET_ALONE, CLM, FUSED]
+    found = findings.questions["1"]
+    return {name: found[name] for name in names if name in found}

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -103,7 +104,7 @@ def run_units(units: Iterable[Unit], out: Path, data: Path, work: Work, *, worke
     open_keys = {unit.key for unit in waiting}
     context = multiprocessing.get_context("spawn")
     running: dict[Future[dict[str, Any]], Unit] = {}
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_use_one_thread) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
         while waiting or running:
             ready = [
                 unit
@@ -122,8 +123,18 @@ def run_units(units: Iterable[Unit], out: Path, data: Path, work: Work, *, worke
                 print(f"{done}/{total} {unit.kind} {unit.name}: {took}", flush=True)
 
 
-def _use_one_thread() -> None:
+def _begin_worker() -> None:
+    """Use one thread, and end with the study: a killed one must leave nothing running."""
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
