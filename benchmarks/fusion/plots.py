@@ -150,7 +150,7 @@ def draw_tokens(findings: Findings) -> bytes:
     axes.set_xlabel("target tokens learned (each run with its own whole schedule)")
     axes.set_ylabel("bits per byte, all (lower is better)")
     axes.set_title("How many tokens CLM needs for what fusion reaches")
-    put_legend_inside(axes)
+    put_legend_outside(axes, 2)
     return to_png(figure)
 
 
