@@ -169,7 +169,6 @@ def plan_seed(scale: Scale, seed: int) -> Plan:
     }
     held_out = {"held_out": planner.held_out}
     plan = {
-        TUNING: {},
         "1": {
             TARGET_ALONE: planner.score(planner.target),
             CLM: clm,
@@ -195,6 +194,7 @@ def plan_seed(scale: Scale, seed: int) -> Plan:
             CLM: clm,
             "fused experts": train("fused experts", experts),
         },
+        TUNING: {},
     }
     if seed == scale.seeds[0]:
         for name, heard in ((CLM, {}), (FUSED, sources)):
