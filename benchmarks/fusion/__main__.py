@@ -35,9 +35,10 @@ def main() -> None:
     parser.add_argument("--report-only", action="store_true")
     chosen = parser.parse_args()
     scale = SCALES[chosen.scale]
-    plans = {seed: plan_seed(scale, seed) for seed in chosen.seeds or scale.seeds}
+    plans = {seed: plan_seed(scale, seed) for seed in scale.seeds}
     if not chosen.report_only:
-        units = order_units(plans, chosen.questions)
+        wanted = {seed: plans[seed] for seed in chosen.seeds or scale.seeds}
+        units = order_units(wanted, chosen.questions)
         run_units(units, chosen.out, chosen.data, work, workers=chosen.workers or scale.workers)
     write_report(gather(scale, plans, chosen.out), chosen.out)
     print(f"{chosen.out}/RESULTS.md")

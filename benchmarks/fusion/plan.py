@@ -5,14 +5,21 @@ from typing import Any
 
 from benchmarks.fusion.scales import EXPERTS, SOURCES, TARGET, Make, Scale, Size
 from benchmarks.fusion.units import Unit
-from rayfuse.recipe import FuseSettings, TrainSettings
+from rayfuse.recipe import CaptureSettings, FuseSettings, TrainSettings
 
+DEFAULT_RECORD = f"top-{CaptureSettings().top_k}"
 TOP_KS = (4, 10, 16, 32, 64)
-DEFAULT_TOP_K = 16
 LAMBDAS = (0.9, 0.7, 0.5, 0.3, 0.0)
 
 CLM, FUSED, TARGET_ALONE = "CLM", "fused", "target"
 
+FUSE_FIELDS = {"method", "unit", "span_tokens", "cost", "temperature", "tail"}
+TRAIN_FIELDS = {
+    *("clm_weight", "divergence", "temperature"),
+    *("learning_rate", "schedule", "final_learning_rate_share", "warmup_share"),
+    *("betas", "weight_decay", "gradient_clipping"),
+}
+"""The settings that decide a variant's result."""
 
 TUNING = "tuning"
 """Stands beside the questions: learning rates, compared on the selection half."""
@@ -87,7 +94,7 @@ class Planner:
         self,
         source: Unit,
         *,
-        record: str = f"top-{DEFAULT_TOP_K}",
+        record: str = DEFAULT_RECORD,
         method: str = "bytes",
         fault: bool = False,
     ) -> Unit:
@@ -126,9 +133,10 @@ class Planner:
         if not sources:
             train["clm_weight"] = 1.0
         # Resolved, so that what is equal by a default is the same unit.
+        heard = FuseSettings(**(fuse or {})).model_dump(mode="json", include=FUSE_FIELDS)
         settings = {
-            "fuse": FuseSettings(**(fuse or {})).model_dump(mode="json"),
-            "train": TrainSettings(**train).model_dump(mode="json"),
+            "fuse": heard if sources else {},
+            "train": TrainSettings(**train).model_dump(mode="json", include=TRAIN_FIELDS),
             "rows_per_step": scale.rows_per_step,
             "seed": self.seed,
             "full": full,
@@ -179,10 +187,10 @@ def plan_seed(scale: Scale, seed: int) -> Plan:
         "2": {CLM: clm, FUSED: fused}
         | {f"CLM {times}x": train(f"CLM {times}x", {}, times=times) for times in scale.multiples},
         "8": _plan_strong_and_bad(planner, clm, fused),
-        "7": _plan_losses(planner, clm, fused),
-        "6": _plan_records(planner, clm, fused),
-        "5": _plan_choices(planner, clm, fused),
-        "4": _plan_alignments(planner, clm, fused),
+        "7": _plan_losses(planner, clm),
+        "6": _plan_records(planner, clm),
+        "5": _plan_choices(planner, clm),
+        "4": _plan_alignments(planner, clm),
         "3": _plan_numbers(planner, clm, fused),
         "1b": {
             TARGET_ALONE: planner.score(planner.target),
@@ -247,10 +255,10 @@ def _plan_numbers(planner: Planner, clm: Unit, fused: Unit) -> dict[str, Unit]:
     }
 
 
-def _plan_alignments(planner: Planner, clm: Unit, fused: Unit) -> dict[str, Unit]:
+def _plan_alignments(planner: Planner, clm: Unit) -> dict[str, Unit]:
     sources = planner.sources
-    variants = {CLM: clm, "bytes": fused}
-    for method in ("exact", "mined", "statistics"):
+    variants = {CLM: clm}
+    for method in ("bytes", "exact", "mined", "statistics"):
         variants[method] = planner.train(method, sources, align={"method": method})
     for fault in (False, True):
         name = "paper preset" + ", with its off-by-one" * fault
@@ -264,37 +272,40 @@ def _plan_alignments(planner: Planner, clm: Unit, fused: Unit) -> dict[str, Unit
     return variants
 
 
-def _plan_choices(planner: Planner, clm: Unit, fused: Unit) -> dict[str, Unit]:
+def _plan_choices(planner: Planner, clm: Unit) -> dict[str, Unit]:
     settings: dict[str, dict[str, Any]] = {
-        "min_ce, document": {"unit": "document"},
-        "min_ce, span of 32": {"unit": "span"},
-        "min_ce, token": {"unit": "token"},
-        "min_ce, row, per token": {"cost": "nats_per_token"},
-        "avg_ce, row": {"method": "avg_ce"},
-        "avg_ce, row, temperature 0.1": {"method": "avg_ce", "temperature": 0.1},
-        "avg_ce, span of 32": {"method": "avg_ce", "unit": "span"},
+        "min_ce, row": {"method": "min_ce", "unit": "row", "cost": "nats_per_byte"},
+        "min_ce, row, per token": {"method": "min_ce", "unit": "row", "cost": "nats_per_token"},
+        "min_ce, document": {"method": "min_ce", "unit": "document"},
+        "min_ce, span of 32": {"method": "min_ce", "unit": "span", "span_tokens": 32},
+        "min_ce, token": {"method": "min_ce", "unit": "token"},
+        "avg_ce, row": {"method": "avg_ce", "unit": "row"},
+        "avg_ce, row, temperature 0.1": {"method": "avg_ce", "unit": "row", "temperature": 0.1},
+        "avg_ce, span of 32": {"method": "avg_ce", "unit": "span", "span_tokens": 32},
     }
-    return {CLM: clm, "min_ce, row": fused} | {
+    return {CLM: clm} | {
         name: planner.train(name, planner.sources, fuse=fuse) for name, fuse in settings.items()
     }
 
 
-def _plan_records(planner: Planner, clm: Unit, fused: Unit) -> dict[str, Unit]:
+def _plan_records(planner: Planner, clm: Unit) -> dict[str, Unit]:
     sources, draws = planner.sources, planner.scale.draws
     variants = {CLM: clm}
     for top_k in TOP_KS:
         name = f"top-{top_k}, bucket"
-        variants[name] = planner.train(name, sources, align={"record": f"top-{top_k}"})
+        align, fuse = {"record": f"top-{top_k}"}, {"tail": "bucket"}
+        variants[name] = planner.train(name, sources, align=align, fuse=fuse)
     for tail in ("truth", "renormalise"):
-        name = f"top-{DEFAULT_TOP_K}, {tail}"
-        variants[name] = planner.train(name, sources, fuse={"tail": tail})
+        name = f"top-16, {tail}"
+        align, fuse = {"record": "top-16"}, {"tail": tail}
+        variants[name] = planner.train(name, sources, align=align, fuse=fuse)
     for record in (f"sampled-0+{draws}", f"sampled-{draws // 2}+{draws // 2}"):
         variants[record] = planner.train(record, sources, align={"record": record})
     variants["full distributions"] = planner.train("full", sources, full=True)
     return variants
 
 
-def _plan_losses(planner: Planner, clm: Unit, fused: Unit) -> dict[str, Unit]:
+def _plan_losses(planner: Planner, clm: Unit) -> dict[str, Unit]:
     variants = {"lambda 1 (CLM)": clm}
     for weight in LAMBDAS:
         name = f"lambda {weight:g}"

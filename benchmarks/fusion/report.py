@@ -160,17 +160,16 @@ def _answer_tokens(findings: Findings) -> str:
 
 def _answer_variants(findings: Findings) -> list[str]:
     titles = {
-        "3": ("Number of sources", "3 sources", ""),
+        "3": ("Number of sources", ""),
         "4": (
             "Alignment",
-            "bytes",
             "The paper preset is top-10 renormalised, `mined`, choice per row by nats per token, "
             "lambda 0.9, of the same three sources. Its off-by-one is made by the study alone "
             "(`published.py`).",
         ),
-        "5": ("Which source is heard", "min_ce, row", ""),
-        "6": ("What is kept of each distribution", "top-16, bucket", _describe_bytes(findings)),
-        "7": ("The loss", "lambda 0.5", ""),
+        "5": ("Which source is heard", ""),
+        "6": ("What is kept of each distribution", _describe_bytes(findings)),
+        "7": ("The loss", ""),
     }
     plots = {"6": "![records](top_k.png)", "7": "![lambda](lambda.png)"}
     return [
@@ -179,14 +178,14 @@ def _answer_variants(findings: Findings) -> list[str]:
             for each in (
                 f"## {question}. {title}",
                 note,
-                write_variants(findings, findings.questions[question], default=default)
+                write_variants(findings, findings.questions[question])
                 if findings.questions[question]
                 else NOTHING,
                 plots.get(question, ""),
             )
             if each
         )
-        for question, (title, default, note) in titles.items()
+        for question, (title, note) in titles.items()
     ]
 
 
@@ -220,7 +219,7 @@ def _answer_strong_and_bad(findings: Findings) -> str:
     shown = {name: each for name, each in variants.items() if name not in NO_VARIANTS}
     parts += [
         "A source with random weights beside the three, and alone:",
-        write_variants(findings, shown, default=FUSED) if shown else NOTHING,
+        write_variants(findings, shown) if shown else NOTHING,
         *_describe_noise(findings),
         "![all variants](variants.png)",
     ]

@@ -56,16 +56,8 @@ def write_domains(findings: Findings, ours: Records, others: dict[str, Records])
     return to_table(["text", *(f"minus {name}" for name in others)], lines)
 
 
-def write_variants(
-    findings: Findings, variants: dict[str, Records], *, default: str | None = None
-) -> str:
-    """Return each variant's bits per byte, and minus CLM and the default.
-
-    Args:
-        findings: Of the study.
-        variants: By name; one is CLM, whatever it is called.
-        default: The name of rayfuse's default among them.
-    """
+def write_variants(findings: Findings, variants: dict[str, Records]) -> str:
+    """Return each variant's bits per byte, and minus CLM and rayfuse's default."""
     clm = findings.questions["1"].get(CLM)
     fused = findings.questions["1"].get(FUSED)
     if clm is None or fused is None:
@@ -76,7 +68,7 @@ def write_variants(
         wins = [
             sum(against_clm[d].outcome == kind for d in DOMAINS) for kind in ("better", "worse")
         ]
-        is_clm, is_default = records is clm or records == clm, name == default
+        is_clm, is_default = records == clm, records == fused
         lines.append(
             [
                 name + " (default)" * is_default,

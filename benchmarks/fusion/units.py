@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import rayfuse
 from rayfuse.storage.dataset import fingerprint_of
 
 VERSION = 1
@@ -37,7 +36,7 @@ class Unit:
             kind=self.kind,
             settings=self.settings,
             needs=[[role, unit.key] for role, unit in self.needs.items()],
-            version=[VERSION, rayfuse.__version__],
+            version=VERSION,
         )
 
     def folder(self, out: Path) -> Path:
