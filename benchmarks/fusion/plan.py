@@ -53,7 +53,12 @@ class Planner:
             times: Unit(
                 "corpus",
                 f"{times}x, seed {seed}",
-                rows | {"seed": seed, "bytes_per_domain": times * scale.corpus_bytes},
+                rows
+                | {
+                    "seed": seed,
+                    "bytes_per_domain": times * scale.corpus_bytes,
+                    "chars": scale.corpus_chars,
+                },
                 needs,
             )
             for times in (1, *scale.multiples)

@@ -85,7 +85,8 @@ def _describe_study(findings: Findings) -> str:
         "be most of such a model. All models are pre-trained on one half of the training documents "
         f"(by the hash of id and seed), rows of {scale.max_tokens} tokens, AdamW, cosine, peak "
         f"{scale.pretrain_rate:g}. Fusion has documents of the other half, which no model has "
-        f"seen: {scale.corpus_bytes:,} bytes of each domain ({sizes} target tokens by seed).",
+        f"seen: {scale.corpus_bytes:,} bytes of each domain, at most {scale.corpus_chars:,} "
+        f"characters of a document ({sizes} target tokens by seed).",
         "Every variant is the target continued for one epoch of these rows in the same order, "
         f"{scale.rows_per_step} rows a step, by rayfuse's own feed and loss, AdamW, cosine, the "
         f"same peak of {scale.rate:g}. A seed decides which documents train whom, all weights and "

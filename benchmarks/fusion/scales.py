@@ -72,6 +72,8 @@ class Scale:
     pretrain_rate: float
     corpus_bytes: int
     """Of the fusion corpus, in each domain."""
+    corpus_chars: int
+    """Of a document in it, at most: of few long ones a domain would be poor."""
     multiples: tuple[int, ...]
     """How many times that CLM is given, for what fusion reaches."""
     rows_per_step: int
@@ -102,6 +104,7 @@ SCALES = {
         pretrain_rows_per_step=8,
         pretrain_rate=5e-3,
         corpus_bytes=1_500,
+        corpus_chars=300,
         multiples=(2,),
         rows_per_step=8,
         rates=(2e-3,),
@@ -122,6 +125,7 @@ SCALES = {
         pretrain_rows_per_step=4,
         pretrain_rate=5e-3,
         corpus_bytes=95_000,
+        corpus_chars=3_000,
         multiples=(2, 4),
         rows_per_step=8,
         rates=(1e-3, 2e-3, 4e-3, 8e-3),
@@ -141,6 +145,7 @@ SCALES = {
         pretrain_rows_per_step=32,
         pretrain_rate=1e-3,
         corpus_bytes=500_000,
+        corpus_chars=20_000,
         multiples=(2, 4),
         rows_per_step=32,
         rates=(1e-4, 2e-4, 4e-4, 8e-4),

@@ -38,8 +38,10 @@ def read_pretraining(data: Path, seed: int) -> list[Document]:
     ]
 
 
-def read_fusion(data: Path, seed: int, bytes_per_domain: int) -> list[Document]:
+def read_fusion(data: Path, seed: int, bytes_per_domain: int, most_chars: int) -> list[Document]:
     """Return the fusion corpus: of each domain the first documents that no model has seen.
+
+    Of a document it has the beginning.
 
     A smaller corpus is the beginning of a larger one. The last document of a domain is cut off.
     """
@@ -47,7 +49,7 @@ def read_fusion(data: Path, seed: int, bytes_per_domain: int) -> list[Document]:
     for domain in DOMAINS:
         room = bytes_per_domain
         for document in split_domain(read_domain(data, domain, "train"), seed)[1]:
-            text = document.text.encode()[:room].decode(errors="ignore")
+            text = document.text[:most_chars].encode()[:room].decode(errors="ignore")
             room -= len(text.encode())
             if text.strip():
                 chosen.append(Document(document.doc_id, domain, text))

@@ -112,7 +112,7 @@ def _make_model(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
 
 def _make_corpus(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     settings = unit.settings
-    documents = read_fusion(data, settings["seed"], settings["bytes_per_domain"])
+    documents = read_fusion(data, settings["seed"], settings["bytes_per_domain"], settings["chars"])
     tokenizers = [_tokenizer_of(need, out) for need in unit.needs.values()]
     table = build_rows(documents, tokenizers[0], tokenizers, max_tokens=settings["max_tokens"])
     tokens = sum(len(ids) for ids in table["target_ids"])
