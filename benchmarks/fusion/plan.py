@@ -263,7 +263,7 @@ def _plan_numbers(planner: Planner, clm: Unit, fused: Unit) -> dict[str, Unit]:
 def _plan_alignments(planner: Planner, clm: Unit) -> dict[str, Unit]:
     sources = planner.sources
     variants = {CLM: clm}
-    for method in ("bytes", "exact", "mined", "statistics"):
+    for method in ("bytes", "bytes, whole characters", "exact", "mined", "statistics"):
         variants[method] = planner.train(method, sources, align={"method": method})
     for fault in (False, True):
         name = "paper preset" + ", with its off-by-one" * fault

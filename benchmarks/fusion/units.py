@@ -14,8 +14,9 @@ from typing import Any
 
 from rayfuse.storage.dataset import fingerprint_of
 
-VERSION = 1
-"""Raised when what a unit computes changes, so that none of before is found again."""
+VERSIONS: dict[str, int] = {}
+"""By kind, 1 where there is none: raised when what such a unit computes changes, in the study or in
+rayfuse, so that neither it nor what is made from it is found again."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Unit:
             kind=self.kind,
             settings=self.settings,
             needs=[[role, unit.key] for role, unit in self.needs.items()],
-            version=VERSION,
+            version=VERSIONS.get(self.kind, 1),
         )
 
     def folder(self, out: Path) -> Path:

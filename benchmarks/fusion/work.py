@@ -53,6 +53,10 @@ COUNTED_DOCUMENTS = 200
 BATCH_TOKENS = 8_192
 """Of a forward pass without gradients."""
 
+WHOLE_CHARACTERS = "bytes, whole characters"
+"""As `bytes`, but what a source gives to a part of a character goes to the tail, the true next
+token aside: a target with a token for the character would hardly ever spell it by its bytes."""
+
 Record = dict[str, Any]
 
 
@@ -199,7 +203,19 @@ def _alignment(unit: Unit, out: Path, corpus: pa.Table) -> Alignment:
         maps = build_maps(choose_most_matched(counted, unseen), source, target)
     else:
         maps = map_vocabulary(source, target, only_equal=method == "exact")
+    if method == WHOLE_CHARACTERS:
+        maps[:, :-1][:, [_is_cut_off(token) for token in source.token_bytes]] = -1
+        return Alignment(*spelled, maps, "bytes")
     return Alignment(*spelled, maps, method)
+
+
+def _is_cut_off(spelled: bytes | None) -> bool:
+    """Return whether a token's bytes are no whole characters: more of one must follow."""
+    try:
+        (spelled or b"").decode()
+    except UnicodeDecodeError:
+        return True
+    return False
 
 
 def _train(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
