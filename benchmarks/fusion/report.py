@@ -154,7 +154,7 @@ def _answer_first(findings: Findings) -> str:
 def _answer_tokens(findings: Findings) -> str:
     parts = ["## 2. How many tokens CLM needs", write_multiple(findings)]
     variants = findings.questions["2"]
-    if variants:
+    if any(name.endswith("x") for name in variants):
         parts += [write_scores(findings, variants), "![CLM's tokens](tokens.png)"]
     return "\n\n".join(parts)
 

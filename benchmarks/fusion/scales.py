@@ -35,12 +35,12 @@ class Make:
 
 
 SOURCES = (
-    Make("llama", "llama", "open-llama-3b", ("books", "wiki")),
+    Make("llama", "llama", "open-llama-3b", ("books", "multilingual", "wiki")),
     Make("mpt", "mpt", "gpt-neox-20b", ("code", "math")),
-    Make("neox", "neox", "gpt2", ("legal", "multilingual", "web")),
+    Make("neox", "neox", "gpt2", ("legal", "web")),
 )
 TARGET = Make("target", "llama", "mistral-7b", ())
-EXPERTS = (("books", "wiki"), ("code", "math"), ("legal", "multilingual", "web"))
+EXPERTS = tuple(source.own_domains for source in SOURCES)
 """Own domains of the models that continue the target itself, for merging: they share its shape."""
 
 
