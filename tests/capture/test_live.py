@@ -111,8 +111,7 @@ def test_a_capture_tells_its_numbers_to_its_file_and_to_rays_metrics(tmp_path, r
         ray.remote(**beside_the_driver())(Lives).remote(),
     )
     (numbers,) = ray.get(actor.__call__.remote(pa.table({"shard": [0]}))).to_pylist()
-    said = wait_for_metrics(["capture_tokens", "capture_busy_seconds", "capture_idle_seconds"])
-    assert 'source="one"' in said
+    wait_for_metrics("one", ["capture_tokens", "capture_busy_seconds", "capture_idle_seconds"])
     assert numbers["tokens"] > 0
     run_stages(recipe, layout, ("capture",), report_nothing, lambda _: None)
     for name, data in layout.captured.items():
@@ -127,15 +126,15 @@ def test_a_capture_tells_its_numbers_to_its_file_and_to_rays_metrics(tmp_path, r
         assert set(last) == set(to_line(LiveNumbers(name, 1, 0, 1).snapshot()))
 
 
-def wait_for_metrics(names: list[str]) -> str:
-    """Return the lines of a node's metrics once all of ours are there."""
+def wait_for_metrics(source: str, names: list[str]) -> None:
+    """Wait until a node's metrics have all of a source's; other captures' may be there too."""
     port = ray.nodes()[0]["MetricsExportPort"]
     until = time.monotonic() + 60
     while time.monotonic() < until:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             said = answer.read().decode()
-        lines = [line for line in said.splitlines() if "rayfuse_" in line]
-        if all(any(name in line for line in lines) for name in names):
-            return "\n".join(lines)
+        lines = [line for line in said.splitlines() if f'source="{source}"' in line]
+        if all(any(f"rayfuse_{name}" in line for line in lines) for name in names):
+            return
         time.sleep(1)
-    raise TimeoutError("Ray's metrics do not have ours")
+    raise TimeoutError(f"Ray's metrics do not have those of source {source}")

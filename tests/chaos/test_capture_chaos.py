@@ -186,6 +186,7 @@ def test_fault_5_a_capture_that_dies_with_its_whole_cluster_goes_on_on_another(
     assert {path: path.stat().st_mtime_ns for path in made} == made
 
 
+@pytest.mark.skipif(not IS_LONG, reason="a minute and a half; RAYFUSE_LONG_CHAOS=1")
 def test_fault_4_the_only_actor_leaves_a_machine_that_is_told_to_go(cluster, folder, calm_content):
     """Nobody takes the machine away: who stays on it gets no work and waits without end."""
     recipe = make_corpus(

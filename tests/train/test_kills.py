@@ -151,6 +151,7 @@ def test_fault_7_on_s3_where_one_request_in_twenty_fails_nothing_changes(
     assert sum(done is not None for _, _, done in s3_proxy.log) > 5
 
 
+@only_long  # what a checkpoint that was cut off is taken for: test_checkpoint.py
 def test_fault_7_8_a_checkpoint_cut_off_on_bad_s3_is_not_used_and_said_to_be(
     cluster, captured, calm, s3_root, s3_proxy, tmp_path
 ):
