@@ -5,8 +5,8 @@
 Both steps run in one process, interleaved, through DeepSpeed engines of equal settings on the same
 packed rows: AdamW, ZeRO 2, float32 on a CPU, bfloat16 on a GPU. Fused rows carry top-16
 distributions of three sources, random ones: what is in them does not change the work. The plain
-step is the run that `rayfuse train` calls `clm`; its loss is that of the model library. Models of
-10 to 100 million weights with vocabularies of 32 and 128 thousand.
+step is the run that `rayfuse train` calls `clm`: the same chunked loss, of the text alone. Models
+of 10 to 100 million weights with vocabularies of 32 and 128 thousand.
 """
 
 import argparse
