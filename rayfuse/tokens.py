@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 
 BLANK = "\u2581"
@@ -89,13 +89,23 @@ class TextTokenizer:
     def list_by_bytes(self) -> dict[bytes, int]:
         """Return the token for each string of bytes: of several, one that is no byte token."""
         by_bytes: dict[bytes, int] = {}
+        is_byte = self.byte_ids()
         for token_id, spelled in enumerate(self.token_bytes):
-            if spelled and not BYTE_PATTERN.fullmatch(self.token_names[token_id]):
+            if spelled and not is_byte[token_id]:
                 by_bytes.setdefault(spelled, token_id)
         for token_id, spelled in enumerate(self.token_bytes):
             if spelled:
                 by_bytes.setdefault(spelled, token_id)
         return by_bytes
+
+    def byte_ids(self) -> Bool[np.ndarray, " vocab"]:
+        """Return a mask over ids: byte tokens, for what has no token of its own (byte fallback)."""
+        return np.array(
+            [
+                len(spelled or b"") == 1 and bool(BYTE_PATTERN.fullmatch(name))
+                for spelled, name in zip(self.token_bytes, self.token_names, strict=True)
+            ]
+        )
 
     def known_ids(self) -> np.ndarray:
         """Return a mask over ids: the tokenizer has the id."""

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.fusion.cut_tokenizers import cut_tokenizer
 from benchmarks.fusion.full import iterate_full_steps, place_full_source
+from benchmarks.fusion.plan import BYTE_TOKENS, WHOLE_CHARACTERS
 from benchmarks.fusion.published import teach_current_token
 from benchmarks.fusion.scales import DOMAINS
 from benchmarks.fusion.text import (
@@ -26,7 +27,13 @@ from benchmarks.fusion.units import Unit
 from rayfuse.align.boundaries import spell_vocabulary
 from rayfuse.align.shard import Alignment, align_shard
 from rayfuse.align.statistics import choose_most_matched, count_pairs
-from rayfuse.align.vocab_map import PLAIN, build_maps, map_to_nearest, map_vocabulary
+from rayfuse.align.vocab_map import (
+    PLAIN,
+    begins_character,
+    build_maps,
+    map_to_nearest,
+    map_vocabulary,
+)
 from rayfuse.capture.engine import Failure, TransformersEngine
 from rayfuse.capture.record import build_captured, tokenise_rows
 from rayfuse.capture.top_k import TopLogprobs
@@ -52,10 +59,6 @@ COUNTED_DOCUMENTS = 200
 
 BATCH_TOKENS = 8_192
 """Of a forward pass without gradients."""
-
-WHOLE_CHARACTERS = "bytes, whole characters"
-"""As `bytes`, but what a source gives to a part of a character goes to the tail, the true next
-token aside: a target with a token for the character would hardly ever spell it by its bytes."""
 
 Record = dict[str, Any]
 
@@ -205,8 +208,12 @@ def _alignment(unit: Unit, out: Path, corpus: pa.Table) -> Alignment:
         maps = map_vocabulary(source, target, only_equal=method == "exact")
     if method == WHOLE_CHARACTERS:
         maps[:, :-1][:, [_is_cut_off(token) for token in source.token_bytes]] = -1
-        return Alignment(*spelled, maps, "bytes")
-    return Alignment(*spelled, maps, method)
+    if method == BYTE_TOKENS:
+        goals = target.list_by_bytes()
+        for token_id, token in enumerate(source.token_bytes):
+            if token and begins_character(token):
+                maps[:, token_id] = goals[token[:1]]
+    return Alignment(*spelled, maps, "bytes" if method.startswith("bytes") else method)
 
 
 def _is_cut_off(spelled: bytes | None) -> bool:

@@ -20,6 +20,9 @@ As indices they are right, -1 being the last of three."""
 NEAREST_CHUNK = 256
 """Source tokens compared with the whole target vocabulary at a time: 64 MB for 64,000 tokens."""
 
+FIRST_LEAD_BYTE = 0xC0
+"""From here on a byte begins a character of several; those from 0x80 on go on with one (UTF-8)."""
+
 VocabMaps = Int[np.ndarray, "3 source_vocab_plus_1"]
 """Target ids, -1 for the tail; the last column is for id -1, which is no entry."""
 
@@ -30,7 +33,9 @@ def map_vocabulary(
     """Return for each source id the target id that its mass goes to, for the methods by bytes.
 
     A source token goes to the target token with the same bytes; failing that, to the first token
-    of the target's own tokenisation of those bytes. EOS goes to EOS; other special tokens have no
+    of the target's own tokenisation of those bytes. The beginning of a character goes to no byte
+    token but its namesake: a target has those for characters without a token of their own, and
+    nobody knows which character was meant. EOS goes to EOS; other special tokens have no
     counterpart.
 
     Args:
@@ -40,7 +45,8 @@ def map_vocabulary(
     """
     spelled = [token or b"" for token in source.token_bytes]
     maps = np.full((3, source.vocab_size + 1), -1, dtype=np.int32)
-    by_bytes = target.list_by_bytes()
+    by_bytes, is_byte = target.list_by_bytes(), target.byte_ids()
+    namesakes = list(_list_namesakes(source, target))
     for view in (PLAIN, UNBLANKED, BLANKED):
         if not _is_view_used(view, source, target):
             maps[view] = maps[PLAIN]
@@ -50,10 +56,20 @@ def map_vocabulary(
         unmatched = [i for i in np.flatnonzero(mapped < 0).tolist() if tokens[i]]
         if not only_equal:
             mapped[unmatched] = _first_tokens([tokens[i] for i in unmatched], target, by_bytes)
+        begins = np.array([begins_character(token) for token in tokens])
+        mapped[begins & np.append(is_byte, False)[mapped]] = -1
+        for token_id, goal in namesakes:
+            if tokens[token_id] == spelled[token_id]:
+                mapped[token_id] = goal
         maps[view, :-1] = mapped
-    for token_id, goal in _list_namesakes(source, target):
-        maps[PLAIN, token_id] = goal
     return _map_roles(maps, source, target)
+
+
+def begins_character(spelled: bytes) -> bool:
+    """Return whether a token spells the beginning of one character and not all of it."""
+    if not spelled or spelled[0] < FIRST_LEAD_BYTE:
+        return False
+    return len(spelled) < 2 + (spelled[0] >= 0xE0) + (spelled[0] >= 0xF0)
 
 
 def _is_view_used(view: int, source: TextTokenizer, target: TextTokenizer) -> bool:

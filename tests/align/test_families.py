@@ -27,7 +27,13 @@ from rayfuse.align.boundaries import (
 )
 from rayfuse.align.matches import NO_SHARED_BOUNDARY, NO_TOKENS, ONE_SIDED, match_positions
 from rayfuse.align.shard import Alignment, align_shard
-from rayfuse.align.vocab_map import BLANKED, PLAIN, UNBLANKED, map_vocabulary
+from rayfuse.align.vocab_map import (
+    BLANKED,
+    PLAIN,
+    UNBLANKED,
+    begins_character,
+    map_vocabulary,
+)
 from rayfuse.tokens import TextTokenizer, build_tokenizer
 from tests.fakes import SAMPLE, byte_level_tokenizer, sentencepiece_tokenizer
 
@@ -402,3 +408,45 @@ def test_a_first_token_that_spells_nothing_has_no_blank_to_take_off():
         placed = place_tokens(ids, np.array([0, 2]), [b" a"], vocabulary, [False])
         assert placed.ends.tolist() == [0, 2]
         assert not placed.next_has_blank.any()
+
+
+def test_the_beginning_of_a_character_goes_to_no_byte_token_but_its_namesake():
+    """A target with tokens for characters uses byte tokens for the others alone."""
+    levels, fallback = LOSSLESS["gpt-2"], FAMILIES["unigram, bytes"]
+    byte_tokens = {fallback.token_bytes[i]: i for i in np.flatnonzero(fallback.byte_ids())}
+    assert len(byte_tokens) == 256
+    for only_equal in (False, True):
+        mapped = map_vocabulary(levels, fallback, only_equal=only_equal)[PLAIN]
+        own = map_vocabulary(fallback, LOSSLESS["llama-2"], only_equal=only_equal)[PLAIN]
+        for byte in range(256):
+            token_id = levels.list_by_bytes()[bytes([byte])]
+            begins = byte >= 0xC0
+            assert (mapped[token_id] == -1) == begins  # one that goes on with a character may stay
+            assert LOSSLESS["llama-2"].token_names[own[byte_tokens[bytes([byte])]]] == (
+                f"<0x{byte:02X}>"
+            )
+        back = map_vocabulary(fallback, levels, only_equal=only_equal)[PLAIN]
+        assert all(
+            back[token_id] == levels.list_by_bytes()[spelled]
+            for spelled, token_id in byte_tokens.items()
+        )
+
+
+@pytest.mark.parametrize(
+    ("spelled", "begins"),
+    [
+        (b"", False),
+        (b"a", False),
+        ("\u6f22".encode(), False),
+        ("\u6f22".encode()[:1], True),
+        ("\u6f22".encode()[:2], True),
+        ("\u6f22".encode()[1:], False),
+        ("\u00e9".encode()[:1], True),
+        ("\U0001f469".encode()[:3], True),
+        ("\U0001f469".encode(), False),
+        ("\u6f22".encode() + b"\xe5", False),  # it has one character whole
+        (b" \xe5", False),
+    ],
+)
+def test_what_begins_a_character(spelled, begins):
+    assert begins_character(spelled) == begins
