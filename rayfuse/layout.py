@@ -255,8 +255,7 @@ def _place_runs(
         *("validate_every_steps", "validation_rows", "trackers", "baseline"),
         # How rows are dealt and laid out changes rounding alone.
         *("num_workers", "min_workers", "pack", "sequence_tokens", "micro_batch_sequences"),
-        "gpus_per_worker",
-        "cpus_per_worker",
+        *("gpus_per_worker", "cpus_per_worker", "accelerator_type", "placement"),
         "gradient_checkpointing",
     ):
         del settings[speed_only]

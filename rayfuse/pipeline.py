@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from rayfuse.layout import Layout, plan_layout
@@ -53,7 +54,8 @@ def run_stages(
         began = time.monotonic()
         was_done = is_stage_done(stage, layout)
         if not was_done:
-            _run_stage(stage, recipe, layout, progress)
+            with _ask_for_machines(stage, stages, recipe, layout):
+                _run_stage(stage, recipe, layout, progress)
         tell(StageResult(stage, was_done, time.monotonic() - began))
 
 
@@ -75,6 +77,22 @@ def is_stage_done(stage: str, layout: Layout) -> bool:
     from rayfuse.report.stage import is_report_current
 
     return is_report_current(layout)
+
+
+def _ask_for_machines(
+    stage: str, stages: tuple[str, ...], recipe: Recipe, layout: Layout
+) -> AbstractContextManager[None]:
+    """Have the sources' GPUs come up while the corpus is cut, if they are to be captured next."""
+    if stage != "corpus" or "capture" not in stages:
+        return nullcontext()
+    from rayfuse.machines import ask_ahead, list_bundles
+    from rayfuse.session import join_cluster
+
+    join_cluster()
+    captured = layout.captured
+    return ask_ahead(
+        [list_bundles(each) for each in recipe.sources if not captured[each.name].is_whole()]
+    )
 
 
 def _run_stage(stage: str, recipe: Recipe, layout: Layout, progress: Progress) -> None:

@@ -41,6 +41,10 @@ class Board:
     def __init__(self) -> None:
         self.runs: dict[str, RunState] = {}
 
+    def begin(self, name: str) -> None:
+        """Take note that something has a machine, and no step yet."""
+        self.runs.setdefault(name, RunState())
+
     def write(self, name: str, step: int, num_steps: int, note: str = "") -> None:
         """Take note of a step of something that runs."""
         run = self.runs.setdefault(name, RunState())

@@ -28,8 +28,12 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 TASK_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-SECRET_PATTERN = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]*(?=@)")
-"""The name and the secret in an address that has them."""
+SECRET_PATTERN = re.compile(
+    r"(?<=://)[^/@\s]*:[^/@\s]*(?=@)"
+    r"|(?<=[?&])[\w.-]*(?:sig|token|secret|password|credential|key)[\w.-]*=[^&\s'\"]+",
+    re.IGNORECASE,
+)
+"""The name and the secret in an address that has them, before the host or as settings behind it."""
 
 UNUSABLE_PATTERN = re.compile("[\x00\ud800-\udfff]")
 RESERVED_NAMES = ("target", "clm", "fused", "ensemble", "merged", "all")
@@ -351,6 +355,11 @@ class TrainSettings(Settings):
     """By default 1 where the cluster has any, else 0 (gloo on CPUs)."""
     cpus_per_worker: PositiveFloat = 1.0
     """CPUs of one worker."""
+    accelerator_type: str | None = None
+    """The kind of GPU of the workers, as Ray names it; the trained models are scored there, too."""
+    placement: Literal["pack", "strict_pack", "spread", "strict_spread"] = "pack"
+    """Of the workers. `pack`: on as few machines as can be; `strict_pack`: on one, or not at all;
+    `spread`: on many; `strict_spread`: each on a machine of its own."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed's ZeRO: 1 shards optimiser states, 2 gradients as well, 3 weights as well."""
     offload: bool = False

@@ -25,7 +25,11 @@ def join_cluster() -> None:
 
     if ray.is_initialized():
         return
-    options: dict[str, Any] = {"log_to_driver": False, "runtime_env": {"env_vars": worker_env()}}
+    runtime_env = {
+        "env_vars": worker_env(),
+        "worker_process_setup_hook": "rayfuse.logs.set_up_worker_logs",
+    }
+    options: dict[str, Any] = {"log_to_driver": False, "runtime_env": runtime_env}
     if is_own:
         options |= {
             "address": "local",

@@ -9,10 +9,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+ROOT = Path(__file__).parents[1]
 
 LIST_NODES = """
 import json, os, ray
@@ -54,9 +57,25 @@ def kill_tree(process: subprocess.Popen[Any]) -> None:
 
 
 class LocalCluster:
-    """A head, and nodes that may come and go. Ends, and ends only, what it has started."""
+    """A head, and nodes that may come and go. Ends, and ends only, what it has started.
 
-    def __init__(self, home: Path, *, num_cpus: int, with_dashboard: bool = False) -> None:
+    Args:
+        home: Where its processes believe to be at home.
+        num_cpus: Of the head.
+        with_dashboard: It takes jobs.
+        token: Who does not know it is turned away; by default anybody may do anything.
+        env: More of the environment of all that it starts.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        *,
+        num_cpus: int,
+        with_dashboard: bool = False,
+        token: str | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.port, self.dashboard = free_port(), free_port()
         self.folder = tempfile.TemporaryDirectory(prefix="rc", dir="/tmp")
         self.env = os.environ | {
@@ -67,6 +86,12 @@ class LocalCluster:
         }
         for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
             self.env.pop(name, None)
+        if token is not None:
+            file = home / "ray-token"
+            file.touch(mode=0o600)
+            file.write_text(token)
+            self.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)}
+        self.env |= env or {}
         self.nodes: list[subprocess.Popen[bytes]] = []
         arguments = [f"--port={self.port}", f"--temp-dir={self.folder.name}"]
         if with_dashboard:
@@ -108,6 +133,16 @@ class LocalCluster:
             f"--deadline-remaining-seconds={seconds}",
         )
         subprocess.run(drain, env=self.env, capture_output=True, check=True)
+
+    def submit(self, *arguments: str) -> subprocess.Popen[str]:
+        """Begin to run a script of this project as a job, as `ray job submit` does."""
+        return subprocess.Popen(
+            ray_command("job", "submit", "--working-dir", str(ROOT), "--", "python", *arguments),
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     def find_workers(self, name: str) -> list[psutil.Process]:
         """Return the cluster's workers whose title has a name in it."""

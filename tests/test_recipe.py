@@ -242,6 +242,29 @@ def test_fault_29_a_source_name_that_is_no_plain_name_is_refused(name):
         parse_recipe(with_setting("sources.0.name", name))
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3://name:canary-1@bucket/run",
+        "https://host/docs.jsonl?X-Amz-Signature=canary-1&x=2",
+        "https://host/docs.jsonl?a=b&sig=canary-1",
+        "https://host/docs.jsonl?access_token=canary-1",
+    ],
+)
+@pytest.mark.parametrize("setting", ["storage", "corpus.documents", "sources.0.model"])
+def test_an_address_with_a_secret_is_refused_and_not_repeated(setting, address):
+    with pytest.raises(RecipeError, match="remove the credentials from the address") as raised:
+        parse_recipe(with_setting(setting, address))
+    assert "canary" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "address", ["abfs://box@account.net/run", "s3://bucket/part-?.jsonl", "gs://bucket/key=1/a"]
+)
+def test_an_address_without_a_secret_is_none(address):
+    assert parse_recipe(with_setting("corpus.documents", address)).corpus.documents[0].path
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(RecipeError, match=r"nowhere.yaml cannot be read"):
         read_recipe(tmp_path / "nowhere.yaml")

@@ -31,6 +31,7 @@ from rayfuse.capture.pools import share_actors
 from rayfuse.capture.shard import ShardCapturer, ShardNumbers
 from rayfuse.kept_rows import keep_rows
 from rayfuse.layout import Layout
+from rayfuse.machines import count_actor_gpus, count_reachable
 from rayfuse.model_files import load_recipe_tokenizer, read_model_files
 from rayfuse.progress import Progress
 from rayfuse.recipe import CaptureSettings, DType, Recipe, SourceSettings, dump_recipe
@@ -55,6 +56,9 @@ NO_PROGRESS_SECONDS = 86_400
 METRICS_SECONDS = 15.0
 """Between two lines of metrics.jsonl."""
 
+WAITING_SECONDS = 60.0
+"""Without an actor, until it is said what is waited for."""
+
 ALIGN_CPUS = 0.5
 
 
@@ -73,7 +77,7 @@ class CaptureActor:
         # A fault is raised in a call: here, Ray would build the actor again and again.
         self.fault: Exception | None = None
         self.actor, self.lives = ray.get_runtime_context().get_actor_id(), lives
-        deaths: int = ray.get(lives.begin.remote(self.actor))  # pyright: ignore[reportAssignmentType]
+        deaths: int = ray.get(lives.begin.remote(self.actor, source.name))  # pyright: ignore[reportAssignmentType]
         if deaths > MOST_DEATHS:
             self.fault = RuntimeError(_describe_deaths(source, deaths))
             return
@@ -165,7 +169,15 @@ def capture_sources(
     ended: SimpleQueue[BaseException | None] = SimpleQueue()
     lives: Any = ray.remote(**beside_the_driver())(Lives).remote()
 
+    def tell_waiting(each: SourceWork) -> None:
+        if not ray.get(lives.has_begun.remote(each.source.name)):
+            note = f"waits for a machine with {_describe_needs(each)}"
+            progress(f"capture {each.source.name}", 0, 0, note=note)
+
     def run(each: SourceWork) -> None:
+        waiting = threading.Timer(WAITING_SECONDS, tell_waiting, (each,))
+        waiting.daemon = True
+        waiting.start()
         try:
             _capture_source(each, progress, load_engine, lives)
         except BaseException as error:  # handed to the main thread
@@ -174,6 +186,8 @@ def capture_sources(
             ended.put(error)
         else:
             ended.put(None)
+        finally:
+            waiting.cancel()
 
     for each in work:
         # A daemon: when the main thread is told to stop, nothing waits for the sources to end.
@@ -209,7 +223,7 @@ def _plan_source(
     if not is_first:
         # Perhaps another job is at it: in another order both seldom take the same shard.
         random.Random().shuffle(todo)
-    gpus = _count_gpus(source)
+    gpus = count_actor_gpus(source)
     dtype = settle_dtype(captured, source.dtype, on_gpu=gpus > 0)
     if source.dtype == "auto" and not is_first:
         progress(f"capture {source.name}", 0, 0, note=f"goes on in {dtype}, as it was begun")
@@ -247,26 +261,25 @@ def settle_dtype(captured: DataSet, wanted: DType, *, on_gpu: bool) -> DType:
     return found
 
 
-def _count_gpus(source: SourceSettings) -> float:
-    """Return the GPUs of one actor; by default a whole one where there is any."""
-    if source.gpus is not None:
-        return source.gpus
-    return 1.0 if ray.cluster_resources().get("GPU", 0) > 0 else 0.0
-
-
 def _size_pools(work: list[SourceWork]) -> list[SourceWork]:
-    """Return the work with as many actors for each source as the cluster has room for."""
-    resources = ray.cluster_resources()
+    """Return the work with as many actors for each source as the cluster has or may have room for.
+
+    Sources that ask for the same kind of GPU, or for none, share what there is of it.
+    """
+    pools: dict[tuple[bool, str | None], list[SourceWork]] = {}
+    for each in work:
+        pools.setdefault((each.gpus > 0, each.source.accelerator_type), []).append(each)
     sized: list[SourceWork] = []
-    for on_gpu in (True, False):
-        group = [each for each in work if (each.gpus > 0) == on_gpu]
+    for (on_gpu, kind), group in pools.items():
         weights = [
             float(read_model_files(each.source.model, each.source.revision).num_bytes)
             * len(each.shards)
             for each in group
         ]
         costs = [each.gpus if on_gpu else each.source.cpus for each in group]
-        room = resources.get("GPU", 0.0) if on_gpu else resources.get("CPU", 1.0) - 2 * ALIGN_CPUS
+        room = count_reachable("GPU" if on_gpu else "CPU", kind) - (not on_gpu) * 2 * ALIGN_CPUS
+        useful = sum(cost * len(each.shards) for cost, each in zip(costs, group, strict=True))
+        room = min(room, useful)
         for each, share in zip(group, share_actors(weights, costs, room), strict=True):
             most = each.source.max_actors or max(share, each.source.min_actors)
             sized.append(replace(each, max_actors=min(most, max(len(each.shards), 1))))
@@ -390,6 +403,13 @@ def _align_behind(batch: pa.Table, task: AlignTask) -> pa.Table:
         if not task.aligned.is_committed(shard):
             align_committed(task, shard)
     return batch
+
+
+def _describe_needs(work: SourceWork) -> str:
+    """Return what one actor needs, in words."""
+    kind = work.source.accelerator_type
+    needs = [f"{work.source.cpus:g} CPUs free", *([f"{work.gpus:g} GPUs"] if work.gpus else [])]
+    return ", ".join(needs) + (f" of kind {kind}" if kind else "")
 
 
 def _gpu_options(work: SourceWork) -> dict[str, Any]:

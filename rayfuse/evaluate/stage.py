@@ -21,6 +21,8 @@ from rayfuse.evaluate.scores import (
     sum_documents,
 )
 from rayfuse.layout import Layout, describe_model, find_own_folder
+from rayfuse.logs import log_event
+from rayfuse.machines import count_actor_gpus, count_reachable
 from rayfuse.model_files import find_folder, load_recipe_tokenizer, read_model_files
 from rayfuse.progress import Progress
 from rayfuse.recipe import ModelSettings, Recipe, SourceSettings, dump_recipe
@@ -93,7 +95,7 @@ def _score_models(
     pending: dict[Any, tuple[str, int]] = {}
     for name, task in tasks.items():
         made = _merge_models(recipe, layout) if name == MERGED else None
-        remote: Any = ray.remote(**_resource_options(task.model))(score_shards)
+        remote: Any = ray.remote(**_resource_options(task.model, recipe))(score_shards)
         pending |= {remote.remote(task, each, made): (name, i) for i, each in enumerate(groups)}
     for name, parts in _gather(pending, groups, progress):
         evaluation = _join_parts(name, tasks[name].model.model, parts)
@@ -150,7 +152,7 @@ def _ask_models(recipe: Recipe, layout: Layout, progress: Progress) -> None:
             ask[name] = AskTask(name, recipe.evaluate, layout.store, wanted, costs)
     _run_asked(
         {
-            name: ray.remote(**_resource_options(describe_model(recipe, name, layout)))(
+            name: ray.remote(**_resource_options(describe_model(recipe, name, layout), recipe))(
                 ask_model
             ).remote(task, _plan_task(recipe, layout, name))
             for name, task in ask.items()
@@ -236,16 +238,15 @@ def _fetch(reference: Any) -> Any:
         raise
 
 
-def _resource_options(model: ModelSettings) -> dict[str, Any]:
-    """Return what a task asks of Ray; by default one CPU, and a whole GPU where there is any."""
-    gpus = 1.0 if ray.cluster_resources().get("GPU", 0) > 0 else 0.0
-    options: dict[str, Any] = {"num_cpus": 1.0, "num_gpus": gpus}
+def _resource_options(model: ModelSettings, recipe: Recipe) -> dict[str, Any]:
+    """Return what a task asks of Ray: as its actors do for a source, else as a training worker."""
     if isinstance(model, SourceSettings):
-        options["num_cpus"] = model.cpus
-        options["num_gpus"] = gpus if model.gpus is None else model.gpus
-        if model.accelerator_type is not None:
-            options["accelerator_type"] = model.accelerator_type
-    return options
+        kind, cpus, gpus = model.accelerator_type, model.cpus, count_actor_gpus(model)
+    else:
+        kind, cpus = recipe.train.accelerator_type, 1.0
+        gpus = 1.0 if count_reachable("GPU", kind) > 0 else 0.0
+    options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
+    return options if kind is None else options | {"accelerator_type": kind}
 
 
 def score_shards(task: ScoreTask, shards: list[int], made: object = None) -> ScoredShards:
@@ -284,7 +285,12 @@ def score_shards(task: ScoreTask, shards: list[int], made: object = None) -> Sco
                 table = build_costs(rows["row_id"].to_pylist(), costs)
                 task.costs.write_shard(shard, table, tokens=sum(len(row.ends) for row in costs))
             documents += score_documents(rows, sum_rows(costs))
-    return ScoredShards(sum_documents(documents), time.monotonic() - began)
+    seconds = time.monotonic() - began
+    run = task.held_out.store.root
+    log_event(
+        "scored", run=run, stage="evaluate", model=task.name, shards=len(shards), seconds=seconds
+    )
+    return ScoredShards(sum_documents(documents), seconds)
 
 
 def average_shards(held_out: DataSet, costs: list[DataSet], shards: list[int]) -> ScoredShards:

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rayfuse.logs import log_event
 from rayfuse.schema import SCHEMA_VERSION
 from rayfuse.storage.encoding import decode_origin, encode_table
 from rayfuse.storage.store import Store
@@ -153,10 +154,26 @@ class DataSet:
         if rejected:
             lines = "".join(json.dumps(reject) + "\n" for reject in rejected)
             self.store.write(f"{self.folder}/rejects/{shard:05d}.jsonl", lines.encode())
-        if self.store.create(self._commit_name(shard), _to_json(asdict(commit))):
+        is_first = self.store.create(self._commit_name(shard), _to_json(asdict(commit)))
+        log_event(
+            "committed" if is_first else "committed by another before",
+            run=self.store.root,
+            **self._describe(),
+            shard=shard,
+            tokens=tokens,
+            bytes=len(data),
+            rejects=len(rejected),
+        )
+        if is_first:
             return commit
         self.store.remove(f"{self.folder}/{commit.file}")
         return self.read_commit(shard)
+
+    def _describe(self) -> dict[str, str]:
+        """Return the stage and, where there is one, the model, from the folder's name."""
+        stage, _, name = self.folder.partition("/")
+        model = name.removesuffix(self.fingerprint).removesuffix("-")
+        return {"stage": stage} | ({"source": model} if model else {})
 
     def read_shard(self, commit: Commit, columns: list[str] | None = None) -> pa.Table:
         """Return a committed shard, checked against its record's sha256.

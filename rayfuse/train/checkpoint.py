@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rayfuse.logs import log_event
 from rayfuse.storage.store import Store
 
 BEGUN = "begun"
@@ -149,6 +150,14 @@ class Checkpoints:
                 self.store.upload(str(path), f"{self.folder}/{record.name}/{name}")
         content = json.dumps(asdict(record) | {"files": files}).encode()
         self.store.write(f"{self.folder}/records/{record.name}-{rank}.json", content)
+        log_event(
+            "checkpoint whole",
+            run=self.store.root,
+            stage="train",
+            folder=self.folder,
+            checkpoint=record.name,
+            worker=rank,
+        )
 
 
 def name_checkpoint(step: int, attempt: str) -> str:

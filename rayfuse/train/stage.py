@@ -1,5 +1,6 @@
 """The train stage: Ray Train workers around a DeepSpeed engine, with and without fusion at once."""
 
+import os
 import time
 import uuid
 from typing import Any
@@ -10,6 +11,7 @@ from ray.exceptions import RayTaskError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayfuse.layout import Layout, TrainRun
+from rayfuse.machines import count_reachable
 from rayfuse.progress import Board, Progress, RunState
 from rayfuse.recipe import Recipe
 from rayfuse.session import beside_the_driver
@@ -20,6 +22,12 @@ from rayfuse.train.trackers import check_trackers
 from rayfuse.train.worker import WorkerTask, run_worker
 
 POLL_SECONDS = 0.5
+
+START_SECONDS = "3600"
+"""An hour for the workers' machines to come, then they are asked for anew; Ray gives a minute."""
+
+WAITING_SECONDS = 60.0
+"""Without a worker, until it is said what is waited for."""
 
 RESIZE_SECONDS = 30.0
 """Between two looks whether there is room for more workers."""
@@ -67,13 +75,15 @@ def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     fit: Any = ray.remote(**beside_the_driver(), max_retries=0)(_fit)
     job = uuid.uuid4().hex
     tasks = [_plan_run(recipe, layout, run, board, job) for run in runs]
-    at_once = _count_runs_at_once(tasks[0])
+    at_once = _count_runs_at_once(tasks)
     watch = Watch(progress)
     queue = Queue(tasks, job, watch)
     running: list[Any] = []
     try:
         while queue.waiting or running:
-            running += [fit.remote(task) for task in queue.take(at_once - len(running))]
+            taken = queue.take(at_once - len(running))
+            watch.expect(taken)
+            running += [fit.remote(task) for task in taken]
             ready, running = _wait(running)
             watch.look(ray.get(board.read.remote()))
             queue.renew()
@@ -147,6 +157,12 @@ class Watch:
         self.told: dict[str, int] = {}
         self.held: set[str] = set()
         self.has_warned = False
+        self.expected: dict[str, tuple[float, str]] = {}
+
+    def expect(self, tasks: list[WorkerTask]) -> None:
+        """Note runs that start now, to tell what is waited for if their workers do not come."""
+        until = time.monotonic() + WAITING_SECONDS
+        self.expected |= {task.run.name: (until, _describe_needs(task)) for task in tasks}
 
     def look(self, states: dict[str, RunState]) -> None:
         """Report each run's step and what it has told since, and compare validations.
@@ -154,6 +170,12 @@ class Watch:
         Raises:
             Exception: A run's fault that trying again would not mend.
         """
+        for name, (until, needs) in [*self.expected.items()]:
+            if name in states:
+                del self.expected[name]
+            elif time.monotonic() > until:
+                del self.expected[name]
+                self.progress(f"train {name}", 0, 0, note=f"waits for machines: {needs}")
         for name, state in states.items():
             for text in state.told[self.told.get(name, 0) :]:
                 self.progress(f"train {name}", 0, 0, note=text)
@@ -189,13 +211,14 @@ class Watch:
             self.progress("train fused", 0, 0, note=text)
 
 
-def _count_runs_at_once(task: WorkerTask) -> int:
-    """Return how many runs the cluster has room for now; a second one beyond it would time out."""
-    available = ray.cluster_resources()
-    needed = _worker_resources(task)
-    num_workers = task.recipe.train.num_workers
-    rooms = [available.get(kind, 0) // (each * num_workers) for kind, each in needed.items()]
-    return max(1, int(min(rooms)))
+def _count_runs_at_once(tasks: list[WorkerTask]) -> int:
+    """Return how many runs the cluster has or may have room for; others would time out."""
+    settings, most = tasks[0].recipe.train, len(tasks)
+    for kind, each in _worker_resources(tasks[0]).items():
+        room = count_reachable(kind, settings.accelerator_type)
+        needed = each * settings.num_workers
+        most = min(most, int(min(room, needed * most) // needed))
+    return max(1, most)
 
 
 def _worker_resources(task: WorkerTask) -> dict[str, float]:
@@ -207,9 +230,18 @@ def _worker_resources(task: WorkerTask) -> dict[str, float]:
     return resources
 
 
+def _describe_needs(task: WorkerTask) -> str:
+    """Return what all workers need, in words."""
+    settings = task.recipe.train
+    kind = f" of kind {settings.accelerator_type}" if settings.accelerator_type else ""
+    each = ", ".join(f"{number:g} {what}" for what, number in _worker_resources(task).items())
+    return f"{settings.num_workers} workers, each {each}{kind}"
+
+
 def _plan_run(recipe: Recipe, layout: Layout, run: TrainRun, board: Any, job: str) -> WorkerTask:
     gpus = recipe.train.gpus_per_worker
-    use_gpu = ray.cluster_resources().get("GPU", 0) > 0 if gpus is None else gpus > 0
+    kind = recipe.train.accelerator_type
+    use_gpu = count_reachable("GPU", kind) > 0 if gpus is None else gpus > 0
     return WorkerTask(
         recipe=recipe,
         run=run,
@@ -228,6 +260,8 @@ def _fit(task: WorkerTask) -> None:
     settings = task.recipe.train
     workers = settings.num_workers
     is_elastic = settings.min_workers not in (None, workers)
+    if not is_elastic:  # else it is to look again soon whether there are more, or fewer
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = START_SECONDS
     trainer = TorchTrainer(
         run_worker,
         train_loop_config={"task": task},
@@ -237,6 +271,8 @@ def _fit(task: WorkerTask) -> None:
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             use_gpu=task.use_gpu,
             resources_per_worker=_worker_resources(task),
+            accelerator_type=settings.accelerator_type,
+            placement_strategy=settings.placement.upper(),
         ),
         run_config=ray.train.RunConfig(
             name="ray",

@@ -60,6 +60,7 @@ class WorkerTask:
 def run_worker(config: dict[str, Any]) -> None:
     """Train one worker's share of a run; a fault that is final is told to the board, too."""
     task: WorkerTask = config["task"]
+    task.board.begin.remote(task.run.name)
     try:
         trainer = Trainer(task)
         try:
