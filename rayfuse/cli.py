@@ -133,6 +133,33 @@ def status(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fa
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe file (YAML).")] = None,
+    overrides: Overrides = None,
+    example: Annotated[
+        str | None, typer.Option(help="Instead of a recipe: `fusellm`, the paper's own set-up.")
+    ] = None,
+    tokens: Annotated[
+        float | None, typer.Option(help="Target tokens of the corpus, such as 1e12.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell, before any GPU: tokens, bytes, requests, GPU-hours, money, and what looks wrong."""
+    stdout = _claim_stdout() if as_json else sys.stdout
+    from rayfuse.console import open_console
+    from rayfuse.plan.command import read_plan
+    from rayfuse.plan.show import print_plan, to_values
+
+    settings = [each for each in (recipe if example else None, *(overrides or [])) if each]
+    if tokens is not None:
+        settings.append(f"plan.tokens={tokens!r}")
+    found = read_plan(None if example else recipe, example, settings)
+    print_plan(found, open_console(to_stderr=as_json))
+    if as_json:
+        print(json.dumps(to_values(found)), file=stdout)
+
+
+@app.command()
 def verify(
     recipe: RecipePath,
     overrides: Overrides = None,

@@ -1,5 +1,6 @@
 """The Recipe: what a run is, read from a YAML file; its parts are frozen models."""
 
+import copy
 import difflib
 import json
 import math
@@ -10,9 +11,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -23,44 +22,18 @@ from pydantic import (
     model_validator,
 )
 
-Share = Annotated[float, Field(ge=0, le=1)]
+from rayfuse.plan.settings import PlanSettings
+from rayfuse.settings import SECRET_PATTERN, Settings, Share
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 TASK_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-SECRET_PATTERN = re.compile(
-    r"(?<=://)[^/@\s]*:[^/@\s]*(?=@)"
-    r"|(?<=[?&])[\w.-]*(?:sig|token|secret|password|credential|key)[\w.-]*=[^&\s'\"]+",
-    re.IGNORECASE,
-)
-"""The name and the secret in an address that has them, before the host or as settings behind it."""
-
-UNUSABLE_PATTERN = re.compile("[\x00\ud800-\udfff]")
 RESERVED_NAMES = ("target", "clm", "fused", "ensemble", "merged", "all")
 
 
 class RecipeError(ValueError):
     """The recipe cannot be run as it is written; the message names the setting and the remedy."""
-
-
-class Settings(BaseModel):
-    """A part of the recipe: frozen, and closed to keys it does not know."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True
-    )
-
-    @field_validator("*")
-    @classmethod
-    def _check_characters(cls, value: Any) -> Any:
-        if isinstance(value, str) and UNUSABLE_PATTERN.search(value):
-            raise ValueError("remove the NUL or the half of a surrogate pair, no name can hold it")
-        if isinstance(value, str) and SECRET_PATTERN.search(value):
-            raise ValueError(
-                "remove the credentials from the address: recipes are stored beside the data; "
-                "machines have roles, and people AWS_PROFILE and the like"
-            )
-        return value
 
 
 class DocumentsSettings(Settings):
@@ -240,7 +213,7 @@ class FuseSettings(Settings):
     """What sources are compared by. Per token, as the papers do, favours the finer tokenizer."""
     temperature: PositiveFloat = 1.0
     """Of the `avg_ce` weights, softmax(-cost / temperature)."""
-    weights: dict[str, NonNegativeFloat] = {}
+    weights: dict[str, NonNegativeFloat] = Field(default_factory=dict[str, NonNegativeFloat])
     """By source: its share of `avg_ce` is multiplied by it; 0 leaves the source out. Default 1."""
     tail: Literal["bucket", "truth", "renormalise"] = "bucket"
     """`bucket`: the mass outside the top k is one more outcome. `truth`: it goes to the token that
@@ -488,6 +461,7 @@ class Recipe(Settings):
     fuse: FuseSettings = FuseSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    plan: PlanSettings = PlanSettings()
     fusion: Literal["default", "paper"] = "default"
     """`paper` sets what FuseLLM's own experiments had: capture.top_k 10, align.method mined,
     fuse.cost nats_per_token, fuse.tail renormalise, train.lambda 0.9, one choice per row."""
@@ -568,9 +542,19 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     values = _parse_yaml(text, f"the recipe {path}")
     if not isinstance(values, dict):
         raise RecipeError(f"the recipe {path} holds no settings; begin with `storage: FOLDER`")
-    for override in overrides or []:
-        _apply_override(cast(dict[str, Any], values), override)
-    return parse_recipe(cast(dict[str, Any], values))
+    return read_values(cast(dict[str, Any], values), overrides or [])
+
+
+def read_values(values: dict[str, Any], overrides: list[str]) -> Recipe:
+    """Return the recipe of plain values, with `section.key=value` overrides applied.
+
+    Raises:
+        RecipeError: As for `read_recipe`.
+    """
+    changed = copy.deepcopy(values)
+    for override in overrides:
+        _apply_override(changed, override)
+    return parse_recipe(changed)
 
 
 def parse_recipe(values: dict[str, Any]) -> Recipe:
@@ -587,8 +571,11 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Return the full, resolved recipe as plain values that `parse_recipe` reads back."""
-    return recipe.model_dump(mode="json", by_alias=True)
+    """Return the full, resolved recipe as plain values that `parse_recipe` reads back.
+
+    Without its section `plan`, which changes nothing of what is computed.
+    """
+    return recipe.model_dump(mode="json", by_alias=True, exclude={"plan"})
 
 
 def _parse_yaml(text: str, what: str) -> Any:
@@ -673,7 +660,8 @@ def _known_keys(location: tuple[str | int, ...]) -> list[str]:
         if isinstance(part, int):
             continue
         fields = {field.alias or name: field for name, field in model.model_fields.items()}
-        model = _settings_within(fields[part].annotation)
+        if part in fields:  # else it is the key of a dictionary
+            model = _settings_within(fields[part].annotation)
     return [field.alias or name for name, field in model.model_fields.items()]
 
 

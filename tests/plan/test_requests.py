@@ -1,0 +1,155 @@
+"""What the plan says of requests, against those that an S3 server has counted."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rayfuse.align.task import align_committed, plan_task
+from rayfuse.capture.engine import load_recipe_engine
+from rayfuse.capture.shard import ShardCapturer
+from rayfuse.layout import Layout, plan_layout
+from rayfuse.model_files import load_recipe_tokenizer
+from rayfuse.plan.lines import (
+    ALIGN_SHARD,
+    CAPTURE_SHARD,
+    CORPUS_SHARD,
+    DATA_SET_PAGES,
+    READ_GETS,
+    count_readers,
+)
+from rayfuse.plan.work import Requests
+from rayfuse.recipe import Recipe, parse_recipe
+from rayfuse.storage.dataset import list_missing
+from rayfuse.storage.store import open_store
+from rayfuse.train.feed import Packing, Plan, iterate_steps
+from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
+from tests.s3 import FaultProxy
+from tests.train.data import open_reader, write_data
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+DATA_SET = Requests(puts=3.0, gets=4.0)
+"""Once for each data set, however many shards it has: run.json; the records and the manifest. Is
+there a manifest (twice)? run.json for it."""
+
+
+def write_recipe(folder: Path, storage: str) -> Recipe:
+    save_model("gpt2", 300, folder / "model")
+    save_tokenizer(byte_level_tokenizer(300), folder / "model", bos="<|end|>", eos="<|end|>")
+    lines = (json.dumps({"text": SAMPLE[i % 4] * (2 + i % 3)}) + "\n" for i in range(60))
+    (folder / "docs.jsonl").write_text("".join(lines))
+    model = {"model": str(folder / "model")}
+    return parse_recipe(
+        {
+            "storage": storage,
+            "corpus": {
+                "documents": str(folder / "docs.jsonl"),
+                "max_tokens": 64,
+                "shard_tokens": 300,
+            },
+            "target": model,
+            "sources": [model | {"name": "a", "gpus": 0}],
+        }
+    )
+
+
+def cut_corpus(recipe: Recipe, layout: Layout) -> int:
+    """Commit the corpus' shards as the corpus stage's workers do, without Ray."""
+    import pyarrow as pa
+
+    from rayfuse.corpus.shards import Part, group_inputs
+    from rayfuse.corpus.stage import CutTask, _count_batches, _cut_groups
+
+    files = layout.corpus_inputs
+    task = CutTask(
+        layout.corpus,
+        recipe.corpus,
+        recipe.target,
+        None,
+        layout.corpus_rows,
+        Part(0.0, False),
+        group_inputs(files, recipe.corpus.shard_tokens * 4),
+    )
+    layout.corpus.claim({})
+    (count,) = _count_batches(pa.table({"group": [0]}), task)["count"].to_pylist()
+    list(_cut_groups(pa.table({"group": [0], "start": [0], "count": [count]}), task))
+    layout.corpus.finish(count)
+    return count
+
+
+def count_requests(proxy: FaultProxy) -> Requests:
+    """Return the requests since the last call, by what they cost."""
+    kinds = Counter("LIST" if "list-type=2" in path else method for method, path, _ in proxy.log)
+    proxy.log.clear()
+    assert set(kinds) <= {"PUT", "GET", "HEAD", "LIST"}
+    return Requests(float(kinds["PUT"]), float(kinds["GET"] + kinds["HEAD"]), float(kinds["LIST"]))
+
+
+def of_shards(per_shard: Requests, shards: int) -> tuple[float, float]:
+    every = per_shard.times(shards)
+    return every.puts + DATA_SET.puts, every.gets + DATA_SET.gets
+
+
+def test_corpus_capture_alignment_and_training_make_the_requests_that_are_planned(
+    s3_proxy, s3_root, tmp_path
+):
+    recipe = write_recipe(tmp_path, s3_root)
+    layout = plan_layout(recipe)
+    count_requests(s3_proxy)
+    shards = cut_corpus(recipe, layout)
+    assert shards > 8
+    found = count_requests(s3_proxy)
+    assert (found.puts, found.gets) == of_shards(CORPUS_SHARD, shards)
+    assert found.lists <= CORPUS_SHARD.lists * shards + DATA_SET_PAGES
+
+    source, data = recipe.sources[0], layout.captured["a"]
+    data.claim({})
+    assert list_missing(data, shards) == list(range(shards))
+    capturer = ShardCapturer(
+        load_recipe_engine(source, recipe.capture),
+        load_recipe_tokenizer(source),
+        layout.corpus,
+        data,
+    )
+    numbers = [capturer.capture(shard) for shard in range(shards)]
+    assert sum(each.rejects for each in numbers) == 0
+    data.finish(shards)
+    found = count_requests(s3_proxy)
+    puts, gets = of_shards(CAPTURE_SHARD, shards)
+    assert (found.puts, found.gets) == (puts, gets + 1)  # is there a manifest, before all
+    assert 0 <= found.lists - CAPTURE_SHARD.lists * shards <= DATA_SET_PAGES + 4
+
+    task = plan_task(recipe, layout, source)
+    task.aligned.claim({})
+    for shard in range(shards):
+        assert not task.aligned.is_committed(shard)
+        align_committed(task, shard)
+    task.aligned.finish(shards)
+    found = count_requests(s3_proxy)
+    assert (found.puts, found.gets) == of_shards(ALIGN_SHARD, shards)
+    assert 0 <= found.lists - ALIGN_SHARD.lists * shards <= DATA_SET_PAGES
+
+
+@pytest.mark.parametrize("workers", [1, 8])
+def test_training_reads_each_shard_no_more_often_than_planned(workers, s3_proxy, s3_root, tmp_path):
+    corpus, aligned = write_data(tmp_path, [[5, 7, 3, 4] * 3] * 16)
+    store = open_store(s3_root)
+    for file in tmp_path.rglob("*.*"):
+        store.write(file.relative_to(tmp_path).as_posix(), file.read_bytes())
+    corpus, *heard = (replace(data, store=store) for data in (corpus, *aligned.values()))
+    s3_proxy.log.clear()
+    for rank in range(workers):
+        reader = open_reader(corpus, dict(zip("ab", heard, strict=True)))
+        list(
+            iterate_steps(
+                reader, Packing(16, 2, True), Plan(3, 1, 32), rank=rank, num_workers=workers
+            )
+        )
+    reads = sum("/data/" in path for _, path, _ in s3_proxy.log)
+    once = 16 * 3 * READ_GETS
+    assert once <= reads <= once * count_readers(workers)
+    if workers == 1:
+        assert reads == once * count_readers(1)
