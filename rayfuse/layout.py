@@ -17,7 +17,7 @@ ALIGN_RULES = 4
 """Goes up when the same shards are aligned otherwise than before: no stale map or row is met then.
 2: `mined` counts distances beyond 255 bytes, a row's costs do not depend on the next row (LOG.md).
 3: tokens that share a character are placed by what they spell where a tokenizer changes its text.
-4: the beginning of a character goes to no byte token but its namesake.
+4: a token that ends inside a character goes to the tail if what follows may change the target's.
 """
 
 

@@ -93,7 +93,8 @@ class LocalCluster:
             self.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)}
         self.env |= env or {}
         self.nodes: list[subprocess.Popen[bytes]] = []
-        arguments = [f"--port={self.port}", f"--temp-dir={self.folder.name}"]
+        self.number = 0
+        arguments = [f"--port={self.port}"]
         if with_dashboard:
             arguments += [f"--dashboard-port={self.dashboard}", "--dashboard-host=127.0.0.1"]
         else:
@@ -105,6 +106,7 @@ class LocalCluster:
     def add_node(self, *, num_cpus: int, accelerator: str = "") -> subprocess.Popen[bytes]:
         """Start one more node, as if it had a kind of GPU; it joins within seconds."""
         resources = {f"accelerator_type:{accelerator}": 1} if accelerator else {}
+        self.number += 1
         node = self._start(
             *(f"--address=127.0.0.1:{self.port}", f"--num-cpus={num_cpus}"),
             f"--resources={json.dumps(resources)}",
@@ -171,7 +173,11 @@ class LocalCluster:
         ports = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent")
         return subprocess.Popen(
             ray_command(
-                *("start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"),
+                *("start", "--block", "--disable-usage-stats"),
+                # A folder and an address of its own, as a machine has: else a job's code is put
+                # anew into the folder that its driver runs in, and a driver may join any node.
+                f"--temp-dir={self.folder.name}/{self.number}",
+                f"--node-ip-address=127.0.{self.number // 250}.{self.number % 250 + 1}",
                 # The usual ports are another cluster's on this machine: jobs would not start.
                 *(f"--{name}-port={free_port()}" for name in (*ports, "metrics-export")),
                 "--object-store-memory=200000000",

@@ -17,9 +17,9 @@ WHOLE_CHARACTERS = "bytes, whole characters alone"
 """As `bytes`, but what a source gives to any part of a character goes to the tail, the true next
 token aside."""
 
-BYTE_TOKENS = "bytes, characters begun by byte tokens"
-"""As `bytes`, but what a source gives to the beginning of a character goes to the target's byte
-token, as before ALIGN_RULES 4."""
+CUT_OFF = "bytes, certain or not"
+"""As `bytes`, but a token that ends inside a character goes to what begins with its first bytes, as
+before ALIGN_RULES 4."""
 
 FUSE_FIELDS = {"method", "unit", "span_tokens", "cost", "temperature", "tail"}
 TRAIN_FIELDS = {
@@ -271,7 +271,7 @@ def _plan_numbers(planner: Planner, clm: Unit, fused: Unit) -> dict[str, Unit]:
 def _plan_alignments(planner: Planner, clm: Unit) -> dict[str, Unit]:
     sources = planner.sources
     variants = {CLM: clm}
-    for method in ("bytes", WHOLE_CHARACTERS, BYTE_TOKENS, "exact", "mined", "statistics"):
+    for method in ("bytes", WHOLE_CHARACTERS, CUT_OFF, "exact", "mined", "statistics"):
         variants[method] = planner.train(method, sources, align={"method": method})
     for fault in (False, True):
         name = "paper preset" + ", with its off-by-one" * fault

@@ -14,7 +14,7 @@ from typing import Any
 
 from rayfuse.storage.dataset import fingerprint_of
 
-VERSIONS = {"aligned": 2}
+VERSIONS = {"aligned": 3}
 """By kind, 1 where there is none: raised when what such a unit computes changes, in the study or in
 rayfuse, so that neither it nor what is made from it is found again."""
 

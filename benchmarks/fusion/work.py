@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.fusion.cut_tokenizers import cut_tokenizer
 from benchmarks.fusion.full import iterate_full_steps, place_full_source
-from benchmarks.fusion.plan import BYTE_TOKENS, WHOLE_CHARACTERS
+from benchmarks.fusion.plan import CUT_OFF, WHOLE_CHARACTERS
 from benchmarks.fusion.published import teach_current_token
 from benchmarks.fusion.scales import DOMAINS
 from benchmarks.fusion.text import (
@@ -29,8 +29,8 @@ from rayfuse.align.shard import Alignment, align_shard
 from rayfuse.align.statistics import choose_most_matched, count_pairs
 from rayfuse.align.vocab_map import (
     PLAIN,
-    begins_character,
     build_maps,
+    find_unfinished,
     map_to_nearest,
     map_vocabulary,
 )
@@ -208,11 +208,12 @@ def _alignment(unit: Unit, out: Path, corpus: pa.Table) -> Alignment:
         maps = map_vocabulary(source, target, only_equal=method == "exact")
     if method == WHOLE_CHARACTERS:
         maps[:, :-1][:, [_is_cut_off(token) for token in source.token_bytes]] = -1
-    if method == BYTE_TOKENS:
+    if method == CUT_OFF:
         goals = target.list_by_bytes()
-        for token_id, token in enumerate(source.token_bytes):
-            if token and begins_character(token):
-                maps[:, token_id] = goals[token[:1]]
+        for token_id, token in enumerate(each or b"" for each in source.token_bytes):
+            begun = [goals[token[:n]] for n in range(len(token), 0, -1) if token[:n] in goals]
+            if begun and find_unfinished(token) < len(token):
+                maps[:, token_id] = begun[0]
     return Alignment(*spelled, maps, "bytes" if method.startswith("bytes") else method)
 
 

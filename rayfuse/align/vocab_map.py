@@ -33,10 +33,9 @@ def map_vocabulary(
     """Return for each source id the target id that its mass goes to, for the methods by bytes.
 
     A source token goes to the target token with the same bytes; failing that, to the first token
-    of the target's own tokenisation of those bytes. The beginning of a character goes to no byte
-    token but its namesake: a target has those for characters without a token of their own, and
-    nobody knows which character was meant. EOS goes to EOS; other special tokens have no
-    counterpart.
+    of the target's own tokenisation of those bytes. Where a token ends inside a character, nobody
+    knows which one: it goes to the tail, unless the target's token is the same whatever follows.
+    EOS goes to EOS; other special tokens have no counterpart.
 
     Args:
         source: The tokenizer mapped from.
@@ -56,8 +55,10 @@ def map_vocabulary(
         unmatched = [i for i in np.flatnonzero(mapped < 0).tolist() if tokens[i]]
         if not only_equal:
             mapped[unmatched] = _first_tokens([tokens[i] for i in unmatched], target, by_bytes)
-        begins = np.array([begins_character(token) for token in tokens])
-        mapped[begins & np.append(is_byte, False)[mapped]] = -1
+        for i in np.flatnonzero(mapped >= 0).tolist():
+            goal = target.token_bytes[mapped[i]] or b""
+            if not _is_certain(tokens[i], goal, is_byte=bool(is_byte[mapped[i]])):
+                mapped[i] = -1
         for token_id, goal in namesakes:
             if tokens[token_id] == spelled[token_id]:
                 mapped[token_id] = goal
@@ -65,11 +66,25 @@ def map_vocabulary(
     return _map_roles(maps, source, target)
 
 
-def begins_character(spelled: bytes) -> bool:
-    """Return whether a token spells the beginning of one character and not all of it."""
-    if not spelled or spelled[0] < FIRST_LEAD_BYTE:
-        return False
-    return len(spelled) < 2 + (spelled[0] >= 0xE0) + (spelled[0] >= 0xF0)
+def _is_certain(token: bytes, goal: bytes, *, is_byte: bool) -> bool:
+    """Return whether a target begins with a token whatever character the source's goes on with.
+
+    Byte tokens join no others; but where a character begins, a target has them only for characters
+    that have no token of their own.
+    """
+    unfinished = find_unfinished(token)
+    if unfinished == len(token) or (is_byte and token[0] < FIRST_LEAD_BYTE):
+        return True
+    return len(goal) < unfinished or (goal == token and not is_byte)
+
+
+def find_unfinished(token: bytes) -> int:
+    """Return where a character begins that a token does not finish; its length if there is none."""
+    for start in range(max(len(token) - 3, 0), len(token)):
+        lead = token[start]
+        if lead >= FIRST_LEAD_BYTE and len(token) - start < 2 + (lead >= 0xE0) + (lead >= 0xF0):
+            return start
+    return len(token)
 
 
 def _is_view_used(view: int, source: TextTokenizer, target: TextTokenizer) -> bool:

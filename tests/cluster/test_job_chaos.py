@@ -110,13 +110,10 @@ def kill_driver(cluster: LocalCluster) -> None:
 def read_everything(layout: Layout) -> dict[str, bytes]:
     """Return every shard and every file of a model, by name below the storage."""
     found: dict[str, bytes] = {}
-    for data in (
-        layout.corpus,
-        layout.held_out,
-        *layout.captured.values(),
-        *layout.aligned.values(),
-    ):
-        assert not verify_data_set(data, layout.corpus).damages
+    sources = (*layout.captured.values(), *layout.aligned.values())
+    for data in (layout.corpus, layout.held_out, *sources):
+        rows = layout.corpus if data in sources else None
+        assert not verify_data_set(data, rows).damages
         for shard, commit in data.commits().items():
             found[f"{data.folder}/{shard}"] = data.store.read(f"{data.folder}/{commit.file}")
     for run in layout.runs:
