@@ -1,7 +1,7 @@
 """Reduces what README.md names to the schemas beside it.
 
-`python tests/data/schemas/reduce.py CRD_FOLDER GOOGLE_WHEEL`: CRD_FOLDER is helm-chart/kuberay-operator/crds of KubeRay,
-GOOGLE_WHEEL is google-api-python-client's.
+`python tests/data/schemas/reduce.py CRD_FOLDER GOOGLE_WHEEL`: CRD_FOLDER is KubeRay's
+helm-chart/kuberay-operator/crds, GOOGLE_WHEEL is google-api-python-client's.
 """
 
 import gzip
