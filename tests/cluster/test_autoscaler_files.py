@@ -6,10 +6,15 @@ from typing import Any
 
 import pytest
 import yaml
+from cfnlint.api import lint_all
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.instance_manager.subscribers.cloud_resource_monitor import (
+    CloudResourceMonitor,
+)
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
+from ray.core.generated.instance_manager_pb2 import Instance, InstanceUpdateEvent
 
 from rayfuse.recipe import SourceSettings
 from tests.cluster.checks import ROOT, find_faults
@@ -253,6 +258,33 @@ def test_a_source_of_each_kind_brings_up_spot_and_without_spot_on_demand(name, k
     assert spot_is_gone == {f"{machine}-on-demand": 1}
 
 
+def test_ray_turns_from_spot_that_does_not_come_but_not_from_spot_that_is_refused():
+    """What cluster/README.md tells of Ray 2.60: if the first half fails, it can be told less."""
+    monitor = CloudResourceMonitor()
+    refused, late = (
+        InstanceUpdateEvent(instance_type="l4-spot", new_instance_status=status)
+        for status in (Instance.ALLOCATION_FAILED, Instance.ALLOCATION_TIMEOUT)
+    )
+    monitor.notify([refused])
+    assert monitor.get_recoverable_resource_availabilities() == {}
+    monitor.notify([late])
+    assert monitor.get_recoverable_resource_availabilities() == {"l4-spot": 0.0}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_more_than_the_spot_machines_of_a_kind_go_on_demand(name):
+    request = ask_for(SourceSettings(name="s", model="m", gpus=1, accelerator_type="L4"))
+    assert launch(read(name), [request] * 18) == {"l4-spot": 16, "l4-on-demand": 2}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_without_a_kind_eight_actors_bring_up_a_dear_machine(name):
+    """Why cluster/README.md wants accelerator_type in recipes."""
+    request = ask_for(SourceSettings(name="s", model="m", gpus=1))
+    assert launch(read(name), [request]) == {"l4-spot": 1}
+    assert "l4-spot" not in launch(read(name), [request] * 8)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_fractions_share_a_machine_and_work_on_cpus_brings_up_no_gpu(name):
     half = ask_for(SourceSettings(name="s", model="m", gpus=0.5, accelerator_type="L4"))
@@ -264,3 +296,21 @@ def test_fractions_share_a_machine_and_work_on_cpus_brings_up_no_gpu(name):
 def test_eight_training_workers_on_h100_fill_one_machine(name):
     worker = {"CPU": 1.0, "GPU": 1.0, "accelerator_type:H100": 0.001}
     assert launch(read(name), [worker] * 8) == {"h100-spot": 1}
+
+
+def find_template_faults(template: str) -> list[str]:
+    """Return the faults of a CloudFormation template; I are remarks on its prose."""
+    return [str(match) for match in lint_all(template) if not match.rule.id.startswith("I")]
+
+
+def test_the_roles_of_the_machines_are_made_by_a_template_without_a_fault():
+    template = (ROOT / "cluster/aws-roles.yaml").read_text()
+    assert find_template_faults(template) == []
+    used = {
+        each["node_config"]["IamInstanceProfile"]["Name"]
+        for each in read("aws")["available_node_types"].values()
+    }
+    assert used == {"rayfuse-head", "rayfuse-worker"}
+    assert all(f"InstanceProfileName: {name}" in template for name in used)
+    planted = template.replace("InstanceProfileName: rayfuse-head", "ProfileName: rayfuse-head")
+    assert "'ProfileName' was unexpected" in find_template_faults(planted)[0]
