@@ -1,6 +1,7 @@
 """Aligning one committed shard: read, align, commit. Run by the capture and the align stage."""
 
 import io
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,6 +14,7 @@ from rayfuse.align.boundaries import spell_vocabulary
 from rayfuse.align.shard import Alignment, Method, align_shard
 from rayfuse.align.vocab_map import VocabMaps, build_maps, map_vocabulary
 from rayfuse.layout import Layout
+from rayfuse.metrics import count_work
 from rayfuse.model_files import load_recipe_tokenizer
 from rayfuse.recipe import ModelSettings, Recipe, SourceSettings
 from rayfuse.storage.dataset import Commit, DataSet
@@ -32,6 +34,11 @@ class AlignTask:
     method: Method
     map_file: str | None
     """The stored vocabulary map, for the methods that take long to make one."""
+
+    @property
+    def name(self) -> str:
+        """What the source is called."""
+        return self.aligned.folder.rpartition("/")[2].rpartition("-")[0]
 
 
 def plan_task(recipe: Recipe, layout: Layout, source: SourceSettings) -> AlignTask:
@@ -54,8 +61,13 @@ def align_committed(task: AlignTask, shard: int) -> Commit:
         ShardError: A shard that is read is missing or damaged.
         ValueError: As for `align_captured`.
     """
+    began = time.monotonic()
     table, stats = align_captured(task, shard)
-    return task.aligned.write_shard(shard, table, tokens=int(stats["positions"]), stats=stats)
+    tokens = int(stats["positions"])
+    commit = task.aligned.write_shard(shard, table, tokens=tokens, stats=stats)
+    seconds = time.monotonic() - began
+    count_work("align", task.name, rows=commit.rows, tokens=tokens, seconds=seconds)
+    return commit
 
 
 def align_captured(task: AlignTask, shard: int) -> tuple[pa.Table, dict[str, float]]:

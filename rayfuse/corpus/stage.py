@@ -1,5 +1,6 @@
 """The corpus stage: Ray Data reads documents, cuts them into rows and commits shards."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from rayfuse.corpus.shards import (
 )
 from rayfuse.kept_rows import Rows
 from rayfuse.layout import Layout
+from rayfuse.metrics import count_work
 from rayfuse.model_files import load_recipe_tokenizer, read_model_files
 from rayfuse.progress import Progress
 from rayfuse.recipe import CorpusSettings, ModelSettings, Recipe, dump_recipe
@@ -157,7 +159,7 @@ def _cut_groups(batch: pa.Table, task: CutTask) -> Iterator[pa.Table]:
     tokenizers = [load_recipe_tokenizer(model) for model in task.rows.cut_for]
     committed = task.data.list_committed()
     for record in batch.to_pylist():
-        start, stop = record["start"], record["start"] + record["count"]
+        start, stop, began = record["start"], record["start"] + record["count"], time.monotonic()
         for shard, documents in enumerate(task.batches(record["group"]), start):
             if shard >= stop:  # the next group's number: its documents would be lost
                 raise ValueError(
@@ -170,7 +172,11 @@ def _cut_groups(batch: pa.Table, task: CutTask) -> Iterator[pa.Table]:
                 documents.documents, target, tokenizers, max_tokens=task.settings.max_tokens
             )
             _check_lengths(rows, task)
-            yield _numbers_of(_commit_rows(task.data, shard, rows, documents))
+            commit = _commit_rows(task.data, shard, rows, documents)
+            seconds, began = time.monotonic() - began, time.monotonic()
+            name = task.data.folder.rpartition("/")[2].rpartition("-")[0] or "corpus"
+            count_work("corpus", name, rows=commit.rows, tokens=commit.tokens, seconds=seconds)
+            yield _numbers_of(commit)
 
 
 def _check_lengths(rows: pa.Table, task: CutTask) -> None:

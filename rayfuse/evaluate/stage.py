@@ -23,6 +23,7 @@ from rayfuse.evaluate.scores import (
 from rayfuse.layout import Layout, describe_model, find_own_folder
 from rayfuse.logs import log_event
 from rayfuse.machines import count_actor_gpus, count_reachable
+from rayfuse.metrics import count_work
 from rayfuse.model_files import find_folder, load_recipe_tokenizer, read_model_files
 from rayfuse.progress import Progress
 from rayfuse.recipe import ModelSettings, Recipe, SourceSettings, dump_recipe
@@ -262,7 +263,7 @@ def score_shards(task: ScoreTask, shards: list[int], made: object = None) -> Sco
     from rayfuse.evaluate.ensemble import build_costs, read_costs
     from rayfuse.evaluate.scoring import load_scored_model, score_documents, score_tokens, sum_rows
 
-    began = time.monotonic()
+    began, num_rows, num_tokens = time.monotonic(), 0, 0
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     torch.set_num_threads(max(1, int(cpus)))
     documents: list[DocumentScore] = []
@@ -285,11 +286,12 @@ def score_shards(task: ScoreTask, shards: list[int], made: object = None) -> Sco
                 table = build_costs(rows["row_id"].to_pylist(), costs)
                 task.costs.write_shard(shard, table, tokens=sum(len(row.ends) for row in costs))
             documents += score_documents(rows, sum_rows(costs))
+            num_rows += len(costs)
+            num_tokens += sum(len(row.ends) for row in costs)
     seconds = time.monotonic() - began
+    count_work("evaluate", task.name, rows=num_rows, tokens=num_tokens, seconds=seconds)
     run = task.held_out.store.root
-    log_event(
-        "scored", run=run, stage="evaluate", model=task.name, shards=len(shards), seconds=seconds
-    )
+    log_event("scored", run=run, stage="evaluate", model=task.name, shards=len(shards))
     return ScoredShards(sum_documents(documents), seconds)
 
 

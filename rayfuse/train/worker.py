@@ -16,6 +16,7 @@ import ray.train
 import torch
 
 from rayfuse.layout import TrainRun
+from rayfuse.metrics import count_work
 from rayfuse.model_files import load_recipe_tokenizer
 from rayfuse.models import is_out_of_memory, keeps_rows_apart, load_causal_lm, resolve_dtype
 from rayfuse.progress import RunState
@@ -253,6 +254,7 @@ class Trainer:
             note += f", held-out {self.bits_per_byte:.4f} bits a byte"
         self.task.board.write.remote(self.task.run.name, metrics.step, num_steps, note)
         self.trackers.log(self.records[-1])
+        count_work("train", self.task.run.name, tokens=metrics.tokens, seconds=metrics.seconds)
 
     def _validate(
         self, engine: Any, batches: list[MicroBatch], step: int, token_bytes: np.ndarray
