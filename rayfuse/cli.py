@@ -161,6 +161,23 @@ def plan(
 
 
 @app.command()
+def doctor(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check a recipe and the cluster of RAY_ADDRESS, before spending. Exit code 1 if errors."""
+    stdout = _claim_stdout() if as_json else sys.stdout
+    from rayfuse.console import open_console
+    from rayfuse.doctor.command import examine
+    from rayfuse.doctor.show import print_findings, to_values
+    from rayfuse.recipe import read_recipe
+
+    findings = examine(read_recipe(recipe, overrides))
+    print_findings(findings, open_console(to_stderr=as_json))
+    if as_json:
+        print(json.dumps(to_values(findings)), file=stdout)
+    if any(finding.severity == "error" for finding in findings):
+        sys.exit(FAILED)
+
+
+@app.command()
 def verify(
     recipe: RecipePath,
     overrides: Overrides = None,

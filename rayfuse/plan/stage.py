@@ -18,7 +18,7 @@ def probe_on_cluster(recipe: Recipe, request: Request) -> list[Measured]:
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     sources = [_options(source, has_gpus) for source in recipe.sources]
     wanted = recipe.train.gpus_per_worker
-    train = {
+    train: dict[str, Any] = {
         "num_cpus": recipe.train.cpus_per_worker,
         "num_gpus": float(has_gpus) if wanted is None else wanted,
     }
