@@ -142,21 +142,39 @@ def plan(
     tokens: Annotated[
         float | None, typer.Option(help="Target tokens of the corpus, such as 1e12.")
     ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Measure models and storage, in a minute at most.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Tell, before any GPU: tokens, bytes, requests, GPU-hours, money, and what looks wrong."""
     stdout = _claim_stdout() if as_json else sys.stdout
     from rayfuse.console import open_console
-    from rayfuse.plan.command import read_plan
-    from rayfuse.plan.show import print_plan, to_values
+    from rayfuse.plan.command import run_plan
 
     settings = [each for each in (recipe if example else None, *(overrides or [])) if each]
     if tokens is not None:
         settings.append(f"plan.tokens={tokens!r}")
-    found = read_plan(None if example else recipe, example, settings)
-    print_plan(found, open_console(to_stderr=as_json))
+    values = run_plan(recipe, example, settings, open_console(to_stderr=as_json), probe=probe)
     if as_json:
-        print(json.dumps(to_values(found)), file=stdout)
+        print(json.dumps(values), file=stdout)
+
+
+@app.command()
+def doctor(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check a recipe and the cluster of RAY_ADDRESS, before spending. Exit code 1 if errors."""
+    stdout = _claim_stdout() if as_json else sys.stdout
+    from rayfuse.console import open_console
+    from rayfuse.doctor.command import examine
+    from rayfuse.doctor.show import print_findings, to_values
+    from rayfuse.recipe import read_recipe
+
+    findings = examine(read_recipe(recipe, overrides))
+    print_findings(findings, open_console(to_stderr=as_json))
+    if as_json:
+        print(json.dumps(to_values(findings)), file=stdout)
+    if any(finding.severity == "error" for finding in findings):
+        sys.exit(FAILED)
 
 
 @app.command()

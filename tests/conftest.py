@@ -1,6 +1,7 @@
 """What tests share: one small Ray cluster per session, real data where it is."""
 
 import os
+import secrets
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -38,9 +39,11 @@ def ray_cluster() -> Iterator[None]:
 
     from rayfuse.session import join_cluster
 
-    join_cluster()
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one to HOME
+        join_cluster()
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")

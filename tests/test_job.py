@@ -48,7 +48,8 @@ def cluster_env(tmp_path) -> Iterator[dict[str, str]]:
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "DS_ACCELERATOR": "cpu",
     }
-    env.pop("RAY_ADDRESS", None)
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
+        env.pop(name, None)
     with tempfile.TemporaryDirectory(prefix="rj", dir="/tmp") as short:
         head = subprocess.Popen(
             ray_command(

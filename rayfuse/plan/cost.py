@@ -54,8 +54,7 @@ def make_plan(setup: Setup, rates: Rates | None = None) -> Plan:
     chosen = {
         each.title: kind
         for each in work
-        if each.gpu is not None
-        and (kind := _choose_kind(each.gpu.accelerator_type, costs[each.title])) is not None
+        if each.gpu is not None and (kind := _choose_kind(each.gpu, costs[each.title], plan))
     }
     stored = sum(each.stored_bytes for each in work)
     return Plan(
@@ -105,8 +104,9 @@ def _other_dollars(work: Work, plan: PlanSettings) -> float:
     return (dollars + work.core_hours * plan.dollars_per_core_hour) * (1 - work.done)
 
 
-def _choose_kind(wanted: str | None, costs: dict[str, GpuCost]) -> str | None:
-    if wanted is not None:
-        return wanted if wanted in costs and costs[wanted].fits else None
+def _choose_kind(gpu: GpuWork, costs: dict[str, GpuCost], plan: PlanSettings) -> str | None:
     fitting = [name for name, cost in costs.items() if cost.fits]
-    return min(fitting, key=lambda name: costs[name].spot_dollars, default=None)
+    if gpu.accelerator_type is not None:
+        return gpu.accelerator_type if gpu.accelerator_type in fitting else None
+    able = [name for name in fitting if plan.gpus[name].has_bfloat16 or not gpu.needs_bfloat16]
+    return min(able, key=lambda name: costs[name].spot_dollars, default=None)

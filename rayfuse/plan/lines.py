@@ -88,6 +88,7 @@ def _plan_capture(setup: Setup, model: Model, source: SourceSettings) -> Work:
             gpus=1.0 if source.gpus is None else source.gpus,
             actors=source.max_actors or source.min_actors,
             accelerator_type=source.accelerator_type,
+            needs_bfloat16=source.dtype in ("auto", "bfloat16"),
         ),
     )
 

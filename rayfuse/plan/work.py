@@ -30,6 +30,7 @@ class GpuWork:
     actors: int
     accelerator_type: str | None
     """The kind that the recipe asks for."""
+    needs_bfloat16: bool = True
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,14 @@ def test_what_does_not_fit_a_kind_fits_where_there_is_more_memory_or_more_gpus()
     assert fits("sources.mpt.gpus=0.5") == ["H200"]
 
 
+def test_no_kind_without_bfloat16_is_chosen_unless_the_recipe_does_without():
+    small = "plan.models.mpt.parameters=1e9"
+    assert plan(small).costs["capture mpt"]["T4"].fits
+    assert plan(small).chosen["capture mpt"] == "L4"
+    cheap = plan(small, "sources.mpt.dtype=float16", "plan.gpus.T4.spot_dollars=0.01")
+    assert cheap.chosen["capture mpt"] == "T4"
+
+
 def test_training_shares_memory_as_zero_does():
     def need(*overrides: str) -> float:
         gpu = line(plan(*overrides), "train fused").gpu

@@ -1,0 +1,302 @@
+"""Facts -> findings. Pure: what a cluster has told is all that is looked at."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rayfuse.doctor.facts import NodeFacts
+from rayfuse.recipe import Recipe
+
+EVERYWHERE = ("0.0.0.0", "::")
+
+GIB = 2**30
+
+LEAST_SHM_BYTES = 2**28
+"""Docker gives 64 MiB, in which NCCL and PyTorch die."""
+
+LEAST_TEMP_BYTES = 2 * GIB
+
+LEAST_HUB_BYTES = 20 * GIB
+"""A 7B model takes 14 GB."""
+
+CHECKPOINT_OVER_WEIGHTS = 7
+"""A checkpoint over the model's own bytes: weights, float32 copies and two moments."""
+
+SETTING_OF = {"temp": "TMPDIR", "HF_HOME": "HF_HOME"}
+"""What tells programs to use another disk."""
+
+ACCELERATOR = "accelerator_type:"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong, and what helps."""
+
+    check: str
+    severity: Literal["error", "warning"]
+    text: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class NodeKind:
+    """Nodes that the autoscaler may add."""
+
+    resources: dict[str, float]
+    most: int
+    accelerators: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ClusterFacts:
+    """What is known of a cluster."""
+
+    driver: NodeFacts
+    """This machine's."""
+    nodes: tuple[NodeFacts, ...]
+    silent: tuple[str, ...] = ()
+    """Nodes that did not answer."""
+    resources: tuple[dict[str, float], ...] = ()
+    """Of each node."""
+    has_autoscaler: bool = False
+    may_come: tuple[NodeKind, ...] | None = None
+    """What the autoscaler may add; None where that cannot be read."""
+
+
+def list_findings(recipe: Recipe, cluster: ClusterFacts) -> list[Finding]:
+    """Return all that is wrong, errors first."""
+    found = [finding for check in CHECKS for finding in check(recipe, cluster)]
+    return sorted(found, key=lambda finding: finding.severity != "error")
+
+
+def check_answers(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
+    """Yield the nodes that did not answer."""
+    for node in cluster.silent:
+        yield Finding(
+            "nodes",
+            "error",
+            f"{node} has not answered",
+            "look at its logs; take it out of the cluster, or start it anew",
+        )
+
+
+def check_versions(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
+    """Yield the packages that a node has another version of than the driver."""
+    for node in cluster.nodes:
+        for package, ours in cluster.driver.versions.items():
+            theirs = node.versions.get(package, "missing")
+            if theirs != ours:
+                yield Finding(
+                    "versions",
+                    "error",
+                    f"{package} is {theirs} on {node.node} but {ours} here",
+                    "use one image on all nodes, with pinned versions (constraints.txt)",
+                )
+
+
+def check_authentication(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
+    """Yield what is open to whoever reaches the cluster."""
+    off = [node.node for node in cluster.nodes if not node.asks_for_token]
+    if off:
+        yield Finding(
+            "authentication",
+            "error",
+            f"Ray asks for no token on {_join(off)}: whoever reaches it can run code there",
+            "set RAY_AUTH_MODE=token for `ray start` on every node, and for drivers and jobs",
+        )
+    for node in cluster.nodes:
+        wide = [address for address in node.dashboard_addresses if address in EVERYWHERE]
+        if wide and off:
+            yield Finding(
+                "dashboard",
+                "error",
+                f"the dashboard listens on {_join(wide)} of {node.node} and asks for no token",
+                "start the head with --dashboard-host=127.0.0.1 and reach it by ssh, or set "
+                "RAY_AUTH_MODE=token",
+            )
+
+
+def check_token_files(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
+    """Yield the token files that others on a machine may read."""
+    seen: set[tuple[str, str]] = set()
+    for node in (cluster.driver, *cluster.nodes):
+        file, mode = node.token_file, node.token_file_mode
+        if file is None or not mode & 0o077 or (node.node, file) in seen:
+            continue
+        seen.add((node.node, file))
+        yield Finding(
+            "token file",
+            "error",
+            f"{file} on {node.node} has mode {mode:04o}: others on that machine can read the "
+            "cluster's token",
+            f"chmod 600 {file}",
+        )
+
+
+def check_storage(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
+    """Yield the nodes that the storage does not serve as shards need it."""
+    for node in cluster.nodes:
+        if node.storage_fault is not None:
+            yield Finding(
+                "storage",
+                "error",
+                f"from {node.node}: {node.storage_fault}",
+                "give that node's role leave to read, write and delete there, or use another store",
+            )
+        elif not node.sees_marker:
+            yield Finding(
+                "storage",
+                "error",
+                f"{node.node} does not see in {recipe.storage} what was written here",
+                "use an s3:// prefix, or a folder that every machine mounts",
+            )
+
+
+def check_models(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
+    """Yield the models that a node cannot read."""
+    for node in cluster.nodes:
+        for role, fault in node.model_faults.items():
+            yield Finding(
+                "models",
+                "error",
+                f"{role} cannot be read on {node.node}: {fault}",
+                "put it on a folder that every machine mounts, or name a hub id and give the nodes "
+                "HF_TOKEN if it is gated",
+            )
+
+
+def check_disks(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
+    """Yield the nodes with too little shared memory or disk."""
+    for node in cluster.nodes:
+        shm, store = node.shm_bytes, node.object_store_bytes
+        if shm is not None and shm < max(LEAST_SHM_BYTES, store):
+            yield Finding(
+                "shared memory",
+                "error" if shm < LEAST_SHM_BYTES else "warning",
+                f"/dev/shm has {shm / GIB:.2f} GiB on {node.node}, and the object store is "
+                f"{store / GIB:.2f}: it goes to disk, or processes die",
+                "docker run --shm-size, or a memory emptyDir at /dev/shm",
+            )
+        for purpose, least in needed_bytes(recipe).items():
+            free = node.free_bytes.get(purpose, least)
+            if free < least:
+                yield Finding(
+                    "disk",
+                    "error",
+                    f"{free / GIB:.1f} GiB are free for {purpose} on {node.node}, of "
+                    f"{least / GIB:.1f} needed",
+                    f"give the node a larger disk, or set {SETTING_OF[purpose]} to another one",
+                )
+
+
+def needed_bytes(recipe: Recipe) -> dict[str, int]:
+    """Return what must be free on a node, by what it is for."""
+    target = Path(recipe.target.model).expanduser()
+    weights = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    needed = {"temp": LEAST_TEMP_BYTES + CHECKPOINT_OVER_WEIGHTS * weights}
+    models = (recipe.target, *recipe.sources)
+    if any(not Path(each.model).expanduser().is_dir() for each in models):
+        needed["HF_HOME"] = LEAST_HUB_BYTES
+    return needed
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a recipe asks a cluster for."""
+
+    who: str
+    setting: str
+    cpus: float
+    """Of one actor or worker."""
+    gpus: float
+    count: int
+    accelerator_type: str | None = None
+
+
+def check_resources(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
+    """Yield what the recipe asks for and the cluster has not, nor may ever have."""
+    kinds = [NodeKind(each, 1) for each in cluster.resources]
+    for ask in list_asks(recipe, cluster):
+        here = _count_places(ask, kinds)
+        if here >= ask.count:
+            continue
+        coming = _count_places(ask, cluster.may_come or ())
+        what = f"{ask.who} needs {_describe(ask)}; the cluster has room for {here} now"
+        if here + coming >= ask.count:
+            continue  # the autoscaler adds it as it is asked for
+        if cluster.has_autoscaler and cluster.may_come is None:
+            yield Finding(
+                "resources",
+                "warning",
+                f"{what}; the rest may come, what the autoscaler can add is not to be read here",
+                f"see that a worker group of the cluster has it, or change {ask.setting}",
+            )
+        else:
+            ever = f", and for {here + coming} at most with what the autoscaler may add"
+            yield Finding(
+                "resources",
+                "error",
+                what + (ever if cluster.has_autoscaler else ""),
+                f"add such nodes (max_workers), or change {ask.setting}",
+            )
+
+
+def list_asks(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Ask]:
+    """Yield what each source and the training cannot begin without."""
+    kinds = [*cluster.resources, *(kind.resources for kind in cluster.may_come or ())]
+    default = 1.0 if any(each.get("GPU", 0) for each in kinds) else 0.0
+    for source in recipe.sources:
+        yield Ask(
+            f"source {source.name}",
+            f"sources.{source.name}",
+            source.cpus,
+            default if source.gpus is None else source.gpus,
+            source.min_actors,
+            source.accelerator_type,
+        )
+    train = recipe.train
+    gpus = default if train.gpus_per_worker is None else train.gpus_per_worker
+    workers = train.min_workers or train.num_workers
+    yield Ask("training", "train.num_workers", train.cpus_per_worker, gpus, workers)
+
+
+def _count_places(ask: Ask, kinds: Sequence[NodeKind]) -> int:
+    """Return how many actors fit, each on one node."""
+    places = 0
+    for kind in kinds:
+        has = kind.resources
+        wanted = ask.accelerator_type
+        if (
+            wanted is not None
+            and f"{ACCELERATOR}{wanted}" not in has
+            and wanted not in kind.accelerators
+        ):
+            continue
+        rooms = [has.get("CPU", 0.0) / ask.cpus]
+        rooms += [has.get("GPU", 0.0) / ask.gpus] if ask.gpus else []
+        places += int(min(rooms) + 1e-9) * kind.most  # 1 / 0.1 is a little less than 10
+    return places
+
+
+def _describe(ask: Ask) -> str:
+    kind = f" of kind {ask.accelerator_type}" if ask.accelerator_type else ""
+    gpus = f"{ask.gpus:g} GPUs{kind} and " if ask.gpus or kind else ""
+    return f"{ask.count} times {gpus}{ask.cpus:g} CPUs"
+
+
+def _join(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+CHECKS: tuple[Callable[[Recipe, ClusterFacts], Iterator[Finding]], ...] = (
+    check_answers,
+    check_versions,
+    check_authentication,
+    check_token_files,
+    check_storage,
+    check_models,
+    check_disks,
+    check_resources,
+)

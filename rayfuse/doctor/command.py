@@ -1,0 +1,75 @@
+"""What `rayfuse doctor` does: the recipe first, then the cluster."""
+
+import uuid
+
+from rayfuse.doctor.checks import Finding, list_findings
+from rayfuse.layout import plan_layout
+from rayfuse.recipe import Recipe
+from rayfuse.session import join_cluster
+from rayfuse.storage.store import Store, open_store
+
+PATIENCE_SECONDS = 20.0
+"""For the storage."""
+
+
+def examine(recipe: Recipe) -> list[Finding]:
+    """Return what is wrong with a recipe and the cluster that is to run it, errors first."""
+    patience = min(recipe.storage_patience_seconds, PATIENCE_SECONDS)
+    quick = recipe.model_copy(update={"storage_patience_seconds": patience})
+    found = [*_check_recipe(quick)]
+    fault = _join()
+    if fault is not None:
+        return [*found, fault]
+    from rayfuse.doctor.stage import ask_cluster  # after joining, which sets what ray reads
+
+    store = open_store(quick.storage, patience)
+    marker = f".doctor-{uuid.uuid4().hex}"
+    fault = _put_marker(store, marker)
+    if fault is not None:
+        found.append(fault)
+    try:
+        cluster = ask_cluster(quick, marker)
+    finally:
+        if fault is None:
+            store.remove(marker)
+    return [*found, *list_findings(recipe, cluster)]
+
+
+def _check_recipe(recipe: Recipe) -> list[Finding]:
+    try:
+        plan_layout(recipe)
+    except (ValueError, OSError) as error:
+        return [Finding("recipe", "error", str(error), "change the recipe as it says")]
+    return []
+
+
+def _join() -> Finding | None:
+    """Join the cluster, or return why that fails."""
+    try:
+        join_cluster()
+    except Exception as error:  # a ConnectionError, or one of Ray's own
+        if not isinstance(error, ConnectionError) and not type(error).__module__.startswith("ray."):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return Finding(
+            "cluster",
+            "error",
+            f"it cannot be joined: {reason}",
+            "see that the head runs, that RAY_ADDRESS names it, and that RAY_AUTH_MODE and the "
+            "token are the same on both sides",
+        )
+    return None
+
+
+def _put_marker(store: Store, marker: str) -> Finding | None:
+    """Write a file that all nodes are to see, or return why that fails."""
+    try:
+        store.write(marker, b"rayfuse doctor")
+    except (OSError, ImportError) as error:
+        return Finding(
+            "storage",
+            "error",
+            f"{store.root} cannot be written from here: {error}",
+            "give a folder or a bucket that this machine, too, may write",
+        )
+    return None

@@ -1,0 +1,27 @@
+"""`rayfuse doctor` as a user types it, on a cluster without a token and a storage that lies."""
+
+import json
+
+import pytest
+
+from tests.chaos.runs import run_command, write_recipe
+from tests.s3 import Rule
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+
+def test_faults_of_a_cluster_and_its_storage_are_named_with_exit_code_1(
+    cluster, folder, s3_proxy, s3_root
+):
+    recipe = write_recipe(folder, "doctor", s3_root, accelerator_type="B9")
+    s3_proxy.rules = [Rule("412-ignored", times=float("inf"))]
+    result = run_command(cluster, "doctor", str(recipe), "--json")
+    assert result.returncode == 1, result.stderr
+    found = {(each["check"], each["severity"]) for each in json.loads(result.stdout)["findings"]}
+    assert found == {
+        ("authentication", "error"),
+        ("storage", "error"),
+        ("resources", "error"),
+    }
+    assert "remedy: set RAY_AUTH_MODE=token" in result.stderr
+    assert "asked to create only if absent" in result.stderr

@@ -1,0 +1,272 @@
+"""Planted faults, each found by the code that looks: at real files, sockets and servers where one
+machine has them, else at what a node might have told."""
+
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rayfuse.doctor.checks import ClusterFacts, Finding, NodeKind, list_findings
+from rayfuse.doctor.facts import NodeFacts, Questions, collect_facts, list_listeners
+from rayfuse.recipe import ModelSettings, Recipe, parse_recipe
+from rayfuse.storage.store import open_store
+from tests.fakes import save_model
+from tests.s3 import Rule
+
+MARKER = ".doctor-here"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("doctor") / "model"
+    save_model("gpt2", 300, folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def private_token(monkeypatch):
+    """The token that tests here would find is nobody's."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+
+
+def recipe_of(model: Path, storage: str, **source: object) -> Recipe:
+    return parse_recipe(
+        {
+            "storage": storage,
+            "corpus": {"documents": "docs.jsonl"},
+            "target": {"model": str(model)},
+            "sources": [{"name": "a", "model": str(model)} | source],
+        }
+    )
+
+
+def look(recipe: Recipe, *, dashboard_port: int | None = None) -> NodeFacts:
+    """Return what this machine tells."""
+    questions = Questions(
+        recipe.storage,
+        1.0,
+        MARKER,
+        (("target", recipe.target), ("source a", recipe.sources[0])),
+        dashboard_port,
+    )
+    return collect_facts(questions, "node 1", asks_for_token=True)
+
+
+def cluster_of(*nodes: NodeFacts, **changes: object) -> ClusterFacts:
+    driver = replace(nodes[0], storage_fault=None, model_faults={})
+    whole = ClusterFacts(driver, nodes, resources=({"CPU": 8.0},) * len(nodes))
+    return replace(whole, **changes)
+
+
+def find(recipe: Recipe, cluster: ClusterFacts) -> Finding:
+    (finding,) = list_findings(recipe, cluster)
+    assert finding.remedy
+    return finding
+
+
+@pytest.fixture
+def good(model, tmp_path) -> tuple[Recipe, NodeFacts]:
+    recipe = recipe_of(model, str(tmp_path / "storage"))
+    open_store(recipe.storage).write(MARKER, b"")
+    return recipe, look(recipe)
+
+
+def test_nothing_is_found_where_all_is_well(good):
+    recipe, node = good
+    assert list_findings(recipe, cluster_of(node, replace(node, node="node 2"))) == []
+
+
+@pytest.mark.parametrize(
+    "package", ["python", "ray", "torch", "transformers", "rayfuse", "pyarrow"]
+)
+def test_another_version_on_a_node(good, package):
+    recipe, node = good
+    other = replace(node, node="node 2", versions=node.versions | {package: "0.1"})
+    finding = find(recipe, cluster_of(node, other))
+    assert (finding.severity, finding.check) == ("error", "versions")
+    assert f"{package} is 0.1 on node 2 but {node.versions[package]} here" in finding.text
+
+
+def test_a_node_that_does_not_answer(good):
+    recipe, node = good
+    assert "node 7 has not answered" in find(recipe, cluster_of(node, silent=("node 7",))).text
+
+
+def test_a_cluster_that_asks_for_no_token(good):
+    recipe, node = good
+    finding = find(recipe, cluster_of(node, replace(node, node="node 2", asks_for_token=False)))
+    assert (finding.severity, finding.check) == ("error", "authentication")
+    assert "no token on node 2" in finding.text and "RAY_AUTH_MODE=token" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("host", "family", "is_open"),
+    [("127.0.0.1", socket.AF_INET, False), ("0.0.0.0", socket.AF_INET, True)],
+)
+def test_a_dashboard_on_all_interfaces_of_a_cluster_without_a_token(good, host, family, is_open):
+    recipe, _ = good
+    with socket.create_server((host, 0), family=family) as server:
+        port = server.getsockname()[1]
+        assert list_listeners(port) == (host,)
+        node = replace(look(recipe, dashboard_port=port), asks_for_token=False)
+    assert list_listeners(port) == ()
+    found = list_findings(recipe, cluster_of(node))
+    checks = ["authentication", *["dashboard"] * is_open]
+    assert [finding.check for finding in found] == checks
+    if is_open:
+        assert "listens on 0.0.0.0 of node 1" in found[1].text
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
+def test_a_listener_on_ipv6_is_seen():
+    try:
+        server = socket.create_server(("::", 0), family=socket.AF_INET6)
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    with server:
+        assert list_listeners(server.getsockname()[1]) == ("::",)
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o600])
+def test_a_token_file_that_others_may_read(good, mode, tmp_path, monkeypatch):
+    recipe, _ = good
+    file = tmp_path / "auth_token"
+    file.write_text("0" * 64)
+    file.chmod(mode)
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
+    cluster = cluster_of(look(recipe))
+    if mode == 0o600:
+        assert list_findings(recipe, cluster) == []
+        return
+    finding = find(recipe, cluster)
+    assert (finding.severity, finding.remedy) == ("error", f"chmod 600 {file}")
+    assert f"mode {mode:04o}" in finding.text
+
+
+def test_a_storage_that_ignores_conditions(model, s3_proxy, s3_root):
+    recipe = recipe_of(model, s3_root)
+    open_store(s3_root).write(MARKER, b"")
+    assert list_findings(recipe, cluster_of(look(recipe))) == []
+    s3_proxy.rules = [Rule("412-ignored", times=float("inf"))]
+    finding = find(recipe, cluster_of(look(recipe)))
+    assert finding.check == "storage"
+    assert "asked to create only if absent" in finding.text
+
+
+@pytest.mark.parametrize(("fault", "method"), [("403", "PUT"), ("503", None)])
+def test_a_storage_that_cannot_be_written_or_reached(fault, method, model, s3_proxy, s3_root):
+    recipe = recipe_of(model, s3_root)
+    s3_proxy.rules = [Rule(fault, method=method, times=float("inf"))]
+    finding = find(recipe, cluster_of(look(recipe)))
+    assert finding.check == "storage"
+    assert "which cannot be written" in finding.text
+
+
+def test_a_folder_that_another_node_does_not_share(good):
+    recipe, node = good
+    Path(recipe.storage, MARKER).unlink()
+    finding = find(recipe, cluster_of(node, replace(look(recipe), node="node 2")))
+    assert "node 2 does not see" in finding.text
+
+
+@pytest.mark.parametrize("loss", ["folder", "weights", "config"])
+def test_a_model_that_a_node_cannot_read(good, loss, model, tmp_path):
+    recipe, _ = good
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in model.iterdir():
+        if loss == "folder" or not (
+            (loss == "weights" and file.suffix == ".safetensors")
+            or (loss == "config" and file.name == "config.json")
+        ):
+            (copy / file.name).write_bytes(file.read_bytes())
+    missing = str(tmp_path / "gone") if loss == "folder" else str(copy)
+    changed = recipe.model_copy(update={"target": ModelSettings(model=missing)})
+    finding = find(recipe, cluster_of(look(changed)))
+    assert (finding.severity, finding.check) == ("error", "models")
+    assert finding.text.startswith("target cannot be read on node 1: ")
+
+
+def test_more_gpus_than_the_cluster_has(model, good):
+    recipe, node = good
+    recipe = recipe_of(model, recipe.storage, gpus=2, backend="vllm", min_actors=3)
+    few = cluster_of(node, resources=({"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 3.0}))
+    finding = find(recipe, few)
+    assert (finding.severity, finding.check) == ("error", "resources")
+    assert (
+        "source a needs 3 times 2 GPUs and 1 CPUs; the cluster has room for 2 now" in finding.text
+    )
+    assert list_findings(recipe, replace(few, resources=({"CPU": 8.0, "GPU": 6.0},))) == []
+
+
+def test_a_kind_of_gpu_that_is_not_in_the_cluster(model, good):
+    recipe, node = good
+    recipe = recipe_of(model, recipe.storage, gpus=1, accelerator_type="L4")
+    t4 = {"CPU": 8.0, "GPU": 1.0, "accelerator_type:T4": 1.0}
+    finding = find(recipe, cluster_of(node, resources=(t4,)))
+    assert "source a needs 1 times 1 GPUs of kind L4" in finding.text
+    l4 = {"CPU": 8.0, "GPU": 1.0, "accelerator_type:L4": 1.0}
+    assert list_findings(recipe, cluster_of(node, resources=(t4, l4))) == []
+
+
+def test_what_the_autoscaler_may_add_counts(model, good):
+    recipe, node = good
+    recipe = recipe_of(model, recipe.storage, gpus=0.5, accelerator_type="L4", min_actors=4)
+    head = ({"CPU": 8.0},)
+
+    def look_at(kind: NodeKind) -> list[Finding]:
+        cluster = cluster_of(node, resources=head, has_autoscaler=True, may_come=(kind,))
+        return list_findings(recipe, cluster)
+
+    l4 = {"CPU": 4.0, "GPU": 1.0}
+    assert look_at(NodeKind(l4, 2, ("L4",))) == []
+    assert look_at(NodeKind(l4 | {"accelerator_type:L4": 1.0}, 2)) == []
+    (finding,) = look_at(NodeKind(l4, 1, ("L4",)))
+    assert finding.severity == "error" and "2 at most with what the autoscaler" in finding.text
+    unknown = cluster_of(node, resources=head, has_autoscaler=True, may_come=None)
+    finding = find(recipe, unknown)
+    assert finding.severity == "warning" and "the rest may come" in finding.text
+
+
+def test_little_shared_memory_or_disk(good):
+    recipe, node = good
+    finding = find(recipe, cluster_of(replace(node, shm_bytes=2**26)))
+    assert (finding.severity, finding.check) == ("error", "shared memory")
+    small = replace(node, shm_bytes=2**30, object_store_bytes=2.0**31)
+    assert find(recipe, cluster_of(small)).severity == "warning"
+    finding = find(recipe, cluster_of(replace(node, free_bytes={"temp": 2**30})))
+    assert (finding.severity, finding.check) == ("error", "disk")
+    assert "1.0 GiB are free for temp on node 1" in finding.text
+    hub = recipe.model_copy(update={"target": ModelSettings(model="meta-llama/Llama-2-7b-hf")})
+    assert "set HF_HOME" in find(hub, cluster_of(replace(node, free_bytes={"HF_HOME": 1}))).remedy
+
+
+def test_the_autoscalers_settings_are_read_from_the_process_that_has_them(tmp_path):
+    from rayfuse.doctor.stage import find_autoscaling_config, read_node_kinds
+
+    file = tmp_path / "cluster.yaml"
+    file.write_text(
+        """
+head_node_type: head
+available_node_types:
+  head: {resources: {CPU: 0}, max_workers: 0}
+  l4: {resources: {CPU: 4, GPU: 1}, max_workers: 3, labels: {ray.io/accelerator-type: L4}}
+"""
+    )
+    arguments = ["--gcs-address=127.0.0.1:61234", f"--autoscaling-config={file}"]
+    monitor = subprocess.Popen([sys.executable, "-c", "input()", *arguments], stdin=subprocess.PIPE)
+    try:
+        for _ in range(100):
+            text = find_autoscaling_config("127.0.0.1:61234")
+            if text:
+                break
+            time.sleep(0.05)
+        assert find_autoscaling_config("127.0.0.1:61235") == ""
+    finally:
+        monitor.communicate(b"\n")
+    assert read_node_kinds(text) == (NodeKind({"CPU": 4.0, "GPU": 1.0}, 3, ("L4",)),)
