@@ -279,9 +279,10 @@ class LoraSettings(Settings):
 class TrainSettings(Settings):
     """How the target is trained on the fused rows."""
 
-    clm_weight: Curve = Field(default=0.5, alias="lambda")
+    clm_weight: Curve = Field(default=Ramp(start=0.5, end=0.9), alias="lambda")
     """lambda of L = lambda * CLM + (1 - lambda) * D(fused || target); the paper has 0.9. A number,
-    or `{start: 0.9, end: 0.5, shape: linear | cosine}`."""
+    or `{start: 0.5, end: 0.9, shape: linear | cosine}`, as by default: the sources are heard most
+    while the target knows least of the text (`benchmarks/fusion`)."""
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl"] = "forward_kl"
     """D: how far the target is from the fused distribution."""
     skew: Annotated[float, Field(gt=0, lt=1)] = 0.1

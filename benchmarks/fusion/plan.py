@@ -10,6 +10,8 @@ from rayfuse.recipe import CaptureSettings, FuseSettings, TrainSettings
 DEFAULT_RECORD = f"top-{CaptureSettings().top_k}"
 TOP_KS = (4, 10, 16, 32, 64)
 LAMBDAS = (0.9, 0.7, 0.5, 0.3, 0.0)
+RAMPS = ((0.5, 0.9), (0.5, 1.0), (0.3, 1.0))
+"""Of lambda, from the first step to the last."""
 
 CLM, FUSED, TARGET_ALONE = "CLM", "fused", "target"
 
@@ -222,6 +224,9 @@ def plan_seed(scale: Scale, seed: int) -> Plan:
             for rate in scale.rates:
                 label = f"{name}, {rate:g}"
                 plan[TUNING][label] = train(label, heard, rate=rate)
+        weights = {f"lambda {weight:g}": weight for weight in (0.9, 0.8, 0.7, 0.6, 0.5, 0.3)}
+        for name, weight in (weights | _name_ramps()).items():
+            plan[TUNING][f"fused, {name}"] = train(name, sources, clm_weight=weight)
     return plan
 
 
@@ -318,11 +323,22 @@ def _plan_records(planner: Planner, clm: Unit) -> dict[str, Unit]:
     return variants
 
 
+def _name_ramps() -> dict[str, Any]:
+    return {
+        f"lambda {start:g} to {end:g}": {"start": start, "end": end, "shape": "linear"}
+        for start, end in RAMPS
+    }
+
+
 def _plan_losses(planner: Planner, clm: Unit) -> dict[str, Unit]:
     variants = {"lambda 1 (CLM)": clm}
     for weight in LAMBDAS:
         name = f"lambda {weight:g}"
         variants[name] = planner.train(name, planner.sources, clm_weight=weight)
+    variants |= {
+        name: planner.train(name, planner.sources, clm_weight=ramp)
+        for name, ramp in _name_ramps().items()
+    }
     for divergence in ("reverse_kl", "jensen_shannon"):
         variants[divergence] = planner.train(divergence, planner.sources, divergence=divergence)
     return variants

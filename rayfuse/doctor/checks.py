@@ -258,7 +258,14 @@ def list_asks(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Ask]:
     train = recipe.train
     gpus = default if train.gpus_per_worker is None else train.gpus_per_worker
     workers = train.min_workers or train.num_workers
-    yield Ask("training", "train.num_workers", train.cpus_per_worker, gpus, workers)
+    yield Ask(
+        "training",
+        "train.num_workers",
+        train.cpus_per_worker,
+        gpus,
+        workers,
+        train.accelerator_type,
+    )
 
 
 def _count_places(ask: Ask, kinds: Sequence[NodeKind]) -> int:

@@ -146,7 +146,7 @@ def _plan_train(setup: Setup, name: str) -> Work:
             memory_bytes=train_memory(size, recipe),
             gpus=1.0 if train.gpus_per_worker is None else train.gpus_per_worker,
             actors=train.num_workers,
-            accelerator_type=None,
+            accelerator_type=train.accelerator_type,
         ),
     )
 
