@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STORAGE ?= demo-run
-PYTEST_ARGS ?= -n 2 --dist loadgroup
+PYTEST_ARGS ?= -n 3 --dist loadgroup
 
 .PHONY: setup demo test check format schema clean
 

@@ -15,15 +15,21 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+TESTS = Path(__file__).parent
+OWN_MACHINES = ("chaos", "cluster", "train/test_kills.py")
+
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep all tests with a cluster in one process: the others run beside it meanwhile."""
+    """Keep tests with a cluster in two processes, the others run beside them meanwhile: those that
+    share the session's, and those that start machines of their own, and mostly wait for them.
+    """
     for item in items:
         if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("cluster"))
+            is_own = any(item.path.is_relative_to(TESTS / each) for each in OWN_MACHINES)
+            item.add_marker(pytest.mark.xdist_group("machines" if is_own else "cluster"))
 
 
 @pytest.fixture(scope="session")
