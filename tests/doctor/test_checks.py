@@ -217,20 +217,37 @@ def test_a_kind_of_gpu_that_is_not_in_the_cluster(model, good):
 def test_what_the_autoscaler_may_add_counts(model, good):
     recipe, node = good
     recipe = recipe_of(model, recipe.storage, gpus=0.5, accelerator_type="L4", min_actors=4)
+    train = recipe.train.model_copy(update={"gpus_per_worker": 0.0})
+    recipe = recipe.model_copy(update={"train": train})
     head = ({"CPU": 8.0},)
 
     def look_at(kind: NodeKind) -> list[Finding]:
         cluster = cluster_of(node, resources=head, has_autoscaler=True, may_come=(kind,))
         return list_findings(recipe, cluster)
 
-    l4 = {"CPU": 4.0, "GPU": 1.0}
-    assert look_at(NodeKind(l4, 2, ("L4",))) == []
-    assert look_at(NodeKind(l4 | {"accelerator_type:L4": 1.0}, 2)) == []
-    (finding,) = look_at(NodeKind(l4, 1, ("L4",)))
+    gpu = {"CPU": 4.0, "GPU": 1.0}
+    l4 = gpu | {"accelerator_type:L4": 1.0}
+    assert look_at(NodeKind(l4, 2)) == []
+    (finding,) = look_at(NodeKind(l4, 1))
     assert finding.severity == "error" and "2 at most with what the autoscaler" in finding.text
+    (finding,) = look_at(NodeKind(gpu, 9))  # a label alone does not bring it up
+    assert "`accelerator_type:L4: 1` in the node type's resources" in finding.remedy
     unknown = cluster_of(node, resources=head, has_autoscaler=True, may_come=None)
     finding = find(recipe, unknown)
     assert finding.severity == "warning" and "the rest may come" in finding.text
+
+
+def test_what_would_run_on_cpus_because_gpus_have_not_come_yet(good):
+    recipe, node = good
+    gpu = NodeKind({"CPU": 4.0, "GPU": 1.0}, 2)
+    growing = cluster_of(node, has_autoscaler=True, may_come=(gpu,))
+    finding = find(recipe, growing)
+    assert (finding.severity, finding.check) == ("error", "resources")
+    assert "leaves sources.a.gpus, train.gpus_per_worker to it would run on CPUs" in finding.text
+    assert find(recipe, replace(growing, may_come=None)).severity == "warning"
+    assert list_findings(recipe, replace(growing, may_come=(NodeKind({"CPU": 4.0}, 2),))) == []
+    here = {"CPU": 8.0, "GPU": 2.0}
+    assert list_findings(recipe, replace(growing, resources=(here,))) == []
 
 
 def test_little_shared_memory_or_disk(good):
@@ -255,7 +272,7 @@ def test_the_autoscalers_settings_are_read_from_the_process_that_has_them(tmp_pa
 head_node_type: head
 available_node_types:
   head: {resources: {CPU: 0}, max_workers: 0}
-  l4: {resources: {CPU: 4, GPU: 1}, max_workers: 3, labels: {ray.io/accelerator-type: L4}}
+  l4: {resources: {CPU: 4, "accelerator_type:L4": 1}, max_workers: 3}
 """
     )
     arguments = ["--gcs-address=127.0.0.1:61234", f"--autoscaling-config={file}"]
@@ -269,4 +286,4 @@ available_node_types:
         assert find_autoscaling_config("127.0.0.1:61235") == ""
     finally:
         monitor.communicate(b"\n")
-    assert read_node_kinds(text) == (NodeKind({"CPU": 4.0, "GPU": 1.0}, 3, ("L4",)),)
+    assert read_node_kinds(text) == (NodeKind({"CPU": 4.0, "accelerator_type:L4": 1.0}, 3),)
