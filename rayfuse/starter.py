@@ -46,6 +46,7 @@ capture:  # every source scores the text once, and what it says is kept
 
 train:
   num_workers: 8
+  gpus_per_worker: 1  # said, or a cluster that has no GPU yet would train on CPUs
   # min_workers: null  # goes on with so few while spot machines are away
   # lambda: 0.5  # weight of the text itself, the rest is the sources'
   learning_rate: 1.0e-5

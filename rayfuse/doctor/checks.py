@@ -257,7 +257,7 @@ def check_defaults(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
             "resources",
             "error" if is_known else "warning",
             f"the cluster has no GPU yet, so what leaves {_join(unset)} to it would run on CPUs",
-            f"set {unset[0]}=1, and the others",
+            f"set {' and '.join(f'{setting}=1' for setting in unset)}",
         )
 
 

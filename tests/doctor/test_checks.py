@@ -10,9 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from rayfuse.doctor.checks import ClusterFacts, Finding, NodeKind, list_findings
+from rayfuse.doctor.checks import (
+    ClusterFacts,
+    Finding,
+    NodeKind,
+    check_defaults,
+    check_resources,
+    list_findings,
+)
 from rayfuse.doctor.facts import NodeFacts, Questions, collect_facts, list_listeners
-from rayfuse.recipe import ModelSettings, Recipe, parse_recipe
+from rayfuse.recipe import ModelSettings, Recipe, parse_recipe, read_recipe
 from rayfuse.storage.store import open_store
 from tests.fakes import save_model
 from tests.s3 import Rule
@@ -287,3 +294,21 @@ available_node_types:
     finally:
         monitor.communicate(b"\n")
     assert read_node_kinds(text) == (NodeKind({"CPU": 4.0, "accelerator_type:L4": 1.0}, 3),)
+
+
+@pytest.mark.parametrize("file", ["aws.yaml", "gcp.yaml"])
+def test_the_clusters_that_come_with_rayfuse_can_run_a_recipe_that_says_what_it_needs(file):
+    from rayfuse.doctor.stage import read_node_kinds
+
+    root = Path(__file__).parents[2]
+    kinds = read_node_kinds((root / "cluster" / file).read_text())
+    overrides = [f"sources.{name}.accelerator_type=L4" for name in ("mpt", "openllama", "self")]
+    node = NodeFacts("node 1", {}, asks_for_token=True)
+    head = ({"CPU": 0.0},)
+    cluster = cluster_of(node, resources=head, has_autoscaler=True, may_come=kinds)
+    recipe = read_recipe(root / "recipes/two-sources.yaml", overrides)
+    whole = read_recipe(root / "recipes/two-sources.yaml", [*overrides, "train.gpus_per_worker=1"])
+    assert list(check_resources(whole, cluster)) == list(check_defaults(whole, cluster)) == []
+    without = recipe.train.model_copy(update={"gpus_per_worker": None})
+    (finding,) = check_defaults(recipe.model_copy(update={"train": without}), cluster)
+    assert finding.remedy == "set train.gpus_per_worker=1"
