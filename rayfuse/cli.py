@@ -236,6 +236,14 @@ def inspect(
 
 
 @app.command()
+def init() -> None:
+    """Print a commented recipe to start from: `rayfuse init > my.yaml`."""
+    from rayfuse.starter import STARTER
+
+    print(STARTER, end="")
+
+
+@app.command()
 def demo(
     storage: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path("demo-run"),
     seed: Annotated[int, typer.Option(help="Of the models and the training.")] = 0,

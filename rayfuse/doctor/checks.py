@@ -1,6 +1,6 @@
 """Facts -> findings. Pure: what a cluster has told is all that is looked at."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,7 +45,6 @@ class NodeKind:
 
     resources: dict[str, float]
     most: int
-    accelerators: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -238,14 +237,37 @@ def check_resources(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
                 "resources",
                 "error",
                 what + (ever if cluster.has_autoscaler else ""),
-                f"add such nodes (max_workers), or change {ask.setting}",
+                _name_remedy(ask),
             )
+
+
+def check_defaults(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
+    """Yield what would run on CPUs because the GPUs have not come yet."""
+    coming = [kind.resources for kind in cluster.may_come or ()]
+    is_known = cluster.may_come is not None
+    if _has_gpu(cluster.resources) or not cluster.has_autoscaler:
+        return
+    if is_known and not _has_gpu(coming):
+        return
+    unset = [f"sources.{source.name}.gpus" for source in recipe.sources if source.gpus is None]
+    if recipe.train.gpus_per_worker is None:
+        unset.append("train.gpus_per_worker")
+    if unset:
+        yield Finding(
+            "resources",
+            "error" if is_known else "warning",
+            f"the cluster has no GPU yet, so what leaves {_join(unset)} to it would run on CPUs",
+            f"set {' and '.join(f'{setting}=1' for setting in unset)}",
+        )
+
+
+def _has_gpu(nodes: Iterable[dict[str, float]]) -> bool:
+    return any(resources.get("GPU", 0) > 0 for resources in nodes)
 
 
 def list_asks(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Ask]:
     """Yield what each source and the training cannot begin without."""
-    kinds = [*cluster.resources, *(kind.resources for kind in cluster.may_come or ())]
-    default = 1.0 if any(each.get("GPU", 0) for each in kinds) else 0.0
+    default = 1.0 if _has_gpu(cluster.resources) else 0.0  # as the stages see it
     for source in recipe.sources:
         yield Ask(
             f"source {source.name}",
@@ -274,11 +296,7 @@ def _count_places(ask: Ask, kinds: Sequence[NodeKind]) -> int:
     for kind in kinds:
         has = kind.resources
         wanted = ask.accelerator_type
-        if (
-            wanted is not None
-            and f"{ACCELERATOR}{wanted}" not in has
-            and wanted not in kind.accelerators
-        ):
+        if wanted is not None and f"{ACCELERATOR}{wanted}" not in has:
             continue
         rooms = [has.get("CPU", 0.0) / ask.cpus]
         rooms += [has.get("GPU", 0.0) / ask.gpus] if ask.gpus else []
@@ -290,6 +308,13 @@ def _describe(ask: Ask) -> str:
     kind = f" of kind {ask.accelerator_type}" if ask.accelerator_type else ""
     gpus = f"{ask.gpus:g} GPUs{kind} and " if ask.gpus or kind else ""
     return f"{ask.count} times {gpus}{ask.cpus:g} CPUs"
+
+
+def _name_remedy(ask: Ask) -> str:
+    kind = ask.accelerator_type
+    # Ray's actors ask for this resource; a label with the same name does not bring nodes up.
+    hint = f", with `{ACCELERATOR}{kind}: 1` in the node type's resources" if kind else ""
+    return f"add such nodes (max_workers{hint}), or change {ask.setting}"
 
 
 def _join(names: Sequence[str]) -> str:
@@ -306,4 +331,5 @@ CHECKS: tuple[Callable[[Recipe, ClusterFacts], Iterator[Finding]], ...] = (
     check_models,
     check_disks,
     check_resources,
+    check_defaults,
 )

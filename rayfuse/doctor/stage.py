@@ -144,7 +144,5 @@ def read_node_kinds(text: str) -> tuple[NodeKind, ...]:
     for name, each in config["available_node_types"].items():
         if name != config.get("head_node_type"):
             resources = {key: float(value) for key, value in each.get("resources", {}).items()}
-            label = each.get("labels", {}).get("ray.io/accelerator-type")
-            accelerators = (str(label),) if label else ()
-            kinds.append(NodeKind(resources, int(each.get("max_workers", 0)), accelerators))
+            kinds.append(NodeKind(resources, int(each.get("max_workers", 0))))
     return tuple(kinds)

@@ -268,7 +268,11 @@ def _look_up_done(setup: Setup, layout: Layout) -> Setup:
     """Return the setup with what is in the storage: exact numbers of rows that are cut."""
     for name, (data, _) in list_data_sets(layout).items():
         manifest = data.read_manifest()
-        setup.done[name] = len(data.list_committed()) if manifest is None else manifest.num_shards
+        setup.done[name] = (
+            len(data.list_committed(setup.corpus.shards))
+            if manifest is None
+            else manifest.num_shards
+        )
     for run in layout.runs:
         setup.done[f"train {run.name}"] = int("done.json" in layout.store.sizes(run.folder))
     setup.done["evaluate"] = int(is_stage_done("evaluate", layout))

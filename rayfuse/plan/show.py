@@ -30,6 +30,11 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"the end, {_short(plan.stored_bytes)}B, costs {_dollars(plan.month_dollars)} a month",
         highlight=False,
     )
+    console.print(
+        "not counted: the head and what idles, traffic between regions, fetching documents and "
+        "models, answers to evaluate.tasks",
+        highlight=False,
+    )
     for warning in plan.warnings:
         console.print(f"warning: {warning}", style="yellow", highlight=False)
 

@@ -10,9 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from rayfuse.doctor.checks import ClusterFacts, Finding, NodeKind, list_findings
+from rayfuse.doctor.checks import (
+    ClusterFacts,
+    Finding,
+    NodeKind,
+    check_defaults,
+    check_resources,
+    list_findings,
+)
 from rayfuse.doctor.facts import NodeFacts, Questions, collect_facts, list_listeners
-from rayfuse.recipe import ModelSettings, Recipe, parse_recipe
+from rayfuse.recipe import ModelSettings, Recipe, parse_recipe, read_recipe
 from rayfuse.storage.store import open_store
 from tests.fakes import save_model
 from tests.s3 import Rule
@@ -217,20 +224,37 @@ def test_a_kind_of_gpu_that_is_not_in_the_cluster(model, good):
 def test_what_the_autoscaler_may_add_counts(model, good):
     recipe, node = good
     recipe = recipe_of(model, recipe.storage, gpus=0.5, accelerator_type="L4", min_actors=4)
+    train = recipe.train.model_copy(update={"gpus_per_worker": 0.0})
+    recipe = recipe.model_copy(update={"train": train})
     head = ({"CPU": 8.0},)
 
     def look_at(kind: NodeKind) -> list[Finding]:
         cluster = cluster_of(node, resources=head, has_autoscaler=True, may_come=(kind,))
         return list_findings(recipe, cluster)
 
-    l4 = {"CPU": 4.0, "GPU": 1.0}
-    assert look_at(NodeKind(l4, 2, ("L4",))) == []
-    assert look_at(NodeKind(l4 | {"accelerator_type:L4": 1.0}, 2)) == []
-    (finding,) = look_at(NodeKind(l4, 1, ("L4",)))
+    gpu = {"CPU": 4.0, "GPU": 1.0}
+    l4 = gpu | {"accelerator_type:L4": 1.0}
+    assert look_at(NodeKind(l4, 2)) == []
+    (finding,) = look_at(NodeKind(l4, 1))
     assert finding.severity == "error" and "2 at most with what the autoscaler" in finding.text
+    (finding,) = look_at(NodeKind(gpu, 9))  # a label alone does not bring it up
+    assert "`accelerator_type:L4: 1` in the node type's resources" in finding.remedy
     unknown = cluster_of(node, resources=head, has_autoscaler=True, may_come=None)
     finding = find(recipe, unknown)
     assert finding.severity == "warning" and "the rest may come" in finding.text
+
+
+def test_what_would_run_on_cpus_because_gpus_have_not_come_yet(good):
+    recipe, node = good
+    gpu = NodeKind({"CPU": 4.0, "GPU": 1.0}, 2)
+    growing = cluster_of(node, has_autoscaler=True, may_come=(gpu,))
+    finding = find(recipe, growing)
+    assert (finding.severity, finding.check) == ("error", "resources")
+    assert "leaves sources.a.gpus, train.gpus_per_worker to it would run on CPUs" in finding.text
+    assert find(recipe, replace(growing, may_come=None)).severity == "warning"
+    assert list_findings(recipe, replace(growing, may_come=(NodeKind({"CPU": 4.0}, 2),))) == []
+    here = {"CPU": 8.0, "GPU": 2.0}
+    assert list_findings(recipe, replace(growing, resources=(here,))) == []
 
 
 def test_little_shared_memory_or_disk(good):
@@ -255,7 +279,7 @@ def test_the_autoscalers_settings_are_read_from_the_process_that_has_them(tmp_pa
 head_node_type: head
 available_node_types:
   head: {resources: {CPU: 0}, max_workers: 0}
-  l4: {resources: {CPU: 4, GPU: 1}, max_workers: 3, labels: {ray.io/accelerator-type: L4}}
+  l4: {resources: {CPU: 4, "accelerator_type:L4": 1}, max_workers: 3}
 """
     )
     arguments = ["--gcs-address=127.0.0.1:61234", f"--autoscaling-config={file}"]
@@ -269,4 +293,22 @@ available_node_types:
         assert find_autoscaling_config("127.0.0.1:61235") == ""
     finally:
         monitor.communicate(b"\n")
-    assert read_node_kinds(text) == (NodeKind({"CPU": 4.0, "GPU": 1.0}, 3, ("L4",)),)
+    assert read_node_kinds(text) == (NodeKind({"CPU": 4.0, "accelerator_type:L4": 1.0}, 3),)
+
+
+@pytest.mark.parametrize("file", ["aws.yaml", "gcp.yaml"])
+def test_the_clusters_that_come_with_rayfuse_can_run_a_recipe_that_says_what_it_needs(file):
+    from rayfuse.doctor.stage import read_node_kinds
+
+    root = Path(__file__).parents[2]
+    kinds = read_node_kinds((root / "cluster" / file).read_text())
+    overrides = [f"sources.{name}.accelerator_type=L4" for name in ("mpt", "openllama", "self")]
+    node = NodeFacts("node 1", {}, asks_for_token=True)
+    head = ({"CPU": 0.0},)
+    cluster = cluster_of(node, resources=head, has_autoscaler=True, may_come=kinds)
+    recipe = read_recipe(root / "recipes/two-sources.yaml", overrides)
+    whole = read_recipe(root / "recipes/two-sources.yaml", [*overrides, "train.gpus_per_worker=1"])
+    assert list(check_resources(whole, cluster)) == list(check_defaults(whole, cluster)) == []
+    without = recipe.train.model_copy(update={"gpus_per_worker": None})
+    (finding,) = check_defaults(recipe.model_copy(update={"train": without}), cluster)
+    assert finding.remedy == "set train.gpus_per_worker=1"
