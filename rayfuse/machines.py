@@ -3,12 +3,18 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 import ray
 from ray._private.state import state as cluster_state  # no public way to ask what may come
 from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rayfuse.autoscaler import NodeKind, find_autoscaling_config, read_node_kinds
 from rayfuse.recipe import SourceSettings
+
+HEAD = "node:__internal_head__"
 
 Bundle = dict[str, float]
 """What one actor asks of Ray, by resource."""
@@ -24,19 +30,46 @@ def count_reachable(resource: str, accelerator_type: str | None = None) -> float
     Returns:
         Infinity where the autoscaler has no limit.
     """
-    there = [(1.0, node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    config = cluster_state.get_cluster_config()  # None without an autoscaler
-    groups = [] if config is None else config.node_group_configs
-    may_come = [(_limit(group.max_count), dict(group.resources)) for group in groups]
-    kind = None if accelerator_type is None else _name_kind(accelerator_type)
+    there = [NodeKind(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
+    may_come = _read_autoscaler_once(ray.get_runtime_context().gcs_address)[1] or ()
+    name = None if accelerator_type is None else _name_kind(accelerator_type)
     return max(
-        sum(count * each.get(resource, 0) for count, each in machines if kind in (None, *each))
-        for machines in (there, may_come)
+        sum(
+            each.resources.get(resource, 0) * (math.inf if each.most < 0 else each.most)
+            for each in kinds
+            if name in (None, *each.resources) and each.resources.get(resource)
+        )
+        for kinds in (there, may_come)
     )
 
 
-def _limit(max_count: int) -> float:
-    return math.inf if max_count < 0 else float(max_count)
+def read_autoscaler() -> tuple[bool, tuple[NodeKind, ...] | None]:
+    """Return whether the cluster grows by itself, and what may come, as far as it can be read."""
+    config = cluster_state.get_cluster_config()  # some clouds tell it
+    if config is not None and config.node_group_configs:
+        kinds = [
+            NodeKind({k: float(v) for k, v in group.resources.items()}, group.max_count)
+            for group in config.node_group_configs
+        ]
+        return True, tuple(kinds)
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    head = next((node for node in alive if HEAD in node["Resources"]), alive[0])
+    options: dict[str, Any] = {
+        "num_cpus": 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(head["NodeID"], soft=False),
+    }
+    gcs = ray.get_runtime_context().gcs_address
+    text = ray.get(ray.remote(**options)(find_autoscaling_config).remote(gcs))
+    if text:
+        return True, read_node_kinds(text)
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    return bool(is_autoscaler_v2()), None
+
+
+@cache
+def _read_autoscaler_once(gcs_address: str) -> tuple[bool, tuple[NodeKind, ...] | None]:
+    return read_autoscaler()
 
 
 def _name_kind(accelerator_type: str) -> str:
@@ -44,11 +77,14 @@ def _name_kind(accelerator_type: str) -> str:
     return f"accelerator_type:{accelerator_type}"
 
 
+def count_default_gpus(accelerator_type: str | None) -> float:
+    """Return the GPUs of one actor or worker that does not say: a whole one if there can be any."""
+    return 1.0 if accelerator_type is not None or count_reachable("GPU") > 0 else 0.0
+
+
 def count_actor_gpus(source: SourceSettings) -> float:
-    """Return the GPUs of one actor of a source; by default a whole one if there can be any."""
-    if source.gpus is not None:
-        return source.gpus
-    return 1.0 if count_reachable("GPU", source.accelerator_type) > 0 else 0.0
+    """Return the GPUs of one actor of a source."""
+    return count_default_gpus(source.accelerator_type) if source.gpus is None else source.gpus
 
 
 def list_bundles(source: SourceSettings) -> list[Bundle]:

@@ -103,7 +103,8 @@ class SourceSettings(ModelSettings):
     """What runs the model. `vllm`, an extra of its own, spreads a model over all GPUs of an actor;
     it gives the likeliest tokens only, no draws."""
     gpus: NonNegativeFloat | None = None
-    """GPUs of one actor, fractions allowed; by default 1 where the cluster has any, else 0."""
+    """GPUs of one actor, fractions allowed; by default 1 where a kind is named or the cluster has
+    or may get any, else 0."""
     accelerator_type: str | None = None
     """The kind of GPU, as Ray names it: `L4`, `A10G`, `H100`, ..."""
     cpus: PositiveFloat = 1.0
@@ -326,7 +327,7 @@ class TrainSettings(Settings):
     """Workers that training goes on with at least when machines go away, and until others come; by
     default it waits for all. Steps hold the same rows with any number."""
     gpus_per_worker: NonNegativeFloat | None = None
-    """By default 1 where the cluster has any, else 0 (gloo on CPUs)."""
+    """By default 1 where a kind is named or the cluster has or may get any, else 0 (gloo, CPUs)."""
     cpus_per_worker: PositiveFloat = 1.0
     """CPUs of one worker."""
     accelerator_type: str | None = None

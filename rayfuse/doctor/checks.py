@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rayfuse.autoscaler import NodeKind
 from rayfuse.doctor.facts import NodeFacts
 from rayfuse.recipe import Recipe
 
@@ -37,14 +38,6 @@ class Finding:
     severity: Literal["error", "warning"]
     text: str
     remedy: str
-
-
-@dataclass(frozen=True)
-class NodeKind:
-    """Nodes that the autoscaler may add."""
-
-    resources: dict[str, float]
-    most: int
 
 
 @dataclass(frozen=True)
@@ -242,20 +235,20 @@ def check_resources(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
 
 
 def check_defaults(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
-    """Yield what would run on CPUs because the GPUs have not come yet."""
-    coming = [kind.resources for kind in cluster.may_come or ()]
-    is_known = cluster.may_come is not None
-    if _has_gpu(cluster.resources) or not cluster.has_autoscaler:
+    """Yield what would run on CPUs because it is not to be read that GPUs may come."""
+    if _has_gpu(cluster.resources) or not cluster.has_autoscaler or cluster.may_come is not None:
         return
-    if is_known and not _has_gpu(coming):
-        return
-    unset = [f"sources.{source.name}.gpus" for source in recipe.sources if source.gpus is None]
-    if recipe.train.gpus_per_worker is None:
+    unset = [
+        f"sources.{source.name}.gpus"
+        for source in recipe.sources
+        if source.gpus is None and source.accelerator_type is None
+    ]
+    if recipe.train.gpus_per_worker is None and recipe.train.accelerator_type is None:
         unset.append("train.gpus_per_worker")
     if unset:
         yield Finding(
             "resources",
-            "error" if is_known else "warning",
+            "warning",
             f"the cluster has no GPU yet, so what leaves {_join(unset)} to it would run on CPUs",
             f"set {' and '.join(f'{setting}=1' for setting in unset)}",
         )
@@ -267,24 +260,30 @@ def _has_gpu(nodes: Iterable[dict[str, float]]) -> bool:
 
 def list_asks(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Ask]:
     """Yield what each source and the training cannot begin without."""
-    default = 1.0 if _has_gpu(cluster.resources) else 0.0  # as the stages see it
+    coming = [kind.resources for kind in cluster.may_come or ()]
+    has_gpu = _has_gpu([*cluster.resources, *coming])
+
+    def count_gpus(given: float | None, accelerator_type: str | None) -> float:
+        if given is not None:
+            return given
+        return 1.0 if has_gpu or accelerator_type is not None else 0.0  # as the stages see it
+
     for source in recipe.sources:
         yield Ask(
             f"source {source.name}",
             f"sources.{source.name}",
             source.cpus,
-            default if source.gpus is None else source.gpus,
+            count_gpus(source.gpus, source.accelerator_type),
             source.min_actors,
             source.accelerator_type,
         )
     train = recipe.train
-    gpus = default if train.gpus_per_worker is None else train.gpus_per_worker
     workers = train.min_workers or train.num_workers
     yield Ask(
         "training",
         "train.num_workers",
         train.cpus_per_worker,
-        gpus,
+        count_gpus(train.gpus_per_worker, train.accelerator_type),
         workers,
         train.accelerator_type,
     )

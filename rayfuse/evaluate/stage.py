@@ -22,7 +22,7 @@ from rayfuse.evaluate.scores import (
 )
 from rayfuse.layout import Layout, describe_model, find_own_folder
 from rayfuse.logs import log_event
-from rayfuse.machines import count_actor_gpus, count_reachable
+from rayfuse.machines import count_actor_gpus, count_default_gpus
 from rayfuse.metrics import count_work
 from rayfuse.model_files import find_folder, load_recipe_tokenizer, read_model_files
 from rayfuse.progress import Progress
@@ -245,7 +245,7 @@ def _resource_options(model: ModelSettings, recipe: Recipe) -> dict[str, Any]:
         kind, cpus, gpus = model.accelerator_type, model.cpus, count_actor_gpus(model)
     else:
         kind, cpus = recipe.train.accelerator_type, 1.0
-        gpus = 1.0 if count_reachable("GPU", kind) > 0 else 0.0
+        gpus = count_default_gpus(kind)
     options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
     return options if kind is None else options | {"accelerator_type": kind}
 

@@ -11,7 +11,7 @@ from ray.exceptions import RayTaskError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayfuse.layout import Layout, TrainRun
-from rayfuse.machines import count_reachable
+from rayfuse.machines import count_default_gpus, count_reachable
 from rayfuse.progress import Board, Progress, RunState
 from rayfuse.recipe import Recipe
 from rayfuse.session import beside_the_driver
@@ -241,7 +241,7 @@ def _describe_needs(task: WorkerTask) -> str:
 def _plan_run(recipe: Recipe, layout: Layout, run: TrainRun, board: Any, job: str) -> WorkerTask:
     gpus = recipe.train.gpus_per_worker
     kind = recipe.train.accelerator_type
-    use_gpu = count_reachable("GPU", kind) > 0 if gpus is None else gpus > 0
+    use_gpu = (count_default_gpus(kind) if gpus is None else gpus) > 0
     return WorkerTask(
         recipe=recipe,
         run=run,

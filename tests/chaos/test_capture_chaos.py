@@ -190,7 +190,13 @@ def test_fault_5_a_capture_that_dies_with_its_whole_cluster_goes_on_on_another(
 def test_fault_4_the_only_actor_leaves_a_machine_that_is_told_to_go(cluster, folder, calm_content):
     """Nobody takes the machine away: who stays on it gets no work and waits without end."""
     recipe = make_corpus(
-        cluster, folder, "spot", str(folder / "storage-spot"), accelerator_type="L4", max_actors=1
+        cluster,
+        folder,
+        "spot",
+        str(folder / "storage-spot"),
+        accelerator_type="L4",
+        gpus=0,
+        max_actors=1,
     )
     there = cluster.list_nodes()
     nodes = [cluster.add_node(num_cpus=3, accelerator="L4")]

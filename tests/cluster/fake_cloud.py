@@ -93,6 +93,18 @@ class FakeCloud:
             for line in lines
         ]
 
+    def ask(self, script: str) -> str:
+        """Return what a driver prints."""
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        return done.stdout.strip()
+
     def wait_until_empty(self, seconds: float) -> bool:
         """Return whether all machines but the head go within a time."""
         end = time.monotonic() + seconds
@@ -153,7 +165,8 @@ class Growth:
     samples: list[tuple[float, dict[str, int]]]
     ends: dict[str, float]
     """When each stage was done."""
-    said: str
+    may_have: str
+    """GPUs that the head alone said the cluster may have: all, and of the kind L4."""
     is_empty: bool
     """All machines but the head went afterwards."""
 
@@ -182,8 +195,15 @@ class Growth:
         }
 
 
+COUNT_REACHABLE = """
+from rayfuse.session import join_cluster
+join_cluster()
+from rayfuse.machines import count_reachable
+print(count_reachable("GPU"), count_reachable("GPU", "L4"), count_reachable("GPU", "T4"))
+"""
+
 SETTINGS = (
-    *("sources.0.accelerator_type=L4", "sources.0.gpus=1", "sources.0.min_actors=2"),
+    *("sources.0.accelerator_type=L4", "sources.0.min_actors=2"),
     *("train.num_workers=2", "train.gpus_per_worker=0", "train.accelerator_type=A100"),
 )
 
@@ -194,6 +214,7 @@ def run_and_watch(folder: Path) -> Growth:
     recipe = write_recipe(folder, "grows", str(folder / "storage"))
     cloud = FakeCloud(folder, {**os.environ, "HOME": str(folder), "DS_ACCELERATOR": "cpu"})
     try:
+        may_have = cloud.ask(COUNT_REACHABLE)
         done = subprocess.run(
             [COMMAND, "run", str(recipe), *SETTINGS],
             env=cloud.env,
@@ -207,7 +228,7 @@ def run_and_watch(folder: Path) -> Growth:
     finally:
         cloud.stop()
     layout = plan_layout(read_recipe(recipe, list(SETTINGS)))
-    return Growth(cloud.list_samples(), list_ends(layout), done.stdout, is_empty)
+    return Growth(cloud.list_samples(), list_ends(layout), may_have, is_empty)
 
 
 def list_ends(layout: Layout) -> dict[str, float]:
