@@ -29,8 +29,9 @@ MOST_KILLS = 90 if IS_LONG else 4
 MOST_JOBS = 40 if IS_LONG else 5
 NUM_NODES = 3 if IS_LONG else 2
 POOLS = ("MapWorker", "RayTrainWorker")
-SECRET = "canary-4f1c9d7be2a05583"
-"""In the environment of all that runs and in the token; nothing that is written may have it."""
+SECRET = "-".join(("canary", "4f1c9d7be2a05583"))
+"""In the environment of all that runs and in the token; nothing that is written may have it. In two
+parts, since this file goes along with a job."""
 
 
 @pytest.fixture(scope="module")
