@@ -33,14 +33,15 @@ def count_reachable(resource: str, accelerator_type: str | None = None) -> float
     there = [NodeKind(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
     may_come = _read_autoscaler_once(ray.get_runtime_context().gcs_address)[1] or ()
     name = None if accelerator_type is None else _name_kind(accelerator_type)
-    return max(
+    sums = [
         sum(
             each.resources.get(resource, 0) * (math.inf if each.most < 0 else each.most)
             for each in kinds
             if name in (None, *each.resources) and each.resources.get(resource)
         )
         for kinds in (there, may_come)
-    )
+    ]
+    return float(max(sums))
 
 
 def read_autoscaler() -> tuple[bool, tuple[NodeKind, ...] | None]:
