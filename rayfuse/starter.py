@@ -48,7 +48,7 @@ train:
   num_workers: 8
   gpus_per_worker: 1  # said, or a cluster that has no GPU yet would train on CPUs
   # min_workers: null  # goes on with so few while spot machines are away
-  # lambda: 0.5  # weight of the text itself, the rest is the sources'
+  # lambda: {start: 0.5, end: 0.9}  # weight of the text itself, from the first step to the last
   learning_rate: 1.0e-5
   # epochs: 1
   # rows_per_step: 128

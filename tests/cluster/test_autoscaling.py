@@ -3,8 +3,12 @@
 import pytest
 
 from tests.cluster.fake_cloud import run_and_watch
+from tests.cluster.job_runs import IS_LONG
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+only_long = pytest.mark.skipif(
+    not IS_LONG, reason="needs the machine for itself, two minutes long; RAYFUSE_LONG_CHAOS=1"
+)
+pytestmark = [only_long, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_machines_of_the_kinds_asked_for_come_early_are_used_and_go(tmp_path):
