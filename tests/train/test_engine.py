@@ -215,7 +215,7 @@ def test_in_bfloat16_every_zero_stage_learns_what_float32_does(zero_stage, proce
 
 
 def test_chance_in_a_step_is_its_own_so_that_a_run_goes_on_to_the_bit(process_group, tmp_path):
-    settings = TrainSettings(learning_rate=1e-2)
+    settings = TrainSettings(learning_rate=1e-2, clm_weight=0.5)  # of any number of steps
     dropout = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}
     whole = train(start_engine(settings, "gpt2", **dropout), settings, 4)
     other = train(start_engine(settings, "gpt2", **dropout), settings, 1, seed=1)

@@ -43,6 +43,8 @@ OF_NONE: dict[str, Any] = {
     "min_workers": 1,
     "gpus_per_worker": 0.0,
     "cpus_per_worker": 2.0,
+    "accelerator_type": "A100",
+    "placement": "spread",
     "gradient_checkpointing": True,
     "checkpoint_every_steps": 3,
     "keep_checkpoints": 9,
