@@ -17,7 +17,7 @@ import s3fs
 
 from tests.local_cluster import LocalCluster
 from tests.s3 import Rule
-from tests.test_job import write_recipe
+from tests.small_run import write_recipe
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
