@@ -157,7 +157,6 @@ def _cut_groups(batch: pa.Table, task: CutTask) -> Iterator[pa.Table]:
     """Cut and commit the shards of groups, and yield a row of numbers for each new one."""
     target = load_recipe_tokenizer(task.target)
     tokenizers = [load_recipe_tokenizer(model) for model in task.rows.cut_for]
-    committed = task.data.list_committed()
     for record in batch.to_pylist():
         start, stop, began = record["start"], record["start"] + record["count"], time.monotonic()
         for shard, documents in enumerate(task.batches(record["group"]), start):
@@ -166,7 +165,7 @@ def _cut_groups(batch: pa.Table, task: CutTask) -> Iterator[pa.Table]:
                     f"documents {task.groups[record['group']][0].path} make more shards than the "
                     f"{stop - start} that were counted; they have changed: start again"
                 )
-            if shard in committed:
+            if task.data.is_committed(shard):
                 continue
             rows = build_rows(
                 documents.documents, target, tokenizers, max_tokens=task.settings.max_tokens

@@ -14,17 +14,14 @@ from rayfuse.train.order import LANES
 PAGE_NAMES = 1000
 """Names in one answer to a LIST."""
 
-READ_GETS = 2.0
-"""s3fs asks for a file's size before it reads it: HEAD and GET."""
+CORPUS_SHARD = Requests(puts=2.0, gets=2.0)
+"""Is it committed? The shard and its record are written, the record read, for the manifest."""
 
-CAPTURE_SHARD = Requests(puts=2.0, gets=1 + 3 * READ_GETS, lists=1.0)
-"""Is it committed? Where it is not, that is a HEAD and a LIST. The corpus' record and shard are
-read, the shard and its record written, the record read once more, for the manifest."""
+CAPTURE_SHARD = Requests(puts=2.0, gets=4.0)
+"""The same, and the corpus' record and shard."""
 
-ALIGN_SHARD = Requests(puts=2.0, gets=1 + 5 * READ_GETS, lists=1.0)
+ALIGN_SHARD = Requests(puts=2.0, gets=6.0)
 """The same, and the captured record and shard."""
-
-CORPUS_SHARD = Requests(puts=2.0, gets=READ_GETS)
 
 DATA_SET_PAGES = 6
 """Times that the names of a data set are listed in the course of a run, about."""
@@ -48,10 +45,6 @@ def _plan_corpus(setup: Setup) -> Work:
     plan, text = setup.recipe.plan, setup.corpus.num_bytes + setup.held_out.num_bytes
     shards = setup.corpus.shards + setup.held_out.shards
     done = setup.done.get("corpus", 0) + setup.done.get("held-out", 0)
-    pages = shards / PAGE_NAMES
-    per_shard = CORPUS_SHARD.times(shards)
-    # Each group of files is looked up among the shards there are by then.
-    lists = (setup.corpus.files + setup.held_out.files) * math.ceil(pages / 2)
     tokenizers = 1 + len(setup.sources)
     return Work(
         stage="corpus",
@@ -60,7 +53,7 @@ def _plan_corpus(setup: Setup) -> Work:
         shards=shards,
         done=_share(done, shards),
         stored_bytes=text * plan.corpus_bytes_per_byte,
-        requests=Requests(per_shard.puts, per_shard.gets, lists + DATA_SET_PAGES * pages),
+        requests=_of_shards(CORPUS_SHARD, shards),
         core_hours=text * tokenizers / plan.tokenise_bytes_per_core_second / 3600,
     )
 
@@ -133,8 +126,7 @@ def _plan_train(setup: Setup, name: str) -> Work:
         + checkpoint * min(num_checkpoints, train.keep_checkpoints + 1),
         requests=Requests(
             puts=num_checkpoints * parts + size.parameters * WEIGHT_BYTES / plan.upload_part_bytes,
-            gets=READ_GETS
-            * train.epochs
+            gets=train.epochs
             * setup.corpus.shards
             * (1 + sources)
             * count_readers(train.num_workers),
@@ -174,7 +166,7 @@ def _plan_evaluate(setup: Setup) -> Work:
         stored_bytes=0.0,
         requests=Requests(
             puts=2.0 * ensemble * held_out.shards,
-            gets=READ_GETS * (2 * len(models) + 4 * ensemble + 2) * held_out.shards,
+            gets=(2.0 * len(models) + 4 * ensemble + 2) * held_out.shards,
             lists=DATA_SET_PAGES * held_out.shards / PAGE_NAMES,
         ),
         gpu=GpuWork(
@@ -213,8 +205,7 @@ def count_readers(num_workers: int) -> float:
 
 def _of_shards(each: Requests, shards: int) -> Requests:
     all_of_them = each.times(shards)
-    lists = all_of_them.lists + DATA_SET_PAGES * shards / PAGE_NAMES
-    return replace(all_of_them, lists=lists)
+    return replace(all_of_them, lists=DATA_SET_PAGES * shards / PAGE_NAMES)
 
 
 def _share(done: int, shards: int) -> float:

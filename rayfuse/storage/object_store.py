@@ -24,6 +24,9 @@ S3 = ("s3", "s3a")
 ONE_PUT_BYTES = 2**32
 """s3fs sends anything shorter than this as one PUT: an object is whole or not there."""
 
+PARTS_AT_ONCE = 10
+"""Of a large file that goes up or comes down."""
+
 CLIENT_ERRORS = ("aiohttp", "botocore", "urllib3")
 """Packages below fsspec whose errors are the network's or the store's."""
 
@@ -120,15 +123,15 @@ class ObjectStore:
     def _fs(self) -> Any:
         import fsspec
 
-        protocol = self.root.partition("://")[0]
         options: dict[str, Any] = {}
-        if protocol in S3:  # one patience, ours: the client's own would multiply it
+        if self._is_s3:  # one patience, ours: the client's own would multiply it
             options["config_kwargs"] = {"retries": {"total_max_attempts": 1}}
+            options["max_concurrency"] = 1  # with more, each read first asks for the size
         # Listings are asked for anew: another machine's commits must be seen.
         fs = fsspec.filesystem(
-            protocol, use_listings_cache=False, skip_instance_cache=True, **options
+            self._protocol, use_listings_cache=False, skip_instance_cache=True, **options
         )
-        if protocol in S3:
+        if self._is_s3:
             fs.retries = 1
         return fs
 
@@ -136,8 +139,16 @@ class ObjectStore:
         return ObjectStore, (self.root, self.patience_seconds)  # credentials stay out of pickles
 
     @property
+    def _protocol(self) -> str:
+        return self.root.partition("://")[0]
+
+    @property
+    def _is_s3(self) -> bool:
+        return self._protocol in S3
+
+    @property
     def lists_by_prefix(self) -> bool:
-        return self.root.partition("://")[0] in S3
+        return self._is_s3
 
     def reconnect(self) -> None:
         """Forget the connection and its credentials; the next request makes both anew."""
@@ -153,11 +164,11 @@ class ObjectStore:
 
     @ask_patiently
     def upload(self, path: str, name: str) -> None:
-        self._fs.put_file(path, self._path(name))  # in parts where large; seen when complete
+        self._fs.put_file(path, self._path(name), **self._in_parts())  # seen when complete
 
     @ask_patiently
     def download(self, name: str, path: str) -> None:
-        self._fs.get_file(self._path(name), path)
+        self._fs.get_file(self._path(name), path, **self._in_parts())
 
     @ask_patiently
     def create(self, name: str, data: bytes) -> bool:
@@ -194,4 +205,7 @@ class ObjectStore:
         return f"{self.root}/{name}"
 
     def _one_put(self) -> dict[str, int]:
-        return {"chunksize": ONE_PUT_BYTES} if self.root.partition("://")[0] in S3 else {}
+        return {"chunksize": ONE_PUT_BYTES} if self._is_s3 else {}
+
+    def _in_parts(self) -> dict[str, int]:
+        return {"max_concurrency": PARTS_AT_ONCE} if self._is_s3 else {}

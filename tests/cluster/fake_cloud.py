@@ -101,8 +101,9 @@ class FakeCloud:
             capture_output=True,
             text=True,
             timeout=120,
-            check=True,
+            check=False,
         )
+        assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout.strip()
 
     def wait_until_empty(self, seconds: float) -> bool:

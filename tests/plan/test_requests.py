@@ -17,7 +17,6 @@ from rayfuse.plan.lines import (
     CAPTURE_SHARD,
     CORPUS_SHARD,
     DATA_SET_PAGES,
-    READ_GETS,
     count_readers,
 )
 from rayfuse.plan.work import Requests
@@ -31,7 +30,7 @@ from tests.train.data import open_reader, write_data
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-DATA_SET = Requests(puts=3.0, gets=4.0)
+DATA_SET = Requests(puts=3.0, gets=3.0)
 """Once for each data set, however many shards it has: run.json; the records and the manifest. Is
 there a manifest (twice)? run.json for it."""
 
@@ -103,7 +102,7 @@ def test_corpus_capture_alignment_and_training_make_the_requests_that_are_planne
     assert shards > 8
     found = count_requests(s3_proxy)
     assert (found.puts, found.gets) == of_shards(CORPUS_SHARD, shards)
-    assert found.lists <= CORPUS_SHARD.lists * shards + DATA_SET_PAGES
+    assert found.lists <= DATA_SET_PAGES
 
     source, data = recipe.sources[0], layout.captured["a"]
     data.claim({})
@@ -120,7 +119,7 @@ def test_corpus_capture_alignment_and_training_make_the_requests_that_are_planne
     found = count_requests(s3_proxy)
     puts, gets = of_shards(CAPTURE_SHARD, shards)
     assert (found.puts, found.gets) == (puts, gets + 1)  # is there a manifest, before all
-    assert 0 <= found.lists - CAPTURE_SHARD.lists * shards <= DATA_SET_PAGES + 4
+    assert found.lists <= DATA_SET_PAGES + 1  # an empty folder is asked for twice
 
     task = plan_task(recipe, layout, source)
     task.aligned.claim({})
@@ -130,7 +129,7 @@ def test_corpus_capture_alignment_and_training_make_the_requests_that_are_planne
     task.aligned.finish(shards)
     found = count_requests(s3_proxy)
     assert (found.puts, found.gets) == of_shards(ALIGN_SHARD, shards)
-    assert 0 <= found.lists - ALIGN_SHARD.lists * shards <= DATA_SET_PAGES
+    assert found.lists <= DATA_SET_PAGES
 
 
 @pytest.mark.parametrize("workers", [1, 8])
@@ -149,7 +148,7 @@ def test_training_reads_each_shard_no_more_often_than_planned(workers, s3_proxy,
             )
         )
     reads = sum("/data/" in path for _, path, _ in s3_proxy.log)
-    once = 16 * 3 * READ_GETS
+    once = 16 * 3
     assert once <= reads <= once * count_readers(workers)
     if workers == 1:
         assert reads == once * count_readers(1)
