@@ -596,7 +596,7 @@ def _parse_yaml(text: str, what: str) -> Any:
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise RecipeError(f"override {override!r} is not of the form section.key=value")
+        raise RecipeError(f"override {_short(override)} is not of the form section.key=value")
     value = _parse_yaml(text, f"override {_short(override)}")
     *sections, last = key.split(".")
     place: Any = values
@@ -646,12 +646,17 @@ def _explain(fault: dict[str, Any]) -> str:
     return f"{setting} is {_short(fault['input'])}: {message[0].lower()}{message[1:]}"
 
 
-_REPR = reprlib.Repr()  # never all of it: a few aliases of YAML can stand for gigabytes
+class _Masked(reprlib.Repr):
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(SECRET_PATTERN.sub("***", x), level)  # before it is cut short
+
+
+_REPR = _Masked()  # never all of it: a few aliases of YAML can stand for gigabytes
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, 80, 80
 
 
 def _short(value: object) -> str:
-    text = SECRET_PATTERN.sub("***", _REPR.repr(value))
+    text = _REPR.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

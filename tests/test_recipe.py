@@ -249,12 +249,21 @@ def test_fault_29_a_source_name_that_is_no_plain_name_is_refused(name):
         "https://host/docs.jsonl?X-Amz-Signature=canary-1&x=2",
         "https://host/docs.jsonl?a=b&sig=canary-1",
         "https://host/docs.jsonl?access_token=canary-1",
+        "https://host/" + "folder/" * 12 + "docs.jsonl?access_token=canary-1",
+        "s3://name:canary-1" + "x" * 80 + "@bucket/run",
     ],
 )
 @pytest.mark.parametrize("setting", ["storage", "corpus.documents", "sources.0.model"])
 def test_an_address_with_a_secret_is_refused_and_not_repeated(setting, address):
     with pytest.raises(RecipeError, match="remove the credentials from the address") as raised:
         parse_recipe(with_setting(setting, address))
+    assert "canary" not in str(raised.value)
+
+
+def test_an_override_with_a_secret_is_not_repeated(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("{}")
+    with pytest.raises(RecipeError, match="is not of the form") as raised:
+        read_recipe(tmp_path / "recipe.yaml", ["s3://name:canary-1@bucket/run"])
     assert "canary" not in str(raised.value)
 
 
