@@ -88,6 +88,12 @@ def count_actor_gpus(source: SourceSettings) -> float:
     return count_default_gpus(source.accelerator_type) if source.gpus is None else source.gpus
 
 
+def gpu_options(gpus: float, accelerator_type: str | None) -> dict[str, Any]:
+    """Return what Ray is asked for of GPUs, for one actor or task."""
+    options: dict[str, Any] = {"num_gpus": gpus} if gpus else {}
+    return options if accelerator_type is None else options | {"accelerator_type": accelerator_type}
+
+
 def list_bundles(source: SourceSettings) -> list[Bundle]:
     """Return what a source's first actors need of GPUs; nothing where it runs on CPUs."""
     gpus = count_actor_gpus(source)

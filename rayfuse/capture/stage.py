@@ -31,7 +31,7 @@ from rayfuse.capture.pools import share_actors
 from rayfuse.capture.shard import ShardCapturer, ShardNumbers
 from rayfuse.kept_rows import keep_rows
 from rayfuse.layout import Layout
-from rayfuse.machines import count_actor_gpus, count_reachable
+from rayfuse.machines import count_actor_gpus, count_reachable, gpu_options
 from rayfuse.model_files import load_recipe_tokenizer, read_model_files
 from rayfuse.progress import Progress
 from rayfuse.recipe import CaptureSettings, DType, Recipe, SourceSettings, dump_recipe
@@ -108,7 +108,8 @@ class CaptureActor:
             self.is_proven = True
             self.lives.prove.remote(self.actor)
         if numbers.is_ours:
-            self.tokens.inc(numbers.tokens, self.tags)
+            if numbers.tokens:  # Ray refuses to count none
+                self.tokens.inc(numbers.tokens, self.tags)
             self.busy.inc(numbers.busy_seconds, self.tags)
             self.idle.inc(numbers.idle_seconds, self.tags)
         return asdict(numbers)
@@ -366,7 +367,7 @@ def _build_stream(work: SourceWork, load_engine: LoadEngine, lives: Any) -> ray.
                 enable_true_multi_threading=True,
             ),
             num_cpus=source.cpus,
-            **_gpu_options(work),
+            **gpu_options(work.gpus, source.accelerator_type),
         )
         .map_batches(
             partial(_align_behind, task=task),
@@ -410,11 +411,3 @@ def _describe_needs(work: SourceWork) -> str:
     kind = work.source.accelerator_type
     needs = [f"{work.source.cpus:g} CPUs free", *([f"{work.gpus:g} GPUs"] if work.gpus else [])]
     return ", ".join(needs) + (f" of kind {kind}" if kind else "")
-
-
-def _gpu_options(work: SourceWork) -> dict[str, Any]:
-    """Return Ray's resource options for one actor."""
-    options: dict[str, Any] = {"num_gpus": work.gpus} if work.gpus else {}
-    if work.source.accelerator_type is not None:
-        options["accelerator_type"] = work.source.accelerator_type
-    return options

@@ -42,7 +42,7 @@ class Measured:
     """As in the plan."""
     device: str
     tokens_per_second: float | None
-    """None where it was not measured."""
+    """Of one GPU, where it has more. None where it was not measured."""
     note: str = ""
     """Why not."""
 
@@ -72,7 +72,7 @@ def measure_rate(run: Callable[[int], int], deadline: float) -> Iterator[float]:
 def probe_source(
     recipe: Recipe, source: SourceSettings, request: Request, deadline: float
 ) -> Iterator[Measured]:
-    """Yield how fast a source scores rows, with the engine that captures."""
+    """Yield how fast a source scores rows for each of its GPUs, with the engine that captures."""
     from rayfuse.capture.engine import load_recipe_engine
     from rayfuse.model_files import load_recipe_tokenizer
 
@@ -88,7 +88,7 @@ def probe_source(
         return sum(map(len, chosen))
 
     for rate in measure_rate(score, deadline):
-        yield Measured(f"capture {source.name}", name_device(), rate)
+        yield Measured(f"capture {source.name}", name_device(), rate / max(source.gpus or 1.0, 1.0))
 
 
 def probe_training(recipe: Recipe, request: Request, deadline: float) -> Iterator[Measured]:
@@ -232,12 +232,7 @@ def main() -> None:
     for number, (title, probe) in enumerate(probes):
         left = deadline - time.monotonic()
         until = time.monotonic() + left / (len(probes) - number)
-        run_probe(
-            title,
-            probe,
-            until,
-            lambda each: print(json.dumps(asdict(each)), file=stdout, flush=True),
-        )
+        run_probe(title, probe, until, tell)
 
 
 if __name__ == "__main__":

@@ -103,9 +103,6 @@ class PlanSettings(Settings):
     unpacked_ratio: PositiveFloat = 3.0
     """Text in a byte of a Parquet, gz or zst file. bytes. Source: 50 MB of text in
     seven domains, 3.2 by gzip."""
-    shards_per_file: PositiveFloat = 100.0
-    """Shards of one file of documents, where there are none to look at. Source: assumed, files of
-    400 MB."""
 
     forward_share: PositiveShare = 0.45
     """Share of a GPU's peak that capture and evaluation reach in the model. Source: assumed, usual

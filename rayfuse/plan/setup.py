@@ -242,7 +242,7 @@ def _shard_bytes(recipe: Recipe) -> int:
 
 def _imagine_text(recipe: Recipe, num_bytes: float) -> Text:
     shards = max(1, -(-num_bytes // _shard_bytes(recipe)))
-    return Text(num_bytes, int(shards), max(1, int(shards / recipe.plan.shards_per_file)))
+    return Text(num_bytes, int(shards), 1)
 
 
 def _size_text(recipe: Recipe, files: Sequence[InputFile]) -> Text:
@@ -281,13 +281,14 @@ def _look_up_done(setup: Setup, layout: Layout) -> Setup:
         if manifest is None or not manifest.rows:
             continue
         num_bytes = sum(commit.stats["bytes"] for commit in data.commits().values())
-        text = replace(getattr(setup, name), num_bytes=num_bytes, shards=manifest.num_shards)
-        setattr(setup, name, text)
+        if setup.recipe.plan.tokens is None:
+            text = replace(getattr(setup, name), num_bytes=num_bytes, shards=manifest.num_shards)
+            setattr(setup, name, text)
         if name == "corpus":
             setup.row_bytes = num_bytes / manifest.rows
             exact = num_bytes / max(manifest.tokens, 1)
             setup.target = replace(setup.target, bytes_per_token=exact)
-            setup.known.append(f"corpus: {manifest.tokens:,} tokens, as cut")
+            setup.known.append(f"corpus: {manifest.tokens:,} tokens are cut by now")
     setup.sources = tuple(
         _count_captured(setup, model, layout.captured[model.name].read_manifest())
         for model in setup.sources

@@ -6,8 +6,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from rayfuse.machines import count_actor_gpus, count_default_gpus, gpu_options
 from rayfuse.plan.probe import Measured, Request, list_probes, run_probe
-from rayfuse.recipe import Recipe, SourceSettings
+from rayfuse.recipe import Recipe
 from rayfuse.session import join_cluster
 
 
@@ -15,13 +16,13 @@ def probe_on_cluster(recipe: Recipe, request: Request) -> list[Measured]:
     """Return what was measured of each source and of training, all at once, within the time."""
     deadline = time.monotonic() + request.seconds
     join_cluster()
-    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-    sources = [_options(source, has_gpus) for source in recipe.sources]
-    wanted = recipe.train.gpus_per_worker
-    train: dict[str, Any] = {
-        "num_cpus": recipe.train.cpus_per_worker,
-        "num_gpus": float(has_gpus) if wanted is None else wanted,
-    }
+    sources = [
+        {"num_cpus": source.cpus} | gpu_options(count_actor_gpus(source), source.accelerator_type)
+        for source in recipe.sources
+    ]
+    kind, gpus = recipe.train.accelerator_type, recipe.train.gpus_per_worker
+    gpus = count_default_gpus(kind) if gpus is None else gpus
+    train = {"num_cpus": recipe.train.cpus_per_worker} | gpu_options(gpus, kind)
     left = max(deadline - time.monotonic(), 0)
     pending = {
         ray.remote(**options, max_retries=0)(_measure).remote(recipe, request, number, left): title
@@ -42,15 +43,6 @@ def _fetch(reference: Any, title: str) -> Measured | None:
         return ray.get(reference)
     except RayError as error:
         return Measured(title, "", None, str(error).splitlines()[0])
-
-
-def _options(source: SourceSettings, has_gpus: bool) -> dict[str, Any]:
-    """Return what Ray is asked for, as capture asks for an actor."""
-    gpus = float(has_gpus) if source.gpus is None else source.gpus
-    options: dict[str, Any] = {"num_cpus": source.cpus, "num_gpus": gpus}
-    if source.accelerator_type is not None:
-        options["accelerator_type"] = source.accelerator_type
-    return options
 
 
 def _measure(recipe: Recipe, request: Request, number: int, seconds: float) -> Measured | None:

@@ -26,7 +26,7 @@ from rayfuse.corpus.stage import build_corpora
 from rayfuse.model_files import load_recipe_tokenizer
 from rayfuse.pipeline import prepare_run
 from rayfuse.progress import report_nothing
-from rayfuse.recipe import CaptureSettings, ModelSettings, Recipe, parse_recipe
+from rayfuse.recipe import CaptureSettings, ModelSettings, Recipe, dump_recipe, parse_recipe
 from rayfuse.schema import flatten_column
 from rayfuse.storage.dataset import DataSet, Reject
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
@@ -158,6 +158,22 @@ def score(source: ModelSettings, dtype: str, tokens: TokenRows) -> np.ndarray:
     engine = TransformersEngine(model, CaptureSettings(top_k=4))
     records = engine.score_rows(tokens)
     return np.concatenate([record.next_logprobs for record in records]).astype(np.float16)
+
+
+def test_a_file_whose_documents_are_all_rejected_leaves_a_shard_without_rows(
+    models, folder, ray_cluster
+):
+    (folder / "empty.jsonl").write_text('{"id": "none", "text": ""}\n')
+    recipe = write_recipe(models, folder, "sound", shard_tokens=100)
+    documents = [str(folder / name) for name in ("docs.jsonl", "empty.jsonl")]
+    recipe = parse_recipe(
+        dump_recipe(recipe) | {"corpus": dump_recipe(recipe)["corpus"] | {"documents": documents}}
+    )
+    layout = prepare_run(recipe)
+    build_corpora(recipe, layout, report_nothing)
+    assert 0 in {commit.rows for commit in layout.corpus.commits().values()}
+    capture_sources(recipe, layout, report_nothing)
+    assert layout.captured["sound"].is_whole()
 
 
 def test_fault_19_the_rejects_of_earlier_jobs_count(models, folder, ray_cluster):
