@@ -1,16 +1,19 @@
 """The stages of a run in order, and which of them are done. Ray is joined only for what is not."""
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from rayfuse.layout import Layout, plan_layout
-from rayfuse.progress import Progress
+from rayfuse.progress import Pace, Progress
 from rayfuse.recipe import Recipe
 from rayfuse.storage.store import check_store
 
 STAGES = ("corpus", "capture", "align", "train", "evaluate", "report")
+
+AHEAD_SECONDS = 600.0
+"""What a machine may take to come: GPUs are asked for so long before they are needed."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ def run_stages(
         began = time.monotonic()
         was_done = is_stage_done(stage, layout)
         if not was_done:
-            with _ask_for_machines(stage, stages, recipe, layout):
-                _run_stage(stage, recipe, layout, progress)
+            with _ask_in_time(stage, stages, recipe, layout, progress) as watched:
+                _run_stage(stage, recipe, layout, watched)
         tell(StageResult(stage, was_done, time.monotonic() - began))
 
 
@@ -79,20 +82,35 @@ def is_stage_done(stage: str, layout: Layout) -> bool:
     return is_report_current(layout)
 
 
-def _ask_for_machines(
-    stage: str, stages: tuple[str, ...], recipe: Recipe, layout: Layout
-) -> AbstractContextManager[None]:
-    """Have the sources' GPUs come up while the corpus is cut, if they are to be captured next."""
-    if stage != "corpus" or "capture" not in stages:
-        return nullcontext()
-    from rayfuse.machines import ask_ahead, list_bundles
-    from rayfuse.session import join_cluster
+@contextmanager
+def _ask_in_time(
+    stage: str, stages: tuple[str, ...], recipe: Recipe, layout: Layout, progress: Progress
+) -> Iterator[Progress]:
+    """Yield a progress that has the sources' GPUs come up before the corpus is all cut.
 
-    join_cluster()
-    captured = layout.captured
-    return ask_ahead(
-        [list_bundles(each) for each in recipe.sources if not captured[each.name].is_whole()]
-    )
+    Not before the last minutes of it, where it is large: GPUs that wait are paid for.
+    """
+    if stage != "corpus" or "capture" not in stages:
+        yield progress
+        return
+    from rayfuse.machines import ask_ahead, count_reachable, list_bundles
+
+    todo = [each for each in recipe.sources if not layout.captured[each.name].is_whole()]
+    pace, is_asked = Pace(), False
+    with ExitStack() as asked:
+
+        def watch(title: str, done: int, total: int, unit: str = "", note: str = "") -> None:
+            nonlocal is_asked
+            progress(title, done, total, unit, note)
+            if is_asked or not total:
+                return
+            left = pace.estimate_left(title, done, total)
+            is_one_wave = total - done <= count_reachable("CPU")
+            if left < AHEAD_SECONDS or is_one_wave:
+                is_asked = True
+                asked.enter_context(ask_ahead([list_bundles(each) for each in todo]))
+
+        yield watch
 
 
 def _run_stage(stage: str, recipe: Recipe, layout: Layout, progress: Progress) -> None:

@@ -1,5 +1,7 @@
 """How stages tell how far they are, without knowing who listens."""
 
+import math
+import time
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -18,6 +20,19 @@ class Progress(Protocol):
 
 def report_nothing(title: str, done: int, total: int, unit: str = "", note: str = "") -> None:
     """Take note of nothing: for scripts and tests."""
+
+
+class Pace:
+    """How fast counted work goes, by its title."""
+
+    def __init__(self) -> None:
+        self.begun: dict[str, tuple[int, float]] = {}
+
+    def estimate_left(self, title: str, done: int, total: int) -> float:
+        """Return the seconds that work still takes; infinity until some of it was seen done."""
+        now = time.monotonic()
+        first, began = self.begun.setdefault(title, (done, now))
+        return (now - began) / (done - first) * (total - done) if done > first else math.inf
 
 
 @dataclass
