@@ -16,18 +16,18 @@ def probe_on_cluster(recipe: Recipe, request: Request) -> list[Measured]:
     """Return what was measured of each source and of training, all at once, within the time."""
     deadline = time.monotonic() + request.seconds
     join_cluster()
-    sources = [
-        {"num_cpus": source.cpus} | gpu_options(count_actor_gpus(source), source.accelerator_type)
+    options: list[dict[str, Any]] = [
+        gpu_options(count_actor_gpus(source), source.accelerator_type) | {"num_cpus": source.cpus}
         for source in recipe.sources
     ]
     kind, gpus = recipe.train.accelerator_type, recipe.train.gpus_per_worker
     gpus = count_default_gpus(kind) if gpus is None else gpus
-    train = {"num_cpus": recipe.train.cpus_per_worker} | gpu_options(gpus, kind)
+    options.append(gpu_options(gpus, kind) | {"num_cpus": recipe.train.cpus_per_worker})
     left = max(deadline - time.monotonic(), 0)
     pending = {
-        ray.remote(**options, max_retries=0)(_measure).remote(recipe, request, number, left): title
-        for number, (options, (title, _)) in enumerate(
-            zip([*sources, train], list_probes(recipe, request), strict=True)
+        ray.remote(**each, max_retries=0)(_measure).remote(recipe, request, number, left): title
+        for number, (each, (title, _)) in enumerate(
+            zip(options, list_probes(recipe, request), strict=True)
         )
     }
     ready, late = ray.wait(
