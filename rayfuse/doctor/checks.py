@@ -1,5 +1,6 @@
 """Facts -> findings. Pure: what a cluster has told is all that is looked at."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,10 @@ GIB = 2**30
 LEAST_SHM_BYTES = 2**28
 """Docker gives 64 MiB, in which NCCL and PyTorch die."""
 
-LEAST_TEMP_BYTES = 2 * GIB
+LEAST_TEMP_BYTES = 2.0 * GIB
 
-LEAST_HUB_BYTES = 20 * GIB
+LEAST_HUB_BYTES = 20.0 * GIB
 """A 7B model takes 14 GB."""
-
-CHECKPOINT_OVER_WEIGHTS = 7
-"""A checkpoint over the model's own bytes: weights, float32 copies and two moments."""
 
 SETTING_OF = {"temp": "TMPDIR", "HF_HOME": "HF_HOME"}
 """What tells programs to use another disk."""
@@ -53,7 +51,9 @@ class ClusterFacts:
     """Of each node."""
     has_autoscaler: bool = False
     may_come: tuple[NodeKind, ...] | None = None
-    """What the autoscaler may add; None where that cannot be read."""
+    """What the autoscaler may have; None where that cannot be read."""
+    checkpoint_bytes: float = 0.0
+    """Of the training."""
 
 
 def list_findings(recipe: Recipe, cluster: ClusterFacts) -> list[Finding]:
@@ -161,7 +161,7 @@ def check_models(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
 def check_disks(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
     """Yield the nodes with too little shared memory or disk."""
     for node in cluster.nodes:
-        shm, store = node.shm_bytes, node.object_store_bytes
+        shm, store = node.shm_bytes, node.resources.get("object_store_memory", 0.0)
         if shm is not None and shm < max(LEAST_SHM_BYTES, store):
             yield Finding(
                 "shared memory",
@@ -170,7 +170,7 @@ def check_disks(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
                 f"{store / GIB:.2f}: it goes to disk, or processes die",
                 "docker run --shm-size, or a memory emptyDir at /dev/shm",
             )
-        for purpose, least in needed_bytes(recipe).items():
+        for purpose, least in needed_bytes(recipe, cluster, node).items():
             free = node.free_bytes.get(purpose, least)
             if free < least:
                 yield Finding(
@@ -182,13 +182,15 @@ def check_disks(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
                 )
 
 
-def needed_bytes(recipe: Recipe) -> dict[str, int]:
+def needed_bytes(recipe: Recipe, cluster: ClusterFacts, node: NodeFacts) -> dict[str, float]:
     """Return what must be free on a node, by what it is for."""
-    target = Path(recipe.target.model).expanduser()
-    weights = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-    needed = {"temp": LEAST_TEMP_BYTES + CHECKPOINT_OVER_WEIGHTS * weights}
+    *_, training = list_asks(recipe, cluster)
+    workers = min(_count_on_node(training, node.resources), training.count)
+    # Each worker leaves its share of a checkpoint there until it is uploaded.
+    needed = {"temp": LEAST_TEMP_BYTES + cluster.checkpoint_bytes * workers / training.count}
     models = (recipe.target, *recipe.sources)
-    if any(not Path(each.model).expanduser().is_dir() for each in models):
+    is_from_hub = any(not Path(each.model).expanduser().is_dir() for each in models)
+    if is_from_hub and node.resources.get("CPU"):
         needed["HF_HOME"] = LEAST_HUB_BYTES
     return needed
 
@@ -204,6 +206,8 @@ class Ask:
     gpus: float
     count: int
     accelerator_type: str | None = None
+    placement: str = "spread"
+    """As in `train.placement`: where the actors or workers must be beside one another, or apart."""
 
 
 def check_resources(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
@@ -213,9 +217,9 @@ def check_resources(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
         here = _count_places(ask, kinds)
         if here >= ask.count:
             continue
-        coming = _count_places(ask, cluster.may_come or ())
-        what = f"{ask.who} needs {_describe(ask)}; the cluster has room for {here} now"
-        if here + coming >= ask.count:
+        ever = max(here, _count_places(ask, cluster.may_come or ()))  # of its most, some are here
+        what = f"{ask.who} needs {_describe(ask)}; the cluster has room for {here:g} now"
+        if ever >= ask.count:
             continue  # the autoscaler adds it as it is asked for
         if cluster.has_autoscaler and cluster.may_come is None:
             yield Finding(
@@ -225,11 +229,11 @@ def check_resources(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
                 f"see that a worker group of the cluster has it, or change {ask.setting}",
             )
         else:
-            ever = f", and for {here + coming} at most with what the autoscaler may add"
+            most = f", and for {ever:g} at most with what the autoscaler may add"
             yield Finding(
                 "resources",
                 "error",
-                what + (ever if cluster.has_autoscaler else ""),
+                what + (most if cluster.has_autoscaler else ""),
                 _name_remedy(ask),
             )
 
@@ -286,27 +290,38 @@ def list_asks(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Ask]:
         count_gpus(train.gpus_per_worker, train.accelerator_type),
         workers,
         train.accelerator_type,
+        train.placement,
     )
 
 
-def _count_places(ask: Ask, kinds: Sequence[NodeKind]) -> int:
-    """Return how many actors fit, each on one node."""
-    places = 0
-    for kind in kinds:
-        has = kind.resources
-        wanted = ask.accelerator_type
-        if wanted is not None and f"{ACCELERATOR}{wanted}" not in has:
-            continue
-        rooms = [has.get("CPU", 0.0) / ask.cpus]
-        rooms += [has.get("GPU", 0.0) / ask.gpus] if ask.gpus else []
-        places += int(min(rooms) + 1e-9) * kind.most  # 1 / 0.1 is a little less than 10
-    return places
+def _count_places(ask: Ask, kinds: Sequence[NodeKind]) -> float:
+    """Return how many actors fit, placed as they must be."""
+    rooms = [(_count_on_node(ask, kind.resources), kind.most) for kind in kinds]
+    if ask.placement == "strict_pack":
+        return float(max((room for room, most in rooms if most), default=0))
+    if ask.placement == "strict_spread":
+        rooms = [(min(room, 1), most) for room, most in rooms]
+    return float(sum(room * (math.inf if most < 0 else most) for room, most in rooms if room))
+
+
+def _count_on_node(ask: Ask, resources: dict[str, float]) -> int:
+    """Return how many actors fit on one node."""
+    wanted = ask.accelerator_type
+    if wanted is not None and f"{ACCELERATOR}{wanted}" not in resources:
+        return 0
+    rooms = [resources.get("CPU", 0.0) / ask.cpus]
+    rooms += [resources.get("GPU", 0.0) / ask.gpus] if ask.gpus else []
+    return int(min(rooms) + 1e-9)  # 1 / 0.1 is a little less than 10
+
+
+PLACEMENTS = {"strict_pack": " on one node", "strict_spread": ", each on a node of its own"}
 
 
 def _describe(ask: Ask) -> str:
     kind = f" of kind {ask.accelerator_type}" if ask.accelerator_type else ""
     gpus = f"{ask.gpus:g} GPUs{kind} and " if ask.gpus or kind else ""
-    return f"{ask.count} times {gpus}{ask.cpus:g} CPUs"
+    where = PLACEMENTS.get(ask.placement, "")
+    return f"{ask.count} times {gpus}{ask.cpus:g} CPUs{where}"
 
 
 def _name_remedy(ask: Ask) -> str:

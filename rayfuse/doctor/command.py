@@ -28,7 +28,7 @@ def examine(recipe: Recipe) -> list[Finding]:
     if fault is not None:
         found.append(fault)
     try:
-        cluster = ask_cluster(quick, marker)
+        cluster = ask_cluster(quick, marker if fault is None else None)
     finally:
         if fault is None:
             store.remove(marker)

@@ -29,8 +29,8 @@ class Questions:
 
     storage: str
     patience_seconds: float
-    marker: str
-    """A file that the driver has put into the storage."""
+    marker: str | None
+    """A file that the driver has put into the storage; None where it could not."""
     models: tuple[tuple[str, ModelSettings], ...]
     """By role."""
     dashboard_port: int | None
@@ -55,8 +55,8 @@ class NodeFacts:
     """By role: why a model cannot be read there."""
     shm_bytes: int | None = None
     """Size of /dev/shm; None where there is none."""
-    object_store_bytes: float = 0.0
-    """What Ray keeps there of it."""
+    resources: dict[str, float] = field(default_factory=dict[str, float])
+    """What Ray has there to give."""
     free_bytes: dict[str, int] = field(default_factory=dict[str, int])
     """On the disk, by what the folder is for."""
     dashboard_addresses: tuple[str, ...] = ()
@@ -115,6 +115,8 @@ def try_storage(questions: Questions) -> tuple[str | None, bool]:
         check_store(store)
     except ValueError as error:
         return str(error), False
+    if questions.marker is None:
+        return None, True
     folder, _, name = questions.marker.rpartition("/")
     return None, name in store.sizes(folder)
 

@@ -11,20 +11,28 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayfuse.doctor.checks import ClusterFacts
-from rayfuse.doctor.facts import NodeFacts, Questions, collect_facts
+from rayfuse.doctor.facts import (
+    NodeFacts,
+    Questions,
+    collect_facts,
+    find_token_file,
+    list_versions,
+)
 from rayfuse.machines import HEAD, read_autoscaler
+from rayfuse.plan.lines import size_checkpoint
+from rayfuse.plan.sizes import size_from_files
 from rayfuse.recipe import Recipe
 
 ANSWER_SECONDS = 120.0
 """For a node to answer; on a new one packages are imported first."""
 
 
-def ask_cluster(recipe: Recipe, marker: str) -> ClusterFacts:
+def ask_cluster(recipe: Recipe, marker: str | None) -> ClusterFacts:
     """Return what the cluster that was joined tells.
 
     Args:
         recipe: What is to run there.
-        marker: A file that was put into its storage.
+        marker: A file that was put into its storage; None where that failed.
     """
     models = (("target", recipe.target), *((f"source {s.name}", s) for s in recipe.sources))
     questions = Questions(
@@ -42,17 +50,27 @@ def ask_cluster(recipe: Recipe, marker: str) -> ClusterFacts:
     answers = {id(pending[each]): _fetch(each, pending[each]) for each in ready}
     nodes = [found for node in alive if (found := answers.get(id(node))) is not None]
     has_autoscaler, may_come = read_autoscaler()
-    driver = collect_facts(
-        replace(questions, models=()), _name(_own_node(alive)), asks_for_token=True
-    )
+    token_file, mode = find_token_file()
+    own = ray.get_runtime_context().get_node_id()
+    driver_node = _name(next(node for node in alive if node["NodeID"] == own))
     return ClusterFacts(
-        driver=driver,
+        driver=NodeFacts(driver_node, list_versions(), True, token_file, mode),
         nodes=tuple(nodes),
         silent=tuple(_name(node) for node in alive if answers.get(id(node)) is None),
         resources=tuple(node["Resources"] for node in alive),
         has_autoscaler=has_autoscaler,
         may_come=may_come,
+        checkpoint_bytes=_size_checkpoint(recipe),
     )
+
+
+def _size_checkpoint(recipe: Recipe) -> float:
+    """Return the bytes of a checkpoint of the target; none if it cannot be read, which is found."""
+    try:
+        size = size_from_files(recipe.target)
+    except (ValueError, OSError):
+        return 0.0
+    return size_checkpoint(size, recipe.train, recipe.plan)
 
 
 def _ask_node(node: dict[str, Any], questions: Questions) -> Any:
@@ -81,14 +99,9 @@ def _fetch(reference: Any, node: dict[str, Any]) -> NodeFacts | None:
     except RayError as error:
         print(f"{_name(node)}: {error}", file=sys.stderr)
         return None
-    return replace(facts, object_store_bytes=node["Resources"].get("object_store_memory", 0.0))
+    return replace(facts, resources=node["Resources"])
 
 
 def _name(node: dict[str, Any]) -> str:
     head = " (head)" if HEAD in node["Resources"] else ""
     return f"node {node['NodeManagerAddress']} {node['NodeID'][:8]}{head}"
-
-
-def _own_node(alive: list[dict[str, Any]]) -> dict[str, Any]:
-    own = ray.get_runtime_context().get_node_id()
-    return next(node for node in alive if node["NodeID"] == own)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from rayfuse.plan.memory import WEIGHT_BYTES, forward_memory, train_memory
 from rayfuse.plan.settings import PlanSettings
 from rayfuse.plan.setup import Model, Setup
+from rayfuse.plan.sizes import ModelSize
 from rayfuse.plan.work import GpuWork, Requests, Work
 from rayfuse.recipe import SourceSettings, TrainSettings
 from rayfuse.train.order import LANES
@@ -112,7 +113,7 @@ def _plan_train(setup: Setup, name: str) -> Work:
     is_fused = name == "fused" and train.is_fused
     tokens = setup.corpus.num_bytes / setup.target.bytes_per_token * train.epochs
     flops = size.forward_flops(setup.row_tokens(setup.target)) * train_passes(train)
-    checkpoint = size.parameters * _checkpoint_bytes(train, plan)
+    checkpoint = size_checkpoint(size, train, plan)
     num_checkpoints = max(count_steps(setup) - 1, 0) // train.checkpoint_every_steps
     parts = math.ceil(checkpoint / plan.upload_part_bytes) + 3 * train.num_workers
     sources = len(setup.sources) if is_fused else 0
@@ -212,5 +213,7 @@ def _share(done: int, shards: int) -> float:
     return min(done / shards, 1.0) if shards else 1.0
 
 
-def _checkpoint_bytes(train: TrainSettings, plan: PlanSettings) -> float:
-    return float(WEIGHT_BYTES) if train.lora is not None else plan.checkpoint_bytes_per_weight
+def size_checkpoint(size: ModelSize, train: TrainSettings, plan: PlanSettings) -> float:
+    """Return the bytes of a checkpoint of training."""
+    per_weight = float(WEIGHT_BYTES) if train.lora is not None else plan.checkpoint_bytes_per_weight
+    return size.parameters * per_weight

@@ -261,13 +261,52 @@ def test_little_shared_memory_or_disk(good):
     recipe, node = good
     finding = find(recipe, cluster_of(replace(node, shm_bytes=2**26)))
     assert (finding.severity, finding.check) == ("error", "shared memory")
-    small = replace(node, shm_bytes=2**30, object_store_bytes=2.0**31)
+    small = replace(node, shm_bytes=2**30, resources={"object_store_memory": 2.0**31})
     assert find(recipe, cluster_of(small)).severity == "warning"
     finding = find(recipe, cluster_of(replace(node, free_bytes={"temp": 2**30})))
     assert (finding.severity, finding.check) == ("error", "disk")
     assert "1.0 GiB are free for temp on node 1" in finding.text
     hub = recipe.model_copy(update={"target": ModelSettings(model="meta-llama/Llama-2-7b-hf")})
-    assert "set HF_HOME" in find(hub, cluster_of(replace(node, free_bytes={"HF_HOME": 1}))).remedy
+    full = replace(node, free_bytes={"HF_HOME": 1})  # a head, where no model runs
+    assert list_findings(hub, cluster_of(full)) == []
+    full = replace(full, resources={"CPU": 8.0})
+    assert "set HF_HOME" in find(hub, cluster_of(full)).remedy
+
+
+def test_a_disk_that_takes_no_checkpoint(good):
+    recipe, node = good
+    node = replace(node, free_bytes={"temp": 60 * 2**30})
+    big = {"checkpoint_bytes": 88.0 * 2**30}
+    assert list_findings(recipe, cluster_of(node, **big)) == []  # no training there
+    finding = find(recipe, cluster_of(replace(node, resources={"CPU": 8.0}), **big))
+    assert "60.0 GiB are free for temp on node 1, of 90.0 needed" in finding.text
+    train = recipe.train.model_copy(update={"num_workers": 16})
+    shared = recipe.model_copy(update={"train": train})
+    half = replace(node, resources={"CPU": 8.0})
+    places = ({"CPU": 8.0}, {"CPU": 8.0})
+    assert list_findings(shared, cluster_of(half, resources=places, **big)) == []
+
+
+def test_workers_that_must_be_on_one_node_or_on_many(good):
+    recipe, node = good
+    places = ({"CPU": 8.0}, {"CPU": 8.0})
+
+    def look_at(placement: str, workers: int, *may_come: NodeKind) -> list[Finding]:
+        update = {"num_workers": workers, "placement": placement}
+        train = recipe.train.model_copy(update=update)
+        cluster = cluster_of(
+            node, resources=places, has_autoscaler=bool(may_come), may_come=may_come or None
+        )
+        return list_findings(recipe.model_copy(update={"train": train}), cluster)
+
+    assert look_at("pack", 16) == look_at("strict_pack", 8) == look_at("strict_spread", 2) == []
+    (finding,) = look_at("strict_pack", 16)
+    assert "16 times 1 CPUs on one node; the cluster has room for 8 now" in finding.text
+    (finding,) = look_at("strict_spread", 3)
+    assert "each on a node of its own; the cluster has room for 2 now" in finding.text
+    assert look_at("pack", 100, NodeKind({"CPU": 8.0}, -1)) == []  # without a limit
+    (finding,) = look_at("pack", 24, NodeKind({"CPU": 8.0}, 2))  # both are here already
+    assert "and for 16 at most" in finding.text
 
 
 def test_the_autoscalers_settings_are_read_from_the_process_that_has_them(tmp_path):
