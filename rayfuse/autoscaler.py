@@ -1,5 +1,7 @@
 """The settings of a cluster's autoscaler: which machines it may add."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,27 @@ class NodeKind:
 
     resources: dict[str, float]
     most: int
+
+
+def limit_cpus(here: Sequence[NodeKind], may_come: Sequence[NodeKind]) -> int | None:
+    """Return how many CPUs may be asked for at a time without a machine with GPUs being added.
+
+    Ray adds one for work without GPUs too, where machines without them are used up. Those that are
+    here are paid for already.
+
+    Returns:
+        None where there is no such danger, or nothing but such machines.
+    """
+    if not any(kind.resources.get("GPU") and kind.most for kind in may_come):
+        return None
+    cheap = [kind for kind in may_come if not kind.resources.get("GPU")]
+    most = max(_count_cpus(here), _count_cpus(cheap))
+    return int(most) if 0 < most < math.inf else None
+
+
+def _count_cpus(kinds: Sequence[NodeKind]) -> float:
+    cpus = [(kind.resources.get("CPU", 0.0), kind.most) for kind in kinds]
+    return float(sum(each * (math.inf if most < 0 else most) for each, most in cpus if each))
 
 
 def find_autoscaling_config(gcs_address: str) -> str:

@@ -11,7 +11,7 @@ from ray._private.state import state as cluster_state  # no public way to ask wh
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayfuse.autoscaler import NodeKind, find_autoscaling_config, read_node_kinds
+from rayfuse.autoscaler import NodeKind, find_autoscaling_config, limit_cpus, read_node_kinds
 from rayfuse.recipe import SourceSettings
 
 HEAD = "node:__internal_head__"
@@ -30,7 +30,7 @@ def count_reachable(resource: str, accelerator_type: str | None = None) -> float
     Returns:
         Infinity where the autoscaler has no limit.
     """
-    there = [NodeKind(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
+    there = _list_here()
     may_come = _read_autoscaler_once(ray.get_runtime_context().gcs_address)[1] or ()
     name = None if accelerator_type is None else _name_kind(accelerator_type)
     sums = [
@@ -42,6 +42,16 @@ def count_reachable(resource: str, accelerator_type: str | None = None) -> float
         for kinds in (there, may_come)
     ]
     return float(max(sums))
+
+
+def limit_cpu_tasks() -> int | None:
+    """Return how many tasks of one CPU may run at a time; None where it does not matter."""
+    may_come = _read_autoscaler_once(ray.get_runtime_context().gcs_address)[1] or ()
+    return limit_cpus(_list_here(), may_come)
+
+
+def _list_here() -> list[NodeKind]:
+    return [NodeKind(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
 
 
 def read_autoscaler() -> tuple[bool, tuple[NodeKind, ...] | None]:

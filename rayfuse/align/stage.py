@@ -12,6 +12,7 @@ from rayfuse.align.statistics import PairCounts, add_counts, choose_most_matched
 from rayfuse.align.task import AlignTask, align_committed, plan_task, write_map
 from rayfuse.align.vocab_map import PLAIN, map_to_nearest, map_vocabulary
 from rayfuse.layout import Layout
+from rayfuse.machines import limit_cpu_tasks
 from rayfuse.model_files import load_recipe_tokenizer
 from rayfuse.progress import Progress
 from rayfuse.recipe import ModelSettings, Recipe, dump_recipe
@@ -47,7 +48,10 @@ def align_sources(recipe: Recipe, layout: Layout, progress: Progress) -> None:
         task = plan_task(recipe, layout, source)
         if todo:
             rows = ray.data.from_arrow(split_shards(todo, MOST_BLOCKS)).map_batches(
-                partial(align_batch, task=task), batch_size=1, batch_format="pyarrow"
+                partial(align_batch, task=task),
+                batch_size=1,
+                batch_format="pyarrow",
+                concurrency=limit_cpu_tasks(),
             )
             for done, _ in enumerate(rows.iter_rows(), num_shards - len(todo) + 1):
                 progress(f"align {source.name}", done, num_shards, "shards")

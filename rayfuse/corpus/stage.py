@@ -24,6 +24,7 @@ from rayfuse.corpus.shards import (
 )
 from rayfuse.kept_rows import Rows
 from rayfuse.layout import Layout
+from rayfuse.machines import limit_cpu_tasks
 from rayfuse.metrics import count_work
 from rayfuse.model_files import load_recipe_tokenizer, read_model_files
 from rayfuse.progress import Progress
@@ -119,7 +120,10 @@ def build_corpus(recipe: Recipe, task: CutTask, progress: Progress, title: str) 
     done = len(committed)
     if todo:
         shards = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
-            partial(_cut_groups, task=task), batch_size=1, batch_format="pyarrow"
+            partial(_cut_groups, task=task),
+            batch_size=1,
+            batch_format="pyarrow",
+            concurrency=limit_cpu_tasks(),
         )
         progress(f"{title}: cut into rows", done, sum(counts), "shards")
         for _ in shards.iter_rows():
@@ -140,7 +144,10 @@ def _count_shards(task: CutTask) -> list[int]:
     ]
     if unknown:
         found = ray.data.from_items(unknown, override_num_blocks=len(unknown)).map_batches(
-            partial(_count_batches, task=task), batch_size=1, batch_format="pyarrow"
+            partial(_count_batches, task=task),
+            batch_size=1,
+            batch_format="pyarrow",
+            concurrency=limit_cpu_tasks(),
         )
         for row in found.iter_rows():
             counts[row["group"]] = row["count"]

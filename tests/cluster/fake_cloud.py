@@ -167,7 +167,8 @@ class Growth:
     ends: dict[str, float]
     """When each stage was done."""
     may_have: str
-    """GPUs that the head alone said the cluster may have: all, and of the kind L4."""
+    """What the head alone said the cluster may have: GPUs, those of kind L4 and T4, and CPUs that
+    bring none."""
     is_empty: bool
     """All machines but the head went afterwards."""
 
@@ -199,19 +200,25 @@ class Growth:
 COUNT_REACHABLE = """
 from rayfuse.session import join_cluster
 join_cluster()
-from rayfuse.machines import count_reachable
-print(count_reachable("GPU"), count_reachable("GPU", "L4"), count_reachable("GPU", "T4"))
+from rayfuse.machines import count_reachable, limit_cpu_tasks
+reachable = [count_reachable("GPU", kind) for kind in (None, "L4", "T4")]
+print(*reachable, limit_cpu_tasks())
 """
 
 SETTINGS = (
     *("sources.0.accelerator_type=L4", "sources.0.min_actors=2"),
-    *("train.num_workers=2", "train.gpus_per_worker=0", "train.accelerator_type=A100"),
+    *(
+        "train.baseline=false",
+        "train.num_workers=2",
+        "train.gpus_per_worker=0",
+        "train.accelerator_type=A100",
+    ),
 )
 
 
 def run_and_watch(folder: Path) -> Growth:
     """Run a recipe from a head alone until all machines are gone again."""
-    write_models_and_text(folder)
+    write_models_and_text(folder, 160)
     recipe = write_recipe(folder, "grows", str(folder / "storage"))
     cloud = FakeCloud(folder, {**os.environ, "HOME": str(folder), "DS_ACCELERATOR": "cpu"})
     try:

@@ -12,10 +12,8 @@ from tests.fakes import byte_level_tokenizer, save_model, save_tokenizer, senten
 IS_LONG = bool(os.environ.get("RAYFUSE_LONG_CHAOS"))
 """The form for the log: half an hour of kills, another model beside the first."""
 
-NUM_DOCUMENTS = 2_400 if IS_LONG else 160
 
-
-def write_models_and_text(folder: Path) -> None:
+def write_models_and_text(folder: Path, num_documents: int) -> None:
     """Write a source, a target and documents."""
     words = "the cat sat on a mat, dogs look while 42 boxes add up to (x + y) * z"
     save_model("gpt_neox", 320, folder / "neox")
@@ -24,7 +22,7 @@ def write_models_and_text(folder: Path) -> None:
     save_tokenizer(sentencepiece_tokenizer(330), folder / "target", bos="<s>", eos="</s>")
     choose = random.Random(11)
     with open(folder / "docs.jsonl", "w") as out:
-        for i in range(NUM_DOCUMENTS):
+        for i in range(num_documents):
             text = " ".join(choose.choices(words.split(), k=choose.randint(40, 200)))
             out.write(json.dumps({"id": f"d{i}", "text": text}) + "\n")
 

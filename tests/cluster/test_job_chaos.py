@@ -37,7 +37,7 @@ parts, since this file goes along with a job."""
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("job")
-    write_models_and_text(folder)
+    write_models_and_text(folder, 2_400 if IS_LONG else 160)
     return folder
 
 
