@@ -28,6 +28,7 @@ def write_recipe(folder: Path) -> Path:
         "corpus": {"documents": str(folder / "docs.jsonl"), "max_tokens": 64, "shard_tokens": 500},
         "target": {"model": str(folder / "target")},
         "sources": [{"name": "neox", "model": str(folder / "neox")}],
+        "fuse": {"skip_noise": False},  # random weights know nothing
         "train": {"rows_per_step": 16, "num_workers": 2},
         "evaluate": {"held_out_share": 0.3},
     }

@@ -45,6 +45,7 @@ def write_recipe(folder: Path, storage: Path, *sources: str, target: str = "targ
             "target": {"model": str(folder / target)},
             "sources": [{"name": name, "model": str(folder / name)} for name in sources],
             "evaluate": {"held_out_share": 0.2, "bootstrap_samples": 10},
+            "fuse": {"skip_noise": False},  # random weights know nothing
             "train": {"rows_per_step": 8, "num_workers": 1},
         }
     )

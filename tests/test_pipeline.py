@@ -82,6 +82,7 @@ def finished_run(tmp_path_factory, shared_data, ray_cluster) -> FinishedRun:
             },
             "target": {"model": str(root / "target")},
             "sources": sources,
+            "fuse": {"skip_noise": False},  # random weights know nothing
             "train": {"rows_per_step": 16, "learning_rate": 1e-3},
             "evaluate": {"documents": str(root / "held.jsonl")},
         }

@@ -259,7 +259,7 @@ def _train(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
         steps,
         train,
         num_steps=count_steps(sum(reader.rows_per_shard), rows_per_step, 1),
-        source_names=tuple(aligned),
+        source_names=reader.names,
     )
     if settings["keep"]:
         _save(lm, corpus.needs["target"], folder, out)

@@ -1,5 +1,6 @@
 """CORPUS and CAPTURED rows of a shard -> its ALIGNED rows."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,7 +78,8 @@ def align_shard(
     The sums: `positions` (target positions that a token follows), `with_signal`, `one_to_one` (of
     these, the next token is one source token), `unmatched: REASON`, and over the positions with a
     signal the mass outside the head, in the target's vocabulary (`tail_mass`) and before mapping
-    (`captured_tail_mass`).
+    (`captured_tail_mass`); what the source pays for the text of the rows that it has scored
+    (`nats`), and what chance would (`chance_nats`).
 
     Raises:
         ValueError: The two tables do not hold the same rows, tokens are not those of the text, or
@@ -114,7 +116,11 @@ def align_shard(
         schema=ALIGNED,
     )
     with_signal = len(matches.target_at)
+    nats, num_tokens = captured["nats"].to_numpy(), table["num_tokens"].to_numpy()
+    is_scored = np.isfinite(nats)
     return table, {
+        "nats": float(nats[is_scored].sum(dtype=np.float64)),
+        "chance_nats": float(num_tokens[is_scored].sum()) * math.log(len(alignment.source.lengths)),
         "positions": float(target.has_next.sum()),
         "with_signal": float(with_signal),
         "one_to_one": float(len(keep_one_to_one(matches, source, target).target_at)),

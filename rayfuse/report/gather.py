@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from rayfuse.evaluate.scores import Difference, Evaluation, compare, parse_evaluation
 from rayfuse.evaluate.task_scores import TaskScore, compare_tasks, parse_task_score
+from rayfuse.fuse.noise import is_noise
 from rayfuse.layout import Layout, Merge, TrainRun
 from rayfuse.recipe import Recipe
 from rayfuse.report.timeline import Spell, read_spells
@@ -60,6 +61,8 @@ class SourceSignal:
     """Mean probability outside the top k, over the positions with a signal."""
     captured_tail_mass: float | None
     """The same in the source's own tokens, where it was recorded."""
+    is_noise: bool = False
+    """It predicts the corpus no better than chance."""
 
     @property
     def share(self) -> float:
@@ -261,7 +264,8 @@ def _read_nats(
 
 def measure_signal(aligned: DataSet) -> SourceSignal:
     """Return how much one source has to say, from its commit records alone."""
-    stats = [commit.stats for commit in aligned.commits().values()]
+    commits = aligned.commits().values()
+    stats = [commit.stats for commit in commits]
     with_signal = sum(each["with_signal"] for each in stats)
     tail = sum(each["tail_mass"] for each in stats)
     captured = [each["captured_tail_mass"] for each in stats if "captured_tail_mass" in each]
@@ -271,6 +275,7 @@ def measure_signal(aligned: DataSet) -> SourceSignal:
         with_signal=int(with_signal),
         tail_mass=float(tail / max(with_signal, 1)),
         captured_tail_mass=float(sum(captured) / max(with_signal, 1)) if is_recorded else None,
+        is_noise=is_noise(commits),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from rayfuse.evaluate.scores import ALL, LEAST_DOCUMENTS, Difference, bits_per_byte
 from rayfuse.layout import Merge
-from rayfuse.report.gather import Findings
+from rayfuse.report.gather import Findings, SourceSignal
 
 ROLE_TITLES = {
     "source": "source",
@@ -54,6 +54,7 @@ def judge(findings: Findings) -> Verdict:
     notes = _note_domains(findings.differences) if "clm" in on_all else [NO_BASELINE]
     notes += note_tasks(findings.task_differences)
     notes += note_merge(findings.merge)
+    notes += note_noise(findings.signals)
     return Verdict(
         outcome="lost" if found["worse"] else "unclear" if found["unclear"] else "won",
         headline=_say_headline(found["better"], found["worse"], found["unclear"]),
@@ -139,6 +140,17 @@ def note_merge(merge: Merge) -> list[str]:
     if merge.sources:
         return [f"The merged weights leave sources out ({reasons})."]
     return [f"No source's weights can be averaged with the target's ({reasons})."]
+
+
+def note_noise(signals: dict[str, SourceSignal]) -> list[str]:
+    """Return which sources know nothing of the corpus."""
+    names = [name for name, each in signals.items() if each.is_noise]
+    if not names:
+        return []
+    return [
+        f"No better than chance on the corpus: {join_names(names)}; fusion leaves such sources out "
+        "unless fuse.skip_noise is false."
+    ]
 
 
 def say_difference(difference: Difference) -> str:

@@ -10,6 +10,7 @@ import ray.train
 from ray.exceptions import RayTaskError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from rayfuse.fuse.noise import is_noise
 from rayfuse.layout import Layout, TrainRun
 from rayfuse.machines import count_default_gpus, count_reachable
 from rayfuse.progress import Board, Progress, RunState
@@ -22,6 +23,11 @@ from rayfuse.train.trackers import check_trackers
 from rayfuse.train.worker import WorkerTask, run_worker
 
 POLL_SECONDS = 0.5
+
+NOISE = (
+    "left out: it predicts the corpus no better than chance; see that its weights and tokenizer "
+    "belong together, or set fuse.skip_noise: false"
+)
 
 START_SECONDS = "3600"
 """An hour for the workers' machines to come, then they are asked for anew; Ray gives a minute."""
@@ -71,6 +77,9 @@ def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
         return
     check_trackers(recipe)
     check_data(layout.corpus, *layout.aligned.values())
+    for name, data in layout.aligned.items():
+        if recipe.fuse.skip_noise and is_noise(data.commits().values()):
+            progress(f"source {name}", 0, 0, note=NOISE)
     board: Any = ray.remote(**beside_the_driver())(Board).remote()
     fit: Any = ray.remote(**beside_the_driver(), max_retries=0)(_fit)
     job = uuid.uuid4().hex

@@ -38,6 +38,7 @@ def write_recipe(folder: Path, name: str, storage: str) -> Path:
         "target": {"model": str(folder / "target")},
         "sources": [{"name": "neox", "model": str(folder / "neox")}],
         "capture": {"batch_tokens": 512},
+        "fuse": {"skip_noise": False},  # random weights know nothing
         "train": {
             "rows_per_step": 8,
             "num_workers": 2,
