@@ -34,6 +34,7 @@ def find_faults(config: dict[str, Any]) -> list[str]:
     return [
         *find_open_doors(config),
         *find_keys(config),
+        *find_notice_faults(config),
         *find_group_faults(config),
         *find_machine_faults(config),
     ]
@@ -55,6 +56,14 @@ def find_open_doors(config: dict[str, Any]) -> Iterator[str]:
             host = re.findall(r"--dashboard-host=(\S+)", start)
             if "--head" in start and host != ["127.0.0.1"]:
                 yield f"the dashboard listens on {host}, not on loopback"
+
+
+def find_notice_faults(config: dict[str, Any]) -> Iterator[str]:
+    """Yield why Ray would not hear that the cloud takes a machine away."""
+    watch = f"python -m rayfuse.notice --cloud={config['provider']['type']} "
+    *_, start, last = ["", "", *config["worker_start_ray_commands"]]
+    if "ray start" not in start or watch not in last or not last.endswith("&"):
+        yield "workers do not watch for the cloud's notice after `ray start`"
 
 
 def find_keys(tree: Any, path: str = "") -> Iterator[str]:

@@ -97,6 +97,16 @@ PLANTED: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
         lambda config: config["setup_commands"].append(f"export KEY={ACCESS_KEY}"),
         "looks like a key",
     ),
+    "no notice": (
+        "aws",
+        lambda config: config["worker_start_ray_commands"].pop(),
+        "do not watch for the cloud's notice",
+    ),
+    "another cloud's notice": (
+        "gcp",
+        start("worker_start_ray_commands", "--cloud=gcp", "--cloud=aws"),
+        "do not watch for the cloud's notice",
+    ),
     "work on the head": (
         "gcp",
         lambda config: node(config, "head")["resources"].update(CPU=4),
