@@ -66,6 +66,9 @@ def test_the_image_is_what_ray_up_and_kuberay_expect():
         "1000"
     ]  # a name is not known as no root
     assert "ENTRYPOINT" not in dict(said)  # `ray up` starts the image with `bash`
+    (system,) = (text for name, text in said if "apt-get install" in text)
+    # Ray's autoscaler on the head runs `ssh` and `rsync --rsh ssh`, as the path has them.
+    assert {"openssh-client", "rsync"} <= set(system.split())
     (base,) = (text for name, text in said if name == "FROM")
     assert base.startswith("python:3.11-")  # what constraints.txt says it was tested on
     assert "on Python 3.11" in (ROOT / "constraints.txt").read_text().splitlines()[0]
