@@ -39,6 +39,18 @@ def test_ray_takes_the_file_and_no_check_of_ours_finds_a_fault(name):
     assert find_faults(config) == []
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_the_hubs_token_comes_by_taking_a_comment_mark_away(name):
+    text = (ROOT / f"cluster/{name}.yaml").read_text()
+    config = yaml.safe_load(text.replace("  # ~/.cache", "  ~/.cache"))
+    validate(config)
+    assert find_faults(config) == []
+    (token,) = set(config["file_mounts"]) - set(read(name)["file_mounts"])
+    assert token == "~/.cache/huggingface/token"
+    image = (ROOT / "cluster/Dockerfile").read_text()
+    assert "/home/ray/.cache/huggingface " in image  # else Docker makes it, for root
+
+
 def node(config: dict[str, Any], name: str) -> dict[str, Any]:
     return config["available_node_types"][name]
 

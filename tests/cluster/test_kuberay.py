@@ -113,6 +113,8 @@ def _find_spec_faults(spec: dict[str, Any]) -> Iterator[str]:
             yield f"{name}: /dev/shm is no memory: the object store would lie on disk"
         elif not 0 < store <= int(shared[0]["sizeLimit"].removesuffix("Gi")) * GIBI:
             yield f"{name}: the object store does not fit /dev/shm"
+        if "HF_TOKEN" not in [each["name"] for each in container.get("env", [])]:
+            yield f"{name}: gated models cannot be had"
         if container["resources"]["requests"] != container["resources"]["limits"]:
             yield f"{name}: its requests are not its limits"
         if not pod["securityContext"]["runAsNonRoot"] or "serviceAccountName" not in pod:
@@ -209,6 +211,14 @@ PLANTED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
             env=[{"name": "HF_TOKEN", "value": "hf_" + "a" * 30}]
         ),
         "looks like a key",
+    ),
+    "no token of the hub": (
+        lambda c: pod(c, "h100-on-demand")["containers"][0].pop("env"),
+        "gated models cannot be had",
+    ),
+    "another token": (
+        lambda c: pod(c, "l4-spot")["containers"][0]["env"][0]["valueFrom"].update(secretKey={}),
+        "'secretKey' was unexp",
     ),
     "root": (
         lambda c: pod(c, "l4-spot")["securityContext"].update(runAsNonRoot=False),
