@@ -15,7 +15,7 @@
 # are those of each node.
 set -euo pipefail
 
-folder=${RAYFUSE_LOCAL:-$HOME/.rayfuse-local}
+folder=$(realpath -m -- "${RAYFUSE_LOCAL:-$HOME/.rayfuse-local}") # jobs run elsewhere, and read the token
 cpus=${CPUS:-4}
 object_store=${OBJECT_STORE:-200000000}
 

@@ -104,10 +104,11 @@ def test_every_file_names_this_version_of_rayfuse_and_the_pinned_ray():
     assert f"ray=={cluster['spec']['rayVersion']};" in pins
 
 
-def run_local(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_local(folder: Path, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(LOCAL), *arguments],
         env=os.environ | {"RAYFUSE_LOCAL": str(folder)},
+        cwd=cwd,
         capture_output=True,
         text=True,
         check=False,
@@ -148,6 +149,12 @@ def test_stop_leaves_a_later_process_of_the_same_number_alone(sleeper, tmp_path)
     assert run_local(tmp_path / "local", "stop").returncode == 0
     time.sleep(0.2)
     assert sleeper.poll() is None
+
+
+def test_a_relative_folder_is_told_to_jobs_from_the_root(tmp_path):
+    plant_cluster(tmp_path / "local", tmp_path / "temp", 1, "")
+    told = run_local(Path("local"), "env", cwd=tmp_path).stdout
+    assert f"RAY_AUTH_TOKEN_PATH={tmp_path}/local/token " in told
 
 
 @pytest.mark.parametrize("command", ("env", "stop", "kill", "add"))
