@@ -13,6 +13,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from rayfuse.fuse.noise import is_noise
 from rayfuse.layout import Layout
 from rayfuse.pipeline import STAGES, StageResult, prepare_run, run_stages
 from rayfuse.progress import report_nothing
@@ -105,6 +106,14 @@ def test_every_stage_ran_and_its_results_are_whole(finished_run):
         stats = [commit.stats for commit in data.commits().values()]
         positions = sum(each["positions"] for each in stats)
         assert sum(each["with_signal"] for each in stats) > 0.5 * positions
+
+
+def test_random_weights_are_told_from_a_model_that_knows_something(finished_run):
+    noise = {
+        name: is_noise(data.commits().values())
+        for name, data in finished_run.layout.aligned.items()
+    }
+    assert noise == {"neox": True, "openllama": True, "gpt2": True, "stories": False}
 
 
 @pytest.mark.parametrize("method", ["exact", "mined", "statistics"])

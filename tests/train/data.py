@@ -1,6 +1,6 @@
 """A corpus and what sources say of it, made up, as data sets on a disk."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,10 @@ VOCAB, ENTRIES = 61, 3
 
 
 def write_data(
-    folder: Path, lengths: Sequence[Sequence[int]], sources: Sequence[str] = ("a", "b")
+    folder: Path,
+    lengths: Sequence[Sequence[int]],
+    sources: Sequence[str] = ("a", "b"),
+    stats: Mapping[str, dict[str, float]] | None = None,
 ) -> tuple[DataSet, dict[str, DataSet]]:
     """Write rows of so many tokens in each shard, and return the corpus and the sources by name."""
     store = LocalStore(str(folder))
@@ -27,7 +30,9 @@ def write_data(
         data[name].claim({})
         for shard, each in enumerate(lengths):
             make = _make_corpus if name == "corpus" else _make_aligned
-            data[name].write_shard(shard, make(shard, each, random), tokens=sum(each))
+            data[name].write_shard(
+                shard, make(shard, each, random), tokens=sum(each), stats=(stats or {}).get(name)
+            )
         data[name].finish(len(lengths))
     return data.pop("corpus"), data
 
