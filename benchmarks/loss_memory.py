@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from rayfuse.models import CausalLM
-from rayfuse.recipe import TrainSettings
 from rayfuse.train.loss import HeadLoss, LossTargets, LossWeights
+from rayfuse.train.settings import TrainSettings
 
 ENTRIES = 16
 MOST_OF_DENSE, MOST_OF_LIBRARY = 0.15, 0.5

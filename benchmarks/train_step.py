@@ -26,10 +26,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rayfuse.fuse.fuse import FusedRow
 from rayfuse.models import split_head
-from rayfuse.recipe import TrainSettings
 from rayfuse.train.engine import FusionModel, build_engine
 from rayfuse.train.feed import Packing, Step, build_micro_batches
 from rayfuse.train.loop import Objective, train_steps
+from rayfuse.train.settings import TrainSettings
 from rayfuse.train.shards import Rows
 
 MOST = 1.05

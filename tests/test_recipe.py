@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import yaml
 
-from rayfuse.recipe import Recipe, RecipeError, dump_recipe, parse_recipe, read_recipe
+from rayfuse.overrides import RecipeError
+from rayfuse.recipe import Recipe, dump_recipe, parse_recipe, read_recipe
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from benchmarks.fusion.scales import EXPERTS, SOURCES, TARGET, Make, Scale, Size
 from benchmarks.fusion.units import Unit
-from rayfuse.recipe import CaptureSettings, FuseSettings, TrainSettings
+from rayfuse.recipe import CaptureSettings, FuseSettings
+from rayfuse.train.settings import TrainSettings
 
 DEFAULT_RECORD = f"top-{CaptureSettings().top_k}"
 TOP_KS = (4, 10, 16, 32, 64)

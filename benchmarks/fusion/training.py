@@ -8,10 +8,10 @@ from jaxtyping import Int
 
 from rayfuse.fuse.fuse import FusedRow
 from rayfuse.models import CausalLM
-from rayfuse.recipe import TrainSettings
 from rayfuse.train.engine import FusionModel, group_parameters, learning_rate_share
 from rayfuse.train.feed import MicroBatch, Packing, build_micro_batches
 from rayfuse.train.loop import Objective
+from rayfuse.train.settings import TrainSettings
 from rayfuse.train.shards import Rows
 
 PACKING = Packing(sequence_tokens=1, sequences=64, is_packed=False)

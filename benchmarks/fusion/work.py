@@ -46,12 +46,13 @@ from rayfuse.evaluate.merge_weights import average_weights
 from rayfuse.evaluate.scores import sum_documents
 from rayfuse.evaluate.scoring import score_documents, score_rows, score_tokens
 from rayfuse.models import CausalLM, load_causal_lm, split_head
-from rayfuse.recipe import CaptureSettings, FuseSettings, ModelSettings, TrainSettings
+from rayfuse.recipe import CaptureSettings, FuseSettings, ModelSettings
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import LocalStore
 from rayfuse.tokens import TextTokenizer, load_tokenizer
 from rayfuse.train.feed import MicroBatch, Plan, iterate_steps
 from rayfuse.train.order import count_steps
+from rayfuse.train.settings import TrainSettings
 from rayfuse.train.shards import ShardReader
 
 COUNTED_DOCUMENTS = 200

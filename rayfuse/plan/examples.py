@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from rayfuse.recipe import Recipe, RecipeError, read_values
+from rayfuse.overrides import RecipeError
+from rayfuse.recipe import Recipe, read_values
 
 LLAMA_7B = {"parameters": 6_738_415_616, "layers": 32, "width": 4096, "vocab": 32_000}
 MPT_7B = {

@@ -9,8 +9,9 @@ from rayfuse.plan.settings import PlanSettings
 from rayfuse.plan.setup import Model, Setup
 from rayfuse.plan.sizes import ModelSize
 from rayfuse.plan.work import GpuWork, Requests, Work
-from rayfuse.recipe import SourceSettings, TrainSettings
+from rayfuse.recipe import SourceSettings
 from rayfuse.train.order import LANES
+from rayfuse.train.settings import TrainSettings
 
 PAGE_NAMES = 1000
 """Names in one answer to a LIST."""

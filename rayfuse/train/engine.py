@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from rayfuse.models import CausalLM
-from rayfuse.recipe import LoraSettings, TrainSettings
 from rayfuse.train.feed import MicroBatch
 from rayfuse.train.loss import HeadLoss, LossTargets, LossWeights
+from rayfuse.train.settings import LoraSettings, TrainSettings
 
 
 class FusionModel(nn.Module):

@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import nn
 
 from rayfuse.models import CausalLM
-from rayfuse.recipe import TrainSettings
 from rayfuse.train.divergence import LOWEST, diverge
+from rayfuse.train.settings import TrainSettings
 
 LEAST_TAIL = 1e-30
 """What the target's own tail counts as at least where its log or inverse is taken."""

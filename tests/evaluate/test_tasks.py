@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from rayfuse.evaluate.scoring import load_scored_model
 from rayfuse.evaluate.tasks import ask_tasks, check_tasks, describe_tasks, open_manager
 from rayfuse.evaluate.text_lm import EnsembleLM, TextLM
-from rayfuse.recipe import EvaluateSettings, ModelSettings, RecipeError, TasksSettings, parse_recipe
+from rayfuse.overrides import RecipeError
+from rayfuse.recipe import EvaluateSettings, ModelSettings, TasksSettings, parse_recipe
 from rayfuse.tokens import load_tokenizer
 
 LOCAL = Path(__file__).parents[2] / "recipes" / "tasks"

@@ -16,7 +16,8 @@ from rayfuse.align.shard import Alignment, align_shard
 from rayfuse.align.vocab_map import PLAIN, build_maps, map_to_nearest, map_vocabulary
 from rayfuse.fuse.costs import cost_of_rows
 from rayfuse.fuse.fuse import fuse_row
-from rayfuse.recipe import FuseSettings, RecipeError, parse_recipe
+from rayfuse.overrides import RecipeError
+from rayfuse.recipe import FuseSettings, parse_recipe
 from rayfuse.schema import decode_probs, flatten_column
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import open_store

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from rayfuse.overrides import RecipeError
 from rayfuse.plan.cost import Plan, make_plan
 from rayfuse.plan.examples import EXAMPLES, read_example
 from rayfuse.plan.lines import count_steps
@@ -16,7 +17,6 @@ from rayfuse.plan.setup import Setup, read_setup
 from rayfuse.plan.show import list_assumptions
 from rayfuse.plan.sizes import size_from_config, size_from_settings
 from rayfuse.plan.work import Work
-from rayfuse.recipe import RecipeError
 
 
 def read(*overrides: str) -> Setup:

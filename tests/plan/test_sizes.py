@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from rayfuse.plan.lines import train_passes
 from rayfuse.plan.sizes import size_from_config
-from rayfuse.recipe import TrainSettings
+from rayfuse.train.settings import TrainSettings
 from tests.fakes import tiny_config
 
 ROWS, TOKENS, WIDTH = 2, 96, 64

@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
 from rayfuse.models import LogitTransform, split_head
-from rayfuse.recipe import LoraSettings, TrainSettings
 from rayfuse.train.engine import FusionModel, build_engine, save_model
 from rayfuse.train.feed import Packing, Step, build_micro_batches
 from rayfuse.train.loop import Objective, StepMetrics, measure_bits_per_byte, train_steps
 from rayfuse.train.measures import Meter
+from rayfuse.train.settings import LoraSettings, TrainSettings
 from tests.fakes import tiny_config
 from tests.train.test_feed import VOCAB, random_rows
 

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from rayfuse.fuse.fuse import FusedRow
 from rayfuse.models import keeps_rows_apart, split_head
-from rayfuse.recipe import TrainSettings
 from rayfuse.train.engine import FusionModel
 from rayfuse.train.feed import Packing, build_micro_batches, empty_micro_batch, pack_rows
 from rayfuse.train.loss import LossWeights
+from rayfuse.train.settings import TrainSettings
 from rayfuse.train.shards import Rows, join_rows
 from tests.fakes import tiny_config
 

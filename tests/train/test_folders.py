@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from rayfuse.layout import plan_layout
-from rayfuse.recipe import Recipe, TrainSettings
+from rayfuse.recipe import Recipe
+from rayfuse.train.settings import TrainSettings
 from tests.test_kept_rows import folder, write_recipe
 
 __all__ = ["folder"]  # a fixture

@@ -12,8 +12,8 @@ from torch import nn
 
 from rayfuse.fuse.fuse import FusedRow, give_tail_to
 from rayfuse.models import CausalLM, LogitTransform
-from rayfuse.recipe import TrainSettings
 from rayfuse.train.loss import HeadLoss, LossTargets, LossWeights
+from rayfuse.train.settings import TrainSettings
 
 POSITIONS, WIDTH, VOCAB, ENTRIES, SOURCES = 11, 6, 13, 4, 3
 DIVERGENCES = ["forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl"]
