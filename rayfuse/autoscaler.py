@@ -7,6 +7,9 @@ from pathlib import Path
 
 import yaml
 
+HEAD = "node:__internal_head__"
+"""The resource that Ray gives to the head alone."""
+
 
 @dataclass(frozen=True)
 class NodeKind:
@@ -29,7 +32,7 @@ def limit_cpus(here: Sequence[NodeKind], may_come: Sequence[NodeKind]) -> int | 
         return None
     cheap = [kind for kind in may_come if not kind.resources.get("GPU")]
     most = max(_count_cpus(here), _count_cpus(cheap))
-    return int(most) if 0 < most < math.inf else None
+    return int(most) if 1 <= most < math.inf else None
 
 
 def _count_cpus(kinds: Sequence[NodeKind]) -> float:

@@ -11,10 +11,8 @@ from ray._private.state import state as cluster_state  # no public way to ask wh
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayfuse.autoscaler import NodeKind, find_autoscaling_config, limit_cpus, read_node_kinds
+from rayfuse.autoscaler import HEAD, NodeKind, find_autoscaling_config, limit_cpus, read_node_kinds
 from rayfuse.recipe import SourceSettings
-
-HEAD = "node:__internal_head__"
 
 Bundle = dict[str, float]
 """What one actor asks of Ray, by resource."""

@@ -80,5 +80,5 @@ _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, 80, 80
 
 def shorten(value: object) -> str:
     """Return a value as an error tells it: without secrets, and not all of it."""
-    text = _REPR.repr(value)
+    text = SECRET_PATTERN.sub("***", _REPR.repr(value))
     return text if len(text) <= 80 else text[:77] + "..."

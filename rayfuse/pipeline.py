@@ -1,5 +1,6 @@
 """The stages of a run in order, and which of them are done. Ray is joined only for what is not."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -102,15 +103,26 @@ def _ask_in_time(
         def watch(title: str, done: int, total: int, unit: str = "", note: str = "") -> None:
             nonlocal is_asked
             progress(title, done, total, unit, note)
-            if is_asked or not total:
+            if is_asked or not total or not title.startswith("corpus"):
                 return
             left = pace.estimate_left(title, done, total)
-            is_one_wave = total - done <= count_reachable("CPU")
-            if left < AHEAD_SECONDS or is_one_wave:
+            if left == math.inf:
+                left = _guess_seconds(recipe, layout, total - done, count_reachable("CPU"))
+            if left < AHEAD_SECONDS:
                 is_asked = True
                 asked.enter_context(ask_ahead([list_bundles(each) for each in todo]))
 
         yield watch
+
+
+def _guess_seconds(recipe: Recipe, layout: Layout, shards: int, cpus: float) -> float:
+    """Return what it takes to cut so many shards, by the plan's assumption, before one was seen."""
+    from rayfuse.corpus.shards import BYTES_PER_TOKEN
+
+    text = float(shards * recipe.corpus.shard_tokens * BYTES_PER_TOKEN)
+    at_once = max(min(cpus, len(layout.corpus_inputs)), 1.0)  # a file is cut by one task
+    tokenizers = 1 + len(recipe.sources)
+    return text * tokenizers / recipe.plan.tokenise_bytes_per_core_second / at_once
 
 
 def _run_stage(stage: str, recipe: Recipe, layout: Layout, progress: Progress) -> None:

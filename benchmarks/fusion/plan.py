@@ -150,6 +150,8 @@ class Planner:
             train["clm_weight"] = 1.0
         # Resolved, so that what is equal by a default is the same unit.
         heard = FuseSettings(**(fuse or {})).model_dump(mode="json", include=FUSE_FIELDS)
+        if (fuse or {}).get("skip_noise"):  # else all are heard, that it is seen what noise does
+            heard["skip_noise"] = True
         settings = {
             "fuse": heard if sources else {},
             "train": TrainSettings(**train).model_dump(mode="json", include=TRAIN_FIELDS),
@@ -250,6 +252,12 @@ def _plan_strong_and_bad(planner: Planner, clm: Unit, fused: Unit) -> dict[str, 
             "noise, avg_ce", with_noise, fuse={"method": "avg_ce"}
         ),
         "an untrained source alone": train("noise alone", {"untrained": untrained}),
+        "and an untrained source, left out": train(
+            "noise, left out", with_noise, fuse={"skip_noise": True}
+        ),
+        "an untrained source alone, left out": train(
+            "noise alone, left out", {"untrained": untrained}, fuse={"skip_noise": True}
+        ),
         "untrained": planner.score(untrained),
         "weak target": planner.score(weak),
         "weak target: CLM": train("weak, CLM", {}, start=weak),

@@ -219,7 +219,8 @@ def _answer_strong_and_bad(findings: Findings) -> str:
         ]
     shown = {name: each for name, each in variants.items() if name not in NO_VARIANTS}
     parts += [
-        "A source with random weights beside the three, and alone:",
+        "A source with random weights beside the three, and alone; heard all the same, and left "
+        "out, as `fuse.skip_noise` does by default:",
         write_variants(findings, shown) if shown else NOTHING,
         *_describe_noise(findings),
         "![all variants](variants.png)",
@@ -231,7 +232,8 @@ def _describe_noise(findings: Findings) -> list[str]:
     variants = findings.questions["8"]
     clm = variants.get(CLM)
     lines: list[str] = []
-    for name in ("and an untrained source", "an untrained source alone"):
+    heard = ("and an untrained source", "an untrained source alone")
+    for name in (*heard, *(f"{each}, left out" for each in heard)):
         if clm is not None and name in variants:
             cost = findings.compare(variants[name], clm)[ALL].value
             share = cost / findings.score(clm)[ALL]

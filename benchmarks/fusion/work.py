@@ -235,7 +235,7 @@ def _train(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     reader = ShardReader(
         _data(corpus, out, "rows"),
         {name: _data(need, out, "rows") for name, need in aligned.items()},
-        FuseSettings(**settings["fuse"]),
+        FuseSettings(**{"skip_noise": False} | settings["fuse"]),
         tokenizer.count_bytes(),
     )
     train = TrainSettings(**settings["train"])

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
+from ray.data import TaskPoolStrategy
 
 from rayfuse.align.boundaries import spell_vocabulary
 from rayfuse.align.statistics import PairCounts, add_counts, choose_most_matched, count_pairs
@@ -51,7 +52,7 @@ def align_sources(recipe: Recipe, layout: Layout, progress: Progress) -> None:
                 partial(align_batch, task=task),
                 batch_size=1,
                 batch_format="pyarrow",
-                concurrency=limit_cpu_tasks(),
+                compute=TaskPoolStrategy(limit_cpu_tasks()),
             )
             for done, _ in enumerate(rows.iter_rows(), num_shards - len(todo) + 1):
                 progress(f"align {source.name}", done, num_shards, "shards")

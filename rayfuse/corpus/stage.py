@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
+from ray.data import TaskPoolStrategy
 
 from rayfuse.corpus.documents import Document, read_documents
 from rayfuse.corpus.inputs import InputFile, check_unchanged
@@ -91,8 +92,9 @@ def build_corpora(recipe: Recipe, layout: Layout, progress: Progress) -> None:
             (layout.held_out, layout.held_out_rows, True, layout.held_out_inputs),
         )
     )
-    build_corpus(recipe, corpus, progress, "corpus")
+    # The corpus last: machines for what is next are asked for when little of it is left.
     build_corpus(recipe, held_out, progress, "held-out")
+    build_corpus(recipe, corpus, progress, "corpus")
 
 
 def build_corpus(recipe: Recipe, task: CutTask, progress: Progress, title: str) -> None:
@@ -123,7 +125,7 @@ def build_corpus(recipe: Recipe, task: CutTask, progress: Progress, title: str) 
             partial(_cut_groups, task=task),
             batch_size=1,
             batch_format="pyarrow",
-            concurrency=limit_cpu_tasks(),
+            compute=TaskPoolStrategy(limit_cpu_tasks()),
         )
         progress(f"{title}: cut into rows", done, sum(counts), "shards")
         for _ in shards.iter_rows():
@@ -147,7 +149,7 @@ def _count_shards(task: CutTask) -> list[int]:
             partial(_count_batches, task=task),
             batch_size=1,
             batch_format="pyarrow",
-            concurrency=limit_cpu_tasks(),
+            compute=TaskPoolStrategy(limit_cpu_tasks()),
         )
         for row in found.iter_rows():
             counts[row["group"]] = row["count"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rayfuse.autoscaler import NodeKind
+from rayfuse.autoscaler import HEAD, NodeKind
 from rayfuse.doctor.facts import NodeFacts
 from rayfuse.recipe import Recipe
 
@@ -185,9 +185,11 @@ def check_disks(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
 def needed_bytes(recipe: Recipe, cluster: ClusterFacts, node: NodeFacts) -> dict[str, float]:
     """Return what must be free on a node, by what it is for."""
     *_, training = list_asks(recipe, cluster)
-    workers = min(_count_on_node(training, node.resources), training.count)
+    most = 1 if training.placement == "strict_spread" else recipe.train.num_workers
+    workers = min(_count_on_node(training, node.resources), most)
     # Each worker leaves its share of a checkpoint there until it is uploaded.
-    needed = {"temp": LEAST_TEMP_BYTES + cluster.checkpoint_bytes * workers / training.count}
+    share = workers / recipe.train.num_workers
+    needed = {"temp": LEAST_TEMP_BYTES + cluster.checkpoint_bytes * share}
     models = (recipe.target, *recipe.sources)
     is_from_hub = any(not Path(each.model).expanduser().is_dir() for each in models)
     if is_from_hub and node.resources.get("CPU"):
@@ -217,7 +219,9 @@ def check_resources(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
         here = _count_places(ask, kinds)
         if here >= ask.count:
             continue
-        ever = max(here, _count_places(ask, cluster.may_come or ()))  # of its most, some are here
+        # What may come counts those of its kind that are here, and leaves the head out.
+        head = [NodeKind(each, 1) for each in cluster.resources if HEAD in each]
+        ever = max(here, _count_places(ask, (*(cluster.may_come or ()), *head)))
         what = f"{ask.who} needs {_describe(ask)}; the cluster has room for {here:g} now"
         if ever >= ask.count:
             continue  # the autoscaler adds it as it is asked for

@@ -10,6 +10,7 @@ from ray._private.worker import get_dashboard_url
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rayfuse.autoscaler import HEAD
 from rayfuse.doctor.checks import ClusterFacts
 from rayfuse.doctor.facts import (
     NodeFacts,
@@ -18,7 +19,7 @@ from rayfuse.doctor.facts import (
     find_token_file,
     list_versions,
 )
-from rayfuse.machines import HEAD, read_autoscaler
+from rayfuse.machines import read_autoscaler
 from rayfuse.plan.lines import size_checkpoint
 from rayfuse.plan.sizes import size_from_files
 from rayfuse.recipe import Recipe

@@ -275,7 +275,7 @@ def measure_signal(aligned: DataSet) -> SourceSignal:
         with_signal=int(with_signal),
         tail_mass=float(tail / max(with_signal, 1)),
         captured_tail_mass=float(sum(captured) / max(with_signal, 1)) if is_recorded else None,
-        is_noise=is_noise(commits),
+        is_noise=is_noise([*commits]),
     )
 
 

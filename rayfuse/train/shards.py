@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from rayfuse.fuse.costs import cost_of_documents, cost_of_positions, cost_of_rows
 from rayfuse.fuse.fuse import AlignedRow, FusedRow, choose_cheapest, fuse_row, give_tail_to
-from rayfuse.fuse.noise import is_noise
+from rayfuse.fuse.noise import read_heard
 from rayfuse.recipe import FuseSettings
 from rayfuse.schema import PROB_OF_CODE, decode_probs, flatten_column
 from rayfuse.storage.dataset import DataSet, ShardError
@@ -142,16 +142,11 @@ class ShardReader:
             fuse: How sources become one.
             token_bytes: How many bytes each target token spells.
         """
-        heard = {name: data for name, data in aligned.items() if fuse.weights.get(name, 1.0) > 0}
-        commits = {name: data.commits() for name, data in heard.items()}
-        if fuse.skip_noise:
-            heard = {
-                name: data for name, data in heard.items() if not is_noise(commits[name].values())
-            }
+        heard, _ = read_heard(aligned, fuse)
         self.fuse, self.token_bytes, self.names = fuse, token_bytes, tuple(heard)
-        self.data = [corpus, *heard.values()]
+        self.data = [corpus, *(aligned[name] for name in heard)]
         self.weights = [fuse.weights.get(name, 1.0) for name in heard]
-        self.commits = [corpus.commits(), *(commits[name] for name in heard)]
+        self.commits = [corpus.commits(), *heard.values()]
         self.open: dict[int, Future[OpenShard]] = {}
         self.pool = ThreadPoolExecutor(max_workers=1)
 

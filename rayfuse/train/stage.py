@@ -10,7 +10,7 @@ import ray.train
 from ray.exceptions import RayTaskError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from rayfuse.fuse.noise import is_noise
+from rayfuse.fuse.noise import read_heard
 from rayfuse.layout import Layout, TrainRun
 from rayfuse.machines import count_default_gpus, count_reachable
 from rayfuse.progress import Board, Progress, RunState
@@ -67,7 +67,8 @@ def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     """Train every run that is not done yet, all at once if there is room.
 
     Raises:
-        ValueError: A data set is not whole or has no rows, or a tracker is not installed.
+        ValueError: A data set is not whole or has no rows, no source knows anything, or a tracker
+            is not installed.
         ShardError: A shard is missing or damaged.
         FloatingPointError: Losses or gradients of several steps in a row are not finite.
         StorageGoneError: The storage does not answer any more.
@@ -77,9 +78,8 @@ def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
         return
     check_trackers(recipe)
     check_data(layout.corpus, *layout.aligned.values())
-    for name, data in layout.aligned.items():
-        if recipe.fuse.skip_noise and is_noise(data.commits().values()):
-            progress(f"source {name}", 0, 0, note=NOISE)
+    if any(run.is_fused for run in runs):
+        _check_sources(recipe, layout, progress)
     board: Any = ray.remote(**beside_the_driver())(Board).remote()
     fit: Any = ray.remote(**beside_the_driver(), max_retries=0)(_fit)
     job = uuid.uuid4().hex
@@ -101,6 +101,15 @@ def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
         for each in running:
             ray.cancel(each, force=True)
         queue.release()
+
+
+def _check_sources(recipe: Recipe, layout: Layout, progress: Progress) -> None:
+    """Tell which sources are not heard, and raise where that leaves none."""
+    heard, noise = read_heard(layout.aligned, recipe.fuse)
+    if noise and not heard:
+        raise ValueError(f"every source of the fusion, {', '.join(noise)}, is {NOISE}")
+    for name in noise:
+        progress(f"source {name}", 0, 0, note=NOISE)
 
 
 def _wait(running: list[Any]) -> tuple[list[Any], list[Any]]:

@@ -13,12 +13,12 @@ CHANCE = 100 * math.log(300)
 
 
 def commit(**stats: float) -> Commit:
-    return Commit(0, "", 0, "", 0, 0, 0, "", stats)
+    return Commit(0, "", 0, "", 1, 1, 0, "", stats)
 
 
 @pytest.mark.parametrize(
     ("shares", "expected"),
-    [([1.05], True), ([0.99], False), ([1.2, 0.7], False), ([1.2, 0.9], True), ([], False)],
+    [([1.05], True), ([0.9], False), ([1.2, 0.7], False), ([1.2, 0.9], True), ([], False)],
 )
 def test_the_whole_corpus_decides(shares, expected):
     commits = [commit(nats=share * CHANCE, chance_nats=CHANCE) for share in shares]
@@ -26,7 +26,9 @@ def test_the_whole_corpus_decides(shares, expected):
 
 
 def test_who_has_not_counted_is_taken_for_better():
-    assert not is_noise([commit(positions=10.0)])
+    silent = commit(positions=10.0)
+    assert not is_noise([silent])
+    assert not is_noise([silent, commit(nats=2.0, chance_nats=1.0)])
 
 
 @pytest.mark.parametrize("skips", [True, False])

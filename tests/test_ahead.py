@@ -1,0 +1,70 @@
+"""When the sources' machines are asked for: before the corpus is cut, but not long before."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+
+from rayfuse import machines
+from rayfuse.layout import plan_layout
+from rayfuse.pipeline import AHEAD_SECONDS, _ask_in_time
+from rayfuse.progress import report_nothing
+from tests.plan.test_plan import recipe_of, root
+
+__all__ = ["root"]  # the fixture
+
+CORPUS, HELD_OUT = "corpus: cut into rows", "held-out: cut into rows"
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[str]:
+    """What was asked for and let go of; the cluster may have four CPUs."""
+    events: list[str] = []
+
+    @contextmanager
+    def ask_ahead(groups: Sequence[Sequence[dict[str, float]]]) -> Iterator[None]:
+        events.append(f"asked for {groups}")
+        yield
+        events.append("let go")
+
+    monkeypatch.setattr(machines, "ask_ahead", ask_ahead)
+    monkeypatch.setattr(machines, "count_reachable", lambda resource: 4.0)
+    monkeypatch.setattr(machines, "list_bundles", lambda source: [{"GPU": 1.0}])
+    return events
+
+
+def test_a_large_corpus_is_nearly_cut_first(root, tmp_path, asked, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    recipe = recipe_of(root, tmp_path)
+    stages = ("corpus", "capture")
+    with _ask_in_time("corpus", stages, recipe, plan_layout(recipe), report_nothing) as watch:
+        watch(HELD_OUT, 0, 2)
+        watch(HELD_OUT, 2, 2)
+        watch(CORPUS, 0, 1_000_000)  # hours, by the plan's assumption
+        clock[0] = 100.0
+        watch(CORPUS, 1_000, 1_000_000)  # hours, by what was seen
+        assert asked == []
+        clock[0] = 90_000.0
+        watch(CORPUS, 995_000, 1_000_000)  # minutes
+        assert AHEAD_SECONDS > 5_000 * 90_000 / 995_000
+        watch(CORPUS, 999_000, 1_000_000)
+        assert asked == ["asked for [[{'GPU': 1.0}]]"]
+    assert asked[1:] == ["let go"]
+
+
+def test_a_small_one_is_not_waited_for(root, tmp_path, asked):
+    recipe = recipe_of(root, tmp_path)
+    stages = ("corpus", "capture")
+    with _ask_in_time("corpus", stages, recipe, plan_layout(recipe), report_nothing) as watch:
+        watch(CORPUS, 0, 12)
+        assert len(asked) == 1
+
+
+@pytest.mark.parametrize(("stage", "stages"), [("corpus", ("corpus",)), ("capture", ("capture",))])
+def test_nothing_is_asked_for_what_does_not_come_next(stage, stages, root, tmp_path, asked):
+    recipe = recipe_of(root, tmp_path)
+    with _ask_in_time(stage, stages, recipe, plan_layout(recipe), report_nothing) as watch:
+        watch(CORPUS, 0, 12)
+    assert asked == []
