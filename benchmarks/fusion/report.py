@@ -237,7 +237,9 @@ def _describe_noise(findings: Findings) -> list[str]:
         if clm is not None and name in variants:
             cost = findings.compare(variants[name], clm)[ALL].value
             share = cost / findings.score(clm)[ALL]
-            lines.append(f"Fused with {name}: {share:+.2%} of CLM's bits per byte.")
+            bad = name.removeprefix("and ")
+            beside = "the three sources and " if bad != name else ""
+            lines.append(f"Fused with {beside}{bad}: {share:+.2%} of CLM's bits per byte.")
     return lines
 
 

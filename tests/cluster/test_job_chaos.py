@@ -100,7 +100,8 @@ def run_job(cluster: LocalCluster, recipe: Path, *, kill_driver_once: bool = Fal
             kill_driver_once = False
             threading.Thread(target=kill_driver, args=(cluster,), daemon=True).start()
         said.append(job.communicate(timeout=3000)[0])
-        assert "Failed to connect" not in said[-1], said[-1]  # nobody kills the head
+        # Nobody kills the head.
+        assert "ConnectionError: Failed to connect to Ray" not in said[-1], said[-1]
         if job.returncode == 0:
             return said
     raise TimeoutError(f"not done after {MOST_JOBS} jobs; the last said: {said[-1][-4000:]}")
