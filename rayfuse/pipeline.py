@@ -87,42 +87,48 @@ def is_stage_done(stage: str, layout: Layout) -> bool:
 def _ask_in_time(
     stage: str, stages: tuple[str, ...], recipe: Recipe, layout: Layout, progress: Progress
 ) -> Iterator[Progress]:
-    """Yield a progress that has the sources' GPUs come up before the corpus is all cut.
+    """Yield a progress that has the sources' GPUs come up before the corpus is cut.
 
-    Not before the last minutes of it, where it is large: GPUs that wait are paid for.
+    Where that takes long they are asked for in its last minutes: GPUs that wait are paid for.
     """
     if stage != "corpus" or "capture" not in stages:
         yield progress
         return
     from rayfuse.machines import ask_ahead, count_reachable, list_bundles
+    from rayfuse.session import join_cluster
 
+    join_cluster()
     todo = [each for each in recipe.sources if not layout.captured[each.name].is_whole()]
-    pace, is_asked = Pace(), False
+    pace = Pace()
     with ExitStack() as asked:
+        is_asked = False
 
-        def watch(title: str, done: int, total: int, unit: str = "", note: str = "") -> None:
+        def ask_if_soon(left: float) -> None:
             nonlocal is_asked
-            progress(title, done, total, unit, note)
-            if is_asked or not total or not title.startswith("corpus"):
-                return
-            left = pace.estimate_left(title, done, total)
-            if left == math.inf:
-                left = _guess_seconds(recipe, layout, total - done, count_reachable("CPU"))
-            if left < AHEAD_SECONDS:
+            if not is_asked and left < AHEAD_SECONDS:
                 is_asked = True
                 asked.enter_context(ask_ahead([list_bundles(each) for each in todo]))
 
+        def watch(title: str, done: int, total: int, unit: str = "", note: str = "") -> None:
+            progress(title, done, total, unit, note)
+            if total and title.startswith("corpus"):  # the held-out rows come before
+                ask_if_soon(pace.estimate_left(title, done, total))
+
+        ask_if_soon(_guess_seconds(recipe, layout, count_reachable("CPU")))
         yield watch
 
 
-def _guess_seconds(recipe: Recipe, layout: Layout, shards: int, cpus: float) -> float:
-    """Return what it takes to cut so many shards, by the plan's assumption, before one was seen."""
-    from rayfuse.corpus.shards import BYTES_PER_TOKEN
-
-    text = float(shards * recipe.corpus.shard_tokens * BYTES_PER_TOKEN)
-    at_once = max(min(cpus, len(layout.corpus_inputs)), 1.0)  # a file is cut by one task
+def _guess_seconds(recipe: Recipe, layout: Layout, cpus: float) -> float:
+    """Return what cutting all documents takes, by the plan's assumptions; infinity if unknown."""
+    sizes = [
+        file.num_bytes * (recipe.plan.unpacked_ratio if file.is_packed else 1.0)
+        for file in layout.corpus_inputs
+    ]
+    if not all(sizes):
+        return math.inf
+    at_once = max(min(cpus, len(sizes)), 1.0)  # a file is cut by one task
     tokenizers = 1 + len(recipe.sources)
-    return text * tokenizers / recipe.plan.tokenise_bytes_per_core_second / at_once
+    return sum(sizes) * tokenizers / recipe.plan.tokenise_bytes_per_core_second / at_once
 
 
 def _run_stage(stage: str, recipe: Recipe, layout: Layout, progress: Progress) -> None:

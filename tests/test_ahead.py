@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from rayfuse import machines
+from rayfuse import machines, session
 from rayfuse.layout import plan_layout
 from rayfuse.pipeline import AHEAD_SECONDS, _ask_in_time
 from rayfuse.progress import report_nothing
@@ -28,6 +28,7 @@ def asked(monkeypatch) -> list[str]:
         yield
         events.append("let go")
 
+    monkeypatch.setattr(session, "join_cluster", lambda: None)
     monkeypatch.setattr(machines, "ask_ahead", ask_ahead)
     monkeypatch.setattr(machines, "count_reachable", lambda resource: 4.0)
     monkeypatch.setattr(machines, "list_bundles", lambda source: [{"GPU": 1.0}])
@@ -37,12 +38,12 @@ def asked(monkeypatch) -> list[str]:
 def test_a_large_corpus_is_nearly_cut_first(root, tmp_path, asked, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    recipe = recipe_of(root, tmp_path)
+    recipe = recipe_of(root, tmp_path, plan={"tokenise_bytes_per_core_second": 0.001})
     stages = ("corpus", "capture")
     with _ask_in_time("corpus", stages, recipe, plan_layout(recipe), report_nothing) as watch:
         watch(HELD_OUT, 0, 2)
         watch(HELD_OUT, 2, 2)
-        watch(CORPUS, 0, 1_000_000)  # hours, by the plan's assumption
+        watch(CORPUS, 0, 1_000_000)
         clock[0] = 100.0
         watch(CORPUS, 1_000, 1_000_000)  # hours, by what was seen
         assert asked == []
@@ -58,7 +59,9 @@ def test_a_small_one_is_not_waited_for(root, tmp_path, asked):
     recipe = recipe_of(root, tmp_path)
     stages = ("corpus", "capture")
     with _ask_in_time("corpus", stages, recipe, plan_layout(recipe), report_nothing) as watch:
-        watch(CORPUS, 0, 12)
+        assert len(asked) == 1
+        watch(HELD_OUT, 0, 12)
+        watch(CORPUS, 12, 12)
         assert len(asked) == 1
 
 
