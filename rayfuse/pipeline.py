@@ -111,7 +111,7 @@ def _ask_in_time(
 
         def watch(title: str, done: int, total: int, unit: str = "", note: str = "") -> None:
             progress(title, done, total, unit, note)
-            if total and title.startswith("corpus"):  # the held-out rows come before
+            if total and title.startswith("held-out"):  # the corpus comes before
                 ask_if_soon(pace.estimate_left(title, done, total))
 
         ask_if_soon(_guess_seconds(recipe, layout, count_reachable("CPU")))

@@ -60,8 +60,8 @@ def test_a_small_one_is_not_waited_for(root, tmp_path, asked):
     stages = ("corpus", "capture")
     with _ask_in_time("corpus", stages, recipe, plan_layout(recipe), report_nothing) as watch:
         assert len(asked) == 1
-        watch(HELD_OUT, 0, 12)
-        watch(CORPUS, 12, 12)
+        watch(CORPUS, 0, 12)
+        watch(HELD_OUT, 12, 12)
         assert len(asked) == 1
 
 

@@ -92,9 +92,8 @@ def build_corpora(recipe: Recipe, layout: Layout, progress: Progress) -> None:
             (layout.held_out, layout.held_out_rows, True, layout.held_out_inputs),
         )
     )
-    # The corpus last: machines for what is next are asked for when little of it is left.
-    build_corpus(recipe, held_out, progress, "held-out")
     build_corpus(recipe, corpus, progress, "corpus")
+    build_corpus(recipe, held_out, progress, "held-out")
 
 
 def build_corpus(recipe: Recipe, task: CutTask, progress: Progress, title: str) -> None:

@@ -243,7 +243,7 @@ def list_ends(layout: Layout) -> dict[str, float]:
     """Return when each stage was done, by its last file."""
     (source,) = layout.captured.values()
     files = {
-        "corpus": f"{layout.corpus.folder}/manifest.json",
+        "corpus": f"{layout.held_out.folder}/manifest.json",
         "capture": f"{source.folder}/manifest.json",
         "train": f"{layout.runs[0].folder}/done.json",
         "evaluate": layout.evaluations["fused"],
