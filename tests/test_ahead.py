@@ -41,16 +41,17 @@ def test_a_large_corpus_is_nearly_cut_first(root, tmp_path, asked, monkeypatch):
     recipe = recipe_of(root, tmp_path, plan={"tokenise_bytes_per_core_second": 0.001})
     stages = ("corpus", "capture")
     with _ask_in_time("corpus", stages, recipe, plan_layout(recipe), report_nothing) as watch:
-        watch(HELD_OUT, 0, 2)
-        watch(HELD_OUT, 2, 2)
         watch(CORPUS, 0, 1_000_000)
         clock[0] = 100.0
-        watch(CORPUS, 1_000, 1_000_000)  # hours, by what was seen
+        watch(CORPUS, 1_000_000, 1_000_000)
+        watch(HELD_OUT, 0, 1_000_000)
+        clock[0] = 200.0
+        watch(HELD_OUT, 1_000, 1_000_000)  # hours, by what was seen
         assert asked == []
-        clock[0] = 90_000.0
-        watch(CORPUS, 995_000, 1_000_000)  # minutes
+        clock[0] = 90_100.0
+        watch(HELD_OUT, 995_000, 1_000_000)  # minutes
         assert AHEAD_SECONDS > 5_000 * 90_000 / 995_000
-        watch(CORPUS, 999_000, 1_000_000)
+        watch(HELD_OUT, 999_000, 1_000_000)
         assert asked == ["asked for [[{'GPU': 1.0}]]"]
     assert asked[1:] == ["let go"]
 
