@@ -108,16 +108,10 @@ def test_every_stage_ran_and_its_results_are_whole(finished_run):
         assert sum(each["with_signal"] for each in stats) > 0.5 * positions
 
 
-def test_random_weights_predict_no_better_than_chance_nor_does_who_has_read_stories_alone(
-    finished_run,
-):
-    shares: dict[str, float] = {}
-    for name, data in finished_run.layout.aligned.items():
-        stats = [commit.stats for commit in data.commits().values()]
-        shares[name] = sum(s["nats"] for s in stats) / sum(s["chance_nats"] for s in stats)
-        assert is_noise(data.commits().values())
-    assert all(0.99 < shares[name] < 1.01 for name in ("neox", "openllama", "gpt2"))
-    assert shares["stories"] > 1.05  # sure of itself, in code and other languages
+def test_random_weights_know_nothing_and_who_has_read_stories_alone_knows_little(finished_run):
+    commits = {name: data.commits().values() for name, data in finished_run.layout.aligned.items()}
+    assert all(is_noise(commits[name]) for name in ("neox", "openllama", "gpt2"))
+    assert not is_noise(commits["stories"])
 
 
 @pytest.mark.parametrize("method", ["exact", "mined", "statistics"])

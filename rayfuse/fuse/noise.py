@@ -5,24 +5,24 @@ from collections.abc import Collection, Mapping
 from rayfuse.recipe import FuseSettings
 from rayfuse.storage.dataset import Commit, DataSet
 
-CHANCE_SHARE = 0.98
-"""Of what chance pays: random weights may be a little below it by luck with frequent tokens, where
-knowing no more than how frequent tokens are comes to about 0.7."""
+NOISE_SHARE = 0.001
+"""Of the tokens: so few may be in rows that are predicted better than chance by luck."""
 
 
 def is_noise(commits: Collection[Commit]) -> bool:
-    """Return whether a source predicts the whole corpus no better than chance.
+    """Return whether a source predicts no row of the corpus better than chance, or hardly any.
 
-    Chance gives each token of its vocabulary the same probability: ln V nats a token.
+    Chance gives each token of its vocabulary the same probability. The mean over the corpus would
+    not do: a source that knows one domain alone may be worse than chance on the whole.
 
     Args:
         commits: Of all its aligned shards. Where one does not tell, it is no noise.
     """
     told = [commit.stats for commit in commits if commit.rows]
-    if not all("chance_nats" in stats for stats in told):
+    if not all("known_tokens" in stats for stats in told):
         return False
-    chance = sum(stats["chance_nats"] for stats in told)
-    return sum(stats["nats"] for stats in told) >= CHANCE_SHARE * chance > 0
+    scored = sum(stats["scored_tokens"] for stats in told)
+    return scored > 0 and sum(stats["known_tokens"] for stats in told) <= NOISE_SHARE * scored
 
 
 def read_heard(
