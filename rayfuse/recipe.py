@@ -212,8 +212,8 @@ class FuseSettings(Settings):
     weights: dict[str, NonNegativeFloat] = Field(default_factory=dict[str, NonNegativeFloat])
     """By source: its share of `avg_ce` is multiplied by it; 0 leaves the source out. Default 1."""
     skip_noise: bool = True
-    """Leave out a source that predicts the corpus no better than chance, ln V nats a token: its
-    weights or its tokenizer are not what they should be."""
+    """Leave out a source that predicts no row better than chance, ln V nats a token: its weights or
+    its tokenizer are not what they should be."""
     tail: Literal["bucket", "truth", "renormalise"] = "bucket"
     """`bucket`: the mass outside the top k is one more outcome. `truth`: it goes to the token that
     really comes next. `renormalise`: it is left out and the top k scaled up to 1, as the papers

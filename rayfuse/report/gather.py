@@ -62,7 +62,7 @@ class SourceSignal:
     captured_tail_mass: float | None
     """The same in the source's own tokens, where it was recorded."""
     is_noise: bool = False
-    """It predicts the corpus no better than chance."""
+    """It predicts no row better than chance."""
 
     @property
     def share(self) -> float:

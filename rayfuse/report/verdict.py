@@ -148,7 +148,7 @@ def note_noise(signals: dict[str, SourceSignal]) -> list[str]:
     if not names:
         return []
     return [
-        f"No better than chance on the corpus: {join_names(names)}. Fusion leaves such sources out "
+        f"No better than chance in any row: {join_names(names)}. Fusion leaves such sources out "
         "unless fuse.skip_noise is false; the ensemble has them unless fuse.weights gives them 0."
     ]
 

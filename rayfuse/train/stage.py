@@ -25,7 +25,7 @@ from rayfuse.train.worker import WorkerTask, run_worker
 POLL_SECONDS = 0.5
 
 NOISE = (
-    "left out: it predicts the corpus no better than chance; see that its weights and tokenizer "
+    "left out: it predicts no row better than chance; see that its weights and tokenizer "
     "belong together, or set fuse.skip_noise: false"
 )
 
