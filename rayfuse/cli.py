@@ -41,6 +41,8 @@ def main() -> None:
     except Exception as error:  # the last place that can turn a failure into a message
         from rayfuse.session import find_root_cause
 
+        if _comes_of_stop(error):
+            _stop()
         cause = find_root_cause(error)
         if isinstance(cause, ValueError):
             _fail(str(cause), BAD_INPUT)
@@ -53,6 +55,13 @@ class StopRequest(BaseException):
 
 def _interrupt(number: int, frame: object) -> None:
     raise StopRequest
+
+
+def _comes_of_stop(error: BaseException | None) -> bool:
+    """Return whether a request to stop became an error: in Ray's compiled code, a SystemError."""
+    while error is not None and not isinstance(error, StopRequest):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _stop() -> None:

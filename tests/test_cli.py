@@ -71,6 +71,24 @@ def test_help_answers_in_half_a_second_without_torch_or_ray():
     assert min(seconds) < 0.5
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_stop_is_a_stop_also_where_compiled_code_makes_an_error_of_it(wrapped: bool):
+    program = (
+        "import os, signal, time, rayfuse.cli\n"
+        "def work():\n"
+        "    try: os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)\n"
+        "    except BaseException as stop:\n"
+        f"        if not {wrapped}: raise\n"
+        "        raise SystemError('returned a result with an exception set') from stop\n"
+        "rayfuse.cli.app = work\n"
+        "rayfuse.cli.main()\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 130
+    assert done.stderr == "rayfuse: stopped; the same command goes on where it was\n"
+
+
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
