@@ -86,6 +86,9 @@ def _quieten_ray_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     # It warns that progress bars are off.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    # It warns of every actor that asks for a GPU and CPUs, as all of ours on GPUs do.
+    operators = logging.getLogger("ray.data._internal.execution.operators.map_operator")
+    operators.addFilter(lambda record: "num_cpus and num_gpus" not in record.getMessage())
 
 
 def worker_env() -> dict[str, str]:
