@@ -20,7 +20,7 @@ ROOT_SCRIPT = r"""
 set -e
 root=$1; program=$2; shift 2
 mount -t tmpfs -o size=512m,mode=755 none "$root"
-for part in /usr /bin /sbin /lib /lib32 /lib64 /etc/alternatives "$1"; do
+for part in /usr /bin /sbin /lib /lib32 /lib64 /etc/alternatives /etc/java-* "$1"; do
     [ -e "$part" ] || continue
     mkdir -p "$root$(dirname "$part")"
     if [ -L "$part" ]; then cp -P "$part" "$root$part"; continue; fi
@@ -82,7 +82,7 @@ def run_sandboxed(files: dict[str, str], command: list[str], *, seconds: int) ->
     """Return what became of a command, run beside some files in a sandbox of its own.
 
     Args:
-        files: Text by name.
+        files: Text by name or relative path.
         command: The program and its arguments.
         seconds: After which it is killed, with all that it started.
     """
@@ -91,7 +91,9 @@ def run_sandboxed(files: dict[str, str], command: list[str], *, seconds: int) ->
         root.mkdir()
         program.mkdir()
         for name, text in files.items():
-            (program / name).write_text(text, encoding="utf-8", errors="replace")
+            path = program / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8", errors="replace")
         limits = [
             f"--cpu={seconds}",
             f"--as={MEMORY_BYTES}",

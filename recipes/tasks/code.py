@@ -1,4 +1,4 @@
-"""Tasks that run what models write: HumanEval in Python, MultiPL-E in C++ and JavaScript.
+"""Tasks that run what models write: HumanEval in Python, MultiPL-E in C++, Java and JavaScript.
 
 Programs run in rayfuse's sandbox alone, and only where the recipe says
 `evaluate.run_generated_code: true`.
@@ -16,11 +16,28 @@ from rayfuse.evaluate.sandbox import check_sandbox, python, run_sandboxed
 SECONDS = 20
 """For compiling and running one program."""
 
-PROGRAMS = {
-    "cpp": ("main.cpp", "g++", ["sh", "-c", "g++ -std=c++17 -w main.cpp -o main && ./main"]),
-    "js": ("main.js", "node", ["node", "main.js"]),
+PAIR = """package org.javatuples;
+public record Pair<A, B>(A getValue0, B getValue1) {
+    public static <A, B> Pair<A, B> with(A first, B second) { return new Pair<>(first, second); }
 }
-"""By language: the file, the tool that must be installed, the command."""
+"""
+"""All that MultiPL-E's Java asks of the library javatuples: made here, so that none is needed."""
+
+PROGRAMS = {
+    "cpp": ("main.cpp", "g++", "g++ -std=c++17 -w main.cpp -o main && ./main"),
+    "java": (
+        "Problem.java",
+        "javac",
+        # The sandbox bounds addresses: a Java machine would reserve more than it uses.
+        "export JAVA_TOOL_OPTIONS='-Xmx1g -XX:CompressedClassSpaceSize=64m'; "
+        "javac -nowarn Problem.java && java -ea Problem",
+    ),
+    "js": ("main.js", "node", "node main.js"),
+}
+"""By language: the file, the tool that must be installed, the shell's command."""
+
+BESIDE = {"java": {"org/javatuples/Pair.java": PAIR}}
+"""By language: files beside the program."""
 
 
 def load_multipl_e(data: str, language: str, **_: object) -> dict[str, Dataset]:
@@ -51,4 +68,6 @@ def pass_program(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     check_sandbox()
     file, _, command = PROGRAMS[doc["language"]]
     text = f"{doc['prompt']}{results[0]}\n{doc['tests']}\n"
-    return {"pass_at_1": float(run_sandboxed({file: text}, command, seconds=SECONDS).passed)}
+    files = {file: text} | BESIDE.get(doc["language"], {})
+    outcome = run_sandboxed(files, ["sh", "-c", command], seconds=SECONDS)
+    return {"pass_at_1": float(outcome.passed)}

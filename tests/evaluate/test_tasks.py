@@ -303,6 +303,7 @@ def test_every_local_task_finds_its_set(shared_data: Path):
         "local_humaneval": 164,
         "local_humaneval_loss": 164,
         "local_multipl_e_cpp": 161,
+        "local_multipl_e_java": 158,
         "local_multipl_e_js": 161,
         "local_openbookqa": 500,
     }
@@ -320,7 +321,11 @@ def test_the_solutions_of_humaneval_pass_and_other_code_does_not(shared_data: Pa
     for doc in list(task.eval_docs)[:3]:
         assert task.process_results(doc, [doc["canonical_solution"]]) == {"pass_at_1": 1.0}
         assert task.process_results(doc, ["    return None"]) == {"pass_at_1": 0.0}
-    strlen = {"cpp": "    return string.size();", "js": "  return string.length;\n}"}
+    strlen = {
+        "cpp": "    return string.size();",
+        "java": "        return string.length();",
+        "js": "  return string.length;\n}",
+    }
     for language, solution in strlen.items():
         name = f"local_multipl_e_{language}"
         task = manager.load([name])["tasks"][name]
@@ -329,3 +334,21 @@ def test_the_solutions_of_humaneval_pass_and_other_code_does_not(shared_data: Pa
         assert task.process_results(doc, [solution.replace("string", "1 + string")]) == {
             "pass_at_1": 0.0
         }
+
+
+def test_a_pair_of_java_is_there(shared_data: Path):
+    name = "local_multipl_e_java"
+    tasks = TasksSettings(names=(name,), folder=str(LOCAL), data=str(shared_data / "eval"))
+    task = open_manager(tasks).load([name])["tasks"][name]
+    doc = next(doc for doc in task.eval_docs if "even_odd_palindrome" in doc["name"])
+    count = """
+        long odd = 0, even = 0;
+        for (long i = 1; i <= n; i++) {
+            String digits = Long.toString(i);
+            if (!new StringBuilder(digits).reverse().toString().equals(digits)) continue;
+            if (i % 2 == 0) even++; else odd++;
+        }
+        return Pair.with(even, odd);"""
+    assert task.process_results(doc, [count]) == {"pass_at_1": 1.0}
+    turned = count.replace("(even, odd)", "(odd, even)")
+    assert task.process_results(doc, [turned]) == {"pass_at_1": 0.0}
