@@ -1,106 +1,48 @@
-"""Documents that are hostile, damaged or changing: nothing vanishes, nothing escapes, memory stays.
+"""Documents that are hostile or damaged: nothing vanishes, nothing escapes.
 
 The numbers are those of the faults that the project's reliability list has.
 """
 
-import gzip
 import json
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayfuse.corpus.cut import cut_document, find_fault
 from rayfuse.corpus.documents import MOST_NAME_CHARS, Document, read_documents
-from rayfuse.corpus.inputs import InputFile, list_inputs
 from rayfuse.corpus.shards import (
-    DocumentBatch,
-    Part,
     batch_documents,
     build_rows,
     group_inputs,
     has_one_shard,
 )
-from rayfuse.recipe import DocumentsSettings
 from rayfuse.schema import flatten_column
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import LocalStore
-from rayfuse.tokens import TextTokenizer, build_tokenizer, load_tokenizer
+from rayfuse.tokens import TextTokenizer, load_tokenizer
 from tests.align.test_families import LOSSY
-from tests.fakes import byte_level_tokenizer, sentencepiece_tokenizer
-from tests.storage.test_s3 import bucket  # noqa: F401 (a fixture)
-
-TOKENIZERS = [
-    build_tokenizer(byte_level_tokenizer(280).to_str(), start_id=0, eos_id=0),
-    build_tokenizer(sentencepiece_tokenizer(330).to_str(), start_id=1, eos_id=2),
-]
-WHOLE = Part(0.0, False)
-GOOD = ["the first good text", "the second"]
-CANARY = "canary-4711"
-MAX_BYTES = 1_000_000
-BOUND_BYTES = 300 << 20
-REAL = (
-    "bert-base-uncased",
-    "gpt-neox-20b",
-    "gpt2",
-    "mistral-7b",
-    "open-llama-3b",
-    "phi-3-mini",
-    "stories260k",
-    "t5-small",
+from tests.corpus.files import (
+    GOOD,
+    MAX_BYTES,
+    REAL,
+    TOKENIZERS,
+    WHOLE,
+    batch_all,
+    build_batch,
+    check_rejects,
+    good_lines,
+    good_texts,
+    list_files,
+    read_all,
+    write_lines,
 )
-
-
-def list_files(path: Path | str) -> list[InputFile]:
-    return list_inputs(DocumentsSettings(path=str(path)), "corpus.documents")
-
-
-def read_all(path: Path | str, max_bytes: int = MAX_BYTES) -> list[Document]:
-    return [document for file in list_files(path) for document in read_documents(file, max_bytes)]
-
-
-def batch_all(path: Path, *, max_bytes: int = MAX_BYTES, shard_bytes=10**6) -> list[DocumentBatch]:
-    documents = read_all(path, max_bytes)
-    return list(
-        batch_documents(documents, WHOLE, shard_bytes=shard_bytes, max_document_bytes=max_bytes)
-    )
-
-
-def build_batch(
-    batch: DocumentBatch, tokenizers: Sequence[TextTokenizer] = TOKENIZERS, max_tokens: int = 24
-) -> pa.Table:
-    return build_rows(batch.documents, tokenizers[0], tokenizers, max_tokens=max_tokens)
-
-
-def write_lines(path: Path, lines: Sequence[bytes]) -> Path:
-    path.write_bytes(b"".join(line + b"\n" for line in lines))
-    return path
-
-
-def good_lines() -> list[bytes]:
-    return [json.dumps({"text": text}).encode() for text in GOOD]
-
-
-def good_texts(documents: Sequence[Document]) -> list[str]:
-    return [document.text for document in documents if document.fault is None]
-
-
-def check_rejects(batch: DocumentBatch) -> None:
-    for reject in batch.rejects:
-        assert reject.name.strip()
-        assert 3 < len(reject.reason) < 300
-        assert CANARY not in reject.reason
-        assert reject.reason.isprintable()
-
 
 ODD_TEXTS = st.one_of(
     st.text(max_size=60),
@@ -365,356 +307,3 @@ def test_fault_29_a_link_to_nothing_is_an_error_and_no_missing_document(target, 
     (tmp_path / "b.txt").write_text("text")
     with pytest.raises(ValueError, match=r"a.txt are a link to nothing; restore or remove it"):
         list_files(tmp_path)
-
-
-def append(path: Path) -> None:
-    with open(path, "ab") as out:
-        out.write(b'{"text": "more"}\n')
-
-
-def replace_with_as_many_bytes(path: Path) -> None:
-    stamp = path.stat().st_mtime_ns
-    path.write_bytes(path.read_bytes().replace(b"good", b"evil"))
-    os.utime(path, ns=(stamp, stamp + 1))
-
-
-def cut_in_half(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-CHANGES: list[Callable[[Path], None]] = [
-    append,
-    replace_with_as_many_bytes,
-    cut_in_half,
-    Path.unlink,
-]
-REMEDY = r"d\.jsonl.* (have changed|are gone) since the run began.*; start again"
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_fault_33_a_file_that_changed_before_it_is_read_stops_the_run(change, suffix, tmp_path):
-    path = tmp_path / f"d.jsonl{suffix}"
-    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
-    path.write_bytes(pack(b"\n".join(good_lines())))
-    (file,) = list_files(path)
-    if change is replace_with_as_many_bytes:
-        os.utime(path, ns=(0, 0))
-    else:
-        change(path)
-    with pytest.raises(ValueError, match=REMEDY):
-        list(read_documents(file, MAX_BYTES))
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_fault_33_a_file_that_changes_while_it_is_read_stops_the_run(change, tmp_path):
-    path = write_lines(tmp_path / "d.jsonl", good_lines() * 20_000)
-    (file,) = list_files(path)
-    documents = read_documents(file, MAX_BYTES)
-    next(documents)
-    change(path)
-    with pytest.raises(ValueError, match=REMEDY):
-        list(documents)
-
-
-def test_fault_33_no_shard_of_a_file_that_changed_is_committed(tmp_path, monkeypatch):
-    from rayfuse.corpus import stage
-    from rayfuse.kept_rows import Rows
-    from rayfuse.recipe import CorpusSettings, ModelSettings
-
-    monkeypatch.setattr(stage, "load_recipe_tokenizer", lambda model: TOKENIZERS[0])
-    path = write_lines(tmp_path / "d.jsonl", good_lines() * 1000)
-    corpus = CorpusSettings.model_validate({"documents": str(path), "shard_tokens": 1000})
-    data = DataSet(LocalStore(str(tmp_path / "storage")), "corpus/x", "fp")
-    model = ModelSettings(model="m")
-    rows = Rows("0", "corpus/kept-0.json", (model,), ("0",), is_kept=False)
-    task = stage.CutTask(data, corpus, model, None, rows, WHOLE, [list_files(path)])
-    (count,) = stage._count_batches(pa.table({"group": [0]}), task)["count"].to_pylist()
-    assert count > 3
-    todo = pa.table({"group": [0], "start": [0], "count": [count]})
-    shards = stage._cut_groups(todo, task)
-    next(shards)
-    replace_with_as_many_bytes(path)
-    with pytest.raises(ValueError, match=REMEDY):
-        next(shards)
-    assert sorted(data.commits()) == [0]
-
-
-def test_fault_33_a_changed_file_makes_a_new_fingerprint(tmp_path):
-    path = write_lines(tmp_path / "d.jsonl", good_lines())
-    before = list_files(path)
-    replace_with_as_many_bytes(path)
-    assert list_files(path) != before
-
-
-@pytest.mark.parametrize("scheme", ["memory", "file"])
-def test_fault_33_a_changed_file_of_a_uri_stops_the_run(scheme, tmp_path):
-    import fsspec
-
-    uri = f"{scheme}://{tmp_path}/d.jsonl"
-    with fsspec.open(uri, "wb") as out:
-        out.write(b"\n".join(good_lines()))
-    (file,) = list_files(uri)
-    assert good_texts(list(read_documents(file, MAX_BYTES))) == GOOD
-    documents = read_documents(file, MAX_BYTES)
-    next(documents)
-    with fsspec.open(uri, "wb") as out:
-        out.write(b"\n".join(reversed(good_lines())))
-    with pytest.raises(ValueError, match=REMEDY):
-        list(documents)
-    with pytest.raises(ValueError, match=REMEDY):
-        list(read_documents(file, MAX_BYTES))
-    fs, path = fsspec.url_to_fs(uri)
-    fs.rm(path)
-    with pytest.raises(ValueError, match=r"are gone since the run began"):
-        list(read_documents(file, MAX_BYTES))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_fault_33_a_changed_object_stops_the_run(bucket):  # noqa: F811
-    import fsspec
-
-    uri = f"{bucket.root}/d.jsonl"
-    fs, path = fsspec.url_to_fs(uri)
-    fs.pipe_file(path, b"\n".join(good_lines()))
-    (file,) = list_files(uri)
-    assert good_texts(list(read_documents(file, MAX_BYTES))) == GOOD
-    fs.pipe_file(path, b"\n".join(reversed(good_lines())))  # as many bytes
-    with pytest.raises(ValueError, match=REMEDY):
-        list(read_documents(file, MAX_BYTES))
-    assert list_files(uri) != [file]
-
-
-def test_fault_33_a_saved_data_set_that_changes_stops_the_run(tmp_path):
-    import datasets
-
-    made = datasets.Dataset.from_list([{"text": text} for text in GOOD])
-    made.save_to_disk(str(tmp_path / "data"))
-    (file,) = list_files(tmp_path / "data")
-    assert good_texts(list(read_documents(file, MAX_BYTES))) == GOOD
-    os.utime(tmp_path / "data/state.json", ns=(0, 0))
-    with pytest.raises(ValueError, match=r"data have changed since the run began"):
-        list(read_documents(file, MAX_BYTES))
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_fault_33_a_file_that_may_not_be_read_stops_the_run(tmp_path):
-    path = write_lines(tmp_path / "d.jsonl", good_lines())
-    (file,) = list_files(path)
-    path.chmod(0)
-    with pytest.raises(PermissionError, match=r"d\.jsonl"):
-        list(read_documents(file, MAX_BYTES))
-
-
-def test_fault_33_a_failing_storage_is_no_damaged_file(tmp_path, monkeypatch):
-    from rayfuse.corpus import documents
-
-    path = write_lines(tmp_path / "d.jsonl", good_lines())
-    for failure in (ConnectionResetError("reset"), TimeoutError(), OSError(5, "I/O error")):
-
-        def fail(file: InputFile, most: int, failure: OSError = failure) -> None:
-            raise failure
-
-        monkeypatch.setattr(documents, "_read_jsonl", fail)
-        with pytest.raises(type(failure)):
-            read_all(path)
-
-
-PROGRAM = r"""
-import json, re, sys
-from rayfuse.corpus.documents import read_documents
-from rayfuse.corpus.inputs import list_inputs
-from rayfuse.recipe import DocumentsSettings
-
-def peak():
-    # Not ru_maxrss, which a process takes over from the one that started it.
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
-
-(file,) = list_inputs(DocumentsSettings(path=sys.argv[1]), "documents")
-before = peak()
-found = [[d.doc_id, d.text[:80], d.fault] for d in read_documents(file, int(sys.argv[2]))]
-print(json.dumps({"documents": found, "growth": peak() - before}))
-"""
-
-
-def read_apart(path: Path) -> list[tuple[str, str, str | None]]:
-    """Read a file in a process of its own, and check that it stayed small."""
-    if not Path("/proc/self/status").exists():
-        pytest.skip("memory is measured where Linux tells it")
-    command = [sys.executable, "-c", PROGRAM, str(path), str(MAX_BYTES)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    result = json.loads(done.stdout)
-    print(f"{path.name}: {result['growth'] / 2**20:.0f} MiB")
-    assert result["growth"] < BOUND_BYTES
-    return [tuple(each) for each in result["documents"]]
-
-
-PACKERS: dict[str, Callable[[bytes], bytes]] = {
-    ".gz": lambda data: gzip.compress(data, 6),
-    ".zst": zstandard.compress,
-}
-BOMBS = {
-    "a text": (b'{"text": "', b"a", b'"}'),
-    "escapes": (b'{"text": "', b"\\u0061", b'"}'),
-    "lists": (b'{"text": [', b"[],", b"[]]}"),
-    "blanks": (b"", b" ", b""),
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "suffix"), [("a text", ".gz"), *((name, ".zst") for name in BOMBS)]
-)
-def test_fault_34_a_line_of_two_gigabytes_is_rejected_in_little_memory(name, suffix, tmp_path):
-    path = tmp_path / f"bomb.jsonl{suffix}"
-    pack = PACKERS[suffix]
-    begin, middle, end = BOMBS[name]
-    block = pack(middle * ((64 << 20) // len(middle)))
-    with open(path, "wb") as out:  # packed members may follow one another
-        out.write(pack(good_lines()[0] + b"\n" + begin))
-        for _ in range(32):
-            out.write(block)
-        out.write(pack(end + b"\n" + good_lines()[1] + b"\n"))
-    assert path.stat().st_size < 10 << 20
-    first, bomb, last = read_apart(path)
-    assert [first[1], last[1]] == GOOD
-    assert (bomb[0], last[0]) == (f"{path.name}:2", f"{path.name}:3")
-    assert bomb[2] is not None
-    assert "over-long: line, corpus.max_document_bytes is 1000000" in bomb[2]
-
-
-def test_fault_34_a_packed_text_of_two_gigabytes_is_rejected_in_little_memory(tmp_path):
-    path = tmp_path / "bomb.txt.zst"
-    block = zstandard.compress(b"a" * (64 << 20))
-    path.write_bytes(block * 32)
-    assert [each[2] for each in read_apart(path)] == [
-        "over-long: file, corpus.max_document_bytes is 1000000"
-    ]
-
-
-@pytest.mark.parametrize("part", [b"[", b'{"a":', b'{"text":['])
-def test_fault_34_deep_nesting_is_rejected_and_the_next_line_read(part, tmp_path):
-    lines = [part * 100_000, b'{"text": ' + part * 100_000, *good_lines()]
-    (batch,) = batch_all(write_lines(tmp_path / "d.jsonl", lines))
-    assert [document.text for document in batch.documents] == GOOD
-    assert [reject.name for reject in batch.rejects] == ["d.jsonl:1", "d.jsonl:2"]
-    assert {reject.reason for reject in batch.rejects} == {"no JSON object: nested too deep"}
-
-
-def test_fault_34_lists_within_the_limit_take_little_memory(tmp_path):
-    path = tmp_path / "d.jsonl"
-    write_lines(path, [b'{"text": [' + b"[]," * (MAX_BYTES // 3) + b"[]]}", *good_lines()])
-    assert [each[1] for each in read_apart(path)[1:]] == GOOD
-
-
-WRITE_HUGE_CELL = """
-import sys, pyarrow as pa, pyarrow.parquet as pq
-path, compression, dictionary = sys.argv[1], sys.argv[2], sys.argv[3] == "dictionary"
-schema = pa.schema({"id": pa.string(), "text": pa.string()})
-options = {"compression": compression, "use_dictionary": dictionary, "write_statistics": False}
-with pq.ParquetWriter(path, schema, **options) as out:
-    for texts in (["the first good text"], ["a" * (400 << 20)], ["the second"]):
-        ids = [text[:5] for text in texts]
-        out.write_table(pa.table({"id": ids, "text": texts}, schema=schema))
-"""
-
-
-@pytest.mark.parametrize("encoding", ["plain", "dictionary"])
-def test_fault_34_a_huge_parquet_cell_costs_its_row_group_and_little_memory(encoding, tmp_path):
-    path = tmp_path / "bomb.parquet"
-    command = [sys.executable, "-c", WRITE_HUGE_CELL, str(path), "zstd", encoding]
-    subprocess.run(command, check=True, timeout=300)
-    assert path.stat().st_size < 10 << 20
-    first, bomb, last = read_apart(path)
-    assert [first[1], last[1]] == GOOD
-    assert bomb[0] == "bomb.parquet:2-2"
-    assert bomb[2] is not None
-    assert "over-long: 1 rows not read, a page has" in bomb[2]
-
-
-def test_fault_34_one_cell_of_a_dictionary_repeated_in_every_row_takes_little_memory(tmp_path):
-    text = "a" * (22 << 20)
-    column = pa.DictionaryArray.from_arrays(pa.array([0] * 200, pa.int32()), pa.array([text]))
-    pq.write_table(
-        pa.table({"text": column}), tmp_path / "d.parquet", dictionary_pagesize_limit=1 << 30
-    )
-    assert len(read_apart(tmp_path / "d.parquet")) == 200
-
-
-def test_fault_34_nested_columns_are_no_text_and_no_names(tmp_path):
-    cells = pa.array([["a"] * 3] * 2)
-    pq.write_table(pa.table({"text": cells}), tmp_path / "a.parquet")
-    pq.write_table(pa.table({"text": GOOD, "id": cells}), tmp_path / "b.parquet")
-    bad, *good = read_all(tmp_path)
-    assert bad.fault is not None
-    assert "its column 'text' holds no text but lists or structs" in bad.fault
-    assert [(each.doc_id, each.text) for each in good] == [
-        ("b.parquet:1", GOOD[0]),
-        ("b.parquet:2", GOOD[1]),
-    ]
-
-
-def test_fault_34_pages_are_as_large_as_their_headers_say(tmp_path):
-    from rayfuse.corpus.pages import find_largest_page
-
-    for version in ("1.0", "2.0"):
-        path = tmp_path / f"{version}.parquet"
-        texts = ["x" * 5000 + str(number) for number in range(500)]
-        pq.write_table(
-            pa.table({"text": texts, "id": ["i"] * 500}),
-            path,
-            data_page_version=version,
-            data_page_size=100_000,
-            write_batch_size=1,
-            use_dictionary=["id"],
-        )
-        metadata = pq.read_metadata(path)
-        with open(path, "rb") as stream:
-            text = find_largest_page(stream, metadata, 0, ["text"])
-            name = find_largest_page(stream, metadata, 0, ["id"])
-        assert 100_000 <= text < 110_000
-        assert 0 < name < 1000
-
-
-def test_fault_34_a_header_that_lies_is_a_fault_of_its_file(tmp_path):
-    plain = tmp_path / "plain.parquet"
-    pq.write_table(
-        pa.table({"text": ["hello world " * 99]}), plain, compression="zstd", use_dictionary=False
-    )
-    data = plain.read_bytes()
-    place = pq.read_metadata(plain).row_group(0).column(0).data_page_offset
-    lies = [
-        data[:place] + bytes([0x15, 0, 0x15, *varint, 0x15]) + data[place + 6 :]
-        for varint in (b"\xfe\xff\xff\xff\x0f", b"\xff\xff\xff\xff\x0f", b"\xff" * 12)
-    ]
-    lies += [data[:place] + b"\xff" * 64 + data[place + 64 :], data[:place] + bytes(len(data))]
-    lies += [data[:-8] + b"\xff\xff\xff\x7fPAR1", data[:-8] + b"\x00\x00\x00\x00PAR1"]
-    for number, lie in enumerate(lies):
-        path = tmp_path / f"lie{number}.parquet"
-        path.write_bytes(lie)
-        (only,) = read_apart(path)
-        assert only[2], number
-
-
-def test_fault_34_a_zst_window_larger_than_memory_is_a_fault_of_its_file(tmp_path):
-    frame = b"\x28\xb5\x2f\xfd" + bytes([0x00, 31 << 3]) + b"\x01\x00\x00"
-    (tmp_path / "d.jsonl.zst").write_bytes(frame + b"x" * 100)
-    (only,) = read_apart(tmp_path / "d.jsonl.zst")
-    assert "damaged" in str(only[2])
-
-
-def test_fault_34_rejects_alone_fill_shards_too(tmp_path):
-    path = write_lines(tmp_path / "d.jsonl", [b"{}"] * 5000)
-    batches = batch_all(path, shard_bytes=1000)
-    assert [len(batch.rejects) for batch in batches] == [500] * 10
-    assert not has_one_shard(list_files(path), 1000)
-
-
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_every_reject_of_a_damaged_file_is_short_and_says_nothing_of_its_content(suffix, tmp_path):
-    lines = good_lines() + [json.dumps({"text": CANARY * 30 + str(i)}).encode() for i in range(999)]
-    data = PACKERS[suffix](b"\n".join(lines))
-    for number, place in enumerate(range(0, len(data), max(1, len(data) // 40))):
-        path = tmp_path / f"{number}.jsonl{suffix}"
-        path.write_bytes(data[:place] + bytes([data[place] ^ 0x55]) + data[place + 1 :])
-        for batch in batch_all(path):
-            check_rejects(batch)
