@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from benchmarks.fusion.findings import Findings
 from benchmarks.fusion.intervals import Interval
@@ -21,6 +22,11 @@ NO_VARIANTS = ("untrained", "weak target", "weak target: CLM", "weak target: fus
 """Of question 8, what is not the target continued from the common start."""
 
 MINUS_CLM = "minus CLM, bits per byte (left of 0: better)"
+
+NEAR = 0.05
+"""Up to which differences are drawn to one measure, where some lie far out."""
+
+LOGARITHMIC = f"logarithmic beyond ±{NEAR:g}"
 
 
 def draw_plots(findings: Findings) -> dict[str, bytes]:
@@ -61,12 +67,23 @@ def draw_models(findings: Findings) -> bytes:
     return to_png(figure)
 
 
-def draw_intervals(title: str, intervals: dict[str, Interval], label: str) -> bytes:
-    """Return one line of 95 % interval for each name."""
+def draw_intervals(
+    title: str, intervals: dict[str, Interval], label: str, *, is_far: bool = False
+) -> bytes:
+    """Return one line of 95 % interval for each name.
+
+    Args:
+        title: Above it.
+        intervals: By name.
+        label: Of the axis.
+        is_far: Some lie so far out that they must not spread the axis: `_pull_in`.
+    """
     figure, (axes,) = new_figure(1.5 + 0.34 * len(intervals), rows=1)
     _put_intervals(axes, intervals)
     axes.set_title(f"{title} (95 % intervals)")
-    axes.set_xlabel(label)
+    if is_far:
+        _pull_in(axes.xaxis, axes.set_xscale)
+    axes.set_xlabel(f"{label}; {LOGARITHMIC}" if is_far else label)
     put_legend_inside(axes)
     return to_png(figure)
 
@@ -78,7 +95,7 @@ def draw_variants(findings: Findings, clm: Records) -> bytes:
         for name, records in findings.questions[question].items():
             if records != clm and name not in NO_VARIANTS:
                 lines[f"{question}: {name}"] = findings.compare(records, clm)[ALL]
-    return draw_intervals("All variants, by question", lines, MINUS_CLM)
+    return draw_intervals("All variants, by question", lines, MINUS_CLM, is_far=True)
 
 
 def draw_lambda(findings: Findings, clm: Records) -> bytes:
@@ -94,7 +111,8 @@ def draw_lambda(findings: Findings, clm: Records) -> bytes:
     _put_curve(axes, points, "fused, forward KL", marker="o", linestyle="-")
     axes.axhline(0, color=INK, linewidth=1, linestyle=":")
     axes.set_xlabel("lambda (share of the text's own loss; 1 is CLM)")
-    axes.set_ylabel("minus CLM, bits per byte")
+    _pull_in(axes.yaxis, axes.set_yscale)
+    axes.set_ylabel(f"minus CLM, bits per byte\n({LOGARITHMIC})")
     axes.set_title("The weight of the text against the sources (95 % intervals)")
     return to_png(figure)
 
@@ -152,6 +170,14 @@ def draw_tokens(findings: Findings) -> bytes:
     axes.set_title("How many tokens CLM needs for what fusion reaches")
     put_legend_outside(axes, 2)
     return to_png(figure)
+
+
+def _pull_in(axis: Any, set_scale: Any) -> None:
+    """Make an axis logarithmic where it is far from zero."""
+    set_scale("symlog", linthresh=NEAR, linscale=2)
+    axis.set_major_locator(FixedLocator([-0.3, -0.1, -0.05, -0.025, 0, 0.025, 0.05, 0.1, 0.3]))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def _put_intervals(axes: Any, intervals: dict[str, Interval]) -> None:
