@@ -17,6 +17,10 @@ from rayfuse.recipe import SourceSettings
 Bundle = dict[str, float]
 """What one actor asks of Ray, by resource."""
 
+MOST_LOSSES = 20
+"""How often a task may lose its process. Ray gives 3, few where machines are taken at will; without
+an end, one that kills its process each time would never fail."""
+
 
 def count_reachable(resource: str, accelerator_type: str | None = None) -> float:
     """Return how much of a resource the cluster has, or may have once its autoscaler has grown it.

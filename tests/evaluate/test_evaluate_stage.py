@@ -1,7 +1,9 @@
 """Models of a run are each scored once, on all held-out shards."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from rayfuse.evaluate.scoring import (
     score_rows,
     score_tokens,
 )
-from rayfuse.evaluate.stage import evaluate_models, group_shards
+from rayfuse.evaluate.stage import _resource_options, evaluate_models, group_shards
 from rayfuse.evaluate.task_scores import parse_task_score
 from rayfuse.kept_rows import Rows
 from rayfuse.layout import Layout, Merge, TrainRun
@@ -35,6 +37,9 @@ from rayfuse.storage.dataset import Commit, DataSet
 from rayfuse.storage.store import LocalStore, open_store
 from rayfuse.tokens import load_tokenizer
 from tests.evaluate.test_tasks import make_tasks
+
+KILLS = 4
+"""More than the 3 that Ray forgives by itself."""
 
 WRITE = {
     "output_type": "generate_until",
@@ -177,6 +182,23 @@ def test_every_model_is_scored_once_on_all_held_out_rows(
         evaluate_models(recipe, layout, again)["ensemble"].documents == found["ensemble"].documents
     )
     assert {title for title, *_ in again.calls} == {"evaluate ensemble"}
+
+
+@pytest.mark.ray
+def test_fault_1_a_scoring_task_outlives_more_losses_than_ray_forgives(
+    ray_cluster: Any, recipe: Recipe, tmp_path: Path
+):
+    import ray
+
+    def die_at_first(folder: Path) -> int:
+        lives = len(list(folder.iterdir()))
+        (folder / str(lives)).touch()
+        if lives < KILLS:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return lives
+
+    task: Any = ray.remote(**_resource_options(recipe.sources[0], recipe))(die_at_first)
+    assert ray.get(task.remote(tmp_path)) == KILLS
 
 
 @pytest.mark.ray
