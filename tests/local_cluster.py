@@ -3,13 +3,14 @@
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,35 @@ print(json.dumps([node["NodeID"] for node in ray.nodes() if node["Alive"]]))
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nothing listens on, below those that the system gives to whoever asks for
+    any: Ray's workers take many of them, and one could be gone before it is used.
+    """
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
-def wait_for_port(port: int) -> None:
+def wait_for(ready: Callable[[], bool], server: subprocess.Popen[Any]) -> None:
+    """Wait until a server of ours is ready, and raise if it ends instead."""
     for _ in range(240):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
+        if server.poll() is not None:
+            raise RuntimeError(f"it ended with code {server.returncode}: {server.args}")
+        if ready():
+            return
         time.sleep(0.5)
-    raise TimeoutError(f"nothing listens on port {port}")
+    raise TimeoutError(f"it is not ready: {server.args}")
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def is_up(temp_dir: str) -> bool:
+    """Return whether a head has all its processes: Ray writes down its address last."""
+    return Path(temp_dir, "ray_current_cluster").exists()
 
 
 def ray_command(*arguments: str) -> list[str]:
@@ -100,7 +118,9 @@ class LocalCluster:
         else:
             arguments += ["--include-dashboard=false"]
         self.head = self._start("--head", f"--num-cpus={num_cpus}", *arguments)
-        wait_for_port(self.dashboard if with_dashboard else self.port)
+        wait_for(lambda: is_up(f"{self.folder.name}/0"), self.head)
+        if with_dashboard:
+            wait_for(lambda: listens(self.dashboard), self.head)
         self.env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{self.dashboard}"
 
     def add_node(self, *, num_cpus: int, accelerator: str = "") -> subprocess.Popen[bytes]:

@@ -14,7 +14,7 @@ from rayfuse.layout import Layout, plan_layout
 from rayfuse.recipe import read_recipe
 from tests.chaos.runs import COMMAND
 from tests.cluster.job_runs import write_models_and_text, write_recipe
-from tests.local_cluster import free_port, kill_tree, ray_command, wait_for_port
+from tests.local_cluster import free_port, is_up, kill_tree, ray_command, wait_for
 
 HEAD_ID = "f" * 51 + "00000"
 
@@ -75,7 +75,7 @@ class FakeCloud:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        wait_for_port(self.port)
+        wait_for(lambda: is_up(self.folder.name), self.head)
         env = {k: v for k, v in self.env.items() if not k.startswith("RAY_OVERRIDE")}
         with open(self.samples, "w") as out:
             self.watcher = subprocess.Popen(

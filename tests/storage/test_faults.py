@@ -19,7 +19,7 @@ import pytest
 from rayfuse.storage.dataset import DataSet, ShardError
 from rayfuse.storage.object_store import StorageGoneError
 from rayfuse.storage.store import check_store, open_store
-from tests.local_cluster import free_port, wait_for_port
+from tests.local_cluster import free_port, listens, wait_for
 from tests.s3 import Rule
 from tests.storage.test_dataset import make_data_in, make_table
 
@@ -163,7 +163,7 @@ def test_fault_30_a_real_server_that_ignores_conditions_is_refused(tmp_path, mon
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKTEST")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "SKTEST")
     try:
-        wait_for_port(port)
+        wait_for(lambda: listens(port), server)
         with pytest.raises(ValueError, match="use a store with conditional writes"):
             check_store(open_store("s3://bucket/run"))
     finally:
