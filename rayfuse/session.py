@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import sys
 import threading
 from typing import Any
@@ -11,13 +12,19 @@ from typing import Any
 LEAST_LOCAL_CPUS = 4
 """Logical CPUs of a cluster on this machine at least: Ray Data stalls with fewer."""
 
+KNOCK_SECONDS = 20.0
+
 
 def join_cluster() -> None:
     """Join the cluster that RAY_ADDRESS names, or start one on this machine.
 
     A cluster of our own asks for a token that nobody else knows, and leaves no token file behind.
+
+    Raises:
+        ValueError: RAY_ADDRESS names no cluster that can be joined.
     """
-    is_own = not os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS")
+    is_own = not address
     if is_own and "ray" not in sys.modules:  # ray reads these as it is imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -38,10 +45,28 @@ def join_cluster() -> None:
         }
     options["logging_level"] = logging.WARNING
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    ray.init(**options)
+    try:
+        if address:
+            _knock(address)
+        ray.init(**options)
+    except (OSError, ValueError) as error:
+        if is_own:
+            raise
+        raise ValueError(
+            f"RAY_ADDRESS is {address!r}, a cluster that cannot be joined ({error}); see that its "
+            "head runs and that RAY_AUTH_MODE and the token are the same on both sides, or unset "
+            "RAY_ADDRESS to run on this machine alone"
+        ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own, which ends with code 15
     _quieten_ray_data()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nothing listens: Ray itself asks for minutes before it gives up."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:  # no `auto`, no ray://
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
 
 
 def leave_cluster_at_once() -> None:

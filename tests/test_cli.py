@@ -71,6 +71,19 @@ def test_help_answers_in_half_a_second_without_torch_or_ray():
     assert min(seconds) < 0.5
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
+def test_an_address_without_a_cluster_is_named_at_once(
+    address: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    began = time.monotonic()
+    done = rayfuse("corpus", str(write_recipe(tmp_path, models)))
+    assert done.returncode == 2
+    assert f"RAY_ADDRESS is '{address}', a cluster that cannot be joined" in done.stderr
+    assert "or unset RAY_ADDRESS" in done.stderr
+    assert time.monotonic() - began < 30
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_stop_is_a_stop_also_where_compiled_code_makes_an_error_of_it(wrapped: bool):
     program = (

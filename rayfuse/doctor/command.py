@@ -47,10 +47,12 @@ def _join() -> Finding | None:
     """Join the cluster, or return why that fails."""
     try:
         join_cluster()
-    except Exception as error:  # a ConnectionError, or one of Ray's own
-        if not isinstance(error, ConnectionError) and not type(error).__module__.startswith("ray."):
+    except Exception as error:
+        is_rays = type(error).__module__.startswith("ray.")
+        if not isinstance(error, ConnectionError | ValueError) and not is_rays:
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = error.__cause__ or error
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         return Finding(
             "cluster",
             "error",
