@@ -36,8 +36,6 @@ def main() -> None:
         app()
     except StopRequest:
         _stop()
-    except ValueError as error:
-        _fail(str(error), BAD_INPUT)
     except Exception as error:  # the last place that can turn a failure into a message
         from rayfuse.session import find_root_cause
 

@@ -7,12 +7,21 @@ import signal
 import socket
 import sys
 import threading
+import time
 from typing import Any
 
 LEAST_LOCAL_CPUS = 4
 """Logical CPUs of a cluster on this machine at least: Ray Data stalls with fewer."""
 
 KNOCK_SECONDS = 20.0
+"""What the head of a cluster may take to listen."""
+
+REFUSALS = ("Invalid address format", "Failed to connect to GCS")
+"""How errors of Ray begin that are about the address."""
+
+
+class ClusterError(ValueError):
+    """The cluster that RAY_ADDRESS names cannot be joined."""
 
 
 def join_cluster() -> None:
@@ -21,11 +30,10 @@ def join_cluster() -> None:
     A cluster of our own asks for a token that nobody else knows, and leaves no token file behind.
 
     Raises:
-        ValueError: RAY_ADDRESS names no cluster that can be joined.
+        ClusterError: RAY_ADDRESS names no cluster that can be joined.
     """
     address = os.environ.get("RAY_ADDRESS")
-    is_own = not address
-    if is_own and "ray" not in sys.modules:  # ray reads these as it is imported
+    if not address and "ray" not in sys.modules:  # ray reads these as it is imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
@@ -37,7 +45,7 @@ def join_cluster() -> None:
         "worker_process_setup_hook": "rayfuse.logs.set_up_worker_logs",
     }
     options: dict[str, Any] = {"log_to_driver": False, "runtime_env": runtime_env}
-    if is_own:
+    if not address:
         options |= {
             "address": "local",
             "include_dashboard": False,
@@ -45,28 +53,53 @@ def join_cluster() -> None:
         }
     options["logging_level"] = logging.WARNING
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
-        if address:
-            _knock(address)
+    if address:
+        _join(address, options)
+    else:
         ray.init(**options)
-    except (OSError, ValueError) as error:
-        if is_own:
-            raise
-        raise ValueError(
-            f"RAY_ADDRESS is {address!r}, a cluster that cannot be joined ({error}); see that its "
-            "head runs and that RAY_AUTH_MODE and the token are the same on both sides, or unset "
-            "RAY_ADDRESS to run on this machine alone"
-        ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own, which ends with code 15
     _quieten_ray_data()
 
 
+def _join(address: str, options: dict[str, Any]) -> None:
+    """Join the cluster that RAY_ADDRESS names, and say what to do where that fails."""
+    import ray
+
+    try:
+        _knock(address)
+        ray.init(**options)
+    except (OSError, OverflowError, ValueError, RuntimeError) as error:
+        is_vague = isinstance(error, ValueError | RuntimeError)
+        if is_vague and not str(error).startswith(REFUSALS):
+            raise  # it is about something else
+        raise ClusterError(
+            f"RAY_ADDRESS is {address!r}, a cluster that cannot be joined ({error}); see that its "
+            "head runs and listens there (not its dashboard), and that RAY_AUTH_MODE and the token "
+            "are the same on both sides, or unset RAY_ADDRESS to run on this machine alone"
+        ) from error
+
+
 def _knock(address: str) -> None:
-    """Raise OSError where nothing listens: Ray itself asks for minutes before it gives up."""
+    """Wait for somebody to listen, as a head that starts soon does; Ray itself waits for minutes.
+
+    Raises:
+        OSError: Nobody does.
+        OverflowError: There is no such port.
+    """
     host, _, port = address.rpartition(":")
-    if port.isdigit() and "/" not in host:  # no `auto`, no ray://
-        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
+    if not port.isdigit() or "/" in host:  # `auto`, ray://
+        return
+    until = time.monotonic() + KNOCK_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(1)
+        else:
+            return
 
 
 def leave_cluster_at_once() -> None:

@@ -25,12 +25,19 @@ print(json.dumps([node["NodeID"] for node in ray.nodes() if node["Alive"]]))
 """
 
 
+GIVEN: set[int] = set()
+"""Ports that are somebody's, whether or not they are used yet."""
+
+
 def free_port() -> int:
     """Return a port that nothing listens on, below those that the system gives to whoever asks for
     any: Ray's workers take many of them, and one could be gone before it is used.
     """
     while True:
         port = 20_000 + secrets.randbelow(12_000)
+        if port in GIVEN:
+            continue
+        GIVEN.add(port)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("", port))
             return port
@@ -118,9 +125,13 @@ class LocalCluster:
         else:
             arguments += ["--include-dashboard=false"]
         self.head = self._start("--head", f"--num-cpus={num_cpus}", *arguments)
-        wait_for(lambda: is_up(f"{self.folder.name}/0"), self.head)
-        if with_dashboard:
-            wait_for(lambda: listens(self.dashboard), self.head)
+        try:
+            wait_for(lambda: is_up(f"{self.folder.name}/0"), self.head)
+            if with_dashboard:
+                wait_for(lambda: listens(self.dashboard), self.head)
+        except BaseException:
+            kill_tree(self.head)
+            raise
         self.env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{self.dashboard}"
 
     def add_node(self, *, num_cpus: int, accelerator: str = "") -> subprocess.Popen[bytes]:

@@ -81,7 +81,7 @@ def test_an_address_without_a_cluster_is_named_at_once(
     assert done.returncode == 2
     assert f"RAY_ADDRESS is '{address}', a cluster that cannot be joined" in done.stderr
     assert "or unset RAY_ADDRESS" in done.stderr
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -1,6 +1,7 @@
 """The study's plots: every difference with its interval, told apart by place and shape."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.ticker import FixedLocator, NullLocator
@@ -67,22 +68,12 @@ def draw_models(findings: Findings) -> bytes:
     return to_png(figure)
 
 
-def draw_intervals(
-    title: str, intervals: dict[str, Interval], label: str, *, is_far: bool = False
-) -> bytes:
-    """Return one line of 95 % interval for each name.
-
-    Args:
-        title: Above it.
-        intervals: By name.
-        label: Of the axis.
-        is_far: Some lie so far out that they must not spread the axis: `_pull_in`.
-    """
+def draw_intervals(title: str, intervals: dict[str, Interval], label: str) -> bytes:
+    """Return one line of 95 % interval for each name."""
     figure, (axes,) = new_figure(1.5 + 0.34 * len(intervals), rows=1)
     _put_intervals(axes, intervals)
     axes.set_title(f"{title} (95 % intervals)")
-    if is_far:
-        _pull_in(axes.xaxis, axes.set_xscale)
+    is_far = _pull_in(axes, "x", intervals.values())
     axes.set_xlabel(f"{label}; {LOGARITHMIC}" if is_far else label)
     put_legend_inside(axes)
     return to_png(figure)
@@ -95,7 +86,7 @@ def draw_variants(findings: Findings, clm: Records) -> bytes:
         for name, records in findings.questions[question].items():
             if records != clm and name not in NO_VARIANTS:
                 lines[f"{question}: {name}"] = findings.compare(records, clm)[ALL]
-    return draw_intervals("All variants, by question", lines, MINUS_CLM, is_far=True)
+    return draw_intervals("All variants, by question", lines, MINUS_CLM)
 
 
 def draw_lambda(findings: Findings, clm: Records) -> bytes:
@@ -111,8 +102,8 @@ def draw_lambda(findings: Findings, clm: Records) -> bytes:
     _put_curve(axes, points, "fused, forward KL", marker="o", linestyle="-")
     axes.axhline(0, color=INK, linewidth=1, linestyle=":")
     axes.set_xlabel("lambda (share of the text's own loss; 1 is CLM)")
-    _pull_in(axes.yaxis, axes.set_yscale)
-    axes.set_ylabel(f"minus CLM, bits per byte\n({LOGARITHMIC})")
+    is_far = _pull_in(axes, "y", points.values())
+    axes.set_ylabel("minus CLM, bits per byte" + f"\n({LOGARITHMIC})" * is_far)
     axes.set_title("The weight of the text against the sources (95 % intervals)")
     return to_png(figure)
 
@@ -172,12 +163,19 @@ def draw_tokens(findings: Findings) -> bytes:
     return to_png(figure)
 
 
-def _pull_in(axis: Any, set_scale: Any) -> None:
-    """Make an axis logarithmic where it is far from zero."""
+def _pull_in(axes: Any, name: Literal["x", "y"], intervals: Iterable[Interval]) -> bool:
+    """Make an axis, `x` or `y`, logarithmic far from zero where something lies there."""
+    if max(max(abs(each.low), abs(each.high)) for each in intervals) < 4 * NEAR:
+        return False
+    set_scale, axis = (
+        (axes.set_xscale, axes.xaxis) if name == "x" else (axes.set_yscale, axes.yaxis)
+    )
     set_scale("symlog", linthresh=NEAR, linscale=2)
-    axis.set_major_locator(FixedLocator([-0.3, -0.1, -0.05, -0.025, 0, 0.025, 0.05, 0.1, 0.3]))
+    far = (0.025, 0.05, 0.1, 0.3, 1, 3)
+    axis.set_major_locator(FixedLocator([*(-each for each in far), 0, *far]))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
+    return True
 
 
 def _put_intervals(axes: Any, intervals: dict[str, Interval]) -> None:

@@ -5,7 +5,7 @@ import uuid
 from rayfuse.doctor.checks import Finding, list_findings
 from rayfuse.layout import plan_layout
 from rayfuse.recipe import Recipe
-from rayfuse.session import join_cluster
+from rayfuse.session import ClusterError, join_cluster
 from rayfuse.storage.store import Store, open_store
 
 PATIENCE_SECONDS = 20.0
@@ -49,9 +49,9 @@ def _join() -> Finding | None:
         join_cluster()
     except Exception as error:
         is_rays = type(error).__module__.startswith("ray.")
-        if not isinstance(error, ConnectionError | ValueError) and not is_rays:
+        if not isinstance(error, ConnectionError | ClusterError) and not is_rays:
             raise
-        cause = error.__cause__ or error
+        cause = error.__cause__ if isinstance(error, ClusterError) else error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         return Finding(
             "cluster",

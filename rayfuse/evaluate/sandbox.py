@@ -16,7 +16,14 @@ MEMORY_BYTES = 4 * 2**30
 FILE_BYTES = 64 * 2**20
 PROCESSES = 256
 
-ROOT_SCRIPT = r"""
+CLOCK_OVER_PROCESSOR = 3
+"""Seconds by the clock for each of processor time: a busy machine takes them from a program."""
+
+PATH = "/usr/local/bin:/usr/bin:/bin"
+"""Where programs are found in the sandbox."""
+
+ROOT_SCRIPT = (
+    r"""
 set -e
 root=$1; program=$2; shift 2
 mount -t tmpfs -o size=512m,mode=755 none "$root"
@@ -36,9 +43,12 @@ for device in null zero urandom; do
     touch "$root/dev/$device"; mount --bind "/dev/$device" "$root/dev/$device"
 done
 cp -r "$program" "$root/work"
-exec chroot "$root" /usr/bin/env -i -C /work PATH=/usr/local/bin:/usr/bin:/bin HOME=/tmp \
+exec chroot "$root" /usr/bin/env -i -C /work PATH="""
+    + PATH
+    + r""" HOME=/tmp \
     LANG=C.UTF-8 setpriv --no-new-privs --bounding-set=-all --inh-caps=-all -- "$@"
 """
+)
 
 
 @dataclass(frozen=True)
@@ -84,8 +94,8 @@ def run_sandboxed(files: dict[str, str], command: list[str], *, seconds: int) ->
     Args:
         files: Text by name or relative path.
         command: The program and its arguments.
-        seconds: Of processor time, for each process; after three times as many by the clock, on a
-            machine that may have other work, the command is killed with all that it started.
+        seconds: Of processor time, for each process; after `CLOCK_OVER_PROCESSOR` times as many by
+            the clock the command is killed with all that it started.
     """
     with tempfile.TemporaryDirectory(prefix="rayfuse-sandbox-") as folder:
         root, program = Path(folder, "root"), Path(folder, "work")
@@ -111,12 +121,15 @@ def run_sandboxed(files: dict[str, str], command: list[str], *, seconds: int) ->
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                timeout=3 * seconds,
+                timeout=CLOCK_OVER_PROCESSOR * seconds,
                 check=False,
                 start_new_session=True,  # a signal to its process group ends at the sandbox
             )
         except subprocess.TimeoutExpired as error:
-            return Outcome(False, _end_of(error.stdout or b"") + f"\nkilled after {3 * seconds} s")
+            return Outcome(
+                False,
+                _end_of(error.stdout or b"") + f"\nkilled after {CLOCK_OVER_PROCESSOR * seconds} s",
+            )
     return Outcome(done.returncode == 0, _end_of(done.stdout))
 
 

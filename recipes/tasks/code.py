@@ -11,14 +11,26 @@ from typing import Any
 
 from datasets import Dataset
 
-from rayfuse.evaluate.sandbox import check_sandbox, python, run_sandboxed
+from rayfuse.evaluate.sandbox import PATH, check_sandbox, python, run_sandboxed
 
 SECONDS = 20
-"""For compiling and running one program."""
+"""Of processor time, for compiling a program and again for running it."""
 
 PAIR = """package org.javatuples;
-public record Pair<A, B>(A getValue0, B getValue1) {
+import java.util.Objects;
+public final class Pair<A, B> {
+    private final A first;
+    private final B second;
+    public Pair(A first, B second) { this.first = first; this.second = second; }
     public static <A, B> Pair<A, B> with(A first, B second) { return new Pair<>(first, second); }
+    public A getValue0() { return first; }
+    public B getValue1() { return second; }
+    @Override public int hashCode() { return Objects.hash(first, second); }
+    @Override public boolean equals(Object other) {
+        if (!(other instanceof Pair)) return false;
+        Pair<?, ?> pair = (Pair<?, ?>) other;
+        return Objects.equals(first, pair.first) && Objects.equals(second, pair.second);
+    }
 }
 """
 """All that MultiPL-E's Java asks of the library javatuples: made here, so that none is needed."""
@@ -47,8 +59,11 @@ def load_multipl_e(data: str, language: str, **_: object) -> dict[str, Dataset]:
         ValueError: What runs the language is not installed.
     """
     tool = PROGRAMS[language][1]
-    if shutil.which(tool) is None:
-        raise ValueError(f"{tool} is not installed here; install it or leave {language} out")
+    if shutil.which(tool, path=PATH) is None:
+        others = ", ".join(f"local_multipl_e_{each}" for each in PROGRAMS if each != language)
+        raise ValueError(
+            f"{tool} is not in {PATH}; install it there, or name {others} without this language"
+        )
     path = Path(data).expanduser() / "multipl_e" / f"humaneval-{language}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     kept = ("name", "language", "prompt", "tests")
