@@ -17,9 +17,9 @@ from rayfuse.recipe import SourceSettings
 Bundle = dict[str, float]
 """What one actor asks of Ray, by resource."""
 
-MOST_LOSSES = 20
-"""How often a task may lose its process. Ray gives 3, few where machines are taken at will; without
-an end, one that kills its process each time would never fail."""
+TASK_RETRIES = 20
+"""How often a task whose process died is begun again. Ray's own 3 are few where machines are taken
+at will; without a limit a task that kills its own process would never fail."""
 
 
 def count_reachable(resource: str, accelerator_type: str | None = None) -> float:

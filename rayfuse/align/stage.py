@@ -13,7 +13,7 @@ from rayfuse.align.statistics import PairCounts, add_counts, choose_most_matched
 from rayfuse.align.task import AlignTask, align_committed, plan_task, write_map
 from rayfuse.align.vocab_map import PLAIN, map_to_nearest, map_vocabulary
 from rayfuse.layout import Layout
-from rayfuse.machines import MOST_LOSSES, limit_cpu_tasks
+from rayfuse.machines import TASK_RETRIES, limit_cpu_tasks
 from rayfuse.model_files import load_recipe_tokenizer
 from rayfuse.progress import Progress
 from rayfuse.recipe import ModelSettings, Recipe, dump_recipe
@@ -85,7 +85,7 @@ def _mine_map(
     source: ModelSettings, target: ModelSettings, label: str, progress: Progress
 ) -> np.ndarray:
     vocab_size = load_recipe_tokenizer(source).vocab_size
-    find: Any = ray.remote(max_retries=MOST_LOSSES)(_find_nearest)
+    find: Any = ray.remote(max_retries=TASK_RETRIES)(_find_nearest)
     starts = range(0, vocab_size, MINED_CHUNK)
     parts = [
         find.remote(source, target, start, min(start + MINED_CHUNK, vocab_size)) for start in starts
@@ -107,7 +107,7 @@ def _find_nearest(
 def _count_map(
     source: ModelSettings, target: ModelSettings, corpus: DataSet, label: str, progress: Progress
 ) -> np.ndarray:
-    count: Any = ray.remote(max_retries=MOST_LOSSES)(_count_shard)
+    count: Any = ray.remote(max_retries=TASK_RETRIES)(_count_shard)
     waiting = [
         count.remote(source, target, corpus, shard) for shard in sorted(corpus.list_committed())
     ]

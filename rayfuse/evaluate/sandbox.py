@@ -22,10 +22,9 @@ CLOCK_OVER_PROCESSOR = 3
 PATH = "/usr/local/bin:/usr/bin:/bin"
 """Where programs are found in the sandbox."""
 
-ROOT_SCRIPT = (
-    r"""
+ROOT_SCRIPT = r"""
 set -e
-root=$1; program=$2; shift 2
+root=$1; program=$2; path=$3; shift 3
 mount -t tmpfs -o size=512m,mode=755 none "$root"
 for part in /usr /bin /sbin /lib /lib32 /lib64 /etc/alternatives /etc/java-* "$1"; do
     [ -e "$part" ] || continue
@@ -43,12 +42,9 @@ for device in null zero urandom; do
     touch "$root/dev/$device"; mount --bind "/dev/$device" "$root/dev/$device"
 done
 cp -r "$program" "$root/work"
-exec chroot "$root" /usr/bin/env -i -C /work PATH="""
-    + PATH
-    + r""" HOME=/tmp \
+exec chroot "$root" /usr/bin/env -i -C /work PATH="$path" HOME=/tmp \
     LANG=C.UTF-8 setpriv --no-new-privs --bounding-set=-all --inh-caps=-all -- "$@"
 """
-)
 
 
 @dataclass(frozen=True)
@@ -114,7 +110,8 @@ def run_sandboxed(files: dict[str, str], command: list[str], *, seconds: int) ->
         ]
         spaces = ["--user", "--map-root-user", "--mount", "--net", "--ipc", "--uts", "--pid"]
         shut_in = ["unshare", *spaces, "--fork", "--kill-child", "--mount-proc"]
-        script = ["sh", "-c", ROOT_SCRIPT, "sandbox", str(root), str(program), sys.base_prefix]
+        arguments = [str(root), str(program), PATH, sys.base_prefix]
+        script = ["sh", "-c", ROOT_SCRIPT, "sandbox", *arguments]
         try:
             done = subprocess.run(
                 [*shut_in, *script, "prlimit", *limits, "--", *command],

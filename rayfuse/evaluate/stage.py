@@ -22,7 +22,7 @@ from rayfuse.evaluate.scores import (
 )
 from rayfuse.layout import Layout, describe_model, find_own_folder
 from rayfuse.logs import log_event
-from rayfuse.machines import MOST_LOSSES, count_actor_gpus, count_default_gpus, gpu_options
+from rayfuse.machines import TASK_RETRIES, count_actor_gpus, count_default_gpus, gpu_options
 from rayfuse.metrics import count_work
 from rayfuse.model_files import find_folder, load_recipe_tokenizer, read_model_files
 from rayfuse.progress import Progress
@@ -106,7 +106,7 @@ def _score_models(
 def _score_ensemble(
     recipe: Recipe, layout: Layout, groups: list[list[int]], progress: Progress
 ) -> None:
-    average: Any = ray.remote(max_retries=MOST_LOSSES)(average_shards)
+    average: Any = ray.remote(max_retries=TASK_RETRIES)(average_shards)
     costs = list(layout.token_costs.values())
     pending = {
         average.remote(layout.held_out, costs, group): (ENSEMBLE, i)
@@ -163,7 +163,7 @@ def _ask_models(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     )
     if ENSEMBLE in ask:
         sources = list(layout.task_costs.values())
-        pending = ray.remote(max_retries=MOST_LOSSES)(ask_ensemble).remote(ask[ENSEMBLE], sources)
+        pending = ray.remote(max_retries=TASK_RETRIES)(ask_ensemble).remote(ask[ENSEMBLE], sources)
         _run_asked({ENSEMBLE: pending}, progress)
 
 
@@ -192,7 +192,7 @@ def _merge_models(recipe: Recipe, layout: Layout) -> Any:
     if "done.json" in layout.store.sizes(folder):
         return None
     sources = [source for source in recipe.sources if source.name in layout.merge.sources]
-    merge: Any = ray.remote(max_retries=MOST_LOSSES)(merge_models)
+    merge: Any = ray.remote(max_retries=TASK_RETRIES)(merge_models)
     return merge.remote([recipe.target, *sources], layout.store, folder)
 
 
@@ -247,7 +247,7 @@ def _resource_options(model: ModelSettings, recipe: Recipe) -> dict[str, Any]:
     else:
         kind, cpus = recipe.train.accelerator_type, 1.0
         gpus = count_default_gpus(kind)
-    return {"num_cpus": cpus, "max_retries": MOST_LOSSES} | gpu_options(gpus, kind)
+    return {"num_cpus": cpus, "max_retries": TASK_RETRIES} | gpu_options(gpus, kind)
 
 
 def score_shards(task: ScoreTask, shards: list[int], made: object = None) -> ScoredShards:

@@ -6,8 +6,9 @@ Programs run in rayfuse's sandbox alone, and only where the recipe says
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 
@@ -35,21 +36,31 @@ public final class Pair<A, B> {
 """
 """All that MultiPL-E's Java asks of the library javatuples: made here, so that none is needed."""
 
+
+class Program(NamedTuple):
+    """How a language is run."""
+
+    file: str
+    tool: str
+    """What must be installed."""
+    command: str
+    """The shell's."""
+    beside: Mapping[str, str] = {}
+    """Files beside the program: text by relative path."""
+
+
 PROGRAMS = {
-    "cpp": ("main.cpp", "g++", "g++ -std=c++17 -w main.cpp -o main && ./main"),
-    "java": (
+    "cpp": Program("main.cpp", "g++", "g++ -std=c++17 -w main.cpp -o main && ./main"),
+    "java": Program(
         "Problem.java",
         "javac",
         # The sandbox bounds addresses: a Java machine would reserve more than it uses.
         "export JAVA_TOOL_OPTIONS='-Xmx1g -XX:CompressedClassSpaceSize=64m'; "
         "javac -nowarn Problem.java && java -ea Problem",
+        beside={"org/javatuples/Pair.java": PAIR},
     ),
-    "js": ("main.js", "node", "node main.js"),
+    "js": Program("main.js", "node", "node main.js"),
 }
-"""By language: the file, the tool that must be installed, the shell's command."""
-
-BESIDE = {"java": {"org/javatuples/Pair.java": PAIR}}
-"""By language: files beside the program."""
 
 
 def load_multipl_e(data: str, language: str, **_: object) -> dict[str, Dataset]:
@@ -58,7 +69,7 @@ def load_multipl_e(data: str, language: str, **_: object) -> dict[str, Dataset]:
     Raises:
         ValueError: What runs the language is not installed.
     """
-    tool = PROGRAMS[language][1]
+    tool = PROGRAMS[language].tool
     if shutil.which(tool, path=PATH) is None:
         others = ", ".join(f"local_multipl_e_{each}" for each in PROGRAMS if each != language)
         raise ValueError(
@@ -81,8 +92,8 @@ def pass_python(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 def pass_program(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """Return whether a program with MultiPL-E's tests behind it ends without an error."""
     check_sandbox()
-    file, _, command = PROGRAMS[doc["language"]]
+    program = PROGRAMS[doc["language"]]
     text = f"{doc['prompt']}{results[0]}\n{doc['tests']}\n"
-    files = {file: text} | BESIDE.get(doc["language"], {})
-    outcome = run_sandboxed(files, ["sh", "-c", command], seconds=SECONDS)
+    files = {program.file: text, **program.beside}
+    outcome = run_sandboxed(files, ["sh", "-c", program.command], seconds=SECONDS)
     return {"pass_at_1": float(outcome.passed)}
