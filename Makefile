@@ -34,7 +34,7 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix .
 
 schema: .venv/.installed
-	$(BIN)/python -m rayfuse.recipe > recipes/schema.json
+	$(BIN)/python -m rayfuse.config.load > recipes/schema.json
 
 clean:
 	rm -rf .venv demo-run build *.egg-info

@@ -23,11 +23,11 @@ import numpy as np
 import pyarrow as pa
 from synthetic import make_captured, make_corpus
 
-from rayfuse.align.boundaries import spell_vocabulary
 from rayfuse.align.shard import Alignment, align_shard
+from rayfuse.align.token_spans import spell_vocabulary
 from rayfuse.align.vocab_map import map_vocabulary
-from rayfuse.schema import flatten_column
-from rayfuse.tokens import load_tokenizer
+from rayfuse.models.tokenizer import load_tokenizer
+from rayfuse.storage.codec import flatten_column
 
 BAR = 1_000_000
 DOMAINS = ("wiki", "books", "code", "math", "web", "legal", "multilingual")

@@ -25,15 +25,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from align import read_texts
 
-from rayfuse.capture.engine import TransformersEngine
-from rayfuse.capture.record import tokenise_rows
+from rayfuse.capture.engines.transformers_engine import TransformersEngine
+from rayfuse.capture.rows import tokenise_rows
 from rayfuse.capture.stage import capture_sources
+from rayfuse.config.load import parse_recipe
+from rayfuse.config.recipe import Recipe
 from rayfuse.corpus.stage import build_corpora
-from rayfuse.layout import Layout, plan_layout
-from rayfuse.model_files import load_recipe_tokenizer
-from rayfuse.progress import report_nothing
-from rayfuse.recipe import Recipe, parse_recipe
-from rayfuse.session import join_cluster
+from rayfuse.models.files import load_recipe_tokenizer
+from rayfuse.run.layout import Layout, plan_layout
+from rayfuse.runtime.connect import join_cluster
+from rayfuse.runtime.progress import report_nothing
 
 BAR = 0.90
 SIZES = {10: (96, 4, 2), 30: (256, 6, 4), 100: (640, 10, 10)}

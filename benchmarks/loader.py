@@ -22,15 +22,15 @@ import pyarrow as pa
 from align import DOMAINS, read_texts
 from synthetic import make_captured, make_corpus
 
-from rayfuse.align.boundaries import spell_vocabulary
 from rayfuse.align.shard import Alignment, align_shard
+from rayfuse.align.token_spans import spell_vocabulary
 from rayfuse.align.vocab_map import map_vocabulary
-from rayfuse.recipe import FuseSettings
+from rayfuse.config.fuse import FuseSettings
+from rayfuse.fuse.reader import ShardReader
+from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import LocalStore
-from rayfuse.tokens import load_tokenizer
-from rayfuse.train.feed import Packing, Plan, iterate_steps
-from rayfuse.train.shards import ShardReader
+from rayfuse.train.batches import Packing, Plan, iterate_steps
 
 TARGET, SOURCES = "open-llama-3b", ("gpt-neox-20b", "gpt2", "phi-3-mini")
 LEAST_RATE = 1_000_000

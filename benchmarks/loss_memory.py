@@ -17,9 +17,9 @@ import sys
 import torch
 from torch import nn
 
-from rayfuse.models import CausalLM
+from rayfuse.config.train import TrainSettings
+from rayfuse.models.causal_lm import CausalLM
 from rayfuse.train.loss import HeadLoss, LossTargets, LossWeights
-from rayfuse.train.settings import TrainSettings
 
 ENTRIES = 16
 MOST_OF_DENSE, MOST_OF_LIBRARY = 0.15, 0.5

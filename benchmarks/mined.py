@@ -19,11 +19,11 @@ import numpy as np
 from align import read_texts
 from synthetic import make_captured, make_corpus
 
-from rayfuse.align.boundaries import place_tokens, spell_vocabulary
 from rayfuse.align.edit_distance import match_by_edit_distance
+from rayfuse.align.token_spans import place_tokens, spell_vocabulary
 from rayfuse.align.vocab_map import build_maps, map_to_nearest
-from rayfuse.schema import flatten_column
-from rayfuse.tokens import load_tokenizer
+from rayfuse.models.tokenizer import load_tokenizer
+from rayfuse.storage.codec import flatten_column
 
 BAR, MAP_BAR_SECONDS = 50_000, 60
 DOMAINS = ("wiki", "code", "multilingual")

@@ -30,16 +30,17 @@ import torch
 from align import DOMAINS, read_texts
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from rayfuse.capture.engine import Failure, TransformersEngine
-from rayfuse.capture.record import build_captured, tokenise_rows
+from rayfuse.capture.engines.transformers_engine import Failure, TransformersEngine
+from rayfuse.capture.rows import build_captured, tokenise_rows
 from rayfuse.capture.top_k import TopLogprobs
+from rayfuse.config.capture import CaptureSettings
+from rayfuse.config.models import ModelSettings
 from rayfuse.corpus.documents import Document
 from rayfuse.corpus.shards import build_rows
-from rayfuse.model_files import load_recipe_tokenizer
-from rayfuse.recipe import CaptureSettings, ModelSettings
-from rayfuse.schema import decode_probs, flatten_column
-from rayfuse.storage.encoding import encode_table
-from rayfuse.tokens import TextTokenizer
+from rayfuse.models.files import load_recipe_tokenizer
+from rayfuse.models.tokenizer import TextTokenizer
+from rayfuse.storage.codec import decode_probs, flatten_column
+from rayfuse.storage.parquet import encode_table
 
 MOST_BYTES = {10: 30, 16: 45}
 MOST_NATS = 1e-4

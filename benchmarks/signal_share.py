@@ -14,11 +14,16 @@ from pathlib import Path
 import numpy as np
 from align import DOMAINS, read_texts
 
-from rayfuse.align.boundaries import PlacedTokens, SpelledVocabulary, place_tokens, spell_vocabulary
 from rayfuse.align.edit_distance import match_by_edit_distance
 from rayfuse.align.matches import keep_one_to_one, match_positions
+from rayfuse.align.token_spans import (
+    PlacedTokens,
+    SpelledVocabulary,
+    place_tokens,
+    spell_vocabulary,
+)
 from rayfuse.align.vocab_map import build_maps, map_to_nearest
-from rayfuse.tokens import TextTokenizer, load_tokenizer
+from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
 
 NAMES = (
     *("gpt2", "gpt-neox-20b", "mistral-7b", "open-llama-3b", "phi-3-mini", "stories260k"),

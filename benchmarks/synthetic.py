@@ -4,11 +4,11 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
 
-from rayfuse.capture.record import build_captured, tokenise_rows
+from rayfuse.capture.rows import build_captured, tokenise_rows
 from rayfuse.capture.top_k import TopLogprobs
 from rayfuse.corpus.documents import Document
 from rayfuse.corpus.shards import build_rows
-from rayfuse.tokens import TextTokenizer
+from rayfuse.models.tokenizer import TextTokenizer
 
 POOL_ROWS, FREQUENT_TOKENS = 4096, 2000
 

@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from rayfuse.fuse.fuse import FusedRow
-from rayfuse.models import split_head
-from rayfuse.train.engine import FusionModel, build_engine
-from rayfuse.train.feed import Packing, Step, build_micro_batches
+from rayfuse.config.train import TrainSettings
+from rayfuse.fuse.reader import Rows
+from rayfuse.fuse.rules import FusedRow
+from rayfuse.models.causal_lm import split_head
+from rayfuse.train.batches import Packing, Step, build_micro_batches
 from rayfuse.train.loop import Objective, train_steps
-from rayfuse.train.settings import TrainSettings
-from rayfuse.train.shards import Rows
+from rayfuse.train.model import FusionModel, build_engine
 
 MOST = 1.05
 SIZES = {

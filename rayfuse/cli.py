@@ -37,7 +37,7 @@ def main() -> None:
     except StopRequest:
         _stop()
     except Exception as error:  # the last place that can turn a failure into a message
-        from rayfuse.session import find_root_cause
+        from rayfuse.runtime.connect import find_root_cause
 
         if _comes_of_stop(error):
             _stop()
@@ -64,7 +64,7 @@ def _comes_of_stop(error: BaseException | None) -> bool:
 
 def _stop() -> None:
     """End at once, whatever threads still do: all that counts is committed."""
-    from rayfuse.session import leave_cluster_at_once
+    from rayfuse.runtime.connect import leave_cluster_at_once
 
     print("rayfuse: stopped; the same command goes on where it was", file=sys.stderr, flush=True)
     leave_cluster_at_once()
@@ -125,11 +125,11 @@ def report(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fa
 def status(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show what is done, what is missing and what was rejected; needs no cluster."""
     stdout = _claim_stdout() if as_json else sys.stdout
-    from rayfuse.console import open_console
-    from rayfuse.layout import plan_layout
+    from rayfuse.config.load import read_recipe
     from rayfuse.pipeline import STAGES, is_stage_done
-    from rayfuse.recipe import read_recipe
-    from rayfuse.state import list_numbers, print_status, read_statuses
+    from rayfuse.run.layout import plan_layout
+    from rayfuse.runtime.console import open_console
+    from rayfuse.status import list_numbers, print_status, read_statuses
 
     layout = plan_layout(read_recipe(recipe, overrides))
     statuses = read_statuses(layout)
@@ -156,8 +156,8 @@ def plan(
 ) -> None:
     """Tell, before any GPU: tokens, bytes, requests, GPU-hours, money, and what looks wrong."""
     stdout = _claim_stdout() if as_json else sys.stdout
-    from rayfuse.console import open_console
     from rayfuse.plan.command import run_plan
+    from rayfuse.runtime.console import open_console
 
     settings = [each for each in (recipe if example else None, *(overrides or [])) if each]
     if tokens is not None:
@@ -171,10 +171,10 @@ def plan(
 def doctor(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check a recipe and the cluster of RAY_ADDRESS, before spending. Exit code 1 if errors."""
     stdout = _claim_stdout() if as_json else sys.stdout
-    from rayfuse.console import open_console
+    from rayfuse.config.load import read_recipe
     from rayfuse.doctor.command import examine
     from rayfuse.doctor.show import print_findings, to_values
-    from rayfuse.recipe import read_recipe
+    from rayfuse.runtime.console import open_console
 
     findings = examine(read_recipe(recipe, overrides))
     print_findings(findings, open_console(to_stderr=as_json))
@@ -195,10 +195,10 @@ def verify(
 ) -> None:
     """Read every shard and check it; needs no cluster, but for --repair. Exit code 1 if damaged."""
     stdout = _claim_stdout() if as_json else sys.stdout
-    from rayfuse.console import ProgressBars, open_console
-    from rayfuse.layout import plan_layout
-    from rayfuse.recipe import read_recipe
-    from rayfuse.state import forget_all_damages, list_numbers, print_verified, verify_layout
+    from rayfuse.config.load import read_recipe
+    from rayfuse.run.layout import plan_layout
+    from rayfuse.runtime.console import ProgressBars, open_console
+    from rayfuse.status import forget_all_damages, list_numbers, print_verified, verify_layout
 
     console = open_console(to_stderr=as_json)
     settings = read_recipe(recipe, overrides)
@@ -229,7 +229,7 @@ def inspect(
 ) -> None:
     """Show how two tokenizers align: coverage, what is lost, the worst tokens."""
     stdout = _claim_stdout() if as_json else sys.stdout
-    from rayfuse.align.show import inspect_pairs, is_recipe, print_report
+    from rayfuse.inspect.command import inspect_pairs, is_recipe, print_report
 
     results = inspect_pairs(source, target, text, html)
     if as_json:
@@ -245,7 +245,7 @@ def inspect(
 @app.command()
 def init() -> None:
     """Print a commented recipe to start from: `rayfuse init > my.yaml`."""
-    from rayfuse.starter import STARTER
+    from rayfuse.config.template import STARTER
 
     print(STARTER, end="")
 
@@ -259,13 +259,13 @@ def demo(
     """Run a whole fusion on this machine, offline, on text and models made on the spot."""
     began = time.monotonic()
     stdout = _claim_stdout() if as_json else sys.stdout
-    from rayfuse.console import ProgressBars, open_console
+    from rayfuse.runtime.console import ProgressBars, open_console
 
     console = open_console(to_stderr=as_json)
     root = storage.absolute()
     console.print(f"rayfuse demo: three tiny LLMs are trained, then fused into a fourth, in {root}")
     _check_folder(root)
-    from rayfuse.session import join_cluster
+    from rayfuse.runtime.connect import join_cluster
 
     join_cluster()
     from rayfuse.demo.stage import prepare_demo
@@ -310,9 +310,9 @@ def _run_recipe(
     """Run stages of a recipe file, print what happens, and return the numbers."""
     began = time.monotonic()
     stdout = _claim_stdout() if as_json else sys.stdout
-    from rayfuse.console import ProgressBars, open_console
+    from rayfuse.config.load import read_recipe
     from rayfuse.pipeline import StageResult, is_stage_done, prepare_run, run_stages
-    from rayfuse.recipe import read_recipe
+    from rayfuse.runtime.console import ProgressBars, open_console
 
     console = console or open_console(to_stderr=as_json)
     recipe = read_recipe(path, overrides)

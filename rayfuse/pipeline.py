@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from rayfuse.layout import Layout, plan_layout
-from rayfuse.progress import Pace, Progress
-from rayfuse.recipe import Recipe
+from rayfuse.config.recipe import Recipe
+from rayfuse.run.layout import Layout, plan_layout
+from rayfuse.runtime.progress import Pace, Progress
 from rayfuse.storage.store import check_store
 
 STAGES = ("corpus", "capture", "align", "train", "evaluate", "report")
@@ -35,7 +35,7 @@ def prepare_run(recipe: Recipe) -> Layout:
     layout = plan_layout(recipe)
     check_store(layout.store)
     if recipe.evaluate.tasks is not None and not is_stage_done("evaluate", layout):
-        from rayfuse.evaluate.tasks import check_tasks
+        from rayfuse.evaluate.lm_eval_tasks import check_tasks
 
         check_tasks(recipe.evaluate)
     return layout
@@ -94,8 +94,8 @@ def _ask_in_time(
     if stage != "corpus" or "capture" not in stages:
         yield progress
         return
-    from rayfuse.machines import ask_ahead, count_reachable, list_bundles
-    from rayfuse.session import join_cluster
+    from rayfuse.runtime.connect import join_cluster
+    from rayfuse.runtime.resources import ask_ahead, count_reachable, list_bundles
 
     join_cluster()
     todo = [each for each in recipe.sources if not layout.captured[each.name].is_whole()]
@@ -137,7 +137,7 @@ def _run_stage(stage: str, recipe: Recipe, layout: Layout, progress: Progress) -
 
         write_report(recipe, layout)
         return
-    from rayfuse.session import join_cluster
+    from rayfuse.runtime.connect import join_cluster
 
     join_cluster()
     if stage == "corpus":

@@ -5,9 +5,7 @@ included); k, `capture.top_k`, none for `signal: sampled`; m, `capture.draws`, n
 top_k`. Position t of a row always speaks of token t+1.
 """
 
-import numpy as np
 import pyarrow as pa
-from jaxtyping import Float, Int, UInt8
 
 SCHEMA_VERSION = 4
 
@@ -69,91 +67,3 @@ TOKEN_COSTS = pa.schema(
         "nats": floats,  # of each of these tokens: -log of its probability
     }
 )
-
-# 255 steps between ln p = 0 and ln p = -20, finer near 0, where the mass is: half the bytes of
-# float16, for a mean KL below 1e-4 nats a token (benchmarks/record_size.py).
-_DEEPEST = 20.0
-_SCALE = np.log1p(_DEEPEST)
-PROB_OF_CODE = np.exp(-np.expm1(np.arange(256) / 255 * _SCALE)).astype(np.float32)
-"""What each code stands for, before a head is scaled to its mass."""
-
-LOWEST_LOGPROB = -_DEEPEST
-"""What a log-probability is cut to in storage: 2e-9."""
-
-# A float32 read as an integer grows with its value, and all but its last 12 bits, 2,048 steps to
-# each factor of two, are enough to tell its code: one look-up in place of two logarithms.
-_DROPPED_BITS = np.uint32(12)
-
-
-def _tabulate_codes() -> UInt8[np.ndarray, " steps"]:
-    """Return the code of the probabilities in each step: round(255 ln(1 - ln p) / ln 21)."""
-    steps = np.arange((np.float32(1).view(np.uint32) >> _DROPPED_BITS) + 1, dtype=np.uint32)
-    middles = (steps << _DROPPED_BITS) + (1 << (_DROPPED_BITS - np.uint32(1)))
-    logs = np.log(middles.view(np.float32).astype(np.float64))
-    logs = np.clip(logs, LOWEST_LOGPROB, 0.0)
-    return np.rint(np.log1p(-logs) * (255 / _SCALE)).astype(np.uint8)
-
-
-_CODE_OF_STEP = _tabulate_codes()
-
-
-def encode_probs(probs: Float[np.ndarray, "positions top_k"]) -> UInt8[np.ndarray, " flat"]:
-    """Return sorted probabilities as one byte each: the first code, then differences.
-
-    The codes of a row never decrease, so that the differences are never negative. Probabilities
-    below 2e-9, and entries that are not there, cost the highest code.
-
-    Args:
-        probs: Each row descending.
-    """
-    steps = np.ascontiguousarray(probs, dtype=np.float32).view(np.uint32) >> _DROPPED_BITS
-    levels = _CODE_OF_STEP[steps]
-    differences = levels.reshape(-1).copy()
-    differences[1:] -= levels.reshape(-1)[:-1]
-    differences[:: max(probs.shape[1], 1)] = levels[:, :1].reshape(-1)
-    return differences
-
-
-def decode_probs(
-    differences: UInt8[np.ndarray, " flat"],
-    top_ids: Int[np.ndarray, "positions top_k"],
-    tail_logprobs: Float[np.ndarray, " positions"],
-) -> Float[np.ndarray, "positions top_k"]:
-    """Return the float32 probabilities that `encode_probs` stored, summing to 1 with the tail.
-
-    Each row's head is scaled to 1 - exp(tail), so the codec's rounding cannot make or lose mass.
-    The result's columns lie contiguous in memory, one entry of all positions after the other.
-
-    Args:
-        differences: The stored bytes, positions * top_k of them.
-        top_ids: The ids stored beside them; where one is -1 the result is 0.
-        tail_logprobs: Natural log of the mass outside the head.
-    """
-    levels = differences.reshape(top_ids.shape).T.copy()
-    for entry in range(1, len(levels)):
-        levels[entry] += levels[entry - 1]
-    probs = PROB_OF_CODE[levels]
-    probs *= top_ids.T >= 0
-    head = -np.expm1(np.minimum(tail_logprobs.astype(np.float32), np.float32(0)))
-    probs *= head / np.maximum(probs.sum(axis=0), np.float32(1e-30))
-    return probs.T
-
-
-def flatten_column(
-    table: pa.Table, name: str
-) -> tuple[np.ndarray, Int[np.ndarray, " rows_plus_1"]]:
-    """Return a list column's flat values and the offsets of its rows, without Python lists."""
-    column = table.column(name).combine_chunks()
-    if isinstance(column, pa.ChunkedArray):  # no rows at all
-        column = pa.array([], type=table.schema.field(name).type)
-    offsets = column.offsets.to_numpy()
-    values = column.flatten().to_numpy(zero_copy_only=False)
-    return values, offsets - offsets[0]
-
-
-def build_list_column(
-    values: np.ndarray, offsets: Int[np.ndarray, " rows_plus_1"], list_type: pa.DataType
-) -> pa.ListArray:
-    """Return a list column from flat values and row offsets."""
-    flat = pa.array(values, type=list_type.value_type)
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), flat, type=list_type)

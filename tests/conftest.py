@@ -43,7 +43,7 @@ def shared_data() -> Path:
 def ray_cluster() -> Iterator[None]:
     import ray
 
-    from rayfuse.session import join_cluster
+    from rayfuse.runtime.connect import join_cluster
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one to HOME

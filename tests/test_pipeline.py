@@ -13,12 +13,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from rayfuse.fuse.noise import is_noise
-from rayfuse.layout import Layout
+from rayfuse.config.load import parse_recipe
+from rayfuse.config.recipe import Recipe, dump_recipe
+from rayfuse.fuse.source_filter import is_noise
 from rayfuse.pipeline import STAGES, StageResult, prepare_run, run_stages
-from rayfuse.progress import report_nothing
-from rayfuse.recipe import Recipe, dump_recipe, parse_recipe
-from rayfuse.schema import decode_probs, flatten_column
+from rayfuse.run.layout import Layout
+from rayfuse.runtime.progress import report_nothing
+from rayfuse.storage.codec import decode_probs, flatten_column
 from tests.fakes import copy_tokenizer, save_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]

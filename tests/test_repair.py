@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from rayfuse.layout import Layout
+from rayfuse.config.recipe import Recipe
 from rayfuse.pipeline import prepare_run, run_stages
-from rayfuse.progress import report_nothing
-from rayfuse.recipe import Recipe
-from rayfuse.state import forget_all_damages, verify_layout
+from rayfuse.run.layout import Layout
+from rayfuse.runtime.progress import report_nothing
+from rayfuse.status import forget_all_damages, verify_layout
 from rayfuse.storage.dataset import DataSet
+from tests.run.test_segmentation import folder, write_recipe
 from tests.storage.test_verify import (
     flip_a_bit,
     path_of,
@@ -17,7 +18,6 @@ from tests.storage.test_verify import (
     swap_files,
     truncate,
 )
-from tests.test_kept_rows import folder, write_recipe
 
 pytestmark = pytest.mark.ray
 

@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from rayfuse.demo.tiny_tokenizers import save_tokenizer
-from rayfuse.tokens import BLANK, BYTE_PATTERN
+from rayfuse.models.tokenizer import BLANK, BYTE_PATTERN
 
 SINGLE_SHARE = 8
 """One in so many entries may be a character by itself (SentencePiece); others are spelled by their

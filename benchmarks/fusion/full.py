@@ -13,14 +13,15 @@ import torch
 from jaxtyping import Float, Int
 
 from benchmarks.fusion.training import PACKING
-from rayfuse.align.boundaries import PlacedTokens, place_tokens
 from rayfuse.align.matches import match_positions
 from rayfuse.align.shard import Alignment
-from rayfuse.models import CausalLM, pad_rows
-from rayfuse.schema import flatten_column
-from rayfuse.train.feed import MicroBatch, build_micro_batches
+from rayfuse.align.token_spans import PlacedTokens, place_tokens
+from rayfuse.fuse.reader import Rows, ShardReader
+from rayfuse.models.batching import pad_rows
+from rayfuse.models.causal_lm import CausalLM
+from rayfuse.storage.codec import flatten_column
+from rayfuse.train.batches import MicroBatch, build_micro_batches
 from rayfuse.train.order import count_steps, order_rows
-from rayfuse.train.shards import Rows, ShardReader
 
 
 @dataclass(frozen=True)

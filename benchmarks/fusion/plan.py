@@ -5,8 +5,9 @@ from typing import Any
 
 from benchmarks.fusion.scales import EXPERTS, SOURCES, TARGET, Make, Scale, Size
 from benchmarks.fusion.units import Unit
-from rayfuse.recipe import CaptureSettings, FuseSettings
-from rayfuse.train.settings import TrainSettings
+from rayfuse.config.capture import CaptureSettings
+from rayfuse.config.fuse import FuseSettings
+from rayfuse.config.train import TrainSettings
 
 DEFAULT_RECORD = f"top-{CaptureSettings().top_k}"
 TOP_KS = (4, 10, 16, 32, 64)

@@ -12,7 +12,7 @@ from benchmarks.fusion.plan import CLM, FUSED, LAMBDAS, TARGET_ALONE, TOP_KS
 from benchmarks.fusion.scales import DOMAINS
 from benchmarks.fusion.tables import Records, order_models
 from rayfuse.evaluate.scores import ALL
-from rayfuse.report.canvas import INK, new_figure, put_legend_inside, put_legend_outside, to_png
+from rayfuse.report.style import INK, new_figure, put_legend_inside, put_legend_outside, to_png
 
 OUTCOMES = {"better": ("#0072B2", "o"), "worse": ("#D55E00", "X"), "unclear": ("#8C8C8C", "s")}
 """Colour and marker of what may be claimed."""

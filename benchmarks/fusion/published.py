@@ -9,16 +9,8 @@ plain language modelling: what rayfuse does at positions without a signal.
 import numpy as np
 import pyarrow as pa
 
-from rayfuse.schema import (
-    LOWEST_LOGPROB,
-    build_list_column,
-    codes,
-    encode_probs,
-    flags,
-    flatten_column,
-    halfs,
-    ints,
-)
+from rayfuse.schema import codes, flags, halfs, ints
+from rayfuse.storage.codec import LOWEST_LOGPROB, build_list_column, encode_probs, flatten_column
 
 
 def teach_current_token(corpus: pa.Table, aligned: pa.Table) -> pa.Table:

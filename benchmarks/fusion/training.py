@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from rayfuse.fuse.fuse import FusedRow
-from rayfuse.models import CausalLM
-from rayfuse.train.engine import FusionModel, group_parameters, learning_rate_share
-from rayfuse.train.feed import MicroBatch, Packing, build_micro_batches
+from rayfuse.config.train import TrainSettings
+from rayfuse.fuse.reader import Rows
+from rayfuse.fuse.rules import FusedRow
+from rayfuse.models.causal_lm import CausalLM
+from rayfuse.train.batches import MicroBatch, Packing, build_micro_batches
 from rayfuse.train.loop import Objective
-from rayfuse.train.settings import TrainSettings
-from rayfuse.train.shards import Rows
+from rayfuse.train.model import FusionModel, group_parameters, learning_rate_share
 
 PACKING = Packing(sequence_tokens=1, sequences=64, is_packed=False)
 """Every row is a sequence of its own: MPT's attention cannot tell packed rows apart."""

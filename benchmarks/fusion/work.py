@@ -24,9 +24,9 @@ from benchmarks.fusion.text import (
 )
 from benchmarks.fusion.training import PACKING, lay_out_text, train_lm
 from benchmarks.fusion.units import Unit
-from rayfuse.align.boundaries import spell_vocabulary
+from rayfuse.align.cooccurrence import choose_most_matched, count_pairs
 from rayfuse.align.shard import Alignment, align_shard
-from rayfuse.align.statistics import choose_most_matched, count_pairs
+from rayfuse.align.token_spans import spell_vocabulary
 from rayfuse.align.vocab_map import (
     PLAIN,
     build_maps,
@@ -34,26 +34,28 @@ from rayfuse.align.vocab_map import (
     map_to_nearest,
     map_vocabulary,
 )
-from rayfuse.capture.engine import Failure, TransformersEngine
-from rayfuse.capture.record import build_captured, tokenise_rows
+from rayfuse.capture.engines.transformers_engine import Failure, TransformersEngine
+from rayfuse.capture.rows import build_captured, tokenise_rows
 from rayfuse.capture.top_k import TopLogprobs
+from rayfuse.config.capture import CaptureSettings
+from rayfuse.config.fuse import FuseSettings
+from rayfuse.config.models import ModelSettings
+from rayfuse.config.train import TrainSettings
 from rayfuse.corpus.shards import build_rows
 from rayfuse.demo.specs import ModelSpec
 from rayfuse.demo.text import Document as PlainDocument
 from rayfuse.demo.tiny_models import build_model, draw_rows
+from rayfuse.evaluate.bits_per_byte import score_documents, score_rows, score_tokens
 from rayfuse.evaluate.ensemble import TokenCosts, average_sources
-from rayfuse.evaluate.merge_weights import average_weights
+from rayfuse.evaluate.merged_weights import average_weights
 from rayfuse.evaluate.scores import sum_documents
-from rayfuse.evaluate.scoring import score_documents, score_rows, score_tokens
-from rayfuse.models import CausalLM, load_causal_lm, split_head
-from rayfuse.recipe import CaptureSettings, FuseSettings, ModelSettings
+from rayfuse.fuse.reader import ShardReader
+from rayfuse.models.causal_lm import CausalLM, load_causal_lm, split_head
+from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import LocalStore
-from rayfuse.tokens import TextTokenizer, load_tokenizer
-from rayfuse.train.feed import MicroBatch, Plan, iterate_steps
+from rayfuse.train.batches import MicroBatch, Plan, iterate_steps
 from rayfuse.train.order import count_steps
-from rayfuse.train.settings import TrainSettings
-from rayfuse.train.shards import ShardReader
 
 COUNTED_DOCUMENTS = 200
 """Training documents of each domain in which characters are counted for a cut tokenizer."""

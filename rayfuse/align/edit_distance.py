@@ -14,8 +14,8 @@ from jaxtyping import Int
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
-from rayfuse.align.boundaries import PlacedTokens, SpelledVocabulary
 from rayfuse.align.matches import Matches
+from rayfuse.align.token_spans import PlacedTokens, SpelledVocabulary
 from rayfuse.align.vocab_map import PLAIN, VocabMaps
 
 FAR = 2**60

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
-from rayfuse.align.boundaries import Fault, PlacedTokens
+from rayfuse.align.token_spans import Fault, PlacedTokens
 
 NO_SHARED_BOUNDARY = "no shared boundary"
 """The position is inside a source token."""

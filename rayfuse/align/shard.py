@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int, UInt8
 
-from rayfuse.align.boundaries import PlacedTokens, SpelledVocabulary, place_tokens
 from rayfuse.align.distributions import (
     TopEntries,
     find_renamed,
@@ -17,18 +16,15 @@ from rayfuse.align.distributions import (
     put_true_token,
 )
 from rayfuse.align.matches import Matches, keep_one_to_one, match_positions
+from rayfuse.align.token_spans import PlacedTokens, SpelledVocabulary, place_tokens
 from rayfuse.align.vocab_map import PLAIN, VocabMaps
-from rayfuse.schema import (
-    ALIGNED,
+from rayfuse.schema import ALIGNED, codes, flags, halfs, ints
+from rayfuse.storage.codec import (
     LOWEST_LOGPROB,
     build_list_column,
-    codes,
     decode_probs,
     encode_probs,
-    flags,
     flatten_column,
-    halfs,
-    ints,
 )
 
 Method = Literal["bytes", "exact", "mined", "statistics"]

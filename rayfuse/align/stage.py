@@ -8,15 +8,16 @@ import pyarrow as pa
 import ray
 from ray.data import TaskPoolStrategy
 
-from rayfuse.align.boundaries import spell_vocabulary
-from rayfuse.align.statistics import PairCounts, add_counts, choose_most_matched, count_pairs
+from rayfuse.align.cooccurrence import PairCounts, add_counts, choose_most_matched, count_pairs
 from rayfuse.align.task import AlignTask, align_committed, plan_task, write_map
+from rayfuse.align.token_spans import spell_vocabulary
 from rayfuse.align.vocab_map import PLAIN, map_to_nearest, map_vocabulary
-from rayfuse.layout import Layout
-from rayfuse.machines import TASK_RETRIES, limit_cpu_tasks
-from rayfuse.model_files import load_recipe_tokenizer
-from rayfuse.progress import Progress
-from rayfuse.recipe import ModelSettings, Recipe, dump_recipe
+from rayfuse.config.models import ModelSettings
+from rayfuse.config.recipe import Recipe, dump_recipe
+from rayfuse.models.files import load_recipe_tokenizer
+from rayfuse.run.layout import Layout
+from rayfuse.runtime.progress import Progress
+from rayfuse.runtime.resources import TASK_RETRIES, limit_cpu_tasks
 from rayfuse.storage.dataset import DataSet, list_missing, split_shards
 
 MOST_BLOCKS = 4096

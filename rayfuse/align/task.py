@@ -10,16 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int
 
-from rayfuse.align.boundaries import spell_vocabulary
 from rayfuse.align.shard import Alignment, Method, align_shard
+from rayfuse.align.token_spans import spell_vocabulary
 from rayfuse.align.vocab_map import VocabMaps, build_maps, map_vocabulary
-from rayfuse.layout import Layout
-from rayfuse.metrics import count_work
-from rayfuse.model_files import load_recipe_tokenizer
-from rayfuse.recipe import ModelSettings, Recipe, SourceSettings
+from rayfuse.config.models import ModelSettings, SourceSettings
+from rayfuse.config.recipe import Recipe
+from rayfuse.models.files import load_recipe_tokenizer
+from rayfuse.models.tokenizer import TextTokenizer
+from rayfuse.run.layout import Layout
+from rayfuse.runtime.metrics import count_work
 from rayfuse.storage.dataset import Commit, DataSet
 from rayfuse.storage.store import Store
-from rayfuse.tokens import TextTokenizer
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from jaxtyping import Int
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
-from rayfuse.tokens import TextTokenizer
+from rayfuse.models.tokenizer import TextTokenizer
 
 ANCHOR = "\n"
 """Put before a text to keep a tokenizer from adding a blank to it."""

@@ -7,11 +7,11 @@ import time
 import uuid
 from dataclasses import dataclass
 
-from rayfuse.capture.engine import Engine
-from rayfuse.capture.record import build_captured, tokenise_rows
+from rayfuse.capture.engines.transformers_engine import Engine
+from rayfuse.capture.rows import build_captured, tokenise_rows
+from rayfuse.models.tokenizer import TextTokenizer
 from rayfuse.storage.dataset import Commit, DataSet
 from rayfuse.storage.object_store import REPEATED
-from rayfuse.tokens import TextTokenizer
 
 
 @dataclass(frozen=True)

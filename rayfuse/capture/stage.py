@@ -24,18 +24,24 @@ from ray.exceptions import RayActorError
 from ray.util.metrics import Counter
 
 from rayfuse.align.task import AlignTask, align_committed, plan_task
-from rayfuse.capture.engine import LoadEngine, check_backend, load_recipe_engine
-from rayfuse.capture.live import LiveNumbers, to_line
-from rayfuse.capture.lives import Lives
-from rayfuse.capture.pools import share_actors
+from rayfuse.capture.actor import Lives
+from rayfuse.capture.engines.transformers_engine import (
+    LoadEngine,
+    check_backend,
+    load_recipe_engine,
+)
+from rayfuse.capture.scheduling import share_actors
 from rayfuse.capture.shard import ShardCapturer, ShardNumbers
-from rayfuse.kept_rows import keep_rows
-from rayfuse.layout import Layout
-from rayfuse.machines import count_actor_gpus, count_reachable, gpu_options
-from rayfuse.model_files import load_recipe_tokenizer, read_model_files
-from rayfuse.progress import Progress
-from rayfuse.recipe import CaptureSettings, DType, Recipe, SourceSettings, dump_recipe
-from rayfuse.session import beside_the_driver, find_root_cause
+from rayfuse.capture.stats import LiveNumbers, to_line
+from rayfuse.config.capture import CaptureSettings
+from rayfuse.config.models import DType, SourceSettings
+from rayfuse.config.recipe import Recipe, dump_recipe
+from rayfuse.models.files import load_recipe_tokenizer, read_model_files
+from rayfuse.run.layout import Layout
+from rayfuse.run.segmentation import keep_rows
+from rayfuse.runtime.connect import beside_the_driver, find_root_cause
+from rayfuse.runtime.progress import Progress
+from rayfuse.runtime.resources import count_actor_gpus, count_reachable, gpu_options
 from rayfuse.storage.dataset import DataSet, list_missing, split_shards
 
 CALLS_PER_ACTOR = 3

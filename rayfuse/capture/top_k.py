@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import nn
 
-from rayfuse.capture.draws import Draws, count_draws, draw_ids
-from rayfuse.models import CausalLM
+from rayfuse.capture.sampling import Draws, count_draws, draw_ids
+from rayfuse.models.causal_lm import CausalLM
 
 LEAST_TAIL = 1e-7
 """Below it a float32 sum near 1 says nothing of what is missing."""

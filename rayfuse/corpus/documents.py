@@ -12,15 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from rayfuse.corpus.inputs import (
+from rayfuse.config.corpus import DocumentsSettings
+from rayfuse.corpus.parquet_guard import find_largest_page
+from rayfuse.run.inputs import (
     BUFFER_BYTES,
     InputFile,
     check_unchanged,
     is_saved_dataset,
     open_input,
 )
-from rayfuse.corpus.pages import find_largest_page
-from rayfuse.recipe import DocumentsSettings
 
 ESCAPE_BYTES = 6
 """Of one character's longest spelling in JSON, `\\u0041`."""

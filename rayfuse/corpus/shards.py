@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from rayfuse.corpus.cut import Row, cut_document, find_fault, is_held_out
 from rayfuse.corpus.documents import Document
-from rayfuse.corpus.inputs import InputFile
+from rayfuse.corpus.split import Row, cut_document, find_fault, is_held_out
+from rayfuse.models.tokenizer import TextTokenizer
+from rayfuse.run.inputs import InputFile
 from rayfuse.schema import CORPUS
 from rayfuse.storage.dataset import Reject
-from rayfuse.tokens import TextTokenizer
 
 BYTES_PER_TOKEN = 4
 """What `shard_tokens` takes a token of text to be."""

@@ -12,8 +12,10 @@ import pyarrow as pa
 import ray
 from ray.data import TaskPoolStrategy
 
+from rayfuse.config.corpus import CorpusSettings
+from rayfuse.config.models import ModelSettings
+from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.corpus.documents import Document, read_documents
-from rayfuse.corpus.inputs import InputFile, check_unchanged
 from rayfuse.corpus.shards import (
     BYTES_PER_TOKEN,
     DocumentBatch,
@@ -23,14 +25,14 @@ from rayfuse.corpus.shards import (
     group_inputs,
     has_one_shard,
 )
-from rayfuse.kept_rows import Rows
-from rayfuse.layout import Layout
-from rayfuse.machines import limit_cpu_tasks
-from rayfuse.metrics import count_work
-from rayfuse.model_files import load_recipe_tokenizer, read_model_files
-from rayfuse.progress import Progress
-from rayfuse.recipe import CorpusSettings, ModelSettings, Recipe, dump_recipe
-from rayfuse.schema import flatten_column
+from rayfuse.models.files import load_recipe_tokenizer, read_model_files
+from rayfuse.run.inputs import InputFile, check_unchanged
+from rayfuse.run.layout import Layout
+from rayfuse.run.segmentation import Rows
+from rayfuse.runtime.metrics import count_work
+from rayfuse.runtime.progress import Progress
+from rayfuse.runtime.resources import limit_cpu_tasks
+from rayfuse.storage.codec import flatten_column
 from rayfuse.storage.dataset import Commit, DataSet
 
 

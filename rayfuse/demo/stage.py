@@ -14,8 +14,9 @@ import rayfuse
 from rayfuse.demo.recipe_text import render_recipe
 from rayfuse.demo.specs import SOURCES, TARGET, ModelSpec
 from rayfuse.demo.text import Document, collect_domains, split_documents, write_documents
-from rayfuse.progress import Board, Progress, RunState
+from rayfuse.runtime.progress import Progress
 from rayfuse.storage.dataset import fingerprint_of
+from rayfuse.train.monitor import Board, RunState
 
 POLL_SECONDS = 0.5
 STEPS_BETWEEN_REPORTS = 10

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from rayfuse.demo.specs import ModelSpec
 from rayfuse.demo.text import DOMAINS, Document
 from rayfuse.demo.tiny_tokenizers import save_tokenizer, train_tokenizer
-from rayfuse.tokens import TextTokenizer, load_tokenizer
+from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
 
 OnStep = Callable[[int, int, float], None]
 """Called with steps done, steps in all, and the loss in nats per token."""

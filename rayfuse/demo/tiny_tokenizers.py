@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from rayfuse.tokens import BLANK
+from rayfuse.models.tokenizer import BLANK
 
 Kind = Literal["sentencepiece", "byte_level"]
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rayfuse.autoscaler import HEAD, NodeKind
+from rayfuse.config.recipe import Recipe
 from rayfuse.doctor.facts import NodeFacts
-from rayfuse.recipe import Recipe
+from rayfuse.runtime.autoscaler import HEAD, NodeKind
 
 EVERYWHERE = ("0.0.0.0", "::")
 

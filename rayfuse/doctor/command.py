@@ -2,10 +2,10 @@
 
 import uuid
 
+from rayfuse.config.recipe import Recipe
 from rayfuse.doctor.checks import Finding, list_findings
-from rayfuse.layout import plan_layout
-from rayfuse.recipe import Recipe
-from rayfuse.session import ClusterError, join_cluster
+from rayfuse.run.layout import plan_layout
+from rayfuse.runtime.connect import ClusterError, join_cluster
 from rayfuse.storage.store import Store, open_store
 
 PATIENCE_SECONDS = 20.0

@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import rayfuse
-from rayfuse.model_files import read_model_files
-from rayfuse.recipe import ModelSettings
+from rayfuse.config.models import ModelSettings
+from rayfuse.models.files import read_model_files
 from rayfuse.storage.store import check_store, open_store
 
 PACKAGES = ("ray", "torch", "transformers", "pyarrow")

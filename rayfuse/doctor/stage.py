@@ -10,7 +10,7 @@ from ray._private.worker import get_dashboard_url
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayfuse.autoscaler import HEAD
+from rayfuse.config.recipe import Recipe
 from rayfuse.doctor.checks import ClusterFacts
 from rayfuse.doctor.facts import (
     NodeFacts,
@@ -19,10 +19,10 @@ from rayfuse.doctor.facts import (
     find_token_file,
     list_versions,
 )
-from rayfuse.machines import read_autoscaler
-from rayfuse.plan.lines import size_checkpoint
-from rayfuse.plan.sizes import size_from_files
-from rayfuse.recipe import Recipe
+from rayfuse.plan.estimate import size_checkpoint
+from rayfuse.plan.model_size import size_from_files
+from rayfuse.runtime.autoscaler import HEAD
+from rayfuse.runtime.resources import read_autoscaler
 
 ANSWER_SECONDS = 120.0
 """For a node to answer; on a new one packages are imported first."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import pyarrow.parquet as pq
 
-from rayfuse.evaluate.held_model import ScoreTask, hold_model
-from rayfuse.model_files import load_recipe_tokenizer, read_model_files
-from rayfuse.recipe import EvaluateSettings
+from rayfuse.config.evaluate import EvaluateSettings
+from rayfuse.evaluate.model_loading import ScoreTask, hold_model
+from rayfuse.models.files import load_recipe_tokenizer, read_model_files
 from rayfuse.storage.store import Store
 
 
@@ -31,11 +31,11 @@ def ask_model(task: AskTask, model: ScoreTask) -> int:
     Raises:
         ValueError: A task or the model cannot be used.
     """
+    from rayfuse.evaluate.bits_per_byte import load_scored_model
     from rayfuse.evaluate.ensemble import build_costs
-    from rayfuse.evaluate.scoring import load_scored_model
+    from rayfuse.evaluate.lm_eval_model import TextLM
+    from rayfuse.evaluate.lm_eval_tasks import ask_tasks, open_manager
     from rayfuse.evaluate.task_scores import TaskScore
-    from rayfuse.evaluate.tasks import ask_tasks, open_manager
-    from rayfuse.evaluate.text_lm import TextLM
 
     assert task.settings.tasks is not None, "there are tasks to ask"
     manager = open_manager(task.settings.tasks)
@@ -72,9 +72,9 @@ def ask_ensemble(task: AskTask, sources: list[dict[str, str]]) -> int:
         sources: By task, where each source has left its costs.
     """
     from rayfuse.evaluate.ensemble import read_costs
+    from rayfuse.evaluate.lm_eval_model import EnsembleLM
+    from rayfuse.evaluate.lm_eval_tasks import ask_tasks, is_scored_by_loss, open_manager
     from rayfuse.evaluate.task_scores import SubtaskScore, TaskScore
-    from rayfuse.evaluate.tasks import ask_tasks, is_scored_by_loss, open_manager
-    from rayfuse.evaluate.text_lm import EnsembleLM
 
     assert task.settings.tasks is not None, "there are tasks to ask"
     manager = open_manager(task.settings.tasks)

@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
 
-from rayfuse.schema import TOKEN_COSTS, build_list_column, flatten_column, floats, ints
+from rayfuse.schema import TOKEN_COSTS, floats, ints
+from rayfuse.storage.codec import build_list_column, flatten_column
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ import pyarrow as pa
 import ray
 from ray.exceptions import RayTaskError
 
+from rayfuse.config.models import ModelSettings, SourceSettings
+from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.evaluate.ask import AskTask, ask_ensemble, ask_model
-from rayfuse.evaluate.held_model import ScoreTask, hold_model
+from rayfuse.evaluate.model_loading import ScoreTask, hold_model
 from rayfuse.evaluate.scores import (
     DocumentScore,
     Evaluation,
@@ -20,13 +22,17 @@ from rayfuse.evaluate.scores import (
     parse_evaluation,
     sum_documents,
 )
-from rayfuse.layout import Layout, describe_model, find_own_folder
-from rayfuse.logs import log_event
-from rayfuse.machines import TASK_RETRIES, count_actor_gpus, count_default_gpus, gpu_options
-from rayfuse.metrics import count_work
-from rayfuse.model_files import find_folder, load_recipe_tokenizer, read_model_files
-from rayfuse.progress import Progress
-from rayfuse.recipe import ModelSettings, Recipe, SourceSettings, dump_recipe
+from rayfuse.models.files import find_folder, load_recipe_tokenizer, read_model_files
+from rayfuse.run.layout import Layout, describe_model, find_own_folder
+from rayfuse.runtime.logging import log_event
+from rayfuse.runtime.metrics import count_work
+from rayfuse.runtime.progress import Progress
+from rayfuse.runtime.resources import (
+    TASK_RETRIES,
+    count_actor_gpus,
+    count_default_gpus,
+    gpu_options,
+)
 from rayfuse.storage.dataset import Commit, DataSet
 from rayfuse.storage.store import Store
 
@@ -260,8 +266,13 @@ def score_shards(task: ScoreTask, shards: list[int], made: object = None) -> Sco
     """
     import torch
 
+    from rayfuse.evaluate.bits_per_byte import (
+        load_scored_model,
+        score_documents,
+        score_tokens,
+        sum_rows,
+    )
     from rayfuse.evaluate.ensemble import build_costs, read_costs
-    from rayfuse.evaluate.scoring import load_scored_model, score_documents, score_tokens, sum_rows
 
     began, num_rows, num_tokens = time.monotonic(), 0, 0
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
@@ -297,8 +308,8 @@ def score_shards(task: ScoreTask, shards: list[int], made: object = None) -> Sco
 
 def average_shards(held_out: DataSet, costs: list[DataSet], shards: list[int]) -> ScoredShards:
     """Score held-out shards with the ensemble of models that have scored them; run by Ray."""
+    from rayfuse.evaluate.bits_per_byte import score_documents, sum_rows
     from rayfuse.evaluate.ensemble import average_sources, read_costs
-    from rayfuse.evaluate.scoring import score_documents, sum_rows
 
     began = time.monotonic()
     documents: list[DocumentScore] = []
@@ -328,7 +339,7 @@ def _read_alike(data: DataSet, shard: int, rows: pa.Table) -> pa.Table:
 
 def merge_models(models: list[ModelSettings], store: Store, folder: str) -> None:
     """Put the model of averaged weights below a folder of a store, `done.json` last; run by Ray."""
-    from rayfuse.evaluate.merge_weights import average_weights
+    from rayfuse.evaluate.merged_weights import average_weights
 
     with tempfile.TemporaryDirectory(prefix="rayfuse-merged-") as merged:
         average_weights([find_folder(model) for model in models], Path(merged))

@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from rayfuse.recipe import FuseSettings
+from rayfuse.config.fuse import FuseSettings
 
 
 def cost_of_rows(

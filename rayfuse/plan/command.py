@@ -4,12 +4,12 @@ from typing import Any
 
 from rich.console import Console
 
-from rayfuse.overrides import RecipeError
+from rayfuse.config.load import read_recipe
+from rayfuse.config.overrides import RecipeError
 from rayfuse.plan.cost import make_plan
 from rayfuse.plan.examples import EXAMPLES, read_example
-from rayfuse.plan.setup import Setup, read_setup
+from rayfuse.plan.inputs import Setup, read_setup
 from rayfuse.plan.show import print_plan, to_values
-from rayfuse.recipe import read_recipe
 
 
 def run_plan(

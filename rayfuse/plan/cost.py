@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from rayfuse.config.plan import GpuKind, PlanSettings
 from rayfuse.plan.doubts import list_warnings
-from rayfuse.plan.lines import list_work
+from rayfuse.plan.estimate import list_work
+from rayfuse.plan.inputs import Setup
 from rayfuse.plan.memory import GIB
-from rayfuse.plan.settings import GpuKind, PlanSettings
-from rayfuse.plan.setup import Setup
 from rayfuse.plan.work import GpuCost, GpuWork, Work
 
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
-from rayfuse.plan.lines import count_steps
+from rayfuse.config.plan import PlanSettings
+from rayfuse.plan.estimate import count_steps
+from rayfuse.plan.inputs import Setup
 from rayfuse.plan.memory import GIB
-from rayfuse.plan.settings import PlanSettings
-from rayfuse.plan.setup import Setup
 from rayfuse.plan.work import GpuCost, GpuWork, Work
 
 MANY_HELD_OUT_TOKENS = 1e8

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from rayfuse.overrides import RecipeError
-from rayfuse.recipe import Recipe, read_values
+from rayfuse.config.load import read_values
+from rayfuse.config.overrides import RecipeError
+from rayfuse.config.recipe import Recipe
 
 LLAMA_7B = {"parameters": 6_738_415_616, "layers": 32, "width": 4096, "vocab": 32_000}
 MPT_7B = {

@@ -16,12 +16,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rayfuse.config.recipe import dump_recipe
 from rayfuse.plan.cost import Rates, assumed_rate
-from rayfuse.plan.lines import list_work
+from rayfuse.plan.estimate import list_work
+from rayfuse.plan.inputs import Setup
 from rayfuse.plan.probe import PROBED_TRAINING, Measured, Request
-from rayfuse.plan.setup import Setup
 from rayfuse.plan.work import Work
-from rayfuse.recipe import dump_recipe
 from rayfuse.storage.store import Store
 
 PROBE_SECONDS = 60.0

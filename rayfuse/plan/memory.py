@@ -1,8 +1,8 @@
 """What models take of a GPU's memory."""
 
-from rayfuse.plan.settings import PlanSettings
-from rayfuse.plan.sizes import ModelSize
-from rayfuse.recipe import Recipe
+from rayfuse.config.plan import PlanSettings
+from rayfuse.config.recipe import Recipe
+from rayfuse.plan.model_size import ModelSize
 
 GIB = 2**30
 

@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from rayfuse.recipe import Recipe, SourceSettings, parse_recipe
+from rayfuse.config.load import parse_recipe
+from rayfuse.config.models import SourceSettings
+from rayfuse.config.recipe import Recipe
 
 ENOUGH_SECONDS = 2.0
 """A measurement that took so long is good enough."""
@@ -73,8 +75,8 @@ def probe_source(
     recipe: Recipe, source: SourceSettings, request: Request, deadline: float
 ) -> Iterator[Measured]:
     """Yield how fast a source scores rows for each of its GPUs, with the engine that captures."""
-    from rayfuse.capture.engine import load_recipe_engine
-    from rayfuse.model_files import load_recipe_tokenizer
+    from rayfuse.capture.engines.transformers_engine import load_recipe_engine
+    from rayfuse.models.files import load_recipe_tokenizer
 
     settings = recipe.capture.model_copy(
         update={"batch_tokens": source.batch_tokens or recipe.capture.batch_tokens}
@@ -95,11 +97,11 @@ def probe_training(recipe: Recipe, request: Request, deadline: float) -> Iterato
     """Yield how fast one worker takes fused steps; what the distributions are does not matter."""
     import torch
 
-    from rayfuse.model_files import load_recipe_tokenizer
-    from rayfuse.models import keeps_rows_apart, load_causal_lm, resolve_dtype
-    from rayfuse.train.engine import FusionModel, build_engine
-    from rayfuse.train.feed import Packing, Step, build_micro_batches
+    from rayfuse.models.causal_lm import keeps_rows_apart, load_causal_lm, resolve_dtype
+    from rayfuse.models.files import load_recipe_tokenizer
+    from rayfuse.train.batches import Packing, Step, build_micro_batches
     from rayfuse.train.loop import Objective, train_steps
+    from rayfuse.train.model import FusionModel, build_engine
 
     target, settings = recipe.target, recipe.train
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -147,8 +149,8 @@ def probe_training(recipe: Recipe, request: Request, deadline: float) -> Iterato
 
 def _make_rows(ids: list[np.ndarray], vocab: int, entries: int) -> Any:
     """Return rows whose positions all have a distribution, a random one."""
-    from rayfuse.fuse.fuse import FusedRow
-    from rayfuse.train.shards import Rows
+    from rayfuse.fuse.reader import Rows
+    from rayfuse.fuse.rules import FusedRow
 
     random = np.random.default_rng(0)
     token_ids = np.concatenate(ids).astype(np.int32)

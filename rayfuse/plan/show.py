@@ -7,9 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rayfuse.config.plan import GPU_KINDS, GpuKind, PlanSettings
 from rayfuse.plan.cost import Plan
 from rayfuse.plan.memory import GIB
-from rayfuse.plan.settings import GPU_KINDS, GpuKind, PlanSettings
 from rayfuse.plan.work import GpuCost, Work
 
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))

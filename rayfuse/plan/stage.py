@@ -6,10 +6,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from rayfuse.machines import count_actor_gpus, count_default_gpus, gpu_options
+from rayfuse.config.recipe import Recipe
 from rayfuse.plan.probe import Measured, Request, list_probes, run_probe
-from rayfuse.recipe import Recipe
-from rayfuse.session import join_cluster
+from rayfuse.runtime.connect import join_cluster
+from rayfuse.runtime.resources import count_actor_gpus, count_default_gpus, gpu_options
 
 
 def probe_on_cluster(recipe: Recipe, request: Request) -> list[Measured]:

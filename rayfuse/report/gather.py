@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
 
+from rayfuse.config.recipe import Recipe
 from rayfuse.evaluate.scores import Difference, Evaluation, compare, parse_evaluation
 from rayfuse.evaluate.task_scores import TaskScore, compare_tasks, parse_task_score
-from rayfuse.fuse.noise import is_noise
-from rayfuse.layout import Layout, Merge, TrainRun
-from rayfuse.recipe import Recipe
+from rayfuse.fuse.source_filter import is_noise
 from rayfuse.report.timeline import Spell, read_spells
+from rayfuse.run.layout import Layout, Merge, TrainRun
 from rayfuse.storage.dataset import Commit, DataSet
 from rayfuse.storage.store import Store
 

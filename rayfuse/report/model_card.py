@@ -2,11 +2,11 @@
 
 import yaml
 
-from rayfuse.recipe import Recipe, dump_recipe
+from rayfuse.config.recipe import Recipe, dump_recipe
+from rayfuse.config.train import describe_curve
 from rayfuse.report.gather import Findings
 from rayfuse.report.tables import escape_markdown, render_tables
 from rayfuse.report.verdict import Verdict
-from rayfuse.train.settings import describe_curve
 
 
 def build_model_card(findings: Findings, verdict: Verdict, recipe: Recipe) -> str:

@@ -6,8 +6,8 @@ import math
 
 import yaml
 
+from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.evaluate.scores import ALL, Difference
-from rayfuse.recipe import Recipe, dump_recipe
 from rayfuse.report.gather import Findings, SourceWins, StageCount
 from rayfuse.report.tables import TASK_NOTE, build_table, build_task_table, render_html
 from rayfuse.report.timeline import Spell, share_waited, sum_busy

@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from rayfuse.evaluate.scores import ALL, Difference, Evaluation, bits_per_byte, count_bytes
-from rayfuse.report.canvas import (
+from rayfuse.report.gather import Curve, Findings, SourceSignal, SourceWins
+from rayfuse.report.style import (
     INK,
     OWN_COLOURS,
     new_figure,
@@ -20,7 +21,6 @@ from rayfuse.report.canvas import (
     style_of,
     to_png,
 )
-from rayfuse.report.gather import Curve, Findings, SourceSignal, SourceWins
 from rayfuse.report.timeline import draw_timeline
 from rayfuse.report.verdict import name_domain, order_names, sign
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from rayfuse.config.recipe import Recipe
 from rayfuse.evaluate.scores import Difference, bits_per_byte
-from rayfuse.layout import Layout
-from rayfuse.recipe import Recipe
 from rayfuse.report.gather import Curve, Findings, gather_findings
 from rayfuse.report.model_card import build_model_card
 from rayfuse.report.page import build_page
 from rayfuse.report.tables import render_tables
 from rayfuse.report.timeline import share_waited, sum_busy
 from rayfuse.report.verdict import Verdict, judge
+from rayfuse.run.layout import Layout
 
 PAGE_FILE = "report/index.html"
 FINDINGS_FILE = "report/findings.json"

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 from jaxtyping import Float
 
-from rayfuse.report.canvas import FAINT, INK, new_figure, plain, style_of, to_png
+from rayfuse.report.style import FAINT, INK, new_figure, plain, style_of, to_png
 from rayfuse.storage.dataset import DataSet
 
 MOST_LANES = 40

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rayfuse.evaluate.scores import ALL, LEAST_DOCUMENTS, Difference, bits_per_byte
-from rayfuse.layout import Merge
 from rayfuse.report.gather import Findings, SourceSignal
+from rayfuse.run.layout import Merge
 
 ROLE_TITLES = {
     "source": "source",

@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayfuse.logs import log_event
+from rayfuse.runtime.logging import log_event
 from rayfuse.schema import SCHEMA_VERSION
-from rayfuse.storage.encoding import decode_origin, encode_table
+from rayfuse.storage.parquet import decode_origin, encode_table
 from rayfuse.storage.store import Store
 
 REMEDY = "run `rayfuse verify --repair`, which makes it again"

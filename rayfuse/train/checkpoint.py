@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rayfuse.logs import log_event
+from rayfuse.runtime.logging import log_event
 from rayfuse.storage.store import Store
 
 BEGUN = "begun"

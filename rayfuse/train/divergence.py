@@ -8,7 +8,7 @@ T^2 (Hinton et al., arXiv 1503.02531); at every T the divergence is 0 where the 
 import torch
 from jaxtyping import Float
 
-from rayfuse.train.settings import TrainSettings
+from rayfuse.config.train import TrainSettings
 
 LOWEST = -1e4
 """Stands for the log-probability of what cannot be, and keeps every sum finite."""

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from rayfuse.train.feed import MicroBatch, Step, empty_micro_batch
+from rayfuse.config.train import Curve, value_at
+from rayfuse.train.batches import MicroBatch, Step, empty_micro_batch
 from rayfuse.train.loss import LossWeights
-from rayfuse.train.measures import Meter
-from rayfuse.train.settings import Curve, value_at
+from rayfuse.train.throughput import Meter
 
 MOST_SKIPPED_STEPS = 3
 """Steps in a row whose loss or gradient is not finite before a training ends."""

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import nn
 
-from rayfuse.models import CausalLM
+from rayfuse.config.train import TrainSettings
+from rayfuse.models.causal_lm import CausalLM
 from rayfuse.train.divergence import LOWEST, diverge
-from rayfuse.train.settings import TrainSettings
 
 LEAST_TAIL = 1e-30
 """What the target's own tail counts as at least where its log or inverse is taken."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfuse.train.checkpoint import Checkpoints, Record
-from rayfuse.train.peers import Peers
+from rayfuse.train.process_group import Peers
 
 TAG = "ds"
 """The folder of DeepSpeed's files within a checkpoint."""

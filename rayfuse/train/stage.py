@@ -10,15 +10,16 @@ import ray.train
 from ray.exceptions import RayTaskError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from rayfuse.fuse.noise import read_heard
-from rayfuse.layout import Layout, TrainRun
-from rayfuse.machines import count_default_gpus, count_reachable
-from rayfuse.progress import Board, Progress, RunState
-from rayfuse.recipe import Recipe
-from rayfuse.session import beside_the_driver
+from rayfuse.config.recipe import Recipe
+from rayfuse.fuse.source_filter import read_heard
+from rayfuse.run.layout import Layout, TrainRun
+from rayfuse.runtime.connect import beside_the_driver
+from rayfuse.runtime.progress import Progress
+from rayfuse.runtime.resources import count_default_gpus, count_reachable
 from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.lease import Hold
 from rayfuse.storage.store import Store
-from rayfuse.train.hold import Hold
+from rayfuse.train.monitor import Board, RunState
 from rayfuse.train.trackers import check_trackers
 from rayfuse.train.worker import WorkerTask, run_worker
 

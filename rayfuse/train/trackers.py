@@ -5,8 +5,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rayfuse.layout import TrainRun
-from rayfuse.recipe import Recipe
+from rayfuse.config.recipe import Recipe
+from rayfuse.run.layout import TrainRun
 
 
 def check_trackers(recipe: Recipe) -> None:

@@ -15,23 +15,28 @@ import numpy as np
 import ray.train
 import torch
 
-from rayfuse.layout import TrainRun
-from rayfuse.metrics import count_work
-from rayfuse.model_files import load_recipe_tokenizer
-from rayfuse.models import is_out_of_memory, keeps_rows_apart, load_causal_lm, resolve_dtype
-from rayfuse.progress import RunState
-from rayfuse.recipe import Recipe, dump_recipe
+from rayfuse.config.recipe import Recipe, dump_recipe
+from rayfuse.fuse.reader import ShardReader
+from rayfuse.models.causal_lm import (
+    is_out_of_memory,
+    keeps_rows_apart,
+    load_causal_lm,
+    resolve_dtype,
+)
+from rayfuse.models.files import load_recipe_tokenizer
+from rayfuse.run.layout import TrainRun
+from rayfuse.runtime.metrics import count_work
 from rayfuse.storage.dataset import DataSet, ShardError
 from rayfuse.storage.object_store import StorageGoneError
 from rayfuse.storage.store import Store
+from rayfuse.train.batches import MicroBatch, Packing, Plan, build_micro_batches, iterate_steps
 from rayfuse.train.checkpoint import Checkpoints, Record, name_checkpoint
-from rayfuse.train.engine import FusionModel, build_engine, save_model
-from rayfuse.train.feed import MicroBatch, Packing, Plan, build_micro_batches, iterate_steps
 from rayfuse.train.loop import Objective, StepMetrics, measure_bits_per_byte, train_steps
+from rayfuse.train.model import FusionModel, build_engine, save_model
+from rayfuse.train.monitor import RunState
 from rayfuse.train.order import count_steps, draw_rows
-from rayfuse.train.peers import Peers
+from rayfuse.train.process_group import Peers
 from rayfuse.train.resume import TAG, fetch_newest
-from rayfuse.train.shards import ShardReader
 from rayfuse.train.trackers import Trackers
 
 FINAL_ERRORS = (ShardError, StorageGoneError, FloatingPointError, ValueError)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rayfuse.align.vocab_map import VocabMaps, map_vocabulary
-from rayfuse.tokens import TextTokenizer, load_tokenizer
+from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
 
 NAMES = (
     *("gpt2", "gpt-neox-20b", "mistral-7b", "open-llama-3b", "phi-3-mini", "stories260k"),

@@ -14,11 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rayfuse.align.boundaries import SpelledVocabulary
 from rayfuse.align.shard import Alignment, align_shard
-from rayfuse.capture.record import build_captured
+from rayfuse.align.token_spans import SpelledVocabulary
+from rayfuse.capture.rows import build_captured
 from rayfuse.capture.top_k import TopLogprobs
-from rayfuse.schema import CORPUS, decode_probs, flatten_column
+from rayfuse.schema import CORPUS
+from rayfuse.storage.codec import decode_probs, flatten_column
 
 SOURCE = ["<s>", "the", " c", "at", "s", " cats", "</s>"]
 TARGET = ["<s>", "th", "e", " cat", "s", "the", " c", "</s>"]

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayfuse.align.distributions import TopEntries, map_entries, merge_entries, put_true_token
-from rayfuse.overrides import RecipeError
-from rayfuse.recipe import parse_recipe
+from rayfuse.config.load import parse_recipe
+from rayfuse.config.overrides import RecipeError
 
 NUM_POSITIONS, NUM_ENTRIES, NUM_IDS = 9, 6, 12
 

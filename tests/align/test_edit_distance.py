@@ -10,11 +10,11 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from benchmarks.synthetic import make_captured, make_corpus
-from rayfuse.align.boundaries import place_tokens, spell_vocabulary
 from rayfuse.align.edit_distance import match_by_edit_distance, warp_tokens
+from rayfuse.align.token_spans import place_tokens, spell_vocabulary
 from rayfuse.align.vocab_map import PLAIN, build_maps, map_to_nearest
-from rayfuse.schema import flatten_column
-from rayfuse.tokens import TextTokenizer, build_tokenizer, load_tokenizer
+from rayfuse.models.tokenizer import TextTokenizer, build_tokenizer, load_tokenizer
+from rayfuse.storage.codec import flatten_column
 
 
 def levenshtein(left: bytes, right: bytes) -> int:

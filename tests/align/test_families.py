@@ -18,15 +18,15 @@ from tokenizers import (
 )
 
 from benchmarks.synthetic import make_captured, make_corpus
-from rayfuse.align.boundaries import (
+from rayfuse.align.matches import NO_SHARED_BOUNDARY, NO_TOKENS, ONE_SIDED, match_positions
+from rayfuse.align.shard import Alignment, align_shard
+from rayfuse.align.token_spans import (
     Fault,
     PlacedTokens,
     SpelledVocabulary,
     place_tokens,
     spell_vocabulary,
 )
-from rayfuse.align.matches import NO_SHARED_BOUNDARY, NO_TOKENS, ONE_SIDED, match_positions
-from rayfuse.align.shard import Alignment, align_shard
 from rayfuse.align.vocab_map import (
     BLANKED,
     PLAIN,
@@ -34,7 +34,7 @@ from rayfuse.align.vocab_map import (
     find_unfinished,
     map_vocabulary,
 )
-from rayfuse.tokens import TextTokenizer, build_tokenizer
+from rayfuse.models.tokenizer import TextTokenizer, build_tokenizer
 from tests.fakes import SAMPLE, byte_level_tokenizer, sentencepiece_tokenizer
 
 TEXTS = [

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rayfuse import layout
-from rayfuse.recipe import read_recipe
+from rayfuse.config.load import read_recipe
+from rayfuse.run import layout
 from tests.fakes import byte_level_tokenizer, save_model, save_tokenizer, sentencepiece_tokenizer
 from tests.test_cli import write_recipe
 

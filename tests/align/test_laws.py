@@ -9,12 +9,12 @@ import pyarrow as pa
 import pytest
 
 from benchmarks.synthetic import make_captured, make_corpus
-from rayfuse.align.boundaries import spell_vocabulary
+from rayfuse.align.cooccurrence import choose_most_matched, count_pairs
 from rayfuse.align.shard import Alignment, Method, align_shard
-from rayfuse.align.statistics import choose_most_matched, count_pairs
+from rayfuse.align.token_spans import spell_vocabulary
 from rayfuse.align.vocab_map import PLAIN, build_maps, map_to_nearest
-from rayfuse.schema import decode_probs, flatten_column
-from rayfuse.tokens import TextTokenizer, build_tokenizer
+from rayfuse.models.tokenizer import TextTokenizer, build_tokenizer
+from rayfuse.storage.codec import decode_probs, flatten_column
 from tests.align.conftest import NAMES, map_tokens
 
 METHODS: tuple[Method, ...] = get_args(Method)

@@ -9,10 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayfuse.align.boundaries import PlacedTokens, SpelledVocabulary, place_tokens, spell_vocabulary
 from rayfuse.align.matches import Matches, match_positions
+from rayfuse.align.token_spans import (
+    PlacedTokens,
+    SpelledVocabulary,
+    place_tokens,
+    spell_vocabulary,
+)
 from rayfuse.align.vocab_map import PLAIN
-from rayfuse.tokens import TextTokenizer
+from rayfuse.models.tokenizer import TextTokenizer
 from tests.align.conftest import DOMAINS, NAMES, ODD_TEXTS, map_tokens, read_texts
 from tests.align.oracle import LOSSY, count_signals, place_plainly, read_tokenizer
 

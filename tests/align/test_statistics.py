@@ -1,9 +1,9 @@
 import numpy as np
 
 from benchmarks.synthetic import make_corpus
-from rayfuse.align.boundaries import spell_vocabulary
-from rayfuse.align.statistics import PairCounts, add_counts, choose_most_matched, count_pairs
-from rayfuse.tokens import build_tokenizer
+from rayfuse.align.cooccurrence import PairCounts, add_counts, choose_most_matched, count_pairs
+from rayfuse.align.token_spans import spell_vocabulary
+from rayfuse.models.tokenizer import build_tokenizer
 from tests.fakes import SAMPLE, byte_level_tokenizer, sentencepiece_tokenizer
 
 SOURCE = build_tokenizer(byte_level_tokenizer(320).to_str(), start_id=0, eos_id=0)

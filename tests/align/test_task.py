@@ -7,10 +7,10 @@ import pytest
 
 from benchmarks.synthetic import make_captured, make_corpus
 from rayfuse.align.task import AlignTask, align_committed
-from rayfuse.recipe import ModelSettings
+from rayfuse.config.models import ModelSettings
+from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import open_store
-from rayfuse.tokens import load_tokenizer
 from tests.align.test_families import replace_ids
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_tokenizer, sentencepiece_tokenizer
 

@@ -10,18 +10,18 @@ from benchmarks.fusion.full import place_full_source
 from benchmarks.fusion.intervals import Interval, compare_groups, find_multiple, spread_over_seeds
 from benchmarks.fusion.published import teach_current_token
 from benchmarks.fusion.work import keep_fewer
-from rayfuse.align.boundaries import spell_vocabulary
 from rayfuse.align.shard import Alignment, align_shard
+from rayfuse.align.token_spans import spell_vocabulary
 from rayfuse.align.vocab_map import map_vocabulary
-from rayfuse.capture.record import build_captured, tokenise_rows
+from rayfuse.capture.rows import build_captured, tokenise_rows
 from rayfuse.capture.top_k import TopLogprobs, keep_top_k
 from rayfuse.corpus.documents import Document
 from rayfuse.corpus.shards import build_rows
 from rayfuse.demo.specs import ModelSpec
 from rayfuse.demo.tiny_models import build_model
-from rayfuse.models import CausalLM, split_head
-from rayfuse.schema import decode_probs, flatten_column
-from rayfuse.tokens import TextTokenizer, load_tokenizer
+from rayfuse.models.causal_lm import CausalLM, split_head
+from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
+from rayfuse.storage.codec import decode_probs, flatten_column
 
 TEXTS = (
     "The cat sat on the mat, and 1,024 more cats sat on 17 mats.\n",

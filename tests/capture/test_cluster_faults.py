@@ -18,16 +18,24 @@ import s3fs
 import torch
 import yaml
 
-from rayfuse.capture.engine import Engine, Failure, TokenRows, TransformersEngine
-from rayfuse.capture.record import NOT_FINITE, tokenise_rows
+from rayfuse.capture.engines.transformers_engine import (
+    Engine,
+    Failure,
+    TokenRows,
+    TransformersEngine,
+)
+from rayfuse.capture.rows import NOT_FINITE, tokenise_rows
 from rayfuse.capture.stage import MOST_DEATHS, capture_sources, plan_work, settle_dtype
 from rayfuse.capture.top_k import TopLogprobs
+from rayfuse.config.capture import CaptureSettings
+from rayfuse.config.load import parse_recipe
+from rayfuse.config.models import ModelSettings
+from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.corpus.stage import build_corpora
-from rayfuse.model_files import load_recipe_tokenizer
+from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.pipeline import prepare_run
-from rayfuse.progress import report_nothing
-from rayfuse.recipe import CaptureSettings, ModelSettings, Recipe, dump_recipe, parse_recipe
-from rayfuse.schema import flatten_column
+from rayfuse.runtime.progress import report_nothing
+from rayfuse.storage.codec import flatten_column
 from rayfuse.storage.dataset import DataSet, Reject
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 

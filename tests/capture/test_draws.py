@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from rayfuse.align.boundaries import spell_vocabulary
 from rayfuse.align.shard import Alignment, align_shard
-from rayfuse.capture.draws import count_draws, draw_ids, make_noise
-from rayfuse.capture.engine import TransformersEngine
-from rayfuse.capture.record import build_captured, tokenise_rows
+from rayfuse.align.token_spans import spell_vocabulary
+from rayfuse.capture.engines.transformers_engine import TransformersEngine
+from rayfuse.capture.rows import build_captured, tokenise_rows
+from rayfuse.capture.sampling import count_draws, draw_ids, make_noise
+from rayfuse.config.capture import CaptureSettings
+from rayfuse.config.models import ModelSettings
 from rayfuse.corpus.documents import Document
 from rayfuse.corpus.shards import build_rows
-from rayfuse.model_files import load_recipe_tokenizer
-from rayfuse.recipe import CaptureSettings, ModelSettings
-from rayfuse.schema import decode_probs, flatten_column
+from rayfuse.models.files import load_recipe_tokenizer
+from rayfuse.storage.codec import decode_probs, flatten_column
 from tests.capture.test_top_k import make_source
 from tests.fakes import SAMPLE
 
@@ -122,7 +123,7 @@ def test_aligned_draws_are_the_sources_distribution_on_average(signal, tmp_path,
     rounds, draws = 60, 24
     for seed in range(rounds):
         monkeypatch.setattr(
-            "rayfuse.capture.engine.make_noise",
+            "rayfuse.capture.engines.transformers_engine.make_noise",
             lambda rows, num, salt, seed=seed: make_noise(rows, num, f"{salt}{seed}"),
         )
         _, _, table = capture(source, signal, top_k=6, draws=draws)

@@ -18,29 +18,30 @@ import numpy as np
 import pytest
 import torch
 
-from rayfuse.capture.engine import (
+from rayfuse.capture.engines.transformers_engine import (
     MEMORY_PAUSES,
     Failure,
     MemoryShortError,
     TransformersEngine,
 )
-from rayfuse.capture.live import LiveNumbers
-from rayfuse.capture.record import NOT_FINITE
+from rayfuse.capture.rows import NOT_FINITE
 from rayfuse.capture.shard import ShardCapturer, ShardNumbers
+from rayfuse.capture.stats import LiveNumbers
+from rayfuse.config.capture import CaptureSettings
+from rayfuse.config.models import ModelSettings
 from rayfuse.corpus.documents import Document
 from rayfuse.corpus.shards import build_rows
-from rayfuse.layout import plan_layout
-from rayfuse.model_files import load_recipe_tokenizer, read_model_files
-from rayfuse.recipe import CaptureSettings, ModelSettings
-from rayfuse.schema import flatten_column
+from rayfuse.models.files import load_recipe_tokenizer, read_model_files
+from rayfuse.models.tokenizer import load_tokenizer
+from rayfuse.run.layout import plan_layout
+from rayfuse.storage.codec import flatten_column
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.object_store import REPEATED
 from rayfuse.storage.store import LocalStore, open_store
 from rayfuse.storage.verify import forget_damages, verify_data_set
-from rayfuse.tokens import load_tokenizer
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
+from tests.run.test_segmentation import MODELS, write_recipe
 from tests.s3 import Rule
-from tests.test_kept_rows import MODELS, write_recipe
 
 VOCAB, PADDED = 300, 352
 
@@ -195,7 +196,7 @@ def limit_memory(engine: TransformersEngine, find_limit: Callable[[], int]) -> N
 def pauses(monkeypatch) -> list[float]:
     """Return the seconds that would have been waited for memory."""
     slept: list[float] = []
-    monkeypatch.setattr("rayfuse.capture.engine.time.sleep", slept.append)
+    monkeypatch.setattr("rayfuse.capture.engines.transformers_engine.time.sleep", slept.append)
     return slept
 
 

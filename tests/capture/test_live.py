@@ -10,16 +10,16 @@ import pytest
 import ray
 
 from rayfuse.capture import live as live_module
-from rayfuse.capture.engine import load_recipe_engine
-from rayfuse.capture.live import LiveNumbers, to_line
-from rayfuse.capture.lives import Lives
-from rayfuse.capture.pools import share_actors
+from rayfuse.capture.actor import Lives
+from rayfuse.capture.engines.transformers_engine import load_recipe_engine
+from rayfuse.capture.scheduling import share_actors
 from rayfuse.capture.shard import ShardNumbers
 from rayfuse.capture.stage import CaptureActor, plan_work
+from rayfuse.capture.stats import LiveNumbers, to_line
+from rayfuse.config.load import parse_recipe
 from rayfuse.pipeline import prepare_run, run_stages
-from rayfuse.progress import report_nothing
-from rayfuse.recipe import parse_recipe
-from rayfuse.session import beside_the_driver
+from rayfuse.runtime.connect import beside_the_driver
+from rayfuse.runtime.progress import report_nothing
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 
 DONE = ShardNumbers(

@@ -6,15 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from rayfuse.capture.engine import TransformersEngine
-from rayfuse.capture.record import NOT_FINITE, build_captured, tokenise_rows
+from rayfuse.capture.engines.transformers_engine import TransformersEngine
+from rayfuse.capture.rows import NOT_FINITE, build_captured, tokenise_rows
 from rayfuse.capture.top_k import TopLogprobs, keep_top_k
+from rayfuse.config.capture import CaptureSettings
+from rayfuse.config.models import ModelSettings
 from rayfuse.corpus.documents import Document
 from rayfuse.corpus.shards import build_rows
-from rayfuse.model_files import load_recipe_tokenizer
-from rayfuse.models import CausalLM
-from rayfuse.recipe import CaptureSettings, ModelSettings
-from rayfuse.schema import CORPUS, decode_probs, flatten_column
+from rayfuse.models.causal_lm import CausalLM
+from rayfuse.models.files import load_recipe_tokenizer
+from rayfuse.schema import CORPUS
+from rayfuse.storage.codec import decode_probs, flatten_column
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 
 FAMILIES = ["llama", "mistral", "qwen2", "gpt_neox", "gpt2", "mpt", "gemma2", "cohere", "granite"]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rayfuse.capture.engine import check_backend
-from rayfuse.recipe import SourceSettings
+from rayfuse.capture.engines.transformers_engine import check_backend
+from rayfuse.config.models import SourceSettings
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 
 IS_THERE = find_spec("vllm") is not None

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from rayfuse.layout import plan_layout
-from rayfuse.recipe import read_recipe
+from rayfuse.config.load import read_recipe
+from rayfuse.run.layout import plan_layout
 from rayfuse.storage.verify import verify_data_set
 from tests.fakes import byte_level_tokenizer, save_model, save_tokenizer
 from tests.local_cluster import LocalCluster

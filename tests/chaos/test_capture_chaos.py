@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rayfuse.layout import plan_layout
-from rayfuse.recipe import read_recipe
+from rayfuse.config.load import read_recipe
+from rayfuse.run.layout import plan_layout
 from tests.chaos.runs import (
     COMMAND,
     IS_LONG,

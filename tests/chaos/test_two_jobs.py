@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rayfuse.layout import plan_layout
-from rayfuse.recipe import read_recipe
+from rayfuse.config.load import read_recipe
+from rayfuse.run.layout import plan_layout
 from rayfuse.storage.verify import verify_data_set
 from tests.chaos.runs import COMMAND, IS_LONG, make_corpus, read_content, run_command, write_recipe
 

@@ -60,7 +60,7 @@ def find_open_doors(config: dict[str, Any]) -> Iterator[str]:
 
 def find_notice_faults(config: dict[str, Any]) -> Iterator[str]:
     """Yield why Ray would not hear that the cloud takes a machine away."""
-    watch = f"python -m rayfuse.notice --cloud={config['provider']['type']} "
+    watch = f"python -m rayfuse.runtime.preemption --cloud={config['provider']['type']} "
     *_, start, last = ["", "", *config["worker_start_ray_commands"]]
     if "ray start" not in start or watch not in last or not last.endswith("&"):
         yield "workers do not watch for the cloud's notice after `ray start`"

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayfuse.layout import Layout, plan_layout
-from rayfuse.recipe import read_recipe
+from rayfuse.config.load import read_recipe
+from rayfuse.run.layout import Layout, plan_layout
 from tests.chaos.runs import COMMAND
 from tests.cluster.job_runs import write_models_and_text, write_recipe
 from tests.local_cluster import free_port, is_up, kill_tree, ray_command, wait_for

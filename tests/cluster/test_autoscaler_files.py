@@ -16,7 +16,7 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.instance_manager_pb2 import Instance, InstanceUpdateEvent
 
-from rayfuse.recipe import SourceSettings
+from rayfuse.config.models import SourceSettings
 from tests.cluster.checks import ROOT, find_faults
 
 FILES = ("aws", "gcp")

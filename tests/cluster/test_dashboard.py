@@ -9,7 +9,7 @@ from typing import Any
 import ray.autoscaler._private.prom_metrics as autoscaler_metrics
 import ray.dashboard.modules.metrics.dashboards.default_dashboard_panels as ray_panels
 
-from rayfuse.metrics import TAGS, _build_counters, count_work
+from rayfuse.runtime.metrics import TAGS, _build_counters, count_work
 from tests.cluster.checks import ROOT
 
 KINDS = ("Counter", "Gauge", "Histogram")

@@ -15,8 +15,8 @@ import psutil
 import pytest
 import s3fs
 
-from rayfuse.layout import Layout, plan_layout
-from rayfuse.recipe import read_recipe
+from rayfuse.config.load import read_recipe
+from rayfuse.run.layout import Layout, plan_layout
 from rayfuse.storage.verify import verify_data_set
 from tests.cluster.job_runs import IS_LONG, write_models_and_text, write_recipe
 from tests.local_cluster import LocalCluster

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from rayfuse.config.corpus import DocumentsSettings
 from rayfuse.corpus.documents import Document, read_documents
-from rayfuse.corpus.inputs import InputFile, list_inputs
 from rayfuse.corpus.shards import (
     DocumentBatch,
     Part,
     batch_documents,
     build_rows,
 )
-from rayfuse.recipe import DocumentsSettings
-from rayfuse.tokens import TextTokenizer, build_tokenizer
+from rayfuse.models.tokenizer import TextTokenizer, build_tokenizer
+from rayfuse.run.inputs import InputFile, list_inputs
 from tests.fakes import byte_level_tokenizer, sentencepiece_tokenizer
 
 TOKENIZERS = [

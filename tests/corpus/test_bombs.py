@@ -163,7 +163,7 @@ def test_fault_34_nested_columns_are_no_text_and_no_names(tmp_path):
 
 
 def test_fault_34_pages_are_as_large_as_their_headers_say(tmp_path):
-    from rayfuse.corpus.pages import find_largest_page
+    from rayfuse.corpus.parquet_guard import find_largest_page
 
     for version in ("1.0", "2.0"):
         path = tmp_path / f"{version}.parquet"

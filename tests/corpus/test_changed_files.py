@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from rayfuse.corpus.documents import read_documents
-from rayfuse.corpus.inputs import InputFile
+from rayfuse.run.inputs import InputFile
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import LocalStore
 from tests.corpus.files import (
@@ -81,9 +81,10 @@ def test_fault_33_a_file_that_changes_while_it_is_read_stops_the_run(change, tmp
 
 
 def test_fault_33_no_shard_of_a_file_that_changed_is_committed(tmp_path, monkeypatch):
+    from rayfuse.config.corpus import CorpusSettings
+    from rayfuse.config.models import ModelSettings
     from rayfuse.corpus import stage
-    from rayfuse.kept_rows import Rows
-    from rayfuse.recipe import CorpusSettings, ModelSettings
+    from rayfuse.run.segmentation import Rows
 
     monkeypatch.setattr(stage, "load_recipe_tokenizer", lambda model: TOKENIZERS[0])
     path = write_lines(tmp_path / "d.jsonl", good_lines() * 1000)

@@ -3,11 +3,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayfuse.corpus.cut import cut_document, find_fault, is_held_out
 from rayfuse.corpus.documents import Document
 from rayfuse.corpus.shards import Part, batch_documents, build_rows
-from rayfuse.schema import flatten_column
-from rayfuse.tokens import build_tokenizer
+from rayfuse.corpus.split import cut_document, find_fault, is_held_out
+from rayfuse.models.tokenizer import build_tokenizer
+from rayfuse.storage.codec import flatten_column
 from tests.fakes import SAMPLE, byte_level_tokenizer, sentencepiece_tokenizer
 
 TOKENIZERS = [

@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from rayfuse.config.corpus import DocumentsSettings
 from rayfuse.corpus.documents import Document, read_documents
-from rayfuse.corpus.inputs import list_inputs
-from rayfuse.recipe import DocumentsSettings
+from rayfuse.run.inputs import list_inputs
 
 RECORDS = [{"id": "a", "domain": "x", "text": "eins"}, {"id": "b", "text": "zwei\n"}]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()

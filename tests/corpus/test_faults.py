@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayfuse.corpus.cut import cut_document, find_fault
 from rayfuse.corpus.documents import MOST_NAME_CHARS, Document, read_documents
 from rayfuse.corpus.shards import (
     batch_documents,
@@ -23,10 +22,11 @@ from rayfuse.corpus.shards import (
     group_inputs,
     has_one_shard,
 )
-from rayfuse.schema import flatten_column
+from rayfuse.corpus.split import cut_document, find_fault
+from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
+from rayfuse.storage.codec import flatten_column
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import LocalStore
-from rayfuse.tokens import TextTokenizer, load_tokenizer
 from tests.align.test_families import LOSSY
 from tests.corpus.files import (
     GOOD,

@@ -6,15 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rayfuse.config.load import read_recipe
 from rayfuse.demo.arithmetic import write_sheets
 from rayfuse.demo.recipe_text import render_recipe
 from rayfuse.demo.specs import CONTEXT_TOKENS, SOURCES, TARGET, ModelSpec
 from rayfuse.demo.text import Document, split_docstrings
 from rayfuse.demo.tiny_models import draw_rows, pretrain
 from rayfuse.demo.tiny_tokenizers import save_tokenizer, train_tokenizer
-from rayfuse.models import load_causal_lm
-from rayfuse.recipe import read_recipe
-from rayfuse.tokens import TextTokenizer, load_tokenizer
+from rayfuse.models.causal_lm import load_causal_lm
+from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
 
 SPECS = (*SOURCES, TARGET)
 BY_NAME = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)

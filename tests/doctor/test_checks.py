@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from rayfuse.config.load import parse_recipe, read_recipe
+from rayfuse.config.models import ModelSettings
+from rayfuse.config.recipe import Recipe
 from rayfuse.doctor.checks import (
     ClusterFacts,
     Finding,
@@ -19,7 +22,6 @@ from rayfuse.doctor.checks import (
     list_findings,
 )
 from rayfuse.doctor.facts import NodeFacts, Questions, collect_facts, list_listeners
-from rayfuse.recipe import ModelSettings, Recipe, parse_recipe, read_recipe
 from rayfuse.storage.store import open_store
 from tests.fakes import save_model
 from tests.s3 import Rule
@@ -310,7 +312,7 @@ def test_workers_that_must_be_on_one_node_or_on_many(good):
 
 
 def test_the_autoscalers_settings_are_read_from_the_process_that_has_them(tmp_path):
-    from rayfuse.autoscaler import find_autoscaling_config, read_node_kinds
+    from rayfuse.runtime.autoscaler import find_autoscaling_config, read_node_kinds
 
     file = tmp_path / "cluster.yaml"
     file.write_text(
@@ -337,7 +339,7 @@ available_node_types:
 
 @pytest.mark.parametrize("file", ["aws.yaml", "gcp.yaml"])
 def test_the_clusters_that_come_with_rayfuse_can_run_a_recipe_that_says_what_it_needs(file):
-    from rayfuse.autoscaler import read_node_kinds
+    from rayfuse.runtime.autoscaler import read_node_kinds
 
     root = Path(__file__).parents[2]
     kinds = read_node_kinds((root / "cluster" / file).read_text())

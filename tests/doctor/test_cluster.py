@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from rayfuse.config.load import parse_recipe
+from rayfuse.config.recipe import Recipe
 from rayfuse.doctor.command import examine
-from rayfuse.recipe import Recipe, parse_recipe
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 
 pytestmark = pytest.mark.ray

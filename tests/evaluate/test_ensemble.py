@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rayfuse.config.models import ModelSettings
+from rayfuse.evaluate.bits_per_byte import load_scored_model, score_rows, score_tokens
 from rayfuse.evaluate.ensemble import TokenCosts, average_sources, find_joint_ends
-from rayfuse.evaluate.scoring import load_scored_model, score_rows, score_tokens
-from rayfuse.models import CausalLM
-from rayfuse.recipe import ModelSettings
-from rayfuse.tokens import TextTokenizer, load_tokenizer
+from rayfuse.models.causal_lm import CausalLM
+from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
 from tests.fakes import byte_level_tokenizer, save_model, save_tokenizer, sentencepiece_tokenizer
 
 Model = tuple[CausalLM, TextTokenizer]

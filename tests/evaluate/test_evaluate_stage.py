@@ -13,29 +13,26 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rayfuse.evaluate.ensemble import TokenCosts, average_sources
-from rayfuse.evaluate.held_model import ScoreTask, copy_folder, hold_model
-from rayfuse.evaluate.scores import bits_per_byte, sum_documents
-from rayfuse.evaluate.scoring import (
+from rayfuse.config.evaluate import EvaluateSettings, TasksSettings
+from rayfuse.config.load import parse_recipe
+from rayfuse.config.models import ModelSettings
+from rayfuse.config.recipe import Recipe
+from rayfuse.evaluate.bits_per_byte import (
     load_scored_model,
     score_documents,
     score_rows,
     score_tokens,
 )
+from rayfuse.evaluate.ensemble import TokenCosts, average_sources
+from rayfuse.evaluate.model_loading import ScoreTask, copy_folder, hold_model
+from rayfuse.evaluate.scores import bits_per_byte, sum_documents
 from rayfuse.evaluate.stage import _resource_options, evaluate_models, group_shards
 from rayfuse.evaluate.task_scores import parse_task_score
-from rayfuse.kept_rows import Rows
-from rayfuse.layout import Layout, Merge, TrainRun
-from rayfuse.recipe import (
-    EvaluateSettings,
-    ModelSettings,
-    Recipe,
-    TasksSettings,
-    parse_recipe,
-)
+from rayfuse.models.tokenizer import load_tokenizer
+from rayfuse.run.layout import Layout, Merge, TrainRun
+from rayfuse.run.segmentation import Rows
 from rayfuse.storage.dataset import Commit, DataSet
 from rayfuse.storage.store import LocalStore, open_store
-from rayfuse.tokens import load_tokenizer
 from tests.evaluate.test_tasks import make_tasks
 
 KILLS = 4

@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rayfuse.evaluate.merge_weights import average_weights
-from rayfuse.evaluate.scoring import load_scored_model
-from rayfuse.layout import Layout, plan_layout
-from rayfuse.model_files import ModelFiles, find_difference
-from rayfuse.recipe import ModelSettings, parse_recipe
-from rayfuse.tokens import load_tokenizer
+from rayfuse.config.load import parse_recipe
+from rayfuse.config.models import ModelSettings
+from rayfuse.evaluate.bits_per_byte import load_scored_model
+from rayfuse.evaluate.merged_weights import average_weights
+from rayfuse.models.files import ModelFiles, find_difference
+from rayfuse.models.tokenizer import load_tokenizer
+from rayfuse.run.layout import Layout, plan_layout
 from tests.fakes import byte_level_tokenizer, save_model, save_tokenizer
 
 

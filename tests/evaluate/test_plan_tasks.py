@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from rayfuse.layout import Layout, plan_layout
+from rayfuse.config.load import parse_recipe
+from rayfuse.config.recipe import Recipe
 from rayfuse.pipeline import is_stage_done, prepare_run
-from rayfuse.recipe import Recipe, parse_recipe
+from rayfuse.run.layout import Layout, plan_layout
 from tests.evaluate.test_merge_weights import make_model
 from tests.evaluate.test_tasks import make_tasks
 

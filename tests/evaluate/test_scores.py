@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from rayfuse.config.models import RESERVED_NAMES
 from rayfuse.evaluate.scores import (
     OWN_ROLES,
     Difference,
@@ -18,7 +19,6 @@ from rayfuse.evaluate.scores import (
     parse_evaluation,
     sum_documents,
 )
-from rayfuse.recipe import RESERVED_NAMES
 
 LN2 = math.log(2)
 

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pytest
 import torch
 
+from rayfuse.config.models import ModelSettings
+from rayfuse.evaluate.bits_per_byte import load_scored_model, score_documents, score_rows
 from rayfuse.evaluate.scores import DocumentScore
-from rayfuse.evaluate.scoring import load_scored_model, score_documents, score_rows
-from rayfuse.models import CausalLM
-from rayfuse.recipe import ModelSettings
-from rayfuse.tokens import TextTokenizer, load_tokenizer
+from rayfuse.models.causal_lm import CausalLM
+from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="module")

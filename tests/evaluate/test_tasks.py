@@ -11,12 +11,14 @@ import torch
 from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM
 
-from rayfuse.evaluate.scoring import load_scored_model
-from rayfuse.evaluate.tasks import ask_tasks, check_tasks, describe_tasks, open_manager
-from rayfuse.evaluate.text_lm import EnsembleLM, TextLM
-from rayfuse.overrides import RecipeError
-from rayfuse.recipe import EvaluateSettings, ModelSettings, TasksSettings, parse_recipe
-from rayfuse.tokens import load_tokenizer
+from rayfuse.config.evaluate import EvaluateSettings, TasksSettings
+from rayfuse.config.load import parse_recipe
+from rayfuse.config.models import ModelSettings
+from rayfuse.config.overrides import RecipeError
+from rayfuse.evaluate.bits_per_byte import load_scored_model
+from rayfuse.evaluate.lm_eval_model import EnsembleLM, TextLM
+from rayfuse.evaluate.lm_eval_tasks import ask_tasks, check_tasks, describe_tasks, open_manager
+from rayfuse.models.tokenizer import load_tokenizer
 
 LOCAL = Path(__file__).parents[2] / "recipes" / "tasks"
 ITEMS = [

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from rayfuse.config.fuse import FuseSettings
 from rayfuse.fuse.costs import cost_of_documents, cost_of_positions, cost_of_rows
-from rayfuse.recipe import FuseSettings
 
 NATS_PER_BYTE = np.array([1.0, 2.0, 0.5, 4.0, 0.0], dtype=np.float16)
 NUM_BYTES = np.array([2, 1, 4, 1, 0])

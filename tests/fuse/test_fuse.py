@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayfuse.fuse.fuse import AlignedRow, FusedRow, fuse_row
-from rayfuse.recipe import FuseSettings
+from rayfuse.config.fuse import FuseSettings
+from rayfuse.fuse.rules import AlignedRow, FusedRow, fuse_row
 
 MIN_CE, AVG_CE = FuseSettings(method="min_ce"), FuseSettings(method="avg_ce")
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from rayfuse.fuse.noise import is_noise
-from rayfuse.recipe import FuseSettings
+from rayfuse.config.fuse import FuseSettings
+from rayfuse.fuse.source_filter import is_noise
 from rayfuse.storage.dataset import Commit
 from tests.train.data import open_reader, write_data
 

@@ -8,21 +8,22 @@ import pyarrow as pa
 import pytest
 
 from benchmarks.synthetic import make_captured, make_corpus
-from rayfuse.align.boundaries import place_tokens, spell_vocabulary
 from rayfuse.align.distributions import TopEntries, map_entries, merge_entries
 from rayfuse.align.edit_distance import match_by_edit_distance
 from rayfuse.align.matches import match_positions
 from rayfuse.align.shard import Alignment, align_shard
+from rayfuse.align.token_spans import place_tokens, spell_vocabulary
 from rayfuse.align.vocab_map import PLAIN, build_maps, map_to_nearest, map_vocabulary
+from rayfuse.config.fuse import FuseSettings
+from rayfuse.config.load import parse_recipe
+from rayfuse.config.overrides import RecipeError
 from rayfuse.fuse.costs import cost_of_rows
-from rayfuse.fuse.fuse import fuse_row
-from rayfuse.overrides import RecipeError
-from rayfuse.recipe import FuseSettings, parse_recipe
-from rayfuse.schema import decode_probs, flatten_column
+from rayfuse.fuse.reader import ShardReader
+from rayfuse.fuse.rules import fuse_row
+from rayfuse.models.tokenizer import TextTokenizer, build_tokenizer
+from rayfuse.storage.codec import decode_probs, flatten_column
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import open_store
-from rayfuse.tokens import TextTokenizer, build_tokenizer
-from rayfuse.train.shards import ShardReader
 from tests.fakes import SAMPLE, byte_level_tokenizer, sentencepiece_tokenizer
 from tests.fuse.test_fuse import random_source
 

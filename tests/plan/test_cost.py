@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from rayfuse.overrides import RecipeError
+from rayfuse.config.overrides import RecipeError
+from rayfuse.config.plan import PlanSettings, SizeSettings
 from rayfuse.plan.cost import Plan, make_plan
+from rayfuse.plan.estimate import count_steps
 from rayfuse.plan.examples import EXAMPLES, read_example
-from rayfuse.plan.lines import count_steps
+from rayfuse.plan.inputs import Setup, read_setup
 from rayfuse.plan.memory import GIB
-from rayfuse.plan.settings import PlanSettings, SizeSettings
-from rayfuse.plan.setup import Setup, read_setup
+from rayfuse.plan.model_size import size_from_config, size_from_settings
 from rayfuse.plan.show import list_assumptions
-from rayfuse.plan.sizes import size_from_config, size_from_settings
 from rayfuse.plan.work import Work
 
 

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pytest
 import yaml
 
+from rayfuse.config.load import parse_recipe, read_recipe
+from rayfuse.config.recipe import Recipe
 from rayfuse.plan.cost import make_plan
-from rayfuse.plan.setup import read_setup
-from rayfuse.recipe import Recipe, parse_recipe, read_recipe
+from rayfuse.plan.inputs import read_setup
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 from tests.fakes import sentencepiece_tokenizer as sentencepiece
 
@@ -127,8 +128,8 @@ def test_models_and_documents_that_are_not_there_are_told_and_their_sizes_taken_
 
 
 def test_what_is_done_is_counted_and_takes_the_place_of_guesses(root, tmp_path):
-    from rayfuse.layout import plan_layout
-    from rayfuse.plan.setup import sample_rows
+    from rayfuse.plan.inputs import sample_rows
+    from rayfuse.run.layout import plan_layout
 
     recipe = recipe_of(root, tmp_path)
     layout = plan_layout(recipe)

@@ -5,7 +5,11 @@ import time
 
 import pytest
 
+from rayfuse.config.load import parse_recipe
+from rayfuse.config.plan import GPU_KINDS
+from rayfuse.config.recipe import dump_recipe
 from rayfuse.plan.cost import make_plan
+from rayfuse.plan.inputs import read_setup
 from rayfuse.plan.measure import (
     Probe,
     find_kind,
@@ -15,9 +19,6 @@ from rayfuse.plan.measure import (
     share_of_peak,
 )
 from rayfuse.plan.probe import PROBED_TRAINING, Measured, Request, measure_rate
-from rayfuse.plan.settings import GPU_KINDS
-from rayfuse.plan.setup import read_setup
-from rayfuse.recipe import dump_recipe, parse_recipe
 from tests.plan.test_plan import rayfuse, recipe_of, root, values_of
 
 __all__ = ["root"]  # the fixture

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from rayfuse.align.task import align_committed, plan_task
-from rayfuse.capture.engine import load_recipe_engine
+from rayfuse.capture.engines.transformers_engine import load_recipe_engine
 from rayfuse.capture.shard import ShardCapturer
-from rayfuse.layout import Layout, plan_layout
-from rayfuse.model_files import load_recipe_tokenizer
-from rayfuse.plan.lines import (
+from rayfuse.config.load import parse_recipe
+from rayfuse.config.recipe import Recipe
+from rayfuse.models.files import load_recipe_tokenizer
+from rayfuse.plan.estimate import (
     ALIGN_SHARD,
     CAPTURE_SHARD,
     CORPUS_SHARD,
@@ -20,10 +21,10 @@ from rayfuse.plan.lines import (
     count_readers,
 )
 from rayfuse.plan.work import Requests
-from rayfuse.recipe import Recipe, parse_recipe
+from rayfuse.run.layout import Layout, plan_layout
 from rayfuse.storage.dataset import list_missing
 from rayfuse.storage.store import open_store
-from rayfuse.train.feed import Packing, Plan, iterate_steps
+from rayfuse.train.batches import Packing, Plan, iterate_steps
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 from tests.s3 import FaultProxy
 from tests.train.data import open_reader, write_data

@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from rayfuse.plan.lines import train_passes
-from rayfuse.plan.sizes import size_from_config
-from rayfuse.train.settings import TrainSettings
+from rayfuse.config.train import TrainSettings
+from rayfuse.plan.estimate import train_passes
+from rayfuse.plan.model_size import size_from_config
 from tests.fakes import tiny_config
 
 ROWS, TOKENS, WIDTH = 2, 96, 64

@@ -6,13 +6,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from rayfuse.config.load import parse_recipe
+from rayfuse.config.recipe import Recipe
 from rayfuse.evaluate.scores import DocumentScore, Evaluation, compare, find_role
 from rayfuse.evaluate.task_scores import SubtaskScore, TaskScore, compare_tasks
-from rayfuse.kept_rows import Rows
-from rayfuse.layout import Layout, Merge, TrainRun
-from rayfuse.recipe import Recipe, parse_recipe
 from rayfuse.report.gather import Curve, Findings, SourceSignal, SourceWins, StageCount
 from rayfuse.report.timeline import Spell
+from rayfuse.run.layout import Layout, Merge, TrainRun
+from rayfuse.run.segmentation import Rows
 from rayfuse.schema import ALIGNED, CORPUS
 from rayfuse.storage.dataset import DataSet, Reject
 from rayfuse.storage.store import open_store

@@ -5,8 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rayfuse.layout import Layout
-from rayfuse.recipe import Recipe
+from rayfuse.config.recipe import Recipe
 from rayfuse.report import gather
 from rayfuse.report.gather import (
     SourceWins,
@@ -17,6 +16,7 @@ from rayfuse.report.gather import (
     read_curve,
     read_evaluations,
 )
+from rayfuse.run.layout import Layout
 from tests.report.conftest import make_aligned, make_data
 
 

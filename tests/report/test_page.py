@@ -4,7 +4,8 @@ import re
 
 import yaml
 
-from rayfuse.recipe import Recipe, dump_recipe, parse_recipe
+from rayfuse.config.load import parse_recipe
+from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.report.gather import Findings
 from rayfuse.report.model_card import build_model_card
 from rayfuse.report.page import build_page, say_seconds

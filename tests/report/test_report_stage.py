@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rayfuse.layout import Layout
-from rayfuse.recipe import Recipe
+from rayfuse.config.recipe import Recipe
 from rayfuse.report.stage import is_report_current, write_report
+from rayfuse.run.layout import Layout
 
 
 def test_a_report_is_current_once_written_and_until_a_result_changes(

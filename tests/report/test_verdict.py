@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from rayfuse.evaluate.scores import Difference
-from rayfuse.layout import Merge
 from rayfuse.report.gather import Findings
 from rayfuse.report.verdict import NO_BASELINE, join_names, judge, note_tasks, sign
+from rayfuse.run.layout import Merge
 from tests.report.conftest import HOSTILE
 
 BETTER = Difference(-0.02, -0.03, -0.01, 50)

@@ -11,7 +11,7 @@ import pytest
 
 from rayfuse.schema import CORPUS
 from rayfuse.storage.dataset import DataSet, Reject, ShardError, fingerprint_of
-from rayfuse.storage.encoding import encode_table
+from rayfuse.storage.parquet import encode_table
 from rayfuse.storage.store import LocalStore, Store, check_store, open_store
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from rayfuse.recipe import FuseSettings
-from rayfuse.schema import ALIGNED, CORPUS, encode_probs
+from rayfuse.config.fuse import FuseSettings
+from rayfuse.fuse.reader import ShardReader
+from rayfuse.schema import ALIGNED, CORPUS
+from rayfuse.storage.codec import encode_probs
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import LocalStore
-from rayfuse.train.shards import ShardReader
 
 VOCAB, ENTRIES = 61, 3
 

@@ -10,7 +10,7 @@ import pytest
 
 from rayfuse.storage.store import LocalStore
 from rayfuse.train.checkpoint import Checkpoints, Record, name_checkpoint
-from rayfuse.train.peers import Peers
+from rayfuse.train.process_group import Peers
 from rayfuse.train.resume import fetch_newest
 
 

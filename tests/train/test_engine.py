@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
-from rayfuse.models import LogitTransform, split_head
-from rayfuse.train.engine import FusionModel, build_engine, save_model
-from rayfuse.train.feed import Packing, Step, build_micro_batches
+from rayfuse.config.train import LoraSettings, TrainSettings
+from rayfuse.models.causal_lm import LogitTransform, split_head
+from rayfuse.train.batches import Packing, Step, build_micro_batches
 from rayfuse.train.loop import Objective, StepMetrics, measure_bits_per_byte, train_steps
-from rayfuse.train.measures import Meter
-from rayfuse.train.settings import LoraSettings, TrainSettings
+from rayfuse.train.model import FusionModel, build_engine, save_model
+from rayfuse.train.throughput import Meter
 from tests.fakes import tiny_config
 from tests.train.test_feed import VOCAB, random_rows
 

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from rayfuse.fuse.fuse import FusedRow
-from rayfuse.models import keeps_rows_apart, split_head
-from rayfuse.train.engine import FusionModel
-from rayfuse.train.feed import Packing, build_micro_batches, empty_micro_batch, pack_rows
+from rayfuse.config.train import TrainSettings
+from rayfuse.fuse.reader import Rows, join_rows
+from rayfuse.fuse.rules import FusedRow
+from rayfuse.models.causal_lm import keeps_rows_apart, split_head
+from rayfuse.train.batches import Packing, build_micro_batches, empty_micro_batch, pack_rows
 from rayfuse.train.loss import LossWeights
-from rayfuse.train.settings import TrainSettings
-from rayfuse.train.shards import Rows, join_rows
+from rayfuse.train.model import FusionModel
 from tests.fakes import tiny_config
 
 VOCAB, ENTRIES = 61, 3

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from rayfuse.layout import plan_layout
-from rayfuse.recipe import Recipe
-from rayfuse.train.settings import TrainSettings
-from tests.test_kept_rows import folder, write_recipe
+from rayfuse.config.recipe import Recipe
+from rayfuse.config.train import TrainSettings
+from rayfuse.run.layout import plan_layout
+from tests.run.test_segmentation import folder, write_recipe
 
 __all__ = ["folder"]  # a fixture
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from rayfuse.storage import lease as hold_module
+from rayfuse.storage.lease import BEAT_SECONDS, STALE_SECONDS, Hold
 from rayfuse.storage.store import LocalStore
-from rayfuse.train import hold as hold_module
-from rayfuse.train.hold import BEAT_SECONDS, STALE_SECONDS, Hold
 
 NAME = "train/fused-x/held.json"
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from rayfuse.fuse.fuse import FusedRow, give_tail_to
-from rayfuse.models import CausalLM, LogitTransform
+from rayfuse.config.train import TrainSettings
+from rayfuse.fuse.rules import FusedRow, give_tail_to
+from rayfuse.models.causal_lm import CausalLM, LogitTransform
 from rayfuse.train.loss import HeadLoss, LossTargets, LossWeights
-from rayfuse.train.settings import TrainSettings
 
 POSITIONS, WIDTH, VOCAB, ENTRIES, SOURCES = 11, 6, 13, 4, 3
 DIVERGENCES = ["forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl"]

@@ -4,9 +4,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from rayfuse.train.engine import learning_rate_share
+from rayfuse.config.train import Ramp, TrainSettings, value_at
+from rayfuse.train.model import learning_rate_share
 from rayfuse.train.order import LANES, count_steps, draw_rows, order_rows
-from rayfuse.train.settings import Ramp, TrainSettings, value_at
 
 SHARDS = [5, 0, 7, 3] * 6
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rayfuse.fuse.fuse import AlignedRow, choose_cheapest, fuse_row
-from rayfuse.recipe import FuseSettings
-from rayfuse.schema import encode_probs
-from rayfuse.train.shards import OpenShard, OpenSource
+from rayfuse.config.fuse import FuseSettings
+from rayfuse.fuse.reader import OpenShard, OpenSource
+from rayfuse.fuse.rules import AlignedRow, choose_cheapest, fuse_row
+from rayfuse.storage.codec import encode_probs
 
 TOKENS, LENGTHS = 60, (7, 20, 1, 32)
 

@@ -5,9 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from rayfuse.recipe import FuseSettings
+from rayfuse.config.fuse import FuseSettings
 from rayfuse.storage.dataset import DataSet
-from rayfuse.train.feed import Packing, Plan, Step, iterate_steps
+from rayfuse.train.batches import Packing, Plan, Step, iterate_steps
 from rayfuse.train.stage import check_data
 from tests.train.data import open_reader, write_data
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from rayfuse.layout import TrainRun
-from rayfuse.recipe import Recipe, parse_recipe
+from rayfuse.config.load import parse_recipe
+from rayfuse.config.recipe import Recipe
+from rayfuse.run.layout import TrainRun
 from rayfuse.storage.store import LocalStore
 from rayfuse.train import trackers as trackers_module
 from rayfuse.train.trackers import Trackers, check_trackers

@@ -2,8 +2,8 @@
 
 import pytest
 
-from rayfuse.progress import RunState
 from rayfuse.storage.dataset import ShardError
+from rayfuse.train.monitor import RunState
 from rayfuse.train.stage import Watch
 
 

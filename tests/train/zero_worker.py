@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from rayfuse.fuse.fuse import FusedRow
-from rayfuse.models import split_head
+from rayfuse.config.train import TrainSettings
+from rayfuse.fuse.reader import Rows, join_rows
+from rayfuse.fuse.rules import FusedRow
+from rayfuse.models.causal_lm import split_head
 from rayfuse.train import engine as engine_module
+from rayfuse.train.batches import Packing, Step, build_micro_batches
 from rayfuse.train.checkpoint import Record
-from rayfuse.train.engine import FusionModel, build_engine, save_model
-from rayfuse.train.feed import Packing, Step, build_micro_batches
 from rayfuse.train.loop import Objective, StepMetrics, train_steps
+from rayfuse.train.model import FusionModel, build_engine, save_model
 from rayfuse.train.resume import TAG, Found, convert_checkpoint, has_parts
-from rayfuse.train.settings import TrainSettings
-from rayfuse.train.shards import Rows, join_rows
 from tests.fakes import tiny_config
 
 VOCAB, STEPS, ROWS, CHECKPOINT = 97, 4, 8, 2

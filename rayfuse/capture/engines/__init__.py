@@ -1,0 +1,1 @@
+"""What runs a source LLM: one file per engine."""

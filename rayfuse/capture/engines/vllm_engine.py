@@ -1,0 +1,142 @@
+"""A source LLM in vLLM: for models that do not fit one GPU. Imported only when it is asked for."""
+
+import os
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from rayfuse.capture.engines.transformers_engine import (
+    Failure,
+    MemoryShortError,
+    TokenRows,
+    score_in_windows,
+)
+from rayfuse.capture.top_k import LEAST_TAIL, TopLogprobs
+from rayfuse.config.capture import CaptureSettings
+from rayfuse.config.models import SourceSettings
+from rayfuse.models.files import load_recipe_tokenizer, read_model_files
+
+MEMORY_SHARE = 0.85
+"""Of an actor's share of its GPU: vLLM takes it at once, and the logits of a prompt need more."""
+
+MOST_SEQUENCES = 1024
+
+
+class VllmEngine:
+    """A model in vLLM, on all GPUs of its actor."""
+
+    def __init__(self, source: SourceSettings, settings: CaptureSettings) -> None:
+        # In this process: what vLLM computes comes as it is, and ends when the actor does.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        import vllm  # pyright: ignore[reportMissingImports]
+
+        gpus = source.gpus or 0.0
+        self.batch_tokens, self.top_k = settings.batch_tokens, settings.kept_entries
+        llm = vllm.LLM(
+            model=source.model,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            dtype=source.dtype,
+            load_format="safetensors",
+            skip_tokenizer_init=True,
+            tensor_parallel_size=max(int(gpus), 1),
+            distributed_executor_backend="mp" if gpus > 1 else "uni",
+            gpu_memory_utilization=MEMORY_SHARE * (min(gpus, 1.0) or 1.0),
+            enforce_eager=gpus == 0,
+            enable_prefix_caching=False,
+            max_num_batched_tokens=self.batch_tokens,
+            max_num_seqs=min(self.batch_tokens, MOST_SEQUENCES),
+            max_logprobs=self.top_k,
+        )
+        self.engine: Any = llm.llm_engine
+        # A prompt leaves room for the one token that vLLM insists to say.
+        self.context_tokens = int(self.engine.model_config.max_model_len) - 1
+        self.wanted = vllm.SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            logprobs=self.top_k,
+            prompt_logprobs=self.top_k,
+            detokenize=False,
+        )
+        head_width = read_model_files(source.model, source.revision).head_width
+        known = load_recipe_tokenizer(source).known_ids()
+        unknown_ids = np.setdiff1d(np.arange(head_width), known.nonzero()[0]).tolist()
+        llm.apply_model(partial(_mask_ids, unknown_ids=unknown_ids))
+
+    def score_rows(self, rows: TokenRows) -> list[TopLogprobs | Failure]:
+        """Return each row's record, in the order of the rows.
+
+        A row longer than the model takes is scored in windows.
+
+        Raises:
+            MemoryShortError: A batch does not fit the memory.
+        """
+        try:
+            return score_in_windows(rows, self.context_tokens, self._score_windows)
+        except torch.OutOfMemoryError as error:
+            raise MemoryShortError(
+                f"vllm is out of memory ({error}); lower batch_tokens ({self.batch_tokens}), then "
+                "run the same command again"
+            ) from error
+
+    def _score_windows(self, rows: TokenRows) -> list[TopLogprobs | Failure]:
+        """Return the records of rows that the model takes.
+
+        The engine's core is asked: what is around it would make an object of every number.
+        """
+        core, tasks = self.engine.engine_core, self.engine.get_supported_tasks()
+        for index, row in enumerate(rows):
+            request = self.engine.input_processor.process_inputs(
+                str(index),
+                {"type": "token", "prompt_token_ids": row.tolist()},
+                self.wanted,
+                supported_tasks=tasks,
+            )
+            core.add_request(request)
+        records: dict[int, TopLogprobs | Failure] = {}
+        prompts: dict[str, Any] = {}
+        while len(records) < len(rows):
+            for output in core.get_output().outputs:
+                prompts.setdefault(output.request_id, output.new_prompt_logprobs_tensors)
+                if output.finished:
+                    prompt = prompts.pop(output.request_id)
+                    records[int(output.request_id)] = _join_record(prompt, output.new_logprobs)
+        return [records[index] for index in range(len(rows))]
+
+
+def _mask_ids(model: Any, unknown_ids: list[int]) -> None:
+    """Make a model say -inf for ids that its tokenizer lacks, before anything is normalised."""
+    compute_logits: Any = model.compute_logits
+
+    def compute_known(hidden: torch.Tensor) -> torch.Tensor | None:
+        logits = compute_logits(hidden)
+        if logits is not None:  # of several GPUs, one has them
+            logits[:, unknown_ids] = -torch.inf
+        return logits
+
+    model.compute_logits = compute_known
+
+
+def _join_record(prompt: Any, last: Any) -> TopLogprobs:
+    """Return a row's record from what vLLM says of its tokens, and of what comes behind the last.
+
+    Both hold at each position the token that comes next, or was drawn, and then the likeliest.
+    """
+    ids: Int[np.ndarray, "seq_len top_k_plus_1"] = last.logprob_token_ids
+    logprobs: Float[np.ndarray, "seq_len top_k_plus_1"] = last.logprobs
+    if prompt is not None:  # a row of one token has no next
+        ids = np.concatenate([prompt.logprob_token_ids.cpu().numpy(), ids])
+        logprobs = np.concatenate([prompt.logprobs.cpu().numpy(), logprobs])
+    top = logprobs[:, 1:].astype(np.float32)
+    following = logprobs[:, 0].astype(np.float32)
+    following[-1] = 0.0
+    tail = np.log(np.maximum(1 - np.exp(top.astype(np.float64)).sum(axis=1), LEAST_TAIL))
+    return TopLogprobs(
+        top_ids=np.where(top == -np.inf, -1, ids[:, 1:]).astype(np.int32),
+        top_logprobs=top,
+        tail_logprobs=tail.astype(np.float32),
+        next_logprobs=following,
+    )

@@ -1,0 +1,52 @@
+"""How each source is run over the corpus."""
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    Field,
+    PositiveInt,
+    model_validator,
+)
+
+from rayfuse.config.base import Settings, Share
+
+MOST_ENTRIES = 255
+"""At a position: what alignment has ranks for."""
+
+
+class CaptureSettings(Settings):
+    """How each source LLM is run over the corpus."""
+
+    signal: Literal["top_k", "sampled", "top_k_and_sampled_tail"] = "top_k"
+    """What is kept of each distribution. `top_k`: the likeliest tokens and the mass outside them.
+    `sampled`: random draws from all of it. `top_k_and_sampled_tail`: the likeliest tokens, and
+    draws from the rest. Draws are right on average, whatever the target thinks of the tail."""
+    top_k: Annotated[int, Field(ge=1, le=MOST_ENTRIES)] = 16
+    """Log-probabilities kept per position, 255 at most; the rest becomes one tail mass."""
+    draws: Annotated[int, Field(ge=1, le=128)] = 12
+    """Draws per position, where the signal has any."""
+    batch_tokens: PositiveInt = 16_384
+    """Tokens in one forward pass, padding counted; raise it until the GPU's memory is used."""
+    chunk_positions: PositiveInt = 1024
+    """Positions that the head is applied to at a time: they alone exist as full logits."""
+    max_rejected_share: Share = 0.01
+    """Rows that may be rejected, of a source's rows, before the run stops."""
+
+    @model_validator(mode="after")
+    def _check_entries(self) -> "CaptureSettings":
+        if self.kept_entries + self.num_draws > MOST_ENTRIES:
+            raise ValueError(
+                f"top_k {self.top_k} and draws {self.draws} are more than {MOST_ENTRIES} entries "
+                "of a position; lower one of them"
+            )
+        return self
+
+    @property
+    def kept_entries(self) -> int:
+        """The likeliest tokens kept at each position."""
+        return 0 if self.signal == "sampled" else self.top_k
+
+    @property
+    def num_draws(self) -> int:
+        """The draws made at each position."""
+        return 0 if self.signal == "top_k" else self.draws

@@ -1,0 +1,56 @@
+"""The documents of a run, and how they are split into rows."""
+
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PositiveInt,
+)
+
+from rayfuse.config.base import Settings
+
+
+class DocumentsSettings(Settings):
+    """Where documents lie and how they are read."""
+
+    path: str
+    """A file, a folder, a pattern such as `s3://bucket/*.parquet`, or a data set of the hub."""
+    format: Literal["auto", "jsonl", "parquet", "text", "dataset"] = "auto"
+    """By the file's name, or said: `dataset` is a Hugging Face data set, a folder or a hub id."""
+    text: str = "text"
+    """The field or column that holds the text."""
+    domain: str | None = None
+    """The domain of all these documents; without it, each document's own field `domain`."""
+    split: str = "train"
+    """The split of a Hugging Face data set."""
+
+
+def _list_documents(value: object) -> object:
+    """Let `documents: PATH` and `documents: [PATH, {path: PATH, ...}]` be written short."""
+    items = cast(list[object], value) if isinstance(value, list) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+Documents = Annotated[
+    tuple[DocumentsSettings, ...],
+    BeforeValidator(_list_documents, json_schema_input_type=Any),
+    Field(min_length=1),
+]
+
+
+class CorpusSettings(Settings):
+    """How documents become rows that fit every tokenizer of the recipe."""
+
+    documents: Documents
+    """The text to learn from."""
+    max_tokens: Annotated[int, Field(ge=16)] = 2048
+    """Tokens in a row at most, counted by every tokenizer of the recipe, specials included."""
+    shard_tokens: PositiveInt = 1_000_000
+    """About how many tokens go into one shard, counted as four bytes of text each."""
+    max_document_bytes: PositiveInt = 50_000_000
+    """Documents longer than this are rejected: a dump that lost its line ends, most likely."""
+    recut: bool = False
+    """Cut the documents for the tokenizers of this recipe even where they are cut already, for
+    another. By default they stay as they were first captured: a source or target that comes later
+    may then need more than max_tokens for a row, and what is captured keeps its use."""

@@ -1,0 +1,62 @@
+"""The held-out text and the tasks that models are scored on."""
+
+import re
+from typing import Annotated
+
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+)
+
+from rayfuse.config.base import Settings
+from rayfuse.config.corpus import Documents
+from rayfuse.config.overrides import shorten
+
+TASK_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+class TasksSettings(Settings):
+    """What models are asked besides held-out text, by lm-eval (`pip install rayfuse[tasks]`)."""
+
+    names: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Tasks, groups of tasks or tags: those of `folder`, or lm-eval's own, which come from the hub.
+    A group is one score, the mean of its tasks'."""
+    folder: str | None = None
+    """A folder of task definitions, lm-eval's YAML and the Python beside it, which is run."""
+    data: str | None = None
+    """What the definitions of `folder` are given as `data`: the folder that their sets lie in."""
+    num_fewshot: NonNegativeInt | None = None
+    """Examples before each question; by default as many as each definition says."""
+    limit: PositiveInt | None = None
+    """Questions of each task at most, the first ones; by default all."""
+
+    @field_validator("names")
+    @classmethod
+    def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if not TASK_PATTERN.fullmatch(name):
+                raise ValueError(
+                    f"{shorten(name)} is no task's name; give a folder as tasks.folder"
+                )
+            if names.count(name) > 1:
+                raise ValueError(f"the task {name!r} is there twice")
+        return names
+
+
+class EvaluateSettings(Settings):
+    """The held-out text and how models are scored on it."""
+
+    documents: Documents | None = None
+    """Text that no model here was trained on; by default a share of the corpus is kept back."""
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Share of the corpus' documents that is kept back where `documents` is not given."""
+    batch_tokens: PositiveInt = 16_384
+    """Tokens in one forward pass."""
+    bootstrap_samples: PositiveInt = 2000
+    """Resamples of the documents for the confidence intervals."""
+    tasks: TasksSettings | None = None
+    """Tasks for lm-eval; by default none."""
+    run_generated_code: bool = False
+    """Let tasks run the code that models write (HumanEval, MultiPL-E), in a sandbox."""

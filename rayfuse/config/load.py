@@ -1,0 +1,95 @@
+"""Read a recipe file, apply overrides, and explain what is wrong with it."""
+
+import copy
+import difflib
+import json
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from pydantic import (
+    ValidationError,
+)
+
+from rayfuse.config.base import Settings
+from rayfuse.config.overrides import RecipeError, apply_override, parse_yaml, shorten
+from rayfuse.config.recipe import Recipe
+
+
+def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Return the recipe of a YAML file, with `section.key=value` overrides applied.
+
+    Raises:
+        RecipeError: The file cannot be read, or a setting is unknown or wrong; every fault is
+            listed, with the setting, its value and the remedy.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
+    values = parse_yaml(text, f"the recipe {path}")
+    if not isinstance(values, dict):
+        raise RecipeError(f"the recipe {path} holds no settings; begin with `storage: FOLDER`")
+    return read_values(cast(dict[str, Any], values), overrides or [])
+
+
+def read_values(values: dict[str, Any], overrides: list[str]) -> Recipe:
+    """Return the recipe of plain values, with `section.key=value` overrides applied.
+
+    Raises:
+        RecipeError: As for `read_recipe`.
+    """
+    changed = copy.deepcopy(values)
+    for override in overrides:
+        apply_override(changed, override)
+    return parse_recipe(changed)
+
+
+def parse_recipe(values: dict[str, Any]) -> Recipe:
+    """Return the recipe of plain values.
+
+    Raises:
+        RecipeError: As for `read_recipe`.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(cast(dict[str, Any], fault)) for fault in error.errors()]
+        raise RecipeError("\n".join(lines)) from error
+
+
+def _explain(fault: dict[str, Any]) -> str:
+    """Say one of pydantic's faults as setting, value and remedy."""
+    setting = ".".join(str(part) for part in fault["loc"]) or "the recipe"
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(fault["loc"][:-1])
+        near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{setting} is no setting of rayfuse; {remedy}"
+    if fault["type"] == "missing":
+        return f"{setting} is missing; it has no default, so the recipe must set it"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{setting} is {shorten(fault['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(location: tuple[str | int, ...]) -> list[str]:
+    """List the keys that the settings at a location have, aliases for names."""
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        fields = {field.alias or name: field for name, field in model.model_fields.items()}
+        if part in fields:  # else it is the key of a dictionary
+            model = _settings_within(fields[part].annotation)
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _settings_within(annotation: Any) -> Any:
+    """Find the Settings class inside a tuple, a union or an Annotated."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return annotation
+    found = (_settings_within(inner) for inner in get_args(annotation))
+    return next((model for model in found if model), None)
+
+
+if __name__ == "__main__":
+    print(json.dumps(Recipe.model_json_schema(by_alias=True), indent=2))

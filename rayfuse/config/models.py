@@ -1,0 +1,85 @@
+"""The models of a run: the target and the sources."""
+
+import re
+from typing import Literal
+
+from pydantic import (
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from rayfuse.config.base import Settings
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+RESERVED_NAMES = ("target", "clm", "fused", "ensemble", "merged", "all")
+
+
+class ModelSettings(Settings):
+    """One LLM: a local folder or a hub id."""
+
+    model: str
+    """A folder that `AutoModelForCausalLM.from_pretrained` loads, or a hub id."""
+    revision: str | None = None
+    """The hub commit; write it down for a run that can be repeated."""
+    dtype: DType = "auto"
+    """`auto`: bfloat16 on a GPU, float32 on a CPU; a capture stays in what it was begun in."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models whose code you have read."""
+
+
+class SourceSettings(ModelSettings):
+    """One source LLM and the machines it runs on."""
+
+    name: str
+    """What the source is called in folders and tables."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """What runs the model. `vllm`, an extra of its own, spreads a model over all GPUs of an actor;
+    it gives the likeliest tokens only, no draws."""
+    gpus: NonNegativeFloat | None = None
+    """GPUs of one actor, fractions allowed; by default 1 where a kind is named or the cluster has
+    or may get any, else 0."""
+    accelerator_type: str | None = None
+    """The kind of GPU, as Ray names it: `L4`, `A10G`, `H100`, ..."""
+    cpus: PositiveFloat = 1.0
+    """CPUs of one actor."""
+    min_actors: PositiveInt = 1
+    """Actors that are started at once."""
+    max_actors: PositiveInt | None = None
+    """Actors that the cluster may grow to; by default the source's share of what the cluster has,
+    such that all sources finish together."""
+    batch_tokens: PositiveInt | None = None
+    """Tokens in one forward pass of this source, instead of capture.batch_tokens."""
+    dollars_per_hour: NonNegativeFloat | None = None
+    """What one actor's share of its machine costs; the money spent and left is then shown."""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not NAME_PATTERN.fullmatch(name):
+            raise ValueError("use letters, digits, '.', '_' and '-', a letter or digit first")
+        if name in RESERVED_NAMES:
+            raise ValueError(f"{', '.join(RESERVED_NAMES)} are names rayfuse uses itself")
+        return name
+
+    @model_validator(mode="after")
+    def _check_actors(self) -> "SourceSettings":
+        if self.max_actors is not None and self.max_actors < self.min_actors:
+            raise ValueError(
+                f"max_actors {self.max_actors} is below min_actors {self.min_actors}; raise it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_gpus(self) -> "SourceSettings":
+        gpus = self.gpus or 0.0
+        if gpus > 1 and (self.backend != "vllm" or gpus != int(gpus)):
+            raise ValueError(
+                f"gpus is {self.gpus}; backend transformers uses one GPU or a part of it, backend "
+                "vllm any whole number of them"
+            )
+        return self

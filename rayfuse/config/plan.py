@@ -1,0 +1,172 @@
+"""The assumptions behind `rayfuse plan`: each a setting with its unit, its default and its source.
+
+All are rough until `rayfuse plan --probe` has measured those it can; prices change by the month.
+"""
+
+from typing import Annotated, Any, cast
+
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from rayfuse.config.base import Settings, Share
+
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+
+
+class GpuKind(Settings):
+    """One kind of GPU, as Ray names it."""
+
+    peak_tflops: PositiveFloat
+    """Dense products in 16 bits, in 10^12 operations a second."""
+    memory_gib: PositiveFloat
+    """What a program sees of its memory."""
+    spot_dollars: NonNegativeFloat
+    """A GPU-hour on spot, its share of CPUs and memory included."""
+    on_demand_dollars: NonNegativeFloat
+    """The same on demand."""
+    has_bfloat16: bool = True
+    """It computes in bfloat16, which models use on GPUs unless told otherwise."""
+    forward_share: PositiveShare | None = None
+    """In place of plan.forward_share, where it is known of this kind."""
+    train_share: PositiveShare | None = None
+    """In place of plan.train_share, where it is known of this kind."""
+
+
+GPU_KINDS: dict[str, dict[str, Any]] = {
+    "T4": {
+        "peak_tflops": 65,
+        "memory_gib": 14.6,
+        "spot_dollars": 0.2,
+        "on_demand_dollars": 0.53,
+        "has_bfloat16": False,
+    },
+    "L4": {"peak_tflops": 121, "memory_gib": 22, "spot_dollars": 0.35, "on_demand_dollars": 0.8},
+    "A10G": {"peak_tflops": 70, "memory_gib": 22, "spot_dollars": 0.45, "on_demand_dollars": 1.01},
+    "A100": {"peak_tflops": 312, "memory_gib": 39.4, "spot_dollars": 1.5, "on_demand_dollars": 2.7},
+    "H100": {"peak_tflops": 989, "memory_gib": 79, "spot_dollars": 3.5, "on_demand_dollars": 6.9},
+    "H200": {"peak_tflops": 989, "memory_gib": 139, "spot_dollars": 4.5, "on_demand_dollars": 7.9},
+}
+"""Peaks and memories from the makers' data sheets. Prices: AWS in us-east, the smallest or only
+instance with that GPU divided by its GPUs (g4dn, g6, g5, p4d, p5, p5en), as of mid 2025 and from
+memory: look yours up."""
+
+
+def _fill_kinds(value: object) -> object:
+    """Let `gpus: {H100: {spot_dollars: 2}}` change one figure and keep all others."""
+    if not isinstance(value, dict):
+        return value
+    given = cast(dict[str, Any], value)
+    filled: dict[str, Any] = {}
+    for kind, figures in (GPU_KINDS | given).items():
+        known = GPU_KINDS.get(kind, {})
+        filled[kind] = known | figures if isinstance(figures, dict) else figures
+    return filled
+
+
+GpuKinds = Annotated[
+    dict[str, GpuKind], BeforeValidator(_fill_kinds, json_schema_input_type=dict[str, Any])
+]
+
+
+class SizeSettings(Settings):
+    """What a model's size is, where its files are not at hand or shall not be asked."""
+
+    parameters: PositiveFloat
+    """Weights, those of embedding and head included."""
+    layers: PositiveInt | None = None
+    """By default those of a Llama of this size: (parameters / 196,608) to the power 1/3."""
+    width: PositiveInt | None = None
+    """Of a hidden state; by default 128 a layer, as in Llama."""
+    vocab: PositiveInt = 32_000
+    """Rows of the head."""
+    is_tied: bool = False
+    """Embedding and head are one matrix."""
+    bytes_per_token: PositiveFloat | None = None
+    """Bytes of text in one of its tokens; by default plan.bytes_per_token."""
+
+
+class PlanSettings(Settings):
+    """What `rayfuse plan` takes for granted; nothing here changes what a run computes."""
+
+    tokens: PositiveFloat | None = None
+    """Target tokens of the corpus, in place of what its files' sizes say. tokens."""
+    row_tokens: PositiveFloat | None = None
+    """Mean length of a row, for attention's cost; by default as found in the documents, else
+    corpus.max_tokens. tokens."""
+    models: dict[str, SizeSettings] = Field(default_factory=dict[str, SizeSettings])
+    """Sizes by a source's name or `target`, in place of what the models' files say."""
+    gpus: GpuKinds = Field(default_factory=lambda: {k: GpuKind(**v) for k, v in GPU_KINDS.items()})
+    """Kinds of GPU: what they can do, hold and cost."""
+
+    bytes_per_token: PositiveFloat = 4.0
+    """Text in a token, where documents and tokenizers are not there to be counted. bytes. Source:
+    English in the Llama and GPT-2 vocabularies."""
+    unpacked_ratio: PositiveFloat = 3.0
+    """Text in a byte of a Parquet, gz or zst file. bytes. Source: 50 MB of text in
+    seven domains, 3.2 by gzip."""
+
+    forward_share: PositiveShare = 0.45
+    """Share of a GPU's peak that capture and evaluation reach in the model. Source: assumed, usual
+    for 7B models; `--probe` measures it."""
+    train_share: PositiveShare = 0.35
+    """Share of a GPU's peak that a training step reaches. Source: assumed, usual for 7B models with
+    ZeRO; `--probe` measures it."""
+    pipeline_share: PositiveShare = 0.97
+    """Share of the bare forward loop's speed that capture on Ray keeps. Source:
+    benchmarks/RESULTS.md, 0.968."""
+    fused_step_ratio: PositiveFloat = 1.02
+    """Time of a fused step over that of a plain one. Source: benchmarks/RESULTS.md, 0.98 to
+    1.02."""
+    start_minutes: NonNegativeFloat = 10.0
+    """Until a GPU computes: machine, image, weights. minutes for each GPU. Source: assumed."""
+    spot_lost_share: Share = 0.05
+    """Work on spot that is done again because a machine went away. Source: assumed."""
+
+    corpus_bytes_per_byte: PositiveFloat = 0.9
+    """Stored corpus, text and target tokens, for a byte of text. bytes. Source: six domains of
+    text, gpt2 and phi-3 tokens: 0.91."""
+    captured_bytes_per_token: NonNegativeFloat = 5.0
+    """Captured record but for its entries. bytes. Source: benchmarks/RESULTS.md, 4.9."""
+    captured_bytes_per_entry: PositiveFloat = 1.4
+    """Of one of the top k. bytes. Source: benchmarks/RESULTS.md: at k 10, 16, 32, 64 this is 2 to
+    15 % above the larger of two models but 4 % below it at 64; synthetic text, 128k: up to 2.0."""
+    captured_bytes_per_draw: PositiveFloat = 1.6
+    """Of one draw. bytes. Source: benchmarks/RESULTS.md, 1.1 to 1.8."""
+    aligned_bytes_per_token: NonNegativeFloat = 6.5
+    """Aligned record but for its entries. bytes. Source: stories260k in phi-3's tokens, 6.3."""
+    aligned_bytes_per_entry: PositiveFloat = 1.6
+    """Of one entry. bytes. Source: the same, 1.57."""
+    checkpoint_bytes_per_weight: PositiveFloat = 14.0
+    """A checkpoint: bfloat16 weights, float32 copies and two moments. bytes. Source: DeepSpeed's
+    bfloat16 optimiser."""
+    upload_part_bytes: PositiveFloat = 52_428_800.0
+    """Of a large file, in one request. bytes. Source: s3fs."""
+
+    tokenise_bytes_per_core_second: PositiveFloat = 700_000.0
+    """Text cut into rows, for one tokenizer. bytes. Source: two tokenizers at 350,000, a slow
+    shared core."""
+    align_tokens_per_core_second: PositiveFloat = 1_000_000.0
+    """Target tokens aligned by `bytes` or `exact`. tokens. Source: benchmarks/RESULTS.md, 1.1 to
+    3.0 million."""
+    mapped_tokens_per_core_second: PositiveFloat = 127_000.0
+    """The same by `mined` or `statistics`. tokens. Source: benchmarks/RESULTS.md, `mined`."""
+
+    dollars_per_core_hour: NonNegativeFloat = 0.045
+    """A CPU core, for corpus and alignment. Source: general-purpose machines on demand, rough."""
+    dollars_per_gb_month: NonNegativeFloat = 0.023
+    """10^9 bytes kept a month. Source: S3 standard, us-east, as of mid 2025, from memory."""
+    dollars_per_million_puts: NonNegativeFloat = 5.0
+    """PUT and LIST requests. Source: as above."""
+    dollars_per_million_gets: NonNegativeFloat = 0.4
+    """GET requests. Source: as above."""
+
+    usable_memory_share: PositiveShare = 0.9
+    """Of a GPU's memory, for weights and activations. Source: assumed; the rest is the driver's and
+    lost between blocks."""
+    forward_bytes_per_unit: PositiveFloat = 32.0
+    """Activations of a forward pass, for each token of a batch and unit of width: one layer at a
+    time. bytes. Source: counted for a Llama layer in 16 bits."""
+    train_bytes_per_unit: PositiveFloat = 34.0
+    """Activations of a training step, for each token, layer and unit of width, without the
+    attention matrix. bytes. Source: Korthikanti et al. 2022 (arXiv 2205.05198), equation 1."""
+    optimiser_bytes_per_weight: PositiveFloat = 12.0
+    """float32 copy and two moments of AdamW. bytes. Source: counted."""

@@ -1,0 +1,124 @@
+"""The Recipe: all settings of one run."""
+
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    field_validator,
+    model_validator,
+)
+
+from rayfuse.config.align import AlignSettings
+from rayfuse.config.base import Settings
+from rayfuse.config.capture import CaptureSettings
+from rayfuse.config.corpus import CorpusSettings
+from rayfuse.config.evaluate import EvaluateSettings
+from rayfuse.config.fuse import FuseSettings
+from rayfuse.config.models import ModelSettings, SourceSettings
+from rayfuse.config.plan import PlanSettings
+from rayfuse.config.train import TrainSettings
+
+PAPER: dict[tuple[str, str], Any] = {
+    ("capture", "top_k"): 10,
+    ("align", "method"): "mined",
+    ("fuse", "method"): "min_ce",
+    ("fuse", "unit"): "row",
+    ("fuse", "cost"): "nats_per_token",
+    ("fuse", "tail"): "renormalise",
+    ("train", "lambda"): 0.9,
+}
+"""What `fusion: paper` sets: FuseLLM, arXiv 2401.10491, section 4.1."""
+
+
+class Recipe(Settings):
+    """A whole run."""
+
+    storage: str
+    """The folder or `s3://` prefix that everything is kept under."""
+    storage_patience_seconds: PositiveFloat = 300.0
+    """How long a request to object storage may fail again and again before the run stops."""
+    seed: NonNegativeInt = 0
+    """Of the order in which rows are trained on."""
+    corpus: CorpusSettings
+    target: ModelSettings
+    sources: Annotated[tuple[SourceSettings, ...], Field(min_length=1)]
+    capture: CaptureSettings = CaptureSettings()
+    align: AlignSettings = AlignSettings()
+    fuse: FuseSettings = FuseSettings()
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    plan: PlanSettings = PlanSettings()
+    fusion: Literal["default", "paper"] = "default"
+    """`paper` sets what FuseLLM's own experiments had: capture.top_k 10, align.method mined,
+    fuse.cost nats_per_token, fuse.tail renormalise, train.lambda 0.9, one choice per row."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        filled = dict(cast(dict[str, Any], values))
+        if filled.get("fusion") != "paper":
+            return filled
+        for (section, key), value in PAPER.items():
+            given = filled.get(section, {})
+            if not isinstance(given, dict):
+                continue  # wrong anyway, and said so where it is checked
+            part = cast(dict[str, Any], given)
+            if part.get(key, value) != value:
+                raise ValueError(
+                    f"fusion paper sets {section}.{key} to {value!r}, but the recipe says "
+                    f"{part[key]!r}; remove one of the two"
+                )
+            filled[section] = part | {key: value}
+        return filled
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> "Recipe":
+        names = [source.name for source in self.sources]
+        for name in self.fuse.weights:
+            if name not in names:
+                raise ValueError(
+                    f"fuse.weights names {name!r}, which is no source; sources: {', '.join(names)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_backends(self) -> "Recipe":
+        for source in self.sources:
+            if source.backend == "vllm" and self.capture.num_draws:
+                raise ValueError(
+                    f"source {source.name} has backend vllm, which makes no draws, but "
+                    f"capture.signal is {self.capture.signal}; use backend transformers, or signal "
+                    "top_k"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_sequence(self) -> "Recipe":
+        tokens = self.train.sequence_tokens
+        if tokens is not None and tokens < self.corpus.max_tokens:
+            raise ValueError(
+                f"train.sequence_tokens {tokens} is below corpus.max_tokens "
+                f"{self.corpus.max_tokens}: a row would not fit a sequence; raise it"
+            )
+        return self
+
+    @field_validator("sources")
+    @classmethod
+    def _check_sources(cls, sources: tuple[SourceSettings, ...]) -> tuple[SourceSettings, ...]:
+        names = [source.name for source in sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two sources are called {twice[0]!r}; give each its own name")
+        return sources
+
+
+def dump_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Return the full, resolved recipe as plain values that `parse_recipe` reads back.
+
+    Without its section `plan`, which changes nothing of what is computed.
+    """
+    return recipe.model_dump(mode="json", by_alias=True, exclude={"plan"})

@@ -1,0 +1,177 @@
+"""The settings of training."""
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from rayfuse.config.base import Settings, Share
+
+
+class Ramp(Settings):
+    """A setting that moves from one value to another in the course of training."""
+
+    start: NonNegativeFloat
+    """At the first step."""
+    end: NonNegativeFloat
+    """At the last step."""
+    shape: Literal["linear", "cosine"] = "linear"
+    """The way there: straight, or slow at both ends."""
+
+
+Curve = float | Ramp
+"""A setting that stays, or that moves."""
+
+
+def value_at(curve: Curve, done: float) -> float:
+    """Return what a setting is at a point of training.
+
+    Args:
+        curve: The setting.
+        done: Share of the training that is done, 0 at the first step and 1 at the last.
+    """
+    if not isinstance(curve, Ramp):
+        return curve
+    way = done if curve.shape == "linear" else (1 - math.cos(math.pi * done)) / 2
+    return curve.start + (curve.end - curve.start) * way
+
+
+def describe_curve(curve: Curve) -> str:
+    """Return a setting in words."""
+    if isinstance(curve, Ramp):
+        return f"{curve.start:g} to {curve.end:g} ({curve.shape})"
+    return f"{curve:g}"
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters that are trained instead of the target's weights, and merged at the end."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    """The adapters' output is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """The names of the layers that get adapters, as peft knows them."""
+
+
+class TrainSettings(Settings):
+    """How the target is trained on the fused rows."""
+
+    clm_weight: Curve = Field(default=Ramp(start=0.5, end=0.9), alias="lambda")
+    """lambda of L = lambda * CLM + (1 - lambda) * D(fused || target); the paper has 0.9. A number,
+    or `{start: 0.5, end: 0.9, shape: linear | cosine}`, as by default: the sources are heard most
+    while the target knows least of the text (`benchmarks/fusion`)."""
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl"] = "forward_kl"
+    """D: how far the target is from the fused distribution."""
+    skew: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the fused distribution in what skewed KL compares it with."""
+    temperature: Curve = 1.0
+    """Of D, above 0; a number or a ramp, as lambda is."""
+    baseline: bool = True
+    """Also train the target on the same rows, in the same order, without fusion (CLM)."""
+    learning_rate: PositiveFloat = 1e-5
+    """The peak, reached after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate goes down from its peak."""
+    final_learning_rate_share: Share = 0.0
+    """Where a cosine or a line ends, as a share of the peak."""
+    warmup_share: Share = 0.008
+    """Share of all steps in which the learning rate rises."""
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    """Of AdamW."""
+    epsilon: PositiveFloat = 1e-8
+    """Of AdamW."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Of AdamW; not applied to vectors (norms and biases)."""
+    gradient_clipping: PositiveFloat = 1.0
+    """Norm that the gradient is cut to."""
+    epochs: PositiveInt = 1
+    """Times that every row is seen."""
+    rows_per_step: PositiveInt = 128
+    """Rows of one optimiser step, over all workers."""
+    pack: bool = True
+    """Put several rows into one sequence, each blind to the others, where the target's attention
+    can tell them apart; else each row is padded to the longest."""
+    sequence_tokens: PositiveInt | None = None
+    """Tokens of a sequence at most; by default corpus.max_tokens."""
+    micro_batch_sequences: PositiveInt = 1
+    """Sequences of one forward pass of one worker."""
+    chunk_positions: PositiveInt | None = None
+    """Positions whose logits exist at a time; by default those of 64 MiB, on a GPU 256."""
+    num_workers: PositiveInt = 1
+    """Ray Train workers."""
+    min_workers: PositiveInt | None = None
+    """Workers that training goes on with at least when machines go away, and until others come; by
+    default it waits for all. Steps hold the same rows with any number."""
+    gpus_per_worker: NonNegativeFloat | None = None
+    """By default 1 where a kind is named or the cluster has or may get any, else 0 (gloo, CPUs)."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """CPUs of one worker."""
+    accelerator_type: str | None = None
+    """The kind of GPU of the workers, as Ray names it; the trained models are scored there, too."""
+    placement: Literal["pack", "strict_pack", "spread", "strict_spread"] = "pack"
+    """Of the workers. `pack`: on as few machines as can be; `strict_pack`: on one, or not at all;
+    `spread`: on many; `strict_spread`: each on a machine of its own."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed's ZeRO: 1 shards optimiser states, 2 gradients as well, 3 weights as well."""
+    offload: bool = False
+    """Keep optimiser states in the host's memory (and with ZeRO 3, weights)."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them."""
+    lora: LoraSettings | None = None
+    """Train adapters instead of all weights."""
+    checkpoint_every_steps: PositiveInt = 500
+    """Steps between checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+    """The newest ones are kept, and the one with the best validation."""
+    validate_every_steps: PositiveInt = 500
+    """Steps between measurements of bits per byte on held-out rows."""
+    validation_rows: NonNegativeInt = 64
+    """Held-out rows measured; 0 for none."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Where metrics go besides metrics.jsonl; each must be installed."""
+    max_failures: NonNegativeInt = 3
+    """Failures of workers that are answered by going on from the last checkpoint; machines that go
+    with notice do not count. On a spot market that gives none, more."""
+
+    @field_validator("clm_weight")
+    @classmethod
+    def _check_clm_weight(cls, value: Curve) -> Curve:
+        for each in (value.start, value.end) if isinstance(value, Ramp) else (value,):
+            if not 0 <= each <= 1:
+                raise ValueError(f"lambda is a share, but {each:g} is not between 0 and 1")
+        return value
+
+    @field_validator("temperature")
+    @classmethod
+    def _check_temperature(cls, value: Curve) -> Curve:
+        for each in (value.start, value.end) if isinstance(value, Ramp) else (value,):
+            if each <= 0:
+                raise ValueError(f"temperature {each:g} is not above 0; 1 changes nothing")
+        return value
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> "TrainSettings":
+        if self.rows_per_step < self.num_workers:
+            raise ValueError(
+                f"rows_per_step {self.rows_per_step} is below num_workers {self.num_workers}: some "
+                "would have nothing to do; raise it"
+            )
+        if (self.min_workers or 1) > self.num_workers:
+            raise ValueError(
+                f"min_workers {self.min_workers} is above num_workers {self.num_workers}; lower it"
+            )
+        return self
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the sources are heard at all."""
+        return self.clm_weight != 1

@@ -1,0 +1,166 @@
+"""Held-out rows -> what one model pays for each."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float, Int
+
+from rayfuse.align.token_spans import place_tokens, spell_vocabulary
+from rayfuse.config.models import ModelSettings
+from rayfuse.evaluate.ensemble import TokenCosts
+from rayfuse.evaluate.scores import DocumentScore
+from rayfuse.models.batching import batch_by_tokens, cut_windows, pad_rows
+from rayfuse.models.causal_lm import CausalLM, load_causal_lm, next_token_logprobs, resolve_dtype
+from rayfuse.models.tokenizer import TextTokenizer
+
+CHUNK_POSITIONS = 1024
+"""Positions whose logits exist at a time: 0.5 GB at 128k tokens."""
+
+
+def load_scored_model(settings: ModelSettings) -> CausalLM:
+    """Return a model on this process' GPU, or on its CPUs.
+
+    Raises:
+        ValueError: As for `load_causal_lm`.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_causal_lm(
+        settings.model,
+        dtype=resolve_dtype(settings.dtype, device),
+        device=device,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def score_rows(
+    lm: CausalLM,
+    tokenizer: TextTokenizer,
+    rows: pa.Table,
+    *,
+    name: str,
+    batch_tokens: int,
+    context_tokens: int | None = None,
+) -> Float[np.ndarray, " rows"]:
+    """Return what a model pays for the text of each row, in nats; see `score_tokens`."""
+    settings = {"name": name, "batch_tokens": batch_tokens, "context_tokens": context_tokens}
+    return sum_rows(score_tokens(lm, tokenizer, rows, **settings))
+
+
+def score_tokens(
+    lm: CausalLM,
+    tokenizer: TextTokenizer,
+    rows: pa.Table,
+    *,
+    name: str,
+    batch_tokens: int,
+    context_tokens: int | None = None,
+) -> list[TokenCosts]:
+    """Return what a model pays for the text of each row, token by token.
+
+    The text is cut by the model's own tokenizer, with its start token before it. EOS is not there:
+    it spells no bytes.
+
+    Args:
+        lm: The model.
+        tokenizer: The model's own.
+        rows: CORPUS columns; `row_id` and `text` are read.
+        name: What errors call the model.
+        batch_tokens: Tokens of one forward pass, padding counted.
+        context_tokens: The most tokens that the model takes; longer rows are scored in windows.
+
+    Raises:
+        ValueError: The model has no start token, so that nothing would be paid for the first token;
+            or a row's log-probabilities are not finite.
+    """
+    if tokenizer.start_id is None:
+        raise ValueError(
+            f"model {name} has neither BOS nor EOS, so its first token of a text cannot be scored; "
+            "name one of them in its tokenizer_config.json"
+        )
+    texts: list[str] = rows["text"].to_pylist()
+    token_rows = tokenizer.encode_rows(texts, [False] * len(texts))
+    cuts = [cut_windows(len(tokens), context_tokens) for tokens in token_rows]
+    windows = [(row, *each) for row, parts in enumerate(cuts) for each in parts]
+    token_windows = [token_rows[row][part] for row, part, _ in windows]
+    found: dict[int, Float[np.ndarray, " _"]] = {}
+    for batch in batch_by_tokens([len(tokens) for tokens in token_windows], batch_tokens):
+        scored = next_token_logprobs(lm, [token_windows[i] for i in batch], CHUNK_POSITIONS)
+        found |= {i: -scores[windows[i][2]] for i, scores in zip(batch, scored, strict=True)}
+    by_row: list[list[Float[np.ndarray, " _"]]] = [[] for _ in texts]
+    for i, (row, _, _) in enumerate(windows):
+        by_row[row].append(found[i])
+    nats = [np.concatenate(parts)[:-1] for parts in by_row]  # nothing comes after the last token
+    broken = [row for row, each in enumerate(nats) if not np.isfinite(each).all()]
+    if broken:
+        raise ValueError(
+            f"model {name} gives row {rows['row_id'][broken[0]].as_py()!r} a log-probability "
+            f"that is not finite ({len(broken)} of {len(texts)} rows); try dtype float32"
+        )
+    ends = _find_ends(token_rows, texts, tokenizer)
+    return [TokenCosts(*each) for each in zip(ends, nats, strict=True)]
+
+
+def _find_ends(
+    token_rows: list[Int[np.ndarray, " _"]], texts: list[str], tokenizer: TextTokenizer
+) -> list[Int[np.ndarray, " _"]]:
+    """Return where each row's tokens end in its bytes, start token left out; see `TokenCosts`."""
+    spelled = [text.encode() for text in texts]
+    offsets = np.concatenate([[0], np.cumsum([len(tokens) for tokens in token_rows])])
+    placed = place_tokens(
+        np.concatenate(token_rows),
+        offsets,
+        spelled,
+        spell_vocabulary(tokenizer),
+        [False] * len(texts),
+    )
+    starts = zip(offsets[:-1].tolist(), offsets[1:].tolist(), placed.row_starts, strict=True)
+    ends = [placed.ends[start + 1 : stop] - byte for start, stop, byte in starts]
+    for row, text in zip(ends, spelled, strict=True):
+        row[-1:] = len(text)  # a tokenizer may leave out the end of a text
+    return ends
+
+
+@torch.inference_mode()
+def score_last(
+    lm: CausalLM, rows: Sequence[Int[np.ndarray, " _"]], counts: Sequence[int]
+) -> list[tuple[Float[np.ndarray, " _"], bool]]:
+    """Return the log-probabilities of each row's last tokens, and whether all are the likeliest.
+
+    Args:
+        lm: The model.
+        rows: Token ids, one batch.
+        counts: How many tokens at the end of each row are scored, fewer than it has.
+    """
+    hidden = lm.hidden_states(pad_rows(list(rows)).to(lm.device))
+    results: list[tuple[Float[np.ndarray, " _"], bool]] = []
+    for row, hidden_row, count in zip(rows, hidden, counts, strict=True):
+        following = torch.from_numpy(row[len(row) - count :].astype(np.int64)).to(lm.device)
+        states = hidden_row[len(row) - 1 - count : len(row) - 1]
+        logprobs: list[np.ndarray] = [np.zeros(0)]
+        is_greedy = True
+        for part, ids in zip(
+            states.split(CHUNK_POSITIONS), following.split(CHUNK_POSITIONS), strict=True
+        ):
+            logits = lm.logits(part)
+            chosen = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(1)
+            logprobs.append(chosen.double().cpu().numpy())
+            is_greedy &= bool((logits.argmax(1) == ids).all())
+        results.append((np.concatenate(logprobs), is_greedy))
+    return results
+
+
+def sum_rows(costs: Sequence[TokenCosts]) -> Float[np.ndarray, " rows"]:
+    """Return what is paid for each row, in nats."""
+    return np.array([row.nats.sum() for row in costs])
+
+
+def score_documents(rows: pa.Table, nats: Float[np.ndarray, " rows"]) -> list[DocumentScore]:
+    """Return each row's score under its document's name."""
+    columns = (rows[name].to_pylist() for name in ("doc_id", "domain", "num_bytes"))
+    return [
+        DocumentScore(doc_id, domain, num_bytes, float(row_nats))
+        for doc_id, domain, num_bytes, row_nats in zip(*columns, nats, strict=True)
+    ]

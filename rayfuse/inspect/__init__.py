@@ -1,0 +1,1 @@
+"""How two tokenizers align: a report and a page."""

@@ -1,0 +1,187 @@
+"""What `rayfuse inspect` does: pairs of tokenizers or a recipe in, numbers and a picture out."""
+
+from pathlib import Path
+from typing import Any
+
+from rayfuse.align.task import align_captured, plan_task
+from rayfuse.config.load import read_recipe
+from rayfuse.config.recipe import Recipe
+from rayfuse.inspect.html import build_picture
+from rayfuse.inspect.report import align_texts, report_pair
+from rayfuse.models.files import load_recipe_tokenizer
+from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
+from rayfuse.run.layout import Layout, plan_layout
+
+PIECE_CHARACTERS = 20_000
+"""A text file is cut into pieces of about this length, at line ends."""
+
+SAMPLE = """The quick brown fox jumps over the lazy dog, 1,234 times in 2024; isn't that odd?
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)  # no check
+
+漢字かな交じり文と、中文句子。 Zwölf Boxkämpfer jagen Viktor. Съешь ещё этих мягких булок.
+"""
+"""What is tokenised where no text is given."""
+
+
+NOT_CAPTURED = "nothing captured yet"
+
+
+def inspect_pairs(
+    source: str, target: str | None, text: Path | None, picture: Path | None
+) -> list[dict[str, Any]]:
+    """Return the numbers of each pair, and write the picture of the first.
+
+    Args:
+        source: A tokenizer's folder or hub id, or a recipe file.
+        target: A tokenizer; with a recipe the name of one of its sources, or nothing for all.
+        text: A file to tokenise; a sample without it.
+        picture: An HTML file to write.
+
+    Raises:
+        ValueError: A tokenizer cannot be loaded, the text cannot be read, the picture cannot be
+            written, or a pair cannot be aligned.
+    """
+    if picture is not None:
+        _check_writable(picture)
+    texts = _read_pieces(text)
+    recipe = read_recipe(source) if is_recipe(source) else None
+    method = recipe.align.method if recipe else "bytes"
+    results: list[dict[str, Any]] = []
+    for name, ours, theirs in _list_pairs(source, target, recipe):
+        aligned = align_texts(texts, ours, theirs, method)
+        report = report_pair(aligned)
+        names = (name, recipe.target.model if recipe else str(target))
+        if picture is not None and not results:
+            picture.write_text(build_picture(aligned, report, names), encoding="utf-8")
+        results.append({"source": names[0], "target": names[1]} | report.as_json())
+    if recipe is not None:
+        masses = _measure_masses(recipe, [each["source"] for each in results])
+        results = [each | mass for each, mass in zip(results, masses, strict=True)]
+    return results
+
+
+def is_recipe(source: str) -> bool:
+    """Return whether a recipe is to be inspected: a file; tokenizers are folders or hub ids."""
+    return source.endswith((".yaml", ".yml")) or Path(source).is_file()
+
+
+def _check_writable(picture: Path) -> None:
+    is_new = not picture.exists()
+    try:
+        picture.open("ab").close()
+    except OSError as error:
+        raise ValueError(
+            f"--html is {str(picture)!r}, which cannot be written ({error}); "
+            "give a file in a folder that exists"
+        ) from error
+    if is_new:
+        picture.unlink()
+
+
+def _list_pairs(
+    source: str, target: str | None, recipe: Recipe | None
+) -> list[tuple[str, TextTokenizer, TextTokenizer]]:
+    if recipe is None:
+        if target is None:
+            raise ValueError(f"inspect {source}: give a second tokenizer to align it with")
+        return [(source, load_tokenizer(source), load_tokenizer(target))]
+    names = [each.name for each in recipe.sources]
+    if target is not None and target not in names:
+        raise ValueError(f"{target!r} is no source of {source}; sources: {', '.join(names)}")
+    theirs = load_recipe_tokenizer(recipe.target)
+    return [
+        (each.name, load_recipe_tokenizer(each), theirs)
+        for each in recipe.sources
+        if target in (None, each.name)
+    ]
+
+
+def _read_pieces(path: Path | None) -> list[str]:
+    if path is None:
+        return [SAMPLE]
+    try:
+        whole = path.read_bytes().decode()  # as it is: line ends are text too
+    except OSError as error:
+        raise ValueError(f"--text is {str(path)!r}, which cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--text is {str(path)!r}, which is no UTF-8 at byte {error.start}; save it as UTF-8"
+        ) from error
+    if not whole:
+        raise ValueError(f"--text is {str(path)!r}, which is empty; give a file with some text")
+    pieces, size = [""], 0
+    for line in whole.splitlines(keepends=True):
+        if size > PIECE_CHARACTERS:
+            pieces.append("")
+            size = 0
+        pieces[-1] += line
+        size += len(line)
+    return pieces
+
+
+def _measure_masses(recipe: Recipe, names: list[str]) -> list[dict[str, Any]]:
+    """Return how much of each source's captured probability mapping keeps, or why that is unknown.
+
+    All else is told from the tokenizers alone, so a recipe that cannot be run yet will do.
+    """
+    try:
+        layout = plan_layout(recipe)
+    except ValueError as error:
+        return [{"captured_mass": None, "captured_note": f"{NOT_CAPTURED} ({error})"}] * len(names)
+    return [_measure_mass(recipe, layout, name) for name in names]
+
+
+def _measure_mass(recipe: Recipe, layout: Layout, name: str) -> dict[str, Any]:
+    commits = layout.captured[name].commits()
+    if not commits:
+        return {"captured_mass": None, "captured_note": NOT_CAPTURED}
+    if not _is_map_ready(layout, name):
+        note = f"unknown: no map for align.method {recipe.align.method} yet; run `rayfuse align`"
+        return {"captured_mass": None, "captured_note": note}
+    source = next(each for each in recipe.sources if each.name == name)
+    shard = min(commits)
+    _, stats = align_captured(plan_task(recipe, layout, source), shard)
+    signals = max(stats["with_signal"], 1.0)
+    captured = 1 - stats["captured_tail_mass"] / signals
+    kept = 1 - stats["tail_mass"] / signals
+    return {
+        "captured_shard": shard,
+        "captured_mass": captured,
+        "kept_mass": kept,
+        "lost_mass": captured - kept,
+    }
+
+
+def _is_map_ready(layout: Layout, name: str) -> bool:
+    file = layout.map_files.get(name)
+    return file is None or file.removeprefix("maps/") in layout.store.sizes("maps")
+
+
+def print_report(numbers: dict[str, Any]) -> None:
+    """Print one pair's numbers for people."""
+    print(f"{numbers['source']} → {numbers['target']}")
+    print(f"  align.method           {numbers['method']:>12}")
+    print(f"  target tokens          {numbers['target_tokens']:>12,}")
+    print(f"  source tokens          {numbers['source_tokens']:>12,}")
+    print(f"  with a signal          {numbers['share_with_signal']:>12.1%}")
+    print(f"  one token to one       {numbers['share_one_to_one']:>12.1%}")
+    print(f"  inside a source token  {numbers['no_shared_boundary']:>12,}")
+    for reason, count in numbers["unplaced"].items():
+        print(f"  unplaced, {reason:<48} {count:,}")
+    if numbers.get("captured_note"):
+        print(f"  captured mass: {numbers['captured_note']}")
+    elif "kept_mass" in numbers:
+        print(
+            f"  captured mass          {numbers['captured_mass']:>12.2%}  (head, shard "
+            f"{numbers['captured_shard']})"
+        )
+        print(f"  kept after mapping     {numbers['kept_mass']:>12.2%}")
+        print(f"  lost to the tail       {numbers['lost_mass']:>12.2%}")
+    print(f"  placed and matched     {numbers['tokens_per_second']:>12,.0f} tokens/s/core")
+    if numbers["worst_tokens"]:
+        print("  worst target tokens (without signal / occurrences, kind):")
+        for worst in numbers["worst_tokens"]:
+            count = f"{worst['without_signal']:,} / {worst['occurrences']:,}"
+            print(f"    {worst['token']!r:<24} {count:<18} {worst['flag']}")

@@ -1,0 +1,1 @@
+"""What an LLM is: its tokenizer, its files, its forward pass, its batches."""

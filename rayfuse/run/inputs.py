@@ -1,0 +1,214 @@
+"""Which files documents come from: they are listed, opened, and asked whether they changed."""
+
+import glob
+import gzip
+import io
+import posixpath
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import zstandard
+
+from rayfuse.config.corpus import DocumentsSettings
+
+Format = Literal["jsonl", "parquet", "text", "dataset"]
+
+SUFFIXES: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".rst": "text",
+}
+PACKED_SUFFIXES = (".gz", ".zst")
+
+BUFFER_BYTES = 1 << 20
+
+VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
+"""What file systems call that which changes when a file does, best first."""
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file of documents, or one Hugging Face data set."""
+
+    path: str
+    format: Format
+    num_bytes: int
+    """As stored; 0 for a data set of the hub."""
+    version: str
+    """Changes when the file does: modification time, ETag or revision."""
+    settings: DocumentsSettings
+
+    @property
+    def is_packed(self) -> bool:
+        """The text is longer than the file by an unknown factor."""
+        return self.format in ("parquet", "dataset") or self.path.endswith(PACKED_SUFFIXES)
+
+
+def list_inputs(settings: DocumentsSettings, setting: str) -> list[InputFile]:
+    """Return the files that a recipe's documents stand for, sorted by path.
+
+    Args:
+        settings: One entry of `documents`.
+        setting: Its name in the recipe, for errors.
+
+    Raises:
+        ValueError: There are none, or a file's name does not say what it is.
+    """
+    if settings.format == "dataset" or is_saved_dataset(settings.path):
+        return [InputFile(settings.path, "dataset", 0, _version_of_dataset(settings), settings)]
+    found = _list_uri(settings.path) if "://" in settings.path else _list_local(settings.path)
+    inputs: list[InputFile] = []
+    for path, num_bytes, version in sorted(found):
+        kind = settings.format if settings.format != "auto" else _format_of(path)
+        if kind is None and path == settings.path:
+            raise ValueError(
+                f"{setting} is {path!r}, whose name does not say what it is; "
+                "set format: jsonl, parquet, text or dataset"
+            )
+        if kind is not None:
+            inputs.append(InputFile(path, cast(Format, kind), num_bytes, version, settings))
+    if not inputs:
+        raise ValueError(
+            f"{setting} is {settings.path!r}, where no documents were found; give an existing "
+            "file, folder or pattern (.jsonl, .parquet, .txt, also .gz and .zst), or write "
+            "format: dataset for a data set of the hub"
+        )
+    return inputs
+
+
+def check_unchanged(file: InputFile) -> None:
+    """Do nothing where a file is still the one that was listed.
+
+    Raises:
+        ValueError: It has changed, or is gone.
+        OSError: Its storage cannot be asked.
+    """
+    remedy = (
+        "start again: changed documents make a new corpus, and what was made of the others stays"
+    )
+    if not file.num_bytes and not file.version:  # the listing told nothing
+        return
+    try:
+        num_bytes, version = _look_up(file)
+    except FileNotFoundError as error:
+        raise ValueError(f"documents {file.path} are gone since the run began; {remedy}") from error
+    if (num_bytes, version) != (file.num_bytes, file.version):
+        raise ValueError(
+            f"documents {file.path} have changed since the run began ({num_bytes} bytes of version "
+            f"{version}, not {file.num_bytes} of {file.version}); {remedy}"
+        )
+
+
+def _look_up(file: InputFile) -> tuple[int, str]:
+    """Return the bytes and the version that a file has now."""
+    if file.format == "dataset":
+        return 0, _version_of_dataset(file.settings)
+    if "://" not in file.path:
+        stat = Path(file.path).stat()
+        return stat.st_size, str(stat.st_mtime_ns)
+    import fsspec
+
+    fs, path = fsspec.url_to_fs(file.path)
+    fs.invalidate_cache()
+    key = file.version.partition("=")[0]  # listings and records of one file know different ones
+    return _describe(fs.info(path), (key,))
+
+
+def is_saved_dataset(path: str) -> bool:
+    """Return whether a folder is what `save_to_disk` of Hugging Face's datasets leaves."""
+    folder = Path(path)
+    return (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def _version_of_dataset(settings: DocumentsSettings) -> str:
+    if not is_saved_dataset(settings.path):
+        return settings.split
+    files = sorted(Path(settings.path).rglob("*"))
+    return ",".join(f"{file.name}:{file.stat().st_mtime_ns}" for file in files if file.is_file())
+
+
+def _format_of(path: str) -> Format | None:
+    name = posixpath.basename(path)
+    for suffix in PACKED_SUFFIXES:
+        name = name.removesuffix(suffix)
+    return SUFFIXES.get(posixpath.splitext(name)[1].lower())
+
+
+def _list_local(path: str) -> list[tuple[str, int, str]]:
+    """Return path, bytes and version of local files. Links to files are followed, wherever they
+    lead (a hub cache's folders hold nothing else), links to folders are not."""
+    place = Path(path).expanduser()
+    if place.is_dir():
+        found = list(place.rglob("*"))
+    elif place.is_file():
+        found = [place]
+    else:
+        root = Path(place.anchor or ".")
+        pattern = str(place.relative_to(place.anchor)) if place.anchor else str(place)
+        found = list(root.glob(pattern))
+    for file in found:
+        if file.is_symlink() and not file.exists() and _format_of(str(file)):
+            raise ValueError(f"documents {file} are a link to nothing; restore or remove it")
+    stats = ((str(file), file.stat()) for file in found if file.is_file())
+    return [(name, stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats]
+
+
+def _list_uri(uri: str) -> list[tuple[str, int, str]]:
+    import fsspec
+
+    fs, path = fsspec.url_to_fs(uri)
+    fs.invalidate_cache()
+    protocol = uri.partition("://")[0]
+    listing = fs.glob if glob.has_magic(path) else fs.find
+    found = cast(dict[str, Any], listing(path, detail=True))
+    return [
+        (f"{protocol}://{name}", *_describe(info))
+        for name, info in found.items()
+        if info["type"] == "file"
+    ]
+
+
+def _describe(info: dict[str, Any], keys: tuple[str, ...] = VERSION_KEYS) -> tuple[int, str]:
+    """Return the bytes and the version, KEY=VALUE, in a file system's record of a file."""
+    versions = (f"{key}={_to_plain(info[key])}" for key in keys if info.get(key))
+    return info["size"] or 0, next(versions, "")
+
+
+def _to_plain(version: object) -> object:
+    return version.timestamp() if isinstance(version, datetime) else version
+
+
+@contextmanager
+def open_input(path: str) -> Iterator[Any]:
+    """Open a local file or URI as bytes, unpacked if its name ends in .gz or .zst."""
+    with _open_raw(path) as raw:
+        if path.endswith(".gz"):
+            with gzip.open(raw, "rb") as stream:
+                yield stream
+        elif path.endswith(".zst"):
+            unpacked: Any = zstandard.ZstdDecompressor().stream_reader(
+                raw, read_across_frames=True, closefd=False
+            )
+            with io.BufferedReader(unpacked, BUFFER_BYTES) as stream:
+                yield stream
+        else:
+            yield raw
+
+
+def _open_raw(path: str) -> Any:
+    if "://" not in path:
+        return open(path, "rb", BUFFER_BYTES)
+    import fsspec
+
+    fs, name = fsspec.url_to_fs(path)
+    # Files of fsspec cannot stop in the middle of a line.
+    return io.BufferedReader(fs.open(name, "rb"), BUFFER_BYTES)

@@ -1,0 +1,1 @@
+"""Ray and its nodes: connecting, resources, preemption, metrics, logging, progress."""

@@ -1,0 +1,213 @@
+"""Rows of a step -> micro-batches: read, fused, packed into sequences, put side by side."""
+
+import hashlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from rayfuse.fuse.reader import Rows, ShardReader
+from rayfuse.train.order import count_steps, order_rows
+
+STEPS_AHEAD = 2
+"""Steps whose micro-batches are built before they are needed; as many more have shards read."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences side by side, and what each position that has a next token is to learn."""
+
+    token_ids: Int[np.ndarray, "batch seq_len"]
+    """Padded on the right with id 0."""
+    position_ids: Int[np.ndarray, "batch seq_len"] | None
+    """Each token's place in its row, by which attention tells packed rows apart; None where every
+    sequence is one row."""
+    positions: Int[np.ndarray, " positions"]
+    """Where those positions are in the flattened batch."""
+    next_ids: Int[np.ndarray, " positions"]
+    has_signal: Bool[np.ndarray, " positions"]
+    sources: Int[np.ndarray, " positions"]
+    top_ids: Int[np.ndarray, "positions entries"]
+    top_probs: Float[np.ndarray, "positions entries"]
+    tail_probs: Float[np.ndarray, " positions"]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How rows become sequences and micro-batches."""
+
+    sequence_tokens: int
+    sequences: int
+    """Of a micro-batch."""
+    is_packed: bool
+    """Several rows may share a sequence."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows come when."""
+
+    seed: int
+    epochs: int
+    rows_per_step: int
+    """Over all workers."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One worker's part of an optimiser step."""
+
+    batches: list[MicroBatch]
+    batch_id: str
+    """Of all workers' rows together: equal steps have equal ids."""
+
+
+def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Return the rows of each sequence: longest first, each into the first that has room.
+
+    Args:
+        lengths: Tokens of each row; a row longer than a sequence has one for itself.
+        capacity: Tokens of a sequence.
+    """
+    sequences: list[list[int]] = []
+    room: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        for number, free in enumerate(room):
+            if lengths[row] <= free:
+                sequences[number].append(row)
+                room[number] -= lengths[row]
+                break
+        else:
+            sequences.append([row])
+            room.append(capacity - lengths[row])
+    return sequences
+
+
+def build_micro_batches(rows: Rows, packing: Packing) -> list[MicroBatch]:
+    """Return a worker's micro-batches of a step."""
+    lengths = rows.lengths.tolist()
+    capacity = packing.sequence_tokens if packing.is_packed else 0
+    sequences = pack_rows(lengths, capacity)
+    starts = np.cumsum(rows.lengths) - rows.lengths
+    return [
+        _lay_out(rows, starts, sequences[first : first + packing.sequences], packing)
+        for first in range(0, len(sequences), packing.sequences)
+    ]
+
+
+def empty_micro_batch(like: MicroBatch | None = None) -> MicroBatch:
+    """Return a micro-batch of one token that teaches nothing, for a worker that has no rows left.
+
+    Args:
+        like: Another one, whose number of entries and kind of sequence it shall have.
+    """
+    one = np.zeros((1, 1), dtype=np.int32)
+    entries = 0 if like is None else like.top_ids.shape[1]
+    return MicroBatch(
+        token_ids=one,
+        position_ids=None if like is None or like.position_ids is None else one,
+        positions=np.zeros(0, dtype=np.int64),
+        next_ids=np.zeros(0, dtype=np.int32),
+        has_signal=np.zeros(0, dtype=bool),
+        sources=np.zeros(0, dtype=np.int16),
+        top_ids=np.zeros((0, entries), dtype=np.int32),
+        top_probs=np.zeros((0, entries), dtype=np.float32),
+        tail_probs=np.zeros(0, dtype=np.float32),
+    )
+
+
+def _lay_out(
+    rows: Rows, starts: Int[np.ndarray, " rows"], sequences: list[list[int]], packing: Packing
+) -> MicroBatch:
+    lengths = [rows.lengths[sequence] for sequence in sequences]
+    seq_len = max(int(each.sum()) for each in lengths)
+    places = [
+        number * seq_len + np.cumsum(each) - each  # where each row begins in the flat batch
+        for number, each in enumerate(lengths)
+    ]
+    numbers = np.concatenate(sequences)
+    lens, begins = rows.lengths[numbers], np.concatenate(places)
+    source, place = _ranges(starts[numbers], lens), _ranges(begins, lens)
+    token_ids = np.zeros((len(sequences), seq_len), dtype=np.int32)
+    token_ids.reshape(-1)[place] = rows.token_ids[source]
+    position_ids = np.zeros_like(token_ids) if packing.is_packed else None
+    if position_ids is not None:
+        position_ids.reshape(-1)[place] = _ranges(np.zeros_like(begins), lens)
+    at = _ranges(starts[numbers], lens - 1)
+    fused = rows.fused
+    return MicroBatch(
+        token_ids=token_ids,
+        position_ids=position_ids,
+        positions=_ranges(begins, lens - 1),
+        next_ids=rows.token_ids.take(at + 1),
+        has_signal=fused.has_signal.take(at),
+        sources=fused.winners.take(at),
+        top_ids=fused.top_ids.take(at, axis=0),
+        top_probs=fused.top_probs.take(at, axis=0),
+        tail_probs=fused.tail_probs.take(at),
+    )
+
+
+def _ranges(
+    starts: Int[np.ndarray, " ranges"], lengths: Int[np.ndarray, " ranges"]
+) -> Int[np.ndarray, " total"]:
+    """Return start, start + 1, ... of each range, one after the other."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
+
+
+def iterate_steps(
+    reader: ShardReader,
+    packing: Packing,
+    plan: Plan,
+    *,
+    rank: int,
+    num_workers: int,
+    first_step: int = 0,
+) -> Iterator[Step]:
+    """Yield one worker's steps from `first_step` on; the next ones are built in the background.
+
+    Workers may have different numbers of micro-batches in a step.
+    """
+
+    def build(window: list[tuple[str, Int[np.ndarray, "_ 2"]]]) -> Step:
+        reader.keep({int(shard) for _, rows in window for shard in np.unique(rows[:, 0])})
+        batch_id, mine = window[0]
+        return Step(build_micro_batches(reader.read_rows(mine), packing), batch_id)
+
+    shares = _list_shares(reader.rows_per_shard, plan, rank, num_workers, first_step)
+    window: deque[tuple[str, Int[np.ndarray, "rows 2"]]] = deque()
+    pending: deque[Future[Step]] = deque()
+    with ThreadPoolExecutor(max_workers=1) as builder:
+        try:
+            for share in shares:
+                window.append(share)
+                if len(window) > STEPS_AHEAD:
+                    pending.append(builder.submit(build, list(window)))
+                    window.popleft()
+                if len(pending) > STEPS_AHEAD:
+                    yield pending.popleft().result()
+            while window or pending:
+                if window:
+                    pending.append(builder.submit(build, list(window)))
+                    window.popleft()
+                yield pending.popleft().result()
+        finally:
+            builder.shutdown(wait=True, cancel_futures=True)
+            reader.keep(set())
+
+
+def _list_shares(
+    rows_per_shard: Sequence[int], plan: Plan, rank: int, num_workers: int, first_step: int
+) -> Iterator[tuple[str, Int[np.ndarray, "rows 2"]]]:
+    """Yield the id of each step's rows, and one worker's share of them."""
+    steps = count_steps(sum(rows_per_shard), plan.rows_per_step, 1)
+    for epoch in range(first_step // max(steps, 1), plan.epochs):
+        order = order_rows(rows_per_shard, seed=plan.seed, epoch=epoch)
+        for number in range(max(first_step - epoch * steps, 0), steps):
+            step = order.step(number, plan.rows_per_step)
+            batch_id = hashlib.sha256(step.rows.astype(np.int64).tobytes()).hexdigest()[:16]
+            yield batch_id, step.share(rank, num_workers)

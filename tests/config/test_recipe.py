@@ -1,0 +1,293 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rayfuse.config.load import parse_recipe, read_recipe
+from rayfuse.config.overrides import RecipeError
+from rayfuse.config.recipe import Recipe, dump_recipe
+
+ROOT = Path(__file__).parents[2]
+
+MINIMAL: dict[str, Any] = {
+    "storage": "run",
+    "corpus": {"documents": "docs.jsonl"},
+    "target": {"model": "t"},
+    "sources": [{"name": "a", "model": "m"}],
+}
+
+
+def with_setting(path: str, value: Any) -> dict[str, Any]:
+    values = json.loads(json.dumps(MINIMAL))
+    *sections, last = path.split(".")
+    place = values
+    for part in sections:
+        place = place[int(part)] if part.isdigit() else place.setdefault(part, {})
+    place[last] = value
+    return values
+
+
+def test_a_minimal_recipe_has_a_default_for_all_the_rest():
+    recipe = parse_recipe(MINIMAL)
+    assert recipe.capture.top_k == 16
+    assert recipe.corpus.documents[0].path == "docs.jsonl"
+
+
+def test_a_dumped_recipe_reads_back_as_the_same_recipe():
+    recipe = parse_recipe(with_setting("train.lambda", 0.7))
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("train.lamda", 0.9, r"train.lamda is no setting of rayfuse; did you mean 'lambda'\?"),
+        ("captur", {}, r"captur is no setting of rayfuse; did you mean 'capture'\?"),
+        ("sources.0.gpu", 1, r"sources.0.gpu is no setting .* did you mean 'gpus'\?"),
+        ("capture.top_k", 256, r"capture.top_k is 256"),
+        ("capture", {"signal": "top_k_and_sampled_tail", "top_k": 250}, r"draws 12 .* 255 entries"),
+        ("capture.top_k", "many", r"capture.top_k is 'many': input should be a valid integer"),
+        ("align.method", "magic", r"align.method is 'magic': input should be 'bytes'"),
+        ("sources.0.name", "../x", r"sources.0.name is '../x': use letters"),
+        ("sources.0.name", "fused", r"are names rayfuse uses itself"),
+        ("train.rows_per_step", 129, None),
+        (
+            "train",
+            {"rows_per_step": 3, "num_workers": 4},
+            r"rows_per_step 3 is below num_workers 4",
+        ),
+        ("train", {"min_workers": 4, "num_workers": 2}, r"min_workers 4 is above num_workers 2"),
+        ("train.lambda", 1.5, r"train.lambda is 1.5: lambda is a share"),
+        ("train.lambda", {"start": 0.9, "end": 2}, r"2 is not between 0 and 1"),
+        ("train.temperature", 0, r"temperature 0 is not above 0"),
+        ("train.sequence_tokens", 100, r"sequence_tokens 100 is below corpus.max_tokens 2048"),
+        ("sources.0.gpus", 2, r"gpus is 2.0; backend transformers uses one GPU or a part of it"),
+        ("sources", [{"name": "a", "model": "m", "backend": "vllm", "gpus": 1.5}], "any whole"),
+        ("sources", [], r"sources is \[\]"),
+        ("corpus.documents", [], r"corpus.documents is \[\]"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_value_and_the_remedy(path, value, message):
+    values = with_setting(path, value)
+    if message is None:
+        assert parse_recipe(values).train.rows_per_step == value
+        return
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(values)
+
+
+@pytest.mark.parametrize("signal", ["sampled", "top_k_and_sampled_tail"])
+def test_draws_are_refused_for_a_backend_that_makes_none(signal):
+    values = with_setting("sources.0.backend", "vllm")
+    assert parse_recipe(values).sources[0].backend == "vllm"
+    with pytest.raises(RecipeError, match="source a has backend vllm, which makes no draws"):
+        parse_recipe(values | {"capture": {"signal": signal}})
+
+
+def test_two_sources_of_one_name_are_refused():
+    values = with_setting("sources", [{"name": "a", "model": "m"}, {"name": "a", "model": "n"}])
+    with pytest.raises(RecipeError, match="two sources are called 'a'"):
+        parse_recipe(values)
+
+
+def test_a_missing_setting_is_named():
+    values = {key: value for key, value in MINIMAL.items() if key != "target"}
+    with pytest.raises(RecipeError, match="target is missing"):
+        parse_recipe(values)
+
+
+def test_all_faults_are_told_at_once():
+    values = with_setting("train.lambda", 2) | {"seeed": 1}
+    with pytest.raises(RecipeError, match=r"(?s)train.lambda.*seeed|seeed.*train.lambda"):
+        parse_recipe(values)
+
+
+def test_overrides_reach_sections_lists_and_names(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    recipe = read_recipe(
+        path, ["train.lambda=0.9", "sources.a.gpus=0.5", "sources.0.model=z", "seed=3"]
+    )
+    assert recipe.train.clm_weight == 0.9
+    assert (recipe.sources[0].gpus, recipe.sources[0].model, recipe.seed) == (0.5, "z", 3)
+
+
+@pytest.mark.parametrize("override", ["train.lambda", "=3", "sources.b.gpus=1", "storage.x=1"])
+def test_an_override_that_fits_nowhere_is_refused(override, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    with pytest.raises(RecipeError, match="override"):
+        read_recipe(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "is not valid YAML"),
+        ("", "holds no settings"),
+        ("- 1", "holds no settings"),
+        ("a: !!python/object:os.system {}", "is not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(text, message, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(path)
+
+
+YAML_BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "!!python/object/apply:os.system ['touch MARKER']",
+        "!!python/object/new:os.system ['touch MARKER']",
+        "!!python/name:os.system",
+        "!!python/module:os",
+        "!!bool x",
+        "!!timestamp x",
+        "2024-99-99",
+        "9" * 5000,
+        "[" * 50_000,
+        "*nothing",
+        "[",
+    ],
+)
+def test_fault_28_a_value_that_is_no_plain_yaml_is_refused_in_files_and_overrides(
+    value, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "r.yaml"
+    plain = yaml.safe_dump(MINIMAL)
+    path.write_text(plain + f"seed: {value}\n")
+    with pytest.raises(RecipeError, match=r"r.yaml is not valid YAML"):
+        read_recipe(path)
+    path.write_text(plain)
+    for key in ("seed", "sources.a.name", "sources.0"):
+        with pytest.raises(RecipeError, match=r"override .* is not valid YAML") as caught:
+            read_recipe(path, [f"{key}={value}"])
+        assert len(str(caught.value)) < 500
+    assert [file.name for file in tmp_path.iterdir()] == ["r.yaml"]
+
+
+@pytest.mark.parametrize("key", ["storage", "corpus", "sources", "seed", "train", "fusion"])
+def test_fault_28_aliases_that_stand_for_gigabytes_are_refused_at_once(key, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(YAML_BOMB + yaml.safe_dump(MINIMAL | {key: "BOMB"}).replace("BOMB", "*a11"))
+    with pytest.raises(RecipeError, match="is no setting of rayfuse") as caught:
+        read_recipe(path)
+    assert len(str(caught.value)) < 10_000
+
+
+def test_fault_28_a_value_that_holds_itself_is_refused(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL).replace("storage: run", "storage: &a [*a]"))
+    with pytest.raises(RecipeError, match=r"storage is .*valid string"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    "key", ["__class__", "__init__.__globals__", "sources.0.__dict__", "sources.a.x", "env.PATH"]
+)
+def test_fault_28_an_override_reaches_settings_and_nothing_else(key, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    with pytest.raises(RecipeError, match="is no setting of rayfuse"):
+        read_recipe(path, [f"{key}=1"])
+
+
+@pytest.mark.parametrize("text", ["${HOME}/run", "$USER", "`id`", "$(id)", "%(HOME)s", "{0.x}"])
+def test_fault_28_nothing_in_a_value_is_expanded(text, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(with_setting("storage", text)))
+    assert read_recipe(path).storage == text
+    assert read_recipe(path, [f"target.model={yaml.safe_dump(text)}"]).target.model == text
+
+
+@pytest.mark.parametrize("text", ["a\x00b", "\ud800"])
+def test_fault_28_characters_that_no_name_can_hold_are_refused(text):
+    documents = [{"path": "docs.jsonl", "domain": text}]
+    for path, value in (("storage", text), ("corpus.documents", documents)):
+        with pytest.raises(RecipeError, match="remove the NUL or the half"):
+            parse_recipe(with_setting(path, value))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "..",
+        ".",
+        "../../etc",
+        "/etc/passwd",
+        "a/b",
+        "a\\b",
+        "%2e%2e%2fetc",
+        "a\n",
+        "a\x00",
+        "~root",
+        "",
+        " ",
+        "ａ",
+        "target",
+        "C:",
+        "-rf",
+    ],
+)
+def test_fault_29_a_source_name_that_is_no_plain_name_is_refused(name):
+    with pytest.raises(RecipeError, match=r"sources.0.name is"):
+        parse_recipe(with_setting("sources.0.name", name))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3://name:canary-1@bucket/run",
+        "https://host/docs.jsonl?X-Amz-Signature=canary-1&x=2",
+        "https://host/docs.jsonl?a=b&sig=canary-1",
+        "https://host/docs.jsonl?access_token=canary-1",
+        "https://host/" + "folder/" * 12 + "docs.jsonl?access_token=canary-1",
+        "s3://name:canary-1" + "x" * 80 + "@bucket/run",
+    ],
+)
+@pytest.mark.parametrize("setting", ["storage", "corpus.documents", "sources.0.model"])
+def test_an_address_with_a_secret_is_refused_and_not_repeated(setting, address):
+    with pytest.raises(RecipeError, match="remove the credentials from the address") as raised:
+        parse_recipe(with_setting(setting, address))
+    assert "canary" not in str(raised.value)
+
+
+def test_an_override_with_a_secret_is_not_repeated(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("{}")
+    with pytest.raises(RecipeError, match="is not of the form") as raised:
+        read_recipe(tmp_path / "recipe.yaml", ["s3://name:canary-1@bucket/run"])
+    assert "canary" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "address", ["abfs://box@account.net/run", "s3://bucket/part-?.jsonl", "gs://bucket/key=1/a"]
+)
+def test_an_address_without_a_secret_is_none(address):
+    assert parse_recipe(with_setting("corpus.documents", address)).corpus.documents[0].path
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"nowhere.yaml cannot be read"):
+        read_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_the_schema_for_editors_is_that_of_the_recipe():
+    stored = json.loads((ROOT / "recipes/schema.json").read_text())
+    assert stored == Recipe.model_json_schema(by_alias=True), "run `make schema`"
+
+
+def test_every_recipe_in_the_repository_can_be_read():
+    paths = sorted((ROOT / "recipes").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        read_recipe(path)

@@ -1,0 +1,52 @@
+"""The recipe of `rayfuse init`: it loads once its places are filled in; its comments are true."""
+
+import json
+import re
+import subprocess
+import sys
+
+import yaml
+
+from rayfuse.config.load import read_recipe
+from rayfuse.config.recipe import dump_recipe
+from rayfuse.config.template import STARTER
+from rayfuse.run.layout import plan_layout
+from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
+
+SETTING = re.compile(r"^( *)# (\w+:(?: .*)?)$", re.MULTILINE)
+"""A setting that is commented out."""
+
+
+def test_it_is_printed_and_has_a_run_once_paths_are_filled_in(tmp_path):
+    program = "import sys; from rayfuse.cli import main; sys.argv = ['rayfuse', 'init']; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == STARTER
+    path = tmp_path / "my.yaml"
+    path.write_text(done.stdout)
+    save_model("gpt2", 300, tmp_path / "model")
+    tokenizer = byte_level_tokenizer(300)
+    save_tokenizer(tokenizer, tmp_path / "model", bos="<|end|>", eos="<|end|>")
+    (tmp_path / "docs.jsonl").write_text(json.dumps({"text": SAMPLE[0]}) + "\n")
+    recipe = read_recipe(
+        path,
+        [
+            f"storage={tmp_path}/run",
+            f"corpus.documents={tmp_path}/docs.jsonl",
+            "corpus.max_tokens=512",
+            *(f"{each}.model={tmp_path}/model" for each in ("target", "sources.0", "sources.mpt")),
+        ],
+    )
+    assert set(plan_layout(recipe).captured) == {"openllama", "mpt"}
+
+
+def test_what_is_commented_out_are_settings_with_their_defaults(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(STARTER)
+    whole = SETTING.sub(r"\1\2", STARTER)
+    assert len(SETTING.findall(STARTER)) > 15
+    assert "lambda" in yaml.safe_load(whole)["train"]
+    full = tmp_path / "full.yaml"
+    full.write_text(whole)
+    assert dump_recipe(read_recipe(full)) == dump_recipe(read_recipe(path))

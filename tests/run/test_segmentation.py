@@ -1,0 +1,174 @@
+"""A source or target that comes later is shown the rows that are there; nothing is made twice."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rayfuse.config.capture import CaptureSettings
+from rayfuse.config.load import parse_recipe
+from rayfuse.models.tokenizer import load_tokenizer
+from rayfuse.pipeline import prepare_run, run_stages
+from rayfuse.run.layout import Layout
+from rayfuse.runtime.progress import report_nothing
+from rayfuse.status import verify_layout
+from rayfuse.storage.codec import flatten_column
+from rayfuse.storage.dataset import DataSet
+from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
+
+MODELS = {"a": 300, "b": 320, "target": 340, "fine": 257, "other-target": 270}
+"""Name: vocabulary. The smaller, the more tokens a text takes."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Return a folder with models, each with a tokenizer of its own, and documents."""
+    folder = tmp_path_factory.mktemp("kept")
+    for name, vocab in MODELS.items():
+        save_model("llama", 352, folder / name)
+        save_tokenizer(byte_level_tokenizer(vocab), folder / name, bos="<|end|>", eos="<|end|>")
+    lines = (json.dumps({"text": text * (1 + i % 7)}) for i in range(12) for text in SAMPLE)
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def write_recipe(folder: Path, storage: Path, *sources: str, target: str = "target", **corpus):
+    return parse_recipe(
+        {
+            "storage": str(storage),
+            "corpus": {
+                "documents": str(folder / "text.jsonl"),
+                "max_tokens": 100,
+                "shard_tokens": 1000,
+                **corpus,
+            },
+            "target": {"model": str(folder / target)},
+            "sources": [{"name": name, "model": str(folder / name)} for name in sources],
+            "evaluate": {"held_out_share": 0.2, "bootstrap_samples": 10},
+            "fuse": {"skip_noise": False},  # random weights know nothing
+            "train": {"rows_per_step": 8, "num_workers": 1},
+        }
+    )
+
+
+def run(recipe, *stages: str) -> Layout:
+    layout = prepare_run(recipe)
+    run_stages(recipe, layout, stages, report_nothing, lambda _: None)
+    return layout
+
+
+def commits(data: DataSet) -> dict[int, str]:
+    """Return who made which shard when."""
+    return {shard: commit.attempt for shard, commit in data.commits().items()}
+
+
+def read_texts(data: DataSet) -> list[str]:
+    found = data.commits()
+    return [t for shard in sorted(found) for t in data.read_shard(found[shard])["text"].to_pylist()]
+
+
+def longest(data: DataSet, column: str) -> int:
+    shards = [data.read_shard(commit) for commit in data.commits().values()]
+    return max(int(np.diff(flatten_column(shard, column)[1]).max()) for shard in shards)
+
+
+@pytest.mark.ray
+def test_a_source_with_another_tokenizer_is_captured_on_the_rows_that_are_there(
+    folder, tmp_path, ray_cluster
+):
+    first = run(write_recipe(folder, tmp_path, "a", "b"), "corpus", "capture", "align")
+    before = {name: commits(first.captured[name]) for name in ("a", "b")}
+    assert longest(first.corpus, "target_ids") <= 100
+    later = run(write_recipe(folder, tmp_path, "a", "b", "fine"), "corpus", "capture", "align")
+    assert later.corpus_rows.is_kept
+    assert later.corpus.folder == first.corpus.folder
+    assert {name: commits(later.captured[name]) for name in ("a", "b")} == before
+    assert {name: data.folder for name, data in later.aligned.items() if name != "fine"} == {
+        name: data.folder for name, data in first.aligned.items()
+    }
+    assert longest(later.captured["fine"], "token_ids") > 100  # rows are cut for coarser ones
+    assert later.aligned["fine"].is_whole()
+    assert later.runs[1] == first.runs[1]  # plain continued training is not repeated
+    assert later.evaluations["a"] == first.evaluations["a"]
+
+
+@pytest.mark.ray
+def test_another_target_is_aligned_from_what_is_captured(folder, tmp_path, ray_cluster):
+    first = run(write_recipe(folder, tmp_path, "a", "b"), "corpus", "capture", "align")
+    before = {name: commits(first.captured[name]) for name in ("a", "b")}
+    recipe = write_recipe(folder, tmp_path, "a", "b", target="other-target")
+    later = run(recipe, "corpus", "align")
+    assert later.corpus.folder != first.corpus.folder
+    assert read_texts(later.corpus) == read_texts(first.corpus)
+    assert {name: commits(later.captured[name]) for name in ("a", "b")} == before
+    assert {name: data.folder for name, data in later.captured.items()} == {
+        name: data.folder for name, data in first.captured.items()
+    }
+    for name in ("a", "b"):
+        stats = [commit.stats for commit in later.aligned[name].commits().values()]
+        share = sum(s["with_signal"] for s in stats) / sum(s["positions"] for s in stats)
+        assert share > 0.5
+    again = prepare_run(recipe)
+    assert again.corpus.folder == later.corpus.folder
+
+
+@pytest.mark.ray
+def test_another_top_k_has_folders_of_its_own_and_leaves_the_old_ones_whole(
+    folder, tmp_path, ray_cluster
+):
+    first = run(write_recipe(folder, tmp_path, "a"), "corpus", "capture")
+    before = commits(first.captured["a"])
+    recipe = write_recipe(folder, tmp_path, "a")
+    recipe = recipe.model_copy(update={"capture": CaptureSettings(top_k=4)})
+    later = run(recipe, "corpus", "capture")
+    assert later.captured["a"].folder != first.captured["a"].folder
+    assert later.captured["a"].is_whole()
+    assert commits(first.captured["a"]) == before
+    for layout in (first, later):
+        assert not any(each.damages for each in verify_layout(layout, report_nothing).values())
+
+
+@pytest.mark.ray
+def test_recut_captures_everything_again(folder, tmp_path, ray_cluster):
+    first = run(write_recipe(folder, tmp_path, "a"), "corpus", "capture")
+    recipe = write_recipe(folder, tmp_path, "a", "fine", recut=True)
+    layout = run(recipe, "corpus")
+    assert not layout.corpus_rows.is_kept
+    assert layout.captured["a"].folder != first.captured["a"].folder
+    assert longest(layout.corpus, "target_ids") < 100
+    # Without the setting, what this recipe has made already stays its own.
+    assert prepare_run(write_recipe(folder, tmp_path, "a", "fine")).corpus == layout.corpus
+
+
+@pytest.mark.ray
+def test_a_lost_shard_of_kept_rows_is_cut_as_at_first(folder, tmp_path, ray_cluster):
+    first = run(write_recipe(folder, tmp_path, "a"), "corpus", "capture")
+    texts = read_texts(first.corpus)
+    recipe = write_recipe(folder, tmp_path, "a", "fine")
+    layout = prepare_run(recipe)
+    (tmp_path / layout.corpus.folder / layout.corpus.commits()[0].file).unlink()
+    run(recipe, "corpus")
+    assert read_texts(layout.corpus) == texts
+
+
+@pytest.mark.ray
+def test_a_tokenizer_that_rows_were_cut_for_and_that_is_gone_is_named(
+    folder, tmp_path, ray_cluster
+):
+    save_model("llama", 352, folder / "passing")
+    save_tokenizer(byte_level_tokenizer(290), folder / "passing", bos=None, eos="<|end|>")
+    storage = tmp_path / "storage"
+    run(write_recipe(folder, storage, "a", "passing"), "corpus", "capture")
+    (folder / "passing").rename(tmp_path / "gone")
+    load_tokenizer.cache_clear()  # the next command is another process
+    recipe = write_recipe(folder, storage, "a", target="other-target")
+    with pytest.raises(ValueError, match=r"passing.*corpus\.recut: true"):
+        run(recipe, "corpus")
+    save_tokenizer(byte_level_tokenizer(280), folder / "passing", bos=None, eos="<|end|>")
+    load_tokenizer.cache_clear()
+    with pytest.raises(ValueError, match=r"passing.*has changed.*corpus\.recut: true"):
+        run(recipe, "corpus")
+    (storage / "corpus").joinpath(prepare_run(recipe).corpus_rows.kept_file[7:]).write_text("{")
+    with pytest.raises(ValueError, match=r"damaged.*remove it"):
+        prepare_run(recipe)
