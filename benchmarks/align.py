@@ -24,7 +24,7 @@ import pyarrow as pa
 from synthetic import make_captured, make_corpus
 
 from rayfuse.align.shard import Alignment, align_shard
-from rayfuse.align.token_spans import spell_vocabulary
+from rayfuse.align.token_spans import list_token_bytes
 from rayfuse.align.vocab_map import map_vocabulary
 from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.storage.codec import flatten_column
@@ -65,7 +65,7 @@ def main() -> None:
     folder = arguments.data / "tokenizers"
     source, target = (load_tokenizer(str(folder / n)) for n in ("gpt-neox-20b", "phi-3-mini"))
     alignment = Alignment(
-        spell_vocabulary(source), spell_vocabulary(target), map_vocabulary(source, target)
+        list_token_bytes(source), list_token_bytes(target), map_vocabulary(source, target)
     )
     text = "\n".join(
         piece for domain in DOMAINS for piece in read_texts(arguments.data, domain, 250_000)

@@ -23,7 +23,7 @@ from align import DOMAINS, read_texts
 from synthetic import make_captured, make_corpus
 
 from rayfuse.align.shard import Alignment, align_shard
-from rayfuse.align.token_spans import spell_vocabulary
+from rayfuse.align.token_spans import list_token_bytes
 from rayfuse.align.vocab_map import map_vocabulary
 from rayfuse.config.fuse import FuseSettings
 from rayfuse.fuse.reader import ShardReader
@@ -33,7 +33,7 @@ from rayfuse.storage.store import LocalStore
 from rayfuse.train.batches import Packing, Plan, iterate_steps
 
 TARGET, SOURCES = "open-llama-3b", ("gpt-neox-20b", "gpt2", "phi-3-mini")
-LEAST_RATE = 1_000_000
+MIN_RATE = 1_000_000
 MAX_TOKENS, NUM_SHARDS, RUNS = 2048, 8, 5
 
 
@@ -60,8 +60,8 @@ def write_shards(data: Path, folder: Path, num_tokens: int, top_k: int) -> dict[
             captured = make_captured(corpus, models[name], top_k=top_k, seed=shard)
             source, target = models[name], models[TARGET]
             alignment = Alignment(
-                spell_vocabulary(source),
-                spell_vocabulary(target),
+                list_token_bytes(source),
+                list_token_bytes(target),
                 map_vocabulary(source, target),
                 "bytes",
             )
@@ -110,8 +110,8 @@ def main() -> None:
     result = {
         "value": value,
         "unit": "target tokens/s/core",
-        "bar": LEAST_RATE,
-        "holds": value >= LEAST_RATE,
+        "bar": MIN_RATE,
+        "holds": value >= MIN_RATE,
         "rates": medians,
     }
     if options.json:

@@ -25,7 +25,7 @@ from rayfuse.storage.dataset import RECORDS, DataSet, list_missing, split_shards
 BAR_SECONDS, BAR_GIB = 30.0, 1.0
 PAGE_SECONDS, PAGE_NAMES = 0.1, 1000
 """A page of a listing: between asking for it and having it, and the names on it."""
-MOST_BLOCKS = 4096
+MAX_BLOCKS = 4096
 ATTEMPT = "0123456789ab"
 
 
@@ -111,13 +111,13 @@ def measure(store: SimulatedStore) -> dict[str, float]:
     corpus, captured = (DataSet(store, f"{name}/f", "f") for name in ("corpus", "captured"))
     began = time.monotonic()
     manifest = corpus.read_manifest()
-    assert manifest is not None and corpus.is_whole()
+    assert manifest is not None and corpus.is_complete()
     found_whole = time.monotonic()
     captured.claim({"source": "a"})
     missing = list_missing(captured, manifest.num_shards)
     assert len(missing) == manifest.num_shards // 2
     resumed = time.monotonic()
-    blocks = split_shards(missing, MOST_BLOCKS)
+    blocks = split_shards(missing, MAX_BLOCKS)
     assert sum(block.num_rows for block in blocks) == len(missing)
     return {
         "corpus_found_whole": found_whole - began,

@@ -2,8 +2,8 @@
 
     python benchmarks/signal_share.py [--data DIR] [--json]
 
-Prints a Markdown table: `bytes / exact / mined`, percent of target positions. `mined` counts the
-positions that the papers' rule accepts, with its own vocabulary map.
+Prints a Markdown table: `bytes / exact / mined`, percent of target positions. `min_edit_distance`
+counts the positions that the papers' rule accepts, with its own vocabulary map.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from rayfuse.align.edit_distance import match_by_edit_distance
 from rayfuse.align.matches import keep_one_to_one, match_positions
 from rayfuse.align.token_spans import (
     PlacedTokens,
-    SpelledVocabulary,
+    TokenBytes,
+    list_token_bytes,
     place_tokens,
-    spell_vocabulary,
 )
 from rayfuse.align.vocab_map import build_maps, map_to_nearest
 from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
@@ -31,7 +31,7 @@ NAMES = (
 )
 ROW_CHARACTERS, ROWS = 3000, 10
 
-Placed = tuple[PlacedTokens, SpelledVocabulary]
+Placed = tuple[PlacedTokens, TokenBytes]
 
 
 def place(tokenizer: TextTokenizer, texts: list[str]) -> Placed:
@@ -39,7 +39,7 @@ def place(tokenizer: TextTokenizer, texts: list[str]) -> Placed:
     ends_document = [True] * len(texts)
     rows = tokenizer.encode_rows(texts, ends_document)
     offsets = np.cumsum([0, *(len(row) for row in rows)])
-    vocabulary = spell_vocabulary(tokenizer)
+    vocabulary = list_token_bytes(tokenizer)
     encoded = [text.encode() for text in texts]
     ids = np.concatenate(rows)
     return place_tokens(ids, offsets, encoded, vocabulary, ends_document), vocabulary

@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rayfuse.config.train import TrainSettings
-from rayfuse.fuse.reader import Rows
+from rayfuse.fuse.reader import FusedRows
 from rayfuse.fuse.rules import FusedRow
 from rayfuse.models.causal_lm import split_head
 from rayfuse.train.batches import Packing, Step, build_micro_batches
@@ -42,21 +42,21 @@ SIZES = {
 ENTRIES, RUNS, WARM_UPS = 16, 5, 1
 
 
-def make_rows(tokens: int, vocab: int, *, is_fused: bool) -> Rows:
+def make_rows(tokens: int, vocab: int, *, is_fused: bool) -> FusedRows:
     """Return rows of some 250 tokens each, with random distributions or none."""
     random = np.random.default_rng(0)
     lengths = np.full(tokens // 256, 256)
     total = int(lengths.sum())
     token_ids = random.integers(0, vocab, total).astype(np.int32)
     if not is_fused:
-        return Rows(token_ids, lengths, FusedRow.of_nothing(total))
+        return FusedRows(token_ids, lengths, FusedRow.of_nothing(total))
     part = vocab // ENTRIES
     ids = random.integers(0, part, (total, ENTRIES)) + np.arange(ENTRIES) * part
     probs = random.dirichlet(np.ones(ENTRIES + 1), total).astype(np.float32)
     has_signal = random.random(total) < 0.85
     winners = np.where(has_signal, random.integers(3, size=total), -1)
     fused = FusedRow(has_signal, ids.astype(np.int32), probs[:, :-1], probs[:, -1], winners)
-    return Rows(token_ids, lengths, fused)
+    return FusedRows(token_ids, lengths, fused)
 
 
 def build(size: tuple[int, int, int], settings: TrainSettings, device: str) -> Any:

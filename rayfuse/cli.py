@@ -64,10 +64,10 @@ def _comes_of_stop(error: BaseException | None) -> bool:
 
 def _stop() -> None:
     """End at once, whatever threads still do: all that counts is committed."""
-    from rayfuse.runtime.connect import leave_cluster_at_once
+    from rayfuse.runtime.connect import shutdown_now
 
     print("rayfuse: stopped; the same command goes on where it was", file=sys.stderr, flush=True)
-    leave_cluster_at_once()
+    shutdown_now()
     sys.stdout.flush()
     os._exit(STOPPED)
 
@@ -318,7 +318,7 @@ def _run_recipe(
     recipe = read_recipe(path, overrides)
     layout = prepare_run(recipe)
     console.print(f"recipe {path}: {', '.join(stages)} in {layout.store.root}")
-    if layout.corpus_rows.is_kept:
+    if layout.corpus_rows.is_reused:
         models = ", ".join(model.model for model in layout.corpus_rows.cut_for)
         console.print(
             f"rows: kept as they were first cut, for {models} (corpus.recut: true cuts them anew)"

@@ -13,7 +13,7 @@ from rayfuse.storage.store import check_store
 
 STAGES = ("corpus", "capture", "align", "train", "evaluate", "report")
 
-AHEAD_SECONDS = 600.0
+PREWARM_SECONDS = 600.0
 """What a machine may take to come: GPUs are asked for so long before they are needed."""
 
 
@@ -58,7 +58,7 @@ def run_stages(
         began = time.monotonic()
         was_done = is_stage_done(stage, layout)
         if not was_done:
-            with _ask_in_time(stage, stages, recipe, layout, progress) as watched:
+            with _prewarm_sources(stage, stages, recipe, layout, progress) as watched:
                 _run_stage(stage, recipe, layout, watched)
         tell(StageResult(stage, was_done, time.monotonic() - began))
 
@@ -67,11 +67,11 @@ def is_stage_done(stage: str, layout: Layout) -> bool:
     """Return whether a stage's results are all there."""
     store = layout.store
     if stage == "corpus":
-        return layout.corpus.is_whole() and layout.held_out.is_whole()
+        return layout.corpus.is_complete() and layout.held_out.is_complete()
     if stage == "capture":
-        return all(data.is_whole() for data in layout.captured.values())
+        return all(data.is_complete() for data in layout.captured.values())
     if stage == "align":
-        return all(data.is_whole() for data in layout.aligned.values())
+        return all(data.is_complete() for data in layout.aligned.values())
     if stage == "train":
         return all("done.json" in store.sizes(run.folder) for run in layout.runs)
     if stage == "evaluate":
@@ -84,7 +84,7 @@ def is_stage_done(stage: str, layout: Layout) -> bool:
 
 
 @contextmanager
-def _ask_in_time(
+def _prewarm_sources(
     stage: str, stages: tuple[str, ...], recipe: Recipe, layout: Layout, progress: Progress
 ) -> Iterator[Progress]:
     """Yield a progress that has the sources' GPUs come up before the corpus is cut.
@@ -95,19 +95,19 @@ def _ask_in_time(
         yield progress
         return
     from rayfuse.runtime.connect import join_cluster
-    from rayfuse.runtime.resources import ask_ahead, count_reachable, list_bundles
+    from rayfuse.runtime.resources import count_reachable, list_bundles, prewarm_nodes
 
     join_cluster()
-    todo = [each for each in recipe.sources if not layout.captured[each.name].is_whole()]
+    todo = [each for each in recipe.sources if not layout.captured[each.name].is_complete()]
     pace = Pace()
     with ExitStack() as asked:
         is_asked = False
 
         def ask_if_soon(left: float) -> None:
             nonlocal is_asked
-            if not is_asked and left < AHEAD_SECONDS:
+            if not is_asked and left < PREWARM_SECONDS:
                 is_asked = True
-                asked.enter_context(ask_ahead([list_bundles(each) for each in todo]))
+                asked.enter_context(prewarm_nodes([list_bundles(each) for each in todo]))
 
         def watch(title: str, done: int, total: int, unit: str = "", note: str = "") -> None:
             progress(title, done, total, unit, note)

@@ -7,7 +7,7 @@ top_k`. Position t of a row always speaks of token t+1.
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 
 def _list_of(kind: pa.DataType) -> pa.DataType:
@@ -60,7 +60,7 @@ ALIGNED = pa.schema(
     }
 )
 
-TOKEN_COSTS = pa.schema(
+TOKEN_NLL = pa.schema(
     {
         "row_id": pa.string(),  # as in the held-out rows, same order
         "ends": ints,  # the byte of the text after each token: start token and EOS left out

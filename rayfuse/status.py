@@ -65,7 +65,7 @@ def print_status(layout: Layout, statuses: dict[str, Status], console: Console) 
 
 
 def _describe_state(status: Status) -> str:
-    if status.is_whole:
+    if status.is_complete:
         return "whole"
     if status.last_metrics is None:
         return "begun" if status.shards else "not begun"

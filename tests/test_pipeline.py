@@ -101,7 +101,7 @@ def test_every_stage_ran_and_its_results_are_whole(finished_run):
     corpus = layout.corpus.commits()
     assert len(corpus) >= 3
     for data in (*layout.captured.values(), *layout.aligned.values()):
-        assert data.is_whole()
+        assert data.is_complete()
         assert sorted(data.commits()) == sorted(corpus)
     for data in layout.aligned.values():
         stats = [commit.stats for commit in data.commits().values()]
@@ -115,13 +115,13 @@ def test_random_weights_know_nothing_and_who_has_read_stories_alone_knows_little
     assert not is_noise(commits["stories"])
 
 
-@pytest.mark.parametrize("method", ["exact", "mined", "statistics"])
+@pytest.mark.parametrize("method", ["exact", "min_edit_distance", "cooccurrence"])
 def test_another_method_aligns_what_is_captured_without_touching_it(finished_run, method):
     values = dump_recipe(finished_run.recipe)
     recipe = parse_recipe(values | {"align": {"method": method}})
     before = snapshot(finished_run.root / "captured")
     layout = prepare_run(recipe)
-    assert not any(data.is_whole() for data in layout.aligned.values())
+    assert not any(data.is_complete() for data in layout.aligned.values())
     run_stages(recipe, layout, ("align",), report_nothing, lambda result: None)
     assert snapshot(finished_run.root / "captured") == before
     for name, data in layout.aligned.items():
@@ -131,7 +131,7 @@ def test_another_method_aligns_what_is_captured_without_touching_it(finished_run
         )
         signals = sum(each["with_signal"] for each in ours)
         assert signals > 0
-        if method != "mined":  # which knows nothing of bytes
+        if method != "min_edit_distance":  # which knows nothing of bytes
             assert signals <= sum(each["with_signal"] for each in theirs)
         file = layout.map_files.get(name)
         assert (file is None) == (method == "exact")

@@ -16,7 +16,7 @@ from benchmarks.fusion.training import PACKING
 from rayfuse.align.matches import match_positions
 from rayfuse.align.shard import Alignment
 from rayfuse.align.token_spans import PlacedTokens, place_tokens
-from rayfuse.fuse.reader import Rows, ShardReader
+from rayfuse.fuse.reader import FusedRows, ShardReader
 from rayfuse.models.batching import pad_rows
 from rayfuse.models.causal_lm import CausalLM
 from rayfuse.storage.codec import flatten_column
@@ -119,7 +119,9 @@ def iterate_full_steps(
         yield build_micro_batches(_widen(rows, numbers[:, 1], sources), PACKING)
 
 
-def _widen(rows: Rows, numbers: Int[np.ndarray, " rows"], sources: list[FullSource]) -> Rows:
+def _widen(
+    rows: FusedRows, numbers: Int[np.ndarray, " rows"], sources: list[FullSource]
+) -> FusedRows:
     """Return rows whose distributions have an entry for every target token."""
     target = sources[0].target
     num_tokens, vocab_size = len(rows.token_ids), len(sources[0].alignment.target.lengths)

@@ -286,14 +286,21 @@ def _plan_numbers(planner: Planner, clm: Unit, fused: Unit) -> dict[str, Unit]:
 def _plan_alignments(planner: Planner, clm: Unit) -> dict[str, Unit]:
     sources = planner.sources
     variants = {CLM: clm}
-    for method in ("bytes", WHOLE_CHARACTERS, CUT_OFF, "exact", "mined", "statistics"):
+    for method in (
+        "bytes",
+        WHOLE_CHARACTERS,
+        CUT_OFF,
+        "exact",
+        "min_edit_distance",
+        "cooccurrence",
+    ):
         variants[method] = planner.train(method, sources, align={"method": method})
     for fault in (False, True):
         name = "paper preset" + ", with its off-by-one" * fault
         variants[name] = planner.train(
             name,
             sources,
-            align={"record": "top-10", "method": "mined", "fault": fault},
+            align={"record": "top-10", "method": "min_edit_distance", "fault": fault},
             fuse={"cost": "nats_per_token", "tail": "renormalise"},
             clm_weight=0.9,
         )

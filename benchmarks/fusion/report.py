@@ -164,9 +164,9 @@ def _answer_variants(findings: Findings) -> list[str]:
         "3": ("Number of sources", ""),
         "4": (
             "Alignment",
-            "The paper preset is top-10 renormalised, `mined`, choice per row by nats per token, "
-            "lambda 0.9, of the same three sources. Its off-by-one is made by the study alone "
-            "(`published.py`).",
+            "The paper preset is top-10 renormalised, `min_edit_distance`, choice per row by nats "
+            "per token, lambda 0.9, of the same three sources. Its off-by-one is made by the study "
+            "alone (`published.py`).",
         ),
         "5": ("Which source is heard", ""),
         "6": ("What is kept of each distribution", _describe_bytes(findings)),

@@ -38,7 +38,7 @@ def read_pretraining(data: Path, seed: int) -> list[Document]:
     ]
 
 
-def read_fusion(data: Path, seed: int, bytes_per_domain: int, most_chars: int) -> list[Document]:
+def read_fusion(data: Path, seed: int, bytes_per_domain: int, max_chars: int) -> list[Document]:
     """Return the fusion corpus: of each domain the first documents that no model has seen.
 
     Of a document it has the beginning.
@@ -49,7 +49,7 @@ def read_fusion(data: Path, seed: int, bytes_per_domain: int, most_chars: int) -
     for domain in DOMAINS:
         room = bytes_per_domain
         for document in split_domain(read_domain(data, domain, "train"), seed)[1]:
-            text = document.text[:most_chars].encode()[:room].decode(errors="ignore")
+            text = document.text[:max_chars].encode()[:room].decode(errors="ignore")
             room -= len(text.encode())
             if text.strip():
                 chosen.append(Document(document.doc_id, domain, text))
@@ -58,13 +58,13 @@ def read_fusion(data: Path, seed: int, bytes_per_domain: int, most_chars: int) -
     return chosen
 
 
-def read_held_out(data: Path, half: str, *, most_documents: int, most_chars: int) -> list[Document]:
+def read_held_out(data: Path, half: str, *, max_documents: int, max_chars: int) -> list[Document]:
     """Return one half of the `valid` parts: the beginnings of every second document."""
     chosen: list[Document] = []
     for domain in DOMAINS:
         ordered = sorted(read_domain(data, domain, "valid"), key=lambda each: _draw(each, 0))
-        mine = ordered[HALVES.index(half) :: 2][:most_documents]
-        chosen += [Document(each.doc_id, domain, each.text[:most_chars]) for each in mine]
+        mine = ordered[HALVES.index(half) :: 2][:max_documents]
+        chosen += [Document(each.doc_id, domain, each.text[:max_chars]) for each in mine]
     return chosen
 
 

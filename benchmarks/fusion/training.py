@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 
 from rayfuse.config.train import TrainSettings
-from rayfuse.fuse.reader import Rows
+from rayfuse.fuse.reader import FusedRows
 from rayfuse.fuse.rules import FusedRow
 from rayfuse.models.causal_lm import CausalLM
 from rayfuse.train.batches import MicroBatch, Packing, build_micro_batches
@@ -77,4 +77,4 @@ def lay_out_text(
         ids = part.numpy().astype(np.int32)
         lengths = np.full(len(ids), ids.shape[1])
         nothing = FusedRow.of_nothing(ids.size)
-        yield build_micro_batches(Rows(ids.reshape(-1), lengths, nothing), PACKING)
+        yield build_micro_batches(FusedRows(ids.reshape(-1), lengths, nothing), PACKING)

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rayfuse.storage.dataset import fingerprint_of
+from rayfuse.run.fingerprint import fingerprint_of
 
 VERSIONS = {"aligned": 3}
 """By kind, 1 where there is none: raised when what such a unit computes changes, in the study or in

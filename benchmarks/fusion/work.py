@@ -26,7 +26,7 @@ from benchmarks.fusion.training import PACKING, lay_out_text, train_lm
 from benchmarks.fusion.units import Unit
 from rayfuse.align.cooccurrence import choose_most_matched, count_pairs
 from rayfuse.align.shard import Alignment, align_shard
-from rayfuse.align.token_spans import spell_vocabulary
+from rayfuse.align.token_spans import list_token_bytes
 from rayfuse.align.vocab_map import (
     PLAIN,
     build_maps,
@@ -46,7 +46,7 @@ from rayfuse.demo.specs import ModelSpec
 from rayfuse.demo.text import Document as PlainDocument
 from rayfuse.demo.tiny_models import build_model, draw_rows
 from rayfuse.evaluate.bits_per_byte import score_documents, score_rows, score_tokens
-from rayfuse.evaluate.ensemble import TokenCosts, average_sources
+from rayfuse.evaluate.ensemble import TokenNLL, average_sources
 from rayfuse.evaluate.merged_weights import average_weights
 from rayfuse.evaluate.scores import sum_documents
 from rayfuse.fuse.reader import ShardReader
@@ -142,7 +142,7 @@ def _make_held_out(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     found: Record = {}
     for shard, half in enumerate(HALVES):
         documents = read_held_out(
-            data, half, most_documents=settings["documents"], most_chars=settings["chars"]
+            data, half, max_documents=settings["documents"], max_chars=settings["chars"]
         )
         table = build_rows(documents, tokenizers[0], tokenizers, max_tokens=settings["max_tokens"])
         _data(unit, out, "rows").write_shard(shard, table, tokens=0)
@@ -200,10 +200,10 @@ def _alignment(unit: Unit, out: Path, corpus: pa.Table) -> Alignment:
     method = unit.settings["method"]
     source = _tokenizer_of(unit.needs["captured"].needs["model"].needs["tokenizer"], out)
     target = _tokenizer_of(unit.needs["corpus"].needs["target"], out)
-    spelled = (spell_vocabulary(source), spell_vocabulary(target))
-    if method == "mined":
+    spelled = (list_token_bytes(source), list_token_bytes(target))
+    if method == "min_edit_distance":
         maps = build_maps(map_to_nearest(range(source.vocab_size), source, target), source, target)
-    elif method == "statistics":
+    elif method == "cooccurrence":
         unseen = map_vocabulary(source, target)[PLAIN, :-1]
         counted = count_pairs(corpus, *spelled)
         maps = build_maps(choose_most_matched(counted, unseen), source, target)
@@ -296,7 +296,7 @@ def _ensemble(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     """Score the mean of what models give to the same bytes."""
     rows = _data(unit.needs["held_out"], out, "rows")
     tables = [rows.read_shard(rows.read_commit(shard)) for shard in range(len(HALVES))]
-    costs: list[list[list[TokenCosts]]] = [[] for _ in HALVES]
+    costs: list[list[list[TokenNLL]]] = [[] for _ in HALVES]
     for model in unit.needs.values():
         if model.kind == "model":
             tokenizer = _tokenizer_of(model.needs["tokenizer"], out)

@@ -12,7 +12,7 @@ import pyarrow as pa
 from jaxtyping import Int
 
 from rayfuse.align.matches import match_positions
-from rayfuse.align.token_spans import SpelledVocabulary, place_tokens
+from rayfuse.align.token_spans import TokenBytes, place_tokens
 from rayfuse.storage.codec import flatten_column
 
 SOURCE_SHIFT = 32
@@ -28,9 +28,7 @@ class PairCounts:
     counts: Int[np.ndarray, " pairs"]
 
 
-def count_pairs(
-    corpus: pa.Table, source: SpelledVocabulary, target: SpelledVocabulary
-) -> PairCounts:
+def count_pairs(corpus: pa.Table, source: TokenBytes, target: TokenBytes) -> PairCounts:
     """Return how often tokens began at the same byte in CORPUS rows.
 
     Args:

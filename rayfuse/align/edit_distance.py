@@ -15,7 +15,7 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
 from rayfuse.align.matches import Matches
-from rayfuse.align.token_spans import PlacedTokens, SpelledVocabulary
+from rayfuse.align.token_spans import PlacedTokens, TokenBytes
 from rayfuse.align.vocab_map import PLAIN, VocabMaps
 
 FAR = 2**60
@@ -30,7 +30,7 @@ NOT_NEAREST = "no single token that is equal or nearest"
 def match_by_edit_distance(
     source: PlacedTokens,
     target: PlacedTokens,
-    vocabularies: tuple[SpelledVocabulary, SpelledVocabulary],
+    vocabularies: tuple[TokenBytes, TokenBytes],
     maps: VocabMaps,
 ) -> Matches:
     """Return the target positions whose next token is warped to one source token that means it.
@@ -57,9 +57,7 @@ def match_by_edit_distance(
 class _TextTokens:
     """One row's tokens of text: where they are, and which distinct ones there are."""
 
-    def __init__(
-        self, placed: PlacedTokens, start: int, stop: int, vocabulary: SpelledVocabulary
-    ) -> None:
+    def __init__(self, placed: PlacedTokens, start: int, stop: int, vocabulary: TokenBytes) -> None:
         ids = placed.ids[start:stop]
         self.at = start + np.flatnonzero(vocabulary.lengths[ids] > 0)
         self.ids = placed.ids[self.at]
@@ -69,7 +67,7 @@ class _TextTokens:
         self.before_eos = start + np.flatnonzero(placed.next_is_eos[start:stop])
 
 
-def _split_rows(placed: PlacedTokens, vocabulary: SpelledVocabulary) -> Iterator[_TextTokens]:
+def _split_rows(placed: PlacedTokens, vocabulary: TokenBytes) -> Iterator[_TextTokens]:
     for start, stop in pairwise(placed.offsets.tolist()):
         yield _TextTokens(placed, start, stop, vocabulary)
 

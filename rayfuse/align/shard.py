@@ -16,7 +16,7 @@ from rayfuse.align.distributions import (
     put_true_token,
 )
 from rayfuse.align.matches import Matches, keep_one_to_one, match_positions
-from rayfuse.align.token_spans import PlacedTokens, SpelledVocabulary, place_tokens
+from rayfuse.align.token_spans import PlacedTokens, TokenBytes, place_tokens
 from rayfuse.align.vocab_map import PLAIN, VocabMaps
 from rayfuse.schema import ALIGNED, codes, flags, halfs, ints
 from rayfuse.storage.codec import (
@@ -27,7 +27,7 @@ from rayfuse.storage.codec import (
     flatten_column,
 )
 
-Method = Literal["bytes", "exact", "mined", "statistics"]
+Method = Literal["bytes", "exact", "min_edit_distance", "cooccurrence"]
 
 SLICE_POSITIONS = 8_192
 """Positions whose distributions are mapped at a time: few enough for a core's own cache."""
@@ -41,8 +41,8 @@ weights pay 0.97 and more, knowing no more than how frequent tokens are about 0.
 class Alignment:
     """All that aligning one source with the target needs, made once per pair."""
 
-    source: SpelledVocabulary
-    target: SpelledVocabulary
+    source: TokenBytes
+    target: TokenBytes
     maps: VocabMaps
     method: Method = "bytes"
 
@@ -131,7 +131,7 @@ def align_shard(
 
 def find_matches(source: PlacedTokens, target: PlacedTokens, alignment: Alignment) -> Matches:
     """Return the target positions that learn from a source position, by the alignment's method."""
-    if alignment.method == "mined":
+    if alignment.method == "min_edit_distance":
         from rayfuse.align.edit_distance import match_by_edit_distance  # compiled: slow to import
 
         vocabularies = (alignment.source, alignment.target)
@@ -171,7 +171,7 @@ def _map_slice(
     """Map some matches' distributions: copy what is only renamed, work out the rest."""
     target_at, source_at, until = matches.target_at, matches.source_at, matches.source_until
     # The papers' rule knows no token but those it maps, so none is put in for the text's own.
-    puts_truth = alignment.method != "mined"
+    puts_truth = alignment.method != "min_edit_distance"
     true_ids = target.ids[target_at + 1]
     top_ids = records.top_ids[source_at].T.copy()
     is_first_piece = (top_ids == source.ids[source_at + 1]) & puts_truth

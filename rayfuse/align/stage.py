@@ -10,7 +10,7 @@ from ray.data import TaskPoolStrategy
 
 from rayfuse.align.cooccurrence import PairCounts, add_counts, choose_most_matched, count_pairs
 from rayfuse.align.task import AlignTask, align_committed, plan_task, write_map
-from rayfuse.align.token_spans import spell_vocabulary
+from rayfuse.align.token_spans import list_token_bytes
 from rayfuse.align.vocab_map import PLAIN, map_to_nearest, map_vocabulary
 from rayfuse.config.models import ModelSettings
 from rayfuse.config.recipe import Recipe, dump_recipe
@@ -20,7 +20,7 @@ from rayfuse.runtime.progress import Progress
 from rayfuse.runtime.resources import TASK_RETRIES, limit_cpu_tasks
 from rayfuse.storage.dataset import DataSet, list_missing, split_shards
 
-MOST_BLOCKS = 4096
+MAX_BLOCKS = 4096
 """Blocks of shard numbers: the driver holds an object for each."""
 
 MINED_CHUNK = 2048
@@ -36,9 +36,9 @@ def align_sources(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     build_vocab_maps(recipe, layout, progress)
     for source in recipe.sources:
         aligned, captured = layout.aligned[source.name], layout.captured[source.name]
-        if aligned.is_whole():
+        if aligned.is_complete():
             continue
-        if not captured.is_whole():
+        if not captured.is_complete():
             raise ValueError(
                 f"source {source.name} is not captured whole; run `rayfuse capture` first"
             )
@@ -49,7 +49,7 @@ def align_sources(recipe: Recipe, layout: Layout, progress: Progress) -> None:
         todo = list_missing(aligned, num_shards)
         task = plan_task(recipe, layout, source)
         if todo:
-            rows = ray.data.from_arrow(split_shards(todo, MOST_BLOCKS)).map_batches(
+            rows = ray.data.from_arrow(split_shards(todo, MAX_BLOCKS)).map_batches(
                 partial(align_batch, task=task),
                 batch_size=1,
                 batch_format="pyarrow",
@@ -75,7 +75,7 @@ def build_vocab_maps(recipe: Recipe, layout: Layout, progress: Progress) -> None
         if map_file is None or map_file.removeprefix("maps/") in present:
             continue
         label = f"map {source.name}"
-        if recipe.align.method == "mined":
+        if recipe.align.method == "min_edit_distance":
             plain = _mine_map(source, recipe.target, label, progress)
         else:
             plain = _count_map(source, recipe.target, layout.corpus, label, progress)
@@ -127,5 +127,5 @@ def _count_shard(
     rows = corpus.read_shard(
         corpus.read_commit(shard), columns=["text", "ends_document", "target_ids"]
     )
-    ours, theirs = (spell_vocabulary(load_recipe_tokenizer(model)) for model in (source, target))
+    ours, theirs = (list_token_bytes(load_recipe_tokenizer(model)) for model in (source, target))
     return count_pairs(rows, ours, theirs)

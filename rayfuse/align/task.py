@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int
 
 from rayfuse.align.shard import Alignment, Method, align_shard
-from rayfuse.align.token_spans import spell_vocabulary
+from rayfuse.align.token_spans import list_token_bytes
 from rayfuse.align.vocab_map import VocabMaps, build_maps, map_vocabulary
 from rayfuse.config.models import ModelSettings, SourceSettings
 from rayfuse.config.recipe import Recipe
@@ -103,7 +103,7 @@ def load_alignment(task: AlignTask) -> Alignment:
         maps = map_vocabulary(source, target, only_equal=task.method == "exact")
     else:
         maps = read_maps(task.aligned.store, task.map_file, source, target)
-    return Alignment(spell_vocabulary(source), spell_vocabulary(target), maps, task.method)
+    return Alignment(list_token_bytes(source), list_token_bytes(target), maps, task.method)
 
 
 def read_maps(

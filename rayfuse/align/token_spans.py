@@ -37,7 +37,7 @@ class Fault(IntEnum):
 
 
 @dataclass(frozen=True)
-class SpelledVocabulary:
+class TokenBytes:
     """The bytes of every token, end to end."""
 
     lengths: Int[np.ndarray, " vocab"]
@@ -46,7 +46,7 @@ class SpelledVocabulary:
     """Where each token's bytes begin in `blob`."""
     blob: UInt8[np.ndarray, " _"]
     """All tokens' bytes."""
-    adds_blank: bool
+    adds_prefix_space: bool
     """The first token of a text spells a blank that the text does not have."""
     eos_id: int | None
     start_id: int | None
@@ -89,15 +89,15 @@ class PlacedTokens:
         return self.has_next & (self.faults == Fault.NONE)
 
 
-def spell_vocabulary(tokenizer: TextTokenizer) -> SpelledVocabulary:
+def list_token_bytes(tokenizer: TextTokenizer) -> TokenBytes:
     """Return the bytes of a tokenizer's vocabulary as arrays."""
     spelled = [token or b"" for token in tokenizer.token_bytes]
     lengths = tokenizer.count_bytes()
-    return SpelledVocabulary(
+    return TokenBytes(
         lengths=lengths,
         starts=np.cumsum(lengths) - lengths,
         blob=np.frombuffer(b"".join(spelled), dtype=np.uint8),
-        adds_blank=tokenizer.adds_blank,
+        adds_prefix_space=tokenizer.adds_prefix_space,
         eos_id=tokenizer.eos_id,
         start_id=tokenizer.start_id,
         tokenizer=tokenizer,
@@ -113,7 +113,7 @@ def place_tokens(
     ids: Int[np.ndarray, " tokens"],
     offsets: Int[np.ndarray, " rows_plus_1"],
     texts: Sequence[bytes],
-    vocabulary: SpelledVocabulary,
+    vocabulary: TokenBytes,
     ends_document: Sequence[bool],
 ) -> PlacedTokens:
     """Return where each token of a shard ends, checked against the rows' own bytes.
@@ -136,7 +136,7 @@ def place_tokens(
     first_text, has_eos = _find_text_tokens(ids, offsets, vocabulary, np.array(ends_document, bool))
     lengths = vocabulary.lengths[ids]
     has_blank = np.zeros(len(ids), dtype=bool)
-    if vocabulary.adds_blank:
+    if vocabulary.adds_prefix_space:
         at = first_text[first_text < offsets[1:] - has_eos]
         at = at[lengths[at] > 0]
         has_blank[at[vocabulary.blob[vocabulary.starts[ids[at]]] == SPACE[0]]] = True
@@ -195,7 +195,7 @@ def _check_ids(
 def _find_text_tokens(
     ids: Int[np.ndarray, " tokens"],
     offsets: Int[np.ndarray, " rows_plus_1"],
-    vocabulary: SpelledVocabulary,
+    vocabulary: TokenBytes,
     ends_document: Bool[np.ndarray, " rows"],
 ) -> tuple[Int[np.ndarray, " rows"], Bool[np.ndarray, " rows"]]:
     """Return each row's first token of text, and whether the row ends with EOS.
@@ -222,7 +222,7 @@ def _find_text_tokens(
 
 
 def _tell_difference(
-    ours: Int[np.ndarray, " _"], texts: Int[np.ndarray, " _"], vocabulary: SpelledVocabulary
+    ours: Int[np.ndarray, " _"], texts: Int[np.ndarray, " _"], vocabulary: TokenBytes
 ) -> str:
     """Say where a row's tokens first differ from those of its text, some tokens around it."""
     shorter = min(len(ours), len(texts))
@@ -242,7 +242,7 @@ def _place_spelled(
     ids: Int[np.ndarray, " tokens"],
     offsets: Int[np.ndarray, " rows_plus_1"],
     texts: Sequence[bytes],
-    vocabulary: SpelledVocabulary,
+    vocabulary: TokenBytes,
     lengths: Int[np.ndarray, " tokens"],
     has_blank: Bool[np.ndarray, " tokens"],
 ) -> tuple[Int[np.ndarray, " tokens"], Bool[np.ndarray, " rows"]]:
@@ -270,14 +270,14 @@ class _RowPlace:
     has_blank: Bool[np.ndarray, " tokens"]
 
 
-def _place_by_offsets(texts: Sequence[bytes], vocabulary: SpelledVocabulary) -> list[_RowPlace]:
+def _place_by_offsets(texts: Sequence[bytes], vocabulary: TokenBytes) -> list[_RowPlace]:
     """Return rows placed by offsets: text that no token covers belongs to the token after it."""
     tokenizer = vocabulary.tokenizer
     if tokenizer is None:
         raise ValueError("tokens do not spell their text, and there is no tokenizer to ask")
     rows = tokenizer.encode_with_ends([text.decode() for text in texts])
     return [
-        _place_row(text, ids, chars, vocabulary, tokenizer.implies_blank)
+        _place_row(text, ids, chars, vocabulary, tokenizer.implies_prefix_space)
         for text, (ids, chars) in zip(texts, rows, strict=True)
     ]
 
@@ -286,8 +286,8 @@ def _place_row(
     text: bytes,
     ids: Int[np.ndarray, " tokens"],
     chars: Int[np.ndarray, "tokens 2"],
-    vocabulary: SpelledVocabulary,
-    implies_blank: bool,
+    vocabulary: TokenBytes,
+    implies_prefix_space: bool,
 ) -> _RowPlace:
     spelled = [vocabulary.spell(token_id) for token_id in ids.tolist()]
     begins, ends = _count_in_bytes(text, chars, spelled)
@@ -296,7 +296,7 @@ def _place_row(
     done = 0
     for at, piece in enumerate(spelled):
         covered = text[done : ends[at]]
-        may_add = implies_blank or (at == 0 and vocabulary.adds_blank)
+        may_add = implies_prefix_space or (at == 0 and vocabulary.adds_prefix_space)
         has_blank[at] = may_add and piece == SPACE + covered
         if not piece:
             faults[at] = Fault.UNKNOWN_TOKEN

@@ -89,7 +89,9 @@ def find_unfinished(token: bytes) -> int:
 
 def _is_view_used(view: int, source: TextTokenizer, target: TextTokenizer) -> bool:
     """Return whether a blank is ever to be taken off or put on: it takes long to map for that."""
-    ours, theirs = ((each.adds_blank, each.implies_blank) for each in (source, target))
+    ours, theirs = (
+        (each.adds_prefix_space, each.implies_prefix_space) for each in (source, target)
+    )
     if view == PLAIN:
         return True
     return ours != theirs and any(ours if view == UNBLANKED else theirs)
@@ -113,7 +115,8 @@ def build_maps(
 def map_to_nearest(
     token_ids: Sequence[int], source: TextTokenizer, target: TextTokenizer
 ) -> Int[np.ndarray, " tokens"]:
-    """Return the target token at the least edit distance from each source token (`mined`).
+    """Return the target token at the least edit distance from each source token
+    (`min_edit_distance`).
 
     The distance is Levenshtein's, over the bytes that tokens spell; ties go to the lowest id, but
     never to a byte token whose byte another token spells too. FuseLLM's MinED, section 3.2 of arXiv
@@ -172,7 +175,7 @@ def _first_tokens(
     texts: Sequence[bytes], target: TextTokenizer, by_bytes: dict[bytes, int]
 ) -> list[int]:
     """Return the first token of the target's tokenisation of each text, as inside a longer text."""
-    anchor = ANCHOR if target.adds_blank else ""
+    anchor = ANCHOR if target.adds_prefix_space else ""
     decoded = [text.decode("utf-8", errors="replace") for text in texts]
     rows = target.encode([anchor + text for text in decoded])
     firsts: list[int] = []

@@ -3,7 +3,7 @@
 from collections import Counter
 
 
-class Lives:
+class CrashCounter:
     """Keeps count for all actors. Ray restarts an actor without end and tells nobody."""
 
     def __init__(self) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 
-def share_actors(work: Sequence[float], costs: Sequence[float], room: float) -> list[int]:
+def allocate_actors(work: Sequence[float], costs: Sequence[float], room: float) -> list[int]:
     """Return each source's number of actors: room is given to whoever would finish last.
 
     Args:

@@ -11,7 +11,7 @@ from rayfuse.capture.engines.transformers_engine import Engine
 from rayfuse.capture.rows import build_captured, tokenise_rows
 from rayfuse.models.tokenizer import TextTokenizer
 from rayfuse.storage.dataset import Commit, DataSet
-from rayfuse.storage.object_store import REPEATED
+from rayfuse.storage.object_store import NUM_RETRIES
 
 
 @dataclass(frozen=True)
@@ -93,5 +93,5 @@ class ShardCapturer:
             busy_seconds=commit.stats.get("busy_seconds", 0.0),
             idle_seconds=commit.stats.get("idle_seconds", 0.0),
             batch_tokens=self.engine.batch_tokens,
-            storage_repeats=REPEATED.count,
+            storage_repeats=NUM_RETRIES.count,
         )

@@ -24,13 +24,13 @@ from ray.exceptions import RayActorError
 from ray.util.metrics import Counter
 
 from rayfuse.align.task import AlignTask, align_committed, plan_task
-from rayfuse.capture.actor import Lives
+from rayfuse.capture.actor import CrashCounter
 from rayfuse.capture.engines.transformers_engine import (
     LoadEngine,
     check_backend,
     load_recipe_engine,
 )
-from rayfuse.capture.scheduling import share_actors
+from rayfuse.capture.scheduling import allocate_actors
 from rayfuse.capture.shard import ShardCapturer, ShardNumbers
 from rayfuse.capture.stats import LiveNumbers, to_line
 from rayfuse.config.capture import CaptureSettings
@@ -38,8 +38,8 @@ from rayfuse.config.models import DType, SourceSettings
 from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.models.files import load_recipe_tokenizer, read_model_files
 from rayfuse.run.layout import Layout
-from rayfuse.run.segmentation import keep_rows
-from rayfuse.runtime.connect import beside_the_driver, find_root_cause
+from rayfuse.run.segmentation import write_segmentation
+from rayfuse.runtime.connect import find_root_cause, on_driver_node
 from rayfuse.runtime.progress import Progress
 from rayfuse.runtime.resources import count_actor_gpus, count_reachable, gpu_options
 from rayfuse.storage.dataset import DataSet, list_missing, split_shards
@@ -47,10 +47,10 @@ from rayfuse.storage.dataset import DataSet, list_missing, split_shards
 CALLS_PER_ACTOR = 3
 """Shards in one actor at a time: one is read, one scored, one written."""
 
-MOST_BLOCKS = 4096
+MAX_BLOCKS = 4096
 """Blocks of shard numbers: the driver holds an object for each."""
 
-MOST_DEATHS = 5
+MAX_DEATHS = 5
 """Deaths in a row before an actor's first shard that are put up with: spot machines do go away."""
 
 DRAIN_SECONDS = 5.0
@@ -84,7 +84,7 @@ class CaptureActor:
         self.fault: Exception | None = None
         self.actor, self.lives = ray.get_runtime_context().get_actor_id(), lives
         deaths: int = ray.get(lives.begin.remote(self.actor, source.name))  # pyright: ignore[reportAssignmentType]
-        if deaths > MOST_DEATHS:
+        if deaths > MAX_DEATHS:
             self.fault = RuntimeError(_describe_deaths(source, deaths))
             return
         try:
@@ -161,20 +161,20 @@ def capture_sources(
 
     Raises:
         ValueError: The corpus is not whole, a model cannot be used, or too many rows are rejected.
-        StorageGoneError: The storage does not answer any more.
+        StorageUnavailableError: The storage does not answer any more.
         RuntimeError: Actors die again and again before they have finished a shard.
     """
-    if not layout.corpus.is_whole():
+    if not layout.corpus.is_complete():
         raise ValueError("the corpus is not whole; run `rayfuse corpus` first")
     for rows in (layout.corpus_rows, layout.held_out_rows):
-        keep_rows(layout.store, rows)
+        write_segmentation(layout.store, rows)
     # For the whole process: Ray's context manager swaps a global, and each source has a thread.
     context = DataContext.get_current()
-    context.max_consecutive_actor_init_deaths = MOST_DEATHS
+    context.max_consecutive_actor_init_deaths = MAX_DEATHS
     context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
     work = plan_work(recipe, layout, progress)
     ended: SimpleQueue[BaseException | None] = SimpleQueue()
-    lives: Any = ray.remote(**beside_the_driver())(Lives).remote()
+    lives: Any = ray.remote(**on_driver_node())(CrashCounter).remote()
 
     def tell_waiting(each: SourceWork) -> None:
         if not ray.get(lives.has_begun.remote(each.source.name)):
@@ -210,7 +210,7 @@ def plan_work(recipe: Recipe, layout: Layout, progress: Progress) -> list[Source
         [
             _plan_source(recipe, layout, source, progress)
             for source in recipe.sources
-            if not layout.captured[source.name].is_whole()
+            if not layout.captured[source.name].is_complete()
         ]
     )
 
@@ -287,7 +287,7 @@ def _size_pools(work: list[SourceWork]) -> list[SourceWork]:
         room = count_reachable("GPU" if on_gpu else "CPU", kind) - (not on_gpu) * 2 * ALIGN_CPUS
         useful = sum(cost * len(each.shards) for cost, each in zip(costs, group, strict=True))
         room = min(room, useful)
-        for each, share in zip(group, share_actors(weights, costs, room), strict=True):
+        for each, share in zip(group, allocate_actors(weights, costs, room), strict=True):
             most = each.source.max_actors or max(share, each.source.min_actors)
             sized.append(replace(each, max_actors=min(most, max(len(each.shards), 1))))
     return sized
@@ -337,7 +337,7 @@ def _stream_numbers(
         for row in _build_stream(work, load_engine, lives).iter_rows():
             yield ShardNumbers(**row)
     except RayActorError as error:
-        raise RuntimeError(_describe_deaths(work.source, MOST_DEATHS + 1)) from error
+        raise RuntimeError(_describe_deaths(work.source, MAX_DEATHS + 1)) from error
 
 
 def _describe_deaths(source: SourceSettings, deaths: int) -> str:
@@ -351,7 +351,7 @@ def _describe_deaths(source: SourceSettings, deaths: int) -> str:
 def _build_stream(work: SourceWork, load_engine: LoadEngine, lives: Any) -> ray.data.Dataset:
     source, task = work.source, work.task
     return (
-        ray.data.from_arrow(split_shards(work.shards, MOST_BLOCKS))
+        ray.data.from_arrow(split_shards(work.shards, MAX_BLOCKS))
         .map_batches(
             CaptureActor,
             fn_constructor_args=(

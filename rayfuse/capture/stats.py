@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 from rayfuse.capture.shard import ShardNumbers
 
-LEAST_ROWS = 100
+MIN_ROWS = 100
 """A few rejects among fewer rows say nothing about a share."""
 
 RATE_SECONDS = 300.0
@@ -145,7 +145,7 @@ class LiveNumbers:
         Raises:
             ValueError: More are.
         """
-        if self.rejects > most * max(self.rows, LEAST_ROWS):
+        if self.rejects > most * max(self.rows, MIN_ROWS):
             raise ValueError(
                 f"source {self.source}: {self.rejects} of {self.rows} rows were rejected, more "
                 f"than capture.max_rejected_share ({most:.2%}); the reasons are in its folder's "

@@ -11,7 +11,7 @@ from torch import nn
 from rayfuse.capture.sampling import Draws, count_draws, draw_ids
 from rayfuse.models.causal_lm import CausalLM
 
-LEAST_TAIL = 1e-7
+MIN_TAIL = 1e-7
 """Below it a float32 sum near 1 says nothing of what is missing."""
 
 
@@ -150,7 +150,7 @@ def _reduce_chunk(
     if missing:
         ids = nn.functional.pad(ids, (0, missing), value=-1)
         logprobs = nn.functional.pad(logprobs, (0, missing), value=-torch.inf)
-    tail = (1 - logprobs.double().exp().sum(1)).clamp(min=LEAST_TAIL).log()
+    tail = (1 - logprobs.double().exp().sum(1)).clamp(min=MIN_TAIL).log()
     drawn = ids[:, :0]
     if noise.shape[1]:
         drawn = draw_ids(logits.scatter_(1, top.indices, -torch.inf), noise)

@@ -10,7 +10,7 @@ from pydantic import (
 
 from rayfuse.config.base import Settings, Share
 
-MOST_ENTRIES = 255
+MAX_ENTRIES = 255
 """At a position: what alignment has ranks for."""
 
 
@@ -21,7 +21,7 @@ class CaptureSettings(Settings):
     """What is kept of each distribution. `top_k`: the likeliest tokens and the mass outside them.
     `sampled`: random draws from all of it. `top_k_and_sampled_tail`: the likeliest tokens, and
     draws from the rest. Draws are right on average, whatever the target thinks of the tail."""
-    top_k: Annotated[int, Field(ge=1, le=MOST_ENTRIES)] = 16
+    top_k: Annotated[int, Field(ge=1, le=MAX_ENTRIES)] = 16
     """Log-probabilities kept per position, 255 at most; the rest becomes one tail mass."""
     draws: Annotated[int, Field(ge=1, le=128)] = 12
     """Draws per position, where the signal has any."""
@@ -34,9 +34,9 @@ class CaptureSettings(Settings):
 
     @model_validator(mode="after")
     def _check_entries(self) -> "CaptureSettings":
-        if self.kept_entries + self.num_draws > MOST_ENTRIES:
+        if self.kept_entries + self.num_draws > MAX_ENTRIES:
             raise ValueError(
-                f"top_k {self.top_k} and draws {self.draws} are more than {MOST_ENTRIES} entries "
+                f"top_k {self.top_k} and draws {self.draws} are more than {MAX_ENTRIES} entries "
                 "of a position; lower one of them"
             )
         return self

@@ -148,7 +148,8 @@ class PlanSettings(Settings):
     """Target tokens aligned by `bytes` or `exact`. tokens. Source: benchmarks/RESULTS.md, 1.1 to
     3.0 million."""
     mapped_tokens_per_core_second: PositiveFloat = 127_000.0
-    """The same by `mined` or `statistics`. tokens. Source: benchmarks/RESULTS.md, `mined`."""
+    """The same by `min_edit_distance` or `cooccurrence`. tokens. Source: benchmarks/RESULTS.md,
+    `min_edit_distance`."""
 
     dollars_per_core_hour: NonNegativeFloat = 0.045
     """A CPU core, for corpus and alignment. Source: general-purpose machines on demand, rough."""

@@ -22,7 +22,7 @@ from rayfuse.config.train import TrainSettings
 
 PAPER: dict[tuple[str, str], Any] = {
     ("capture", "top_k"): 10,
-    ("align", "method"): "mined",
+    ("align", "method"): "min_edit_distance",
     ("fuse", "method"): "min_ce",
     ("fuse", "unit"): "row",
     ("fuse", "cost"): "nats_per_token",
@@ -37,7 +37,7 @@ class Recipe(Settings):
 
     storage: str
     """The folder or `s3://` prefix that everything is kept under."""
-    storage_patience_seconds: PositiveFloat = 300.0
+    storage_retry_seconds: PositiveFloat = 300.0
     """How long a request to object storage may fail again and again before the run stops."""
     seed: NonNegativeInt = 0
     """Of the order in which rows are trained on."""
@@ -51,8 +51,9 @@ class Recipe(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
     plan: PlanSettings = PlanSettings()
     fusion: Literal["default", "paper"] = "default"
-    """`paper` sets what FuseLLM's own experiments had: capture.top_k 10, align.method mined,
-    fuse.cost nats_per_token, fuse.tail renormalise, train.lambda 0.9, one choice per row."""
+    """`paper` sets what FuseLLM's own experiments had: capture.top_k 10, align.method
+    min_edit_distance, fuse.cost nats_per_token, fuse.tail renormalise, train.lambda 0.9, one choice
+    per row."""
 
     @model_validator(mode="before")
     @classmethod

@@ -38,7 +38,7 @@ capture:  # every source scores the text once, and what it says is kept
 # fusion: default  # `paper` is as FuseLLM was
 
 # align:
-  # method: bytes  # or exact, mined, statistics
+  # method: bytes  # or exact, min_edit_distance, cooccurrence
 
 # fuse:
   # method: min_ce  # or avg_ce

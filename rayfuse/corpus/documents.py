@@ -37,12 +37,12 @@ PAGE_ROOM_BYTES = 24 * MIB
 """Of a Parquet page, beside the longest text; usual ones have 1 MiB, those of some writers more."""
 
 BATCH_BYTES = 24 * MIB
-MOST_BATCH_ROWS = 256
+MAX_BATCH_ROWS = 256
 
-MOST_NAME_CHARS = 2048
+MAX_NAME_CHARS = 2048
 """Of a document's own id or domain, which each of its rows repeats."""
 
-MOST_REASON_CHARS = 200
+MAX_REASON_CHARS = 200
 
 DAMAGE = (OSError, EOFError, ValueError, pa.ArrowException, zlib.error, zstandard.ZstdError)
 """What readers raise on a file that is not what its name says."""
@@ -96,7 +96,7 @@ def _is_of_storage(error: BaseException) -> bool:
 
 def _shorten(error: BaseException) -> str:
     text = _printable(" ".join(str(error).split()))
-    return text if len(text) <= MOST_REASON_CHARS else text[: MOST_REASON_CHARS - 3] + "..."
+    return text if len(text) <= MAX_REASON_CHARS else text[: MAX_REASON_CHARS - 3] + "..."
 
 
 def _printable(name: str) -> str:
@@ -176,9 +176,9 @@ def _read_name(record: dict[str, Any], field: str) -> str:
         name.encode("utf-8")
     except UnicodeError as error:
         raise ValueError(f"invalid UTF-8: field {field!r}") from error
-    if len(name) > MOST_NAME_CHARS:
+    if len(name) > MAX_NAME_CHARS:
         raise ValueError(
-            f"over-long: field {field!r} has {len(name)} characters, of {MOST_NAME_CHARS}"
+            f"over-long: field {field!r} has {len(name)} characters, of {MAX_NAME_CHARS}"
         )
     return name if name.strip() else ""
 
@@ -209,7 +209,7 @@ def _read_parquet(file: InputFile, max_document_bytes: int) -> Iterator[Document
                 number += num_rows
                 continue
             # No cell is larger than its page, but a dictionary's may be repeated in every row.
-            batch_size = max(1, min(MOST_BATCH_ROWS, BATCH_BYTES // max(page_bytes, 1)))
+            batch_size = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES // max(page_bytes, 1)))
             for batch in parquet.iter_batches(batch_size, row_groups=[group], columns=columns):
                 for record in _to_records(batch):
                     number += 1

@@ -63,8 +63,8 @@ def has_one_shard(group: Sequence[InputFile], shard_bytes: int) -> bool:
     """Return whether a group is known, without reading it, to make exactly one shard."""
     is_packed = any(file.is_packed for file in group)
     # A file may end in half a reject, and break off with one more.
-    most_bytes = sum(file.num_bytes + 2 * REJECT_BYTES for file in group)
-    return not is_packed and most_bytes < shard_bytes
+    max_bytes = sum(file.num_bytes + 2 * REJECT_BYTES for file in group)
+    return not is_packed and max_bytes < shard_bytes
 
 
 def batch_documents(

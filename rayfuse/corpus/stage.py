@@ -28,7 +28,7 @@ from rayfuse.corpus.shards import (
 from rayfuse.models.files import load_recipe_tokenizer, read_model_files
 from rayfuse.run.inputs import InputFile, check_unchanged
 from rayfuse.run.layout import Layout
-from rayfuse.run.segmentation import Rows
+from rayfuse.run.segmentation import Segmentation
 from rayfuse.runtime.metrics import count_work
 from rayfuse.runtime.progress import Progress
 from rayfuse.runtime.resources import limit_cpu_tasks
@@ -45,7 +45,7 @@ class CutTask:
     target: ModelSettings
     target_context: int | None
     """The longest row that the target takes."""
-    rows: Rows
+    rows: Segmentation
     part: Part
     groups: list[list[InputFile]]
 
@@ -106,7 +106,7 @@ def build_corpus(recipe: Recipe, task: CutTask, progress: Progress, title: str) 
             the tokenizers that its rows fit are not there.
     """
     data, groups = task.data, task.groups
-    if data.is_whole():
+    if data.is_complete():
         _check_not_empty(data, title)
         return
     task.rows.check_tokenizers()

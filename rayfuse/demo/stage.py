@@ -14,9 +14,9 @@ import rayfuse
 from rayfuse.demo.recipe_text import render_recipe
 from rayfuse.demo.specs import SOURCES, TARGET, ModelSpec
 from rayfuse.demo.text import Document, collect_domains, split_documents, write_documents
+from rayfuse.run.fingerprint import fingerprint_of
 from rayfuse.runtime.progress import Progress
-from rayfuse.storage.dataset import fingerprint_of
-from rayfuse.train.monitor import Board, RunState
+from rayfuse.train.monitor import RunState, RunStatus
 
 POLL_SECONDS = 0.5
 STEPS_BETWEEN_REPORTS = 10
@@ -74,7 +74,7 @@ def _pretrain_all(
     todo = [spec for spec in specs if not _is_done(folder / spec.name, fingerprints[spec.name])]
     if not todo:
         return
-    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    board: Any = ray.remote(num_cpus=0)(RunStatus).remote()
     stored = ray.put(documents)
     train: Any = ray.remote(num_cpus=_cpus_per_task(), max_retries=0)(_pretrain)
     pending = [

@@ -14,7 +14,7 @@ from rayfuse.demo.arithmetic import write_sheets
 PASSAGE_CHARS = 2500
 """About how long a document is: modules are cut into passages, between paragraphs."""
 
-LEAST_BLOCK_CHARS = 60
+MIN_BLOCK_CHARS = 60
 """Shorter paragraphs are too common (`import os`) for a second one to count as a copy."""
 
 LARGEST_FRESH_GROUP_BYTES = 60_000
@@ -235,7 +235,7 @@ def _is_prose(block: str) -> bool:
     """Return whether a paragraph is English rather than an example, a table or a signature."""
     words = sum(char.isalpha() or char.isspace() for char in block)
     is_example = ">>>" in block or "::=" in block or "+--" in block or "===" in block
-    return not is_example and len(block) >= LEAST_BLOCK_CHARS and words > 0.85 * len(block)
+    return not is_example and len(block) >= MIN_BLOCK_CHARS and words > 0.85 * len(block)
 
 
 def _cut_passages(domain: str, groups: dict[str, list[str]], seen: set[str]) -> Iterator[Document]:
@@ -246,7 +246,7 @@ def _cut_passages(domain: str, groups: dict[str, list[str]], seen: set[str]) -> 
             key = " ".join(block.split())
             if key in seen:
                 continue
-            if len(key) >= LEAST_BLOCK_CHARS:
+            if len(key) >= MIN_BLOCK_CHARS:
                 seen.add(key)
             if sum(map(len, passages[-1])) + len(block) > PASSAGE_CHARS and passages[-1]:
                 passages.append([])

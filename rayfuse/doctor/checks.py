@@ -14,12 +14,12 @@ EVERYWHERE = ("0.0.0.0", "::")
 
 GIB = 2**30
 
-LEAST_SHM_BYTES = 2**28
+MIN_SHM_BYTES = 2**28
 """Docker gives 64 MiB, in which NCCL and PyTorch die."""
 
-LEAST_TEMP_BYTES = 2.0 * GIB
+MIN_TEMP_BYTES = 2.0 * GIB
 
-LEAST_HUB_BYTES = 20.0 * GIB
+MIN_HUB_BYTES = 20.0 * GIB
 """A 7B model takes 14 GB."""
 
 SETTING_OF = {"temp": "TMPDIR", "HF_HOME": "HF_HOME"}
@@ -162,10 +162,10 @@ def check_disks(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
     """Yield the nodes with too little shared memory or disk."""
     for node in cluster.nodes:
         shm, store = node.shm_bytes, node.resources.get("object_store_memory", 0.0)
-        if shm is not None and shm < max(LEAST_SHM_BYTES, store):
+        if shm is not None and shm < max(MIN_SHM_BYTES, store):
             yield Finding(
                 "shared memory",
-                "error" if shm < LEAST_SHM_BYTES else "warning",
+                "error" if shm < MIN_SHM_BYTES else "warning",
                 f"/dev/shm has {shm / GIB:.2f} GiB on {node.node}, and the object store is "
                 f"{store / GIB:.2f}: it goes to disk, or processes die",
                 "docker run --shm-size, or a memory emptyDir at /dev/shm",
@@ -189,11 +189,11 @@ def needed_bytes(recipe: Recipe, cluster: ClusterFacts, node: NodeFacts) -> dict
     workers = min(_count_on_node(training, node.resources), most)
     # Each worker leaves its share of a checkpoint there until it is uploaded.
     share = workers / recipe.train.num_workers
-    needed = {"temp": LEAST_TEMP_BYTES + cluster.checkpoint_bytes * share}
+    needed = {"temp": MIN_TEMP_BYTES + cluster.checkpoint_bytes * share}
     models = (recipe.target, *recipe.sources)
     is_from_hub = any(not Path(each.model).expanduser().is_dir() for each in models)
     if is_from_hub and node.resources.get("CPU"):
-        needed["HF_HOME"] = LEAST_HUB_BYTES
+        needed["HF_HOME"] = MIN_HUB_BYTES
     return needed
 
 

@@ -8,14 +8,14 @@ from rayfuse.run.layout import plan_layout
 from rayfuse.runtime.connect import ClusterError, join_cluster
 from rayfuse.storage.store import Store, open_store
 
-PATIENCE_SECONDS = 20.0
+RETRY_SECONDS = 20.0
 """For the storage."""
 
 
 def examine(recipe: Recipe) -> list[Finding]:
     """Return what is wrong with a recipe and the cluster that is to run it, errors first."""
-    patience = min(recipe.storage_patience_seconds, PATIENCE_SECONDS)
-    quick = recipe.model_copy(update={"storage_patience_seconds": patience})
+    patience = min(recipe.storage_retry_seconds, RETRY_SECONDS)
+    quick = recipe.model_copy(update={"storage_retry_seconds": patience})
     found = [*_check_recipe(quick)]
     fault = _join()
     if fault is not None:

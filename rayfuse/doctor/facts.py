@@ -28,7 +28,7 @@ class Questions:
     """What each node is asked."""
 
     storage: str
-    patience_seconds: float
+    retry_seconds: float
     marker: str | None
     """A file that the driver has put into the storage; None where it could not."""
     models: tuple[tuple[str, ModelSettings], ...]
@@ -111,7 +111,7 @@ def find_token_file() -> tuple[str | None, int]:
 def try_storage(questions: Questions) -> tuple[str | None, bool]:
     """Return why shards cannot be kept in the storage, and whether the marker is seen in it."""
     try:
-        store = open_store(questions.storage, questions.patience_seconds)
+        store = open_store(questions.storage, questions.retry_seconds)
         check_store(store)
     except ValueError as error:
         return str(error), False

@@ -38,7 +38,7 @@ def ask_cluster(recipe: Recipe, marker: str | None) -> ClusterFacts:
     models = (("target", recipe.target), *((f"source {s.name}", s) for s in recipe.sources))
     questions = Questions(
         storage=recipe.storage,
-        patience_seconds=recipe.storage_patience_seconds,
+        retry_seconds=recipe.storage_retry_seconds,
         marker=marker,
         models=models,
         dashboard_port=None,

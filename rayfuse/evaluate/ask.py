@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import pyarrow.parquet as pq
 
 from rayfuse.config.evaluate import EvaluateSettings
-from rayfuse.evaluate.model_loading import ScoreTask, hold_model
+from rayfuse.evaluate.model_loading import ScoringJob, local_model
 from rayfuse.models.files import load_recipe_tokenizer, read_model_files
 from rayfuse.storage.store import Store
 
 
 @dataclass(frozen=True)
-class AskTask:
+class LmEvalJob:
     """One model, and what it is to be asked."""
 
     name: str
@@ -25,7 +25,7 @@ class AskTask:
     """By task: where a source of the ensemble leaves what it pays token by token."""
 
 
-def ask_model(task: AskTask, model: ScoreTask) -> int:
+def ask_model(task: LmEvalJob, model: ScoringJob) -> int:
     """Ask a model its tasks, store each score, and return how many; run by Ray.
 
     Raises:
@@ -39,7 +39,7 @@ def ask_model(task: AskTask, model: ScoreTask) -> int:
 
     assert task.settings.tasks is not None, "there are tasks to ask"
     manager = open_manager(task.settings.tasks)
-    with hold_model(model) as held:
+    with local_model(model) as held:
         lm, tokenizer = load_scored_model(held), load_recipe_tokenizer(held)
         context_tokens = read_model_files(held.model, held.revision).context_tokens
         for name, file in task.files.items():
@@ -61,7 +61,7 @@ def ask_model(task: AskTask, model: ScoreTask) -> int:
     return len(task.files)
 
 
-def ask_ensemble(task: AskTask, sources: list[dict[str, str]]) -> int:
+def ask_ensemble(task: LmEvalJob, sources: list[dict[str, str]]) -> int:
     """Store the ensemble's score at each task, from what its sources have paid; run by Ray.
 
     Tasks that let models write are not asked: sources of other tokens cannot write together. Their

@@ -7,9 +7,9 @@ import pyarrow as pa
 import torch
 from jaxtyping import Float, Int
 
-from rayfuse.align.token_spans import place_tokens, spell_vocabulary
+from rayfuse.align.token_spans import list_token_bytes, place_tokens
 from rayfuse.config.models import ModelSettings
-from rayfuse.evaluate.ensemble import TokenCosts
+from rayfuse.evaluate.ensemble import TokenNLL
 from rayfuse.evaluate.scores import DocumentScore
 from rayfuse.models.batching import batch_by_tokens, cut_windows, pad_rows
 from rayfuse.models.causal_lm import CausalLM, load_causal_lm, next_token_logprobs, resolve_dtype
@@ -57,7 +57,7 @@ def score_tokens(
     name: str,
     batch_tokens: int,
     context_tokens: int | None = None,
-) -> list[TokenCosts]:
+) -> list[TokenNLL]:
     """Return what a model pays for the text of each row, token by token.
 
     The text is cut by the model's own tokenizer, with its start token before it. EOS is not there:
@@ -100,20 +100,20 @@ def score_tokens(
             f"that is not finite ({len(broken)} of {len(texts)} rows); try dtype float32"
         )
     ends = _find_ends(token_rows, texts, tokenizer)
-    return [TokenCosts(*each) for each in zip(ends, nats, strict=True)]
+    return [TokenNLL(*each) for each in zip(ends, nats, strict=True)]
 
 
 def _find_ends(
     token_rows: list[Int[np.ndarray, " _"]], texts: list[str], tokenizer: TextTokenizer
 ) -> list[Int[np.ndarray, " _"]]:
-    """Return where each row's tokens end in its bytes, start token left out; see `TokenCosts`."""
+    """Return where each row's tokens end in its bytes, start token left out; see `TokenNLL`."""
     spelled = [text.encode() for text in texts]
     offsets = np.concatenate([[0], np.cumsum([len(tokens) for tokens in token_rows])])
     placed = place_tokens(
         np.concatenate(token_rows),
         offsets,
         spelled,
-        spell_vocabulary(tokenizer),
+        list_token_bytes(tokenizer),
         [False] * len(texts),
     )
     starts = zip(offsets[:-1].tolist(), offsets[1:].tolist(), placed.row_starts, strict=True)
@@ -152,7 +152,7 @@ def score_last(
     return results
 
 
-def sum_rows(costs: Sequence[TokenCosts]) -> Float[np.ndarray, " rows"]:
+def sum_rows(costs: Sequence[TokenNLL]) -> Float[np.ndarray, " rows"]:
     """Return what is paid for each row, in nats."""
     return np.array([row.nats.sum() for row in costs])
 

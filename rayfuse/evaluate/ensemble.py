@@ -20,12 +20,12 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
 
-from rayfuse.schema import TOKEN_COSTS, floats, ints
+from rayfuse.schema import TOKEN_NLL, floats, ints
 from rayfuse.storage.codec import build_list_column, flatten_column
 
 
 @dataclass(frozen=True)
-class TokenCosts:
+class TokenNLL:
     """What one model pays for a row of text, token by token; neither start token nor EOS."""
 
     ends: Int[np.ndarray, " tokens"]
@@ -35,7 +35,7 @@ class TokenCosts:
     """-log of each token's probability, given those before."""
 
 
-def find_joint_ends(sources: Sequence[TokenCosts]) -> Int[np.ndarray, " chunks"]:
+def find_joint_ends(sources: Sequence[TokenNLL]) -> Int[np.ndarray, " chunks"]:
     """Return the bytes at which a token of every source ends, in order; the row's end is the last.
 
     Raises:
@@ -49,7 +49,7 @@ def find_joint_ends(sources: Sequence[TokenCosts]) -> Int[np.ndarray, " chunks"]
     return reduce(np.intersect1d, [source.ends for source in sources])
 
 
-def average_sources(sources: Sequence[TokenCosts]) -> TokenCosts:
+def average_sources(sources: Sequence[TokenNLL]) -> TokenNLL:
     """Return what the ensemble pays, chunk by chunk: from one joint end to the next.
 
     Args:
@@ -61,11 +61,11 @@ def average_sources(sources: Sequence[TokenCosts]) -> TokenCosts:
     joint_ends = find_joint_ends(sources)
     costs = np.stack([_sum_chunks(source, joint_ends) for source in sources])
     mean_logprobs = np.logaddexp.reduce(-costs, axis=0) - math.log(len(sources))
-    return TokenCosts(joint_ends, -mean_logprobs)
+    return TokenNLL(joint_ends, -mean_logprobs)
 
 
 def _sum_chunks(
-    source: TokenCosts, joint_ends: Int[np.ndarray, " chunks"]
+    source: TokenNLL, joint_ends: Int[np.ndarray, " chunks"]
 ) -> Float[np.ndarray, " chunks"]:
     """Return what a source pays from one joint end to the next, all tokens that end there within.
 
@@ -76,8 +76,8 @@ def _sum_chunks(
     return np.diff(paid[np.searchsorted(source.ends, joint_ends, side="right")], prepend=0.0)
 
 
-def build_costs(row_ids: list[str], rows: Sequence[TokenCosts]) -> pa.Table:
-    """Return the TOKEN_COSTS rows."""
+def build_costs(row_ids: list[str], rows: Sequence[TokenNLL]) -> pa.Table:
+    """Return the TOKEN_NLL rows."""
     offsets = np.concatenate([[0], np.cumsum([len(row.ends) for row in rows])]).astype(np.int64)
     ends = np.concatenate([np.zeros(0, np.int32), *(row.ends for row in rows)]).astype(np.int32)
     nats = np.concatenate([np.zeros(0), *(row.nats for row in rows)]).astype(np.float32)
@@ -86,14 +86,12 @@ def build_costs(row_ids: list[str], rows: Sequence[TokenCosts]) -> pa.Table:
         "ends": build_list_column(ends, offsets, ints),
         "nats": build_list_column(nats, offsets, floats),
     }
-    return pa.Table.from_pydict(columns, schema=TOKEN_COSTS)
+    return pa.Table.from_pydict(columns, schema=TOKEN_NLL)
 
 
-def read_costs(table: pa.Table) -> list[TokenCosts]:
-    """Return what TOKEN_COSTS rows hold."""
+def read_costs(table: pa.Table) -> list[TokenNLL]:
+    """Return what TOKEN_NLL rows hold."""
     ends, offsets = flatten_column(table, "ends")
     nats = flatten_column(table, "nats")[0]
     cuts = offsets[1:-1]
-    return [
-        TokenCosts(*row) for row in zip(np.split(ends, cuts), np.split(nats, cuts), strict=True)
-    ]
+    return [TokenNLL(*row) for row in zip(np.split(ends, cuts), np.split(nats, cuts), strict=True)]

@@ -17,7 +17,7 @@ from lm_eval.api.model import LM, TemplateLM
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from rayfuse.evaluate.bits_per_byte import score_last, score_tokens, sum_rows
-from rayfuse.evaluate.ensemble import TokenCosts, average_sources
+from rayfuse.evaluate.ensemble import TokenNLL, average_sources
 from rayfuse.models.batching import batch_by_tokens
 from rayfuse.models.causal_lm import CausalLM
 from rayfuse.models.tokenizer import TextTokenizer
@@ -53,7 +53,7 @@ class TextLM(TemplateLM):
             raise ValueError("a model with neither BOS nor EOS cannot be asked tasks; name one")
         self.lm, self.text_tokenizer, self.start_id = lm, tokenizer, tokenizer.start_id
         self.batch_tokens, self.context_tokens = batch_tokens, context_tokens
-        self.costs: list[TokenCosts] = []
+        self.costs: list[TokenNLL] = []
         """Of every continuation that was scored, in the order they were asked."""
 
     @property
@@ -89,12 +89,12 @@ class TextLM(TemplateLM):
             rows.append(np.array([self.start_id, *text[max(len(text) - room, 0) :], *continuation]))
         counts = [len(continuation) for _, _, continuation in requests]
         answers: dict[int, tuple[float, bool]] = {}
-        costs: dict[int, TokenCosts] = {}
+        costs: dict[int, TokenNLL] = {}
         for batch in batch_by_tokens([len(row) for row in rows], self.batch_tokens):
             scored = score_last(self.lm, [rows[i] for i in batch], [counts[i] for i in batch])
             for i, (logprobs, is_greedy) in zip(batch, scored, strict=True):
                 answers[i] = float(logprobs.sum()), is_greedy
-                costs[i] = TokenCosts(self._find_ends(requests[i][0][1], requests[i][2]), -logprobs)
+                costs[i] = TokenNLL(self._find_ends(requests[i][0][1], requests[i][2]), -logprobs)
         self.costs += [costs[i] for i in range(len(requests))]
         return [answers[i] for i in range(len(requests))]
 
@@ -179,7 +179,7 @@ class TextLM(TemplateLM):
 class EnsembleLM(LM):
     """The mean of models that have been asked the same, from what each paid token by token."""
 
-    def __init__(self, sources: Sequence[Sequence[TokenCosts]]) -> None:
+    def __init__(self, sources: Sequence[Sequence[TokenNLL]]) -> None:
         """Take the sources' costs, all in the order they were asked."""
         super().__init__()
         self.rows = [average_sources(row) for row in zip(*sources, strict=True)]

@@ -12,7 +12,7 @@ from rayfuse.storage.store import Store
 
 
 @dataclass(frozen=True)
-class ScoreTask:
+class ScoringJob:
     """All that a worker needs to score held-out rows with one model."""
 
     name: str
@@ -26,7 +26,7 @@ class ScoreTask:
 
 
 @contextmanager
-def hold_model(task: ScoreTask) -> Iterator[ModelSettings]:
+def local_model(task: ScoringJob) -> Iterator[ModelSettings]:
     """Give a model that can be loaded; one trained into object storage is copied here meanwhile."""
     store = task.held_out.store
     if task.own_folder is None or "://" not in store.root:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 ALL = "all"
 """The group of all documents. A domain of this very name is not shown apart."""
 
-LEAST_DOCUMENTS = 6
+MIN_DOCUMENTS = 6
 """Fewer than this, and by chance alone all differ in one direction more than once in 20 times."""
 
 CHUNK_DRAWS = 4_000_000
@@ -186,7 +186,7 @@ def bootstrap(
     """
     num_documents = len(values)
     difference = float(values.sum() / weights.sum())
-    if num_documents < LEAST_DOCUMENTS:
+    if num_documents < MIN_DOCUMENTS:
         return Difference(difference, -math.inf, math.inf, num_documents)
     draw = np.random.default_rng(seed)
     step = max(1, CHUNK_DRAWS // num_documents)

@@ -13,8 +13,8 @@ from ray.exceptions import RayTaskError
 
 from rayfuse.config.models import ModelSettings, SourceSettings
 from rayfuse.config.recipe import Recipe, dump_recipe
-from rayfuse.evaluate.ask import AskTask, ask_ensemble, ask_model
-from rayfuse.evaluate.model_loading import ScoreTask, hold_model
+from rayfuse.evaluate.ask import LmEvalJob, ask_ensemble, ask_model
+from rayfuse.evaluate.model_loading import ScoringJob, local_model
 from rayfuse.evaluate.scores import (
     DocumentScore,
     Evaluation,
@@ -60,7 +60,7 @@ def evaluate_models(recipe: Recipe, layout: Layout, progress: Progress) -> dict[
         groups = _plan_groups(recipe, layout)
         shards = {shard for group in groups for shard in group}
         if ENSEMBLE in names:
-            for name, costs in layout.token_costs.items():
+            for name, costs in layout.token_nll.items():
                 costs.claim({"recipe": dump_recipe(recipe), "source": name})
                 if shards - costs.list_committed() and name not in names:
                     names.append(name)
@@ -113,13 +113,13 @@ def _score_ensemble(
     recipe: Recipe, layout: Layout, groups: list[list[int]], progress: Progress
 ) -> None:
     average: Any = ray.remote(max_retries=TASK_RETRIES)(average_shards)
-    costs = list(layout.token_costs.values())
+    costs = list(layout.token_nll.values())
     pending = {
         average.remote(layout.held_out, costs, group): (ENSEMBLE, i)
         for i, group in enumerate(groups)
     }
     for name, parts in _gather(pending, groups, progress):
-        evaluation = _join_parts(name, ", ".join(layout.token_costs), parts)
+        evaluation = _join_parts(name, ", ".join(layout.token_nll), parts)
         layout.store.write(layout.evaluations[name], evaluation.to_json())
 
 
@@ -146,7 +146,7 @@ def _gather(
 
 def _ask_models(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     """Ask every model what it has no score at: one Ray task a model, the ensemble afterwards."""
-    ask: dict[str, AskTask] = {}
+    ask: dict[str, LmEvalJob] = {}
     present = layout.store.sizes("evaluate")
     for name, files in layout.task_scores.items():
         costs = layout.task_costs.get(name, {})
@@ -156,7 +156,7 @@ def _ask_models(recipe: Recipe, layout: Layout, progress: Progress) -> None:
                 if _base(file) not in present:
                     wanted[task] = files[task]
         if wanted:
-            ask[name] = AskTask(name, recipe.evaluate, layout.store, wanted, costs)
+            ask[name] = LmEvalJob(name, recipe.evaluate, layout.store, wanted, costs)
     _run_asked(
         {
             name: ray.remote(**_resource_options(describe_model(recipe, name, layout), recipe))(
@@ -203,7 +203,7 @@ def _merge_models(recipe: Recipe, layout: Layout) -> Any:
 
 
 def _plan_groups(recipe: Recipe, layout: Layout) -> list[list[int]]:
-    if not layout.held_out.is_whole():
+    if not layout.held_out.is_complete():
         raise ValueError("the held-out rows are not whole; run `rayfuse corpus` first")
     groups = group_shards(layout.held_out.commits().values(), recipe.corpus.shard_tokens)
     if not groups:
@@ -211,17 +211,17 @@ def _plan_groups(recipe: Recipe, layout: Layout) -> list[list[int]]:
     return groups
 
 
-def _plan_task(recipe: Recipe, layout: Layout, name: str) -> ScoreTask:
+def _plan_task(recipe: Recipe, layout: Layout, name: str) -> ScoringJob:
     for run in layout.runs:
         if run.name == name and "done.json" not in layout.store.sizes(run.folder):
             raise ValueError(f"the model {name} is not trained; run `rayfuse train` first")
-    return ScoreTask(
+    return ScoringJob(
         name=name,
         model=describe_model(recipe, name, layout),
         held_out=layout.held_out,
         batch_tokens=recipe.evaluate.batch_tokens,
         own_folder=find_own_folder(name, layout),
-        costs=layout.token_costs.get(name),
+        costs=layout.token_nll.get(name),
     )
 
 
@@ -256,7 +256,7 @@ def _resource_options(model: ModelSettings, recipe: Recipe) -> dict[str, Any]:
     return {"num_cpus": cpus, "max_retries": TASK_RETRIES} | gpu_options(gpus, kind)
 
 
-def score_shards(task: ScoreTask, shards: list[int], made: object = None) -> ScoredShards:
+def score_shards(task: ScoringJob, shards: list[int], made: object = None) -> ScoredShards:
     """Score held-out shards with one model; run by Ray, which finds the function by this name.
 
     Args:
@@ -278,7 +278,7 @@ def score_shards(task: ScoreTask, shards: list[int], made: object = None) -> Sco
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     torch.set_num_threads(max(1, int(cpus)))
     documents: list[DocumentScore] = []
-    with hold_model(task) as model:
+    with local_model(task) as model:
         lm, tokenizer = load_scored_model(model), load_recipe_tokenizer(model)
         for shard in shards:
             rows = task.held_out.read_shard(task.held_out.read_commit(shard))

@@ -100,7 +100,7 @@ def read_samples(
         own = [each for each in samples if each["filter"] == filter_name and metric in each]
         pairs = [_read_value(metric, each[metric]) for each in own]
         known = [pair for pair in pairs if pair is not None]
-        is_whole = bool(own) and len(known) == len(pairs)
+        is_complete = bool(own) and len(known) == len(pairs)
         scores.append(
             SubtaskScore(
                 subtask,
@@ -108,8 +108,8 @@ def read_samples(
                 bool(higher_is_better.get(metric, True)),
                 float(value),
                 tuple(each["doc_hash"] for each in own),
-                tuple(pair[0] for pair in known) if is_whole else (),
-                tuple(pair[1] for pair in known) if is_whole else (),
+                tuple(pair[0] for pair in known) if is_complete else (),
+                tuple(pair[1] for pair in known) if is_complete else (),
             )
         )
     scores.sort(key=lambda each: _place(each.metric.partition(" ")[0], order))

@@ -13,13 +13,13 @@ from jaxtyping import Bool, Float, Int, UInt8
 from rayfuse.config.fuse import FuseSettings
 from rayfuse.fuse.costs import cost_of_documents, cost_of_positions, cost_of_rows
 from rayfuse.fuse.rules import AlignedRow, FusedRow, choose_cheapest, fuse_row, give_tail_to
-from rayfuse.fuse.source_filter import read_heard
+from rayfuse.fuse.source_filter import select_active_sources
 from rayfuse.storage.codec import PROB_OF_CODE, decode_probs, flatten_column
 from rayfuse.storage.dataset import DataSet, ShardError
 
 
 @dataclass(frozen=True)
-class Rows:
+class FusedRows:
     """Rows one after the other, and what each position is to learn."""
 
     token_ids: Int[np.ndarray, " tokens"]
@@ -64,7 +64,7 @@ class OpenShard:
     winners: Int[np.ndarray, " tokens"]
     """The cheapest source at each position; -1 where none is heard."""
 
-    def read_rows(self, rows: Int[np.ndarray, " rows"], settings: FuseSettings) -> Rows:
+    def read_rows(self, rows: Int[np.ndarray, " rows"], settings: FuseSettings) -> FusedRows:
         """Return some rows and their fused distributions."""
         starts = self.offsets[rows]
         lengths = self.offsets[rows + 1] - starts
@@ -74,7 +74,7 @@ class OpenShard:
         if settings.tail == "truth":
             following = self.target_ids[np.minimum(at + 1, len(self.target_ids) - 1)]
             fused = give_tail_to(following, fused)
-        return Rows(self.target_ids[at], lengths, fused)
+        return FusedRows(self.target_ids[at], lengths, fused)
 
     def _fuse(self, at: Int[np.ndarray, " positions"], settings: FuseSettings) -> FusedRow:
         if settings.method == "min_ce":
@@ -142,7 +142,7 @@ class ShardReader:
             fuse: How sources become one.
             token_bytes: How many bytes each target token spells.
         """
-        heard, _ = read_heard(aligned, fuse)
+        heard, _ = select_active_sources(aligned, fuse)
         self.fuse, self.token_bytes, self.names = fuse, token_bytes, tuple(heard)
         self.data = [corpus, *(aligned[name] for name in heard)]
         self.weights = [fuse.weights.get(name, 1.0) for name in heard]
@@ -162,13 +162,13 @@ class ShardReader:
         for shard in sorted(shards - set(self.open)):
             self.open[shard] = self.pool.submit(self._open_shard, shard)
 
-    def read_rows(self, rows: Int[np.ndarray, "rows 2"]) -> Rows:
+    def read_rows(self, rows: Int[np.ndarray, "rows 2"]) -> FusedRows:
         """Return rows of shards that are kept and their fused distributions, shard by shard.
 
         Raises:
             ShardError: A shard is missing, damaged, or does not hold the corpus' rows.
         """
-        parts: list[Rows] = []
+        parts: list[FusedRows] = []
         for shard in np.unique(rows[:, 0]).tolist():
             opened = self.open[shard].result()
             parts.append(opened.read_rows(rows[rows[:, 0] == shard, 1], self.fuse))
@@ -258,14 +258,14 @@ def _open_source(
     )
 
 
-def join_rows(parts: Sequence[Rows]) -> Rows:
+def join_rows(parts: Sequence[FusedRows]) -> FusedRows:
     """Return the rows of several shards as one; their sources have equal names."""
     if len(parts) == 1:
         return parts[0]
     entries = max((part.fused.top_ids.shape[1] for part in parts), default=0)
     fused = [part.fused.widen(entries) for part in parts]
     none = FusedRow.of_nothing(0).widen(entries)
-    return Rows(
+    return FusedRows(
         token_ids=np.concatenate([np.zeros(0, np.int32), *(part.token_ids for part in parts)]),
         lengths=np.concatenate([np.zeros(0, np.int64), *(part.lengths for part in parts)]),
         fused=replace(

@@ -25,7 +25,7 @@ def is_noise(commits: Collection[Commit]) -> bool:
     return scored > 0 and sum(stats["known_tokens"] for stats in told) <= NOISE_SHARE * scored
 
 
-def read_heard(
+def select_active_sources(
     aligned: Mapping[str, DataSet], fuse: FuseSettings
 ) -> tuple[dict[str, dict[int, Commit]], tuple[str, ...]]:
     """Return the commits of the sources that are heard, and the names of those that are noise."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayfuse.align.matches import keep_one_to_one
-from rayfuse.align.token_spans import PlacedTokens, SpelledVocabulary
+from rayfuse.align.token_spans import PlacedTokens, TokenBytes
 from rayfuse.inspect.report import AlignedTexts, PairReport, name_token
 
 CELL, ROW, GAP = 9.0, 26.0, 30.0
@@ -221,7 +221,7 @@ def _cell_of_bytes(text: str) -> np.ndarray:
 
 
 def _list_tokens(
-    placed: PlacedTokens, vocabulary: SpelledVocabulary, start: int, num_bytes: int
+    placed: PlacedTokens, vocabulary: TokenBytes, start: int, num_bytes: int
 ) -> list[_Token]:
     tokens: list[_Token] = []
     done = start

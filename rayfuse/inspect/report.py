@@ -13,9 +13,9 @@ from rayfuse.align.matches import NO_SHARED_BOUNDARY, Matches, keep_one_to_one
 from rayfuse.align.shard import Alignment, Method, find_matches
 from rayfuse.align.token_spans import (
     PlacedTokens,
-    SpelledVocabulary,
+    TokenBytes,
+    list_token_bytes,
     place_tokens,
-    spell_vocabulary,
 )
 from rayfuse.align.vocab_map import build_maps, map_to_nearest
 from rayfuse.models.tokenizer import TextTokenizer
@@ -77,8 +77,8 @@ class AlignedTexts:
     texts: tuple[str, ...]
     source: PlacedTokens
     target: PlacedTokens
-    source_vocabulary: SpelledVocabulary
-    target_vocabulary: SpelledVocabulary
+    source_vocabulary: TokenBytes
+    target_vocabulary: TokenBytes
     matches: Matches
     method: Method
     seconds: float
@@ -103,10 +103,12 @@ def _align_texts(
     texts: Sequence[str], source: TextTokenizer, target: TextTokenizer, method: Method
 ) -> AlignedTexts:
     encoded = [text.encode() for text in texts]
-    ours, theirs = spell_vocabulary(source), spell_vocabulary(target)
+    ours, theirs = list_token_bytes(source), list_token_bytes(target)
     rows = [each.encode_rows(list(texts), [True] * len(texts)) for each in (source, target)]
     plain = np.full(source.vocab_size, -1, dtype=np.int32)
-    if method == "mined":  # of the methods, it alone goes by the map; the text's own tokens will do
+    if (
+        method == "min_edit_distance"
+    ):  # of the methods, it alone goes by the map; the text's own tokens will do
         used = np.unique(np.concatenate([np.zeros(0, dtype=np.int32), *rows[0]]))
         plain[used] = map_to_nearest(used.tolist(), source, target)
     alignment = Alignment(ours, theirs, build_maps(plain, source, target), method)
@@ -120,9 +122,7 @@ def _align_texts(
     )
 
 
-def _place_rows(
-    rows: list[np.ndarray], texts: list[bytes], vocabulary: SpelledVocabulary
-) -> PlacedTokens:
+def _place_rows(rows: list[np.ndarray], texts: list[bytes], vocabulary: TokenBytes) -> PlacedTokens:
     offsets = np.cumsum([0, *(len(row) for row in rows)])
     ids = np.concatenate([np.zeros(0, dtype=np.int32), *rows])
     return place_tokens(ids, offsets, texts, vocabulary, [True] * len(texts))
@@ -190,7 +190,7 @@ def _find_worst(aligned: AlignedTexts) -> tuple[WorstToken, ...]:
     )
 
 
-def name_token(vocabulary: SpelledVocabulary, token_id: int) -> str:
+def name_token(vocabulary: TokenBytes, token_id: int) -> str:
     """Return what a token spells, or its bytes in hexadecimal where it is no whole character."""
     spelled = vocabulary.spell(token_id)
     if not spelled:

@@ -38,9 +38,9 @@ class TextTokenizer:
     start_id: int | None
     """The token before a text: BOS, or EOS where the model has no BOS."""
     eos_id: int | None
-    adds_blank: bool
+    adds_prefix_space: bool
     """A blank that the text does not have is put before it (SentencePiece's dummy prefix)."""
-    implies_blank: bool
+    implies_prefix_space: bool
     """A token that begins a word spells a blank even where the text has none (WordPiece)."""
     content_hash: str
 
@@ -230,8 +230,8 @@ def build_tokenizer(
         token_bytes=_spell_vocabulary(content, names, roles={start_id, eos_id}),
         start_id=start_id,
         eos_id=eos_id,
-        adds_blank=_adds_blank(backend),
-        implies_blank=_continuation_mark(content) is not None,
+        adds_prefix_space=_adds_prefix_space(backend),
+        implies_prefix_space=_continuation_mark(content) is not None,
         content_hash=hashlib.sha256(canonical.encode()).hexdigest(),
     )
 
@@ -352,7 +352,7 @@ def _spell_wordpiece(token: str, mark: str) -> bytes:
     return token.removeprefix(mark).encode() if token.startswith(mark) else f" {token}".encode()
 
 
-def _adds_blank(backend: Tokenizer) -> bool:
+def _adds_prefix_space(backend: Tokenizer) -> bool:
     tokens = backend.encode("a", add_special_tokens=False).tokens
     return bool(tokens) and tokens[0][0] in (BLANK, "\u0120")
 

@@ -11,7 +11,7 @@ from rayfuse.plan.inputs import Model, Setup
 from rayfuse.plan.memory import WEIGHT_BYTES, forward_memory, train_memory
 from rayfuse.plan.model_size import ModelSize
 from rayfuse.plan.work import GpuWork, Requests, Work
-from rayfuse.train.order import LANES
+from rayfuse.train.order import SHUFFLE_STREAMS
 
 PAGE_NAMES = 1000
 """Names in one answer to a LIST."""
@@ -93,7 +93,7 @@ def _plan_align(setup: Setup, source: str) -> Work:
     plan = recipe.plan
     tokens = setup.corpus.num_bytes / setup.target.bytes_per_token
     entries = recipe.capture.kept_entries + recipe.capture.num_draws
-    is_mapped = recipe.align.method in ("mined", "statistics")
+    is_mapped = recipe.align.method in ("min_edit_distance", "cooccurrence")
     rate = plan.mapped_tokens_per_core_second if is_mapped else plan.align_tokens_per_core_second
     return Work(
         stage="align",
@@ -200,9 +200,10 @@ def count_steps(setup: Setup) -> int:
 def count_readers(num_workers: int) -> float:
     """Return how many of a training's workers read each shard, on average, at most.
 
-    Rows of a step come from `LANES` shards at a time; a worker reads those that its rows are in.
+    Rows of a step come from `SHUFFLE_STREAMS` shards at a time; a worker reads those that its rows
+    are in.
     """
-    return 1.0 if num_workers == 1 else 1.0 + num_workers / LANES
+    return 1.0 if num_workers == 1 else 1.0 + num_workers / SHUFFLE_STREAMS
 
 
 def _of_shards(each: Requests, shards: int) -> Requests:

@@ -24,7 +24,7 @@ from rayfuse.storage.dataset import Manifest
 
 TARGET = "target"
 
-PATIENCE_SECONDS = 10.0
+RETRY_SECONDS = 10.0
 """How long a plan waits for storage."""
 
 SAMPLE_FILES, SAMPLE_DOCUMENTS, SAMPLE_BYTES = 4, 32, 100_000
@@ -92,8 +92,8 @@ def read_setup(recipe: Recipe, *, is_example: bool = False) -> Setup:
     faults: list[str] = []
     layout, inputs, held_out_inputs, sample = None, None, None, None
     if not is_example:
-        hasty = min(recipe.storage_patience_seconds, PATIENCE_SECONDS)
-        quick = recipe.model_copy(update={"storage_patience_seconds": hasty})
+        hasty = min(recipe.storage_retry_seconds, RETRY_SECONDS)
+        quick = recipe.model_copy(update={"storage_retry_seconds": hasty})
         layout = _try(lambda: plan_layout(quick), faults, "what is done already is not known")
         inputs = _try(
             lambda: _list_all(recipe.corpus.documents, "corpus.documents"), faults, "documents"

@@ -29,7 +29,7 @@ PROBE_SECONDS = 60.0
 STORAGE_SECONDS = 5.0
 """Of them, for the storage at most."""
 
-SMALL_BYTES, MOST_BYTES = 1000, 16_000_000
+SMALL_BYTES, MAX_BYTES = 1000, 16_000_000
 """A commit record; a shard, at most."""
 
 
@@ -135,7 +135,7 @@ def probe_storage(store: Store, shard_bytes: int, seconds: float) -> StorageSpee
     small: list[tuple[float, float]] = []
     while len(small) < 5 and (not small or time.monotonic() < deadline):
         small.append(_time_file(store, SMALL_BYTES))
-    size = min(shard_bytes, MOST_BYTES)
+    size = min(shard_bytes, MAX_BYTES)
     large = _time_file(store, size)
     puts, gets = zip(*small, strict=True)
     return StorageSpeed(statistics.median(puts), statistics.median(gets), size, *large)

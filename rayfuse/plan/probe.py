@@ -149,7 +149,7 @@ def probe_training(recipe: Recipe, request: Request, deadline: float) -> Iterato
 
 def _make_rows(ids: list[np.ndarray], vocab: int, entries: int) -> Any:
     """Return rows whose positions all have a distribution, a random one."""
-    from rayfuse.fuse.reader import Rows
+    from rayfuse.fuse.reader import FusedRows
     from rayfuse.fuse.rules import FusedRow
 
     random = np.random.default_rng(0)
@@ -164,7 +164,7 @@ def _make_rows(ids: list[np.ndarray], vocab: int, entries: int) -> Any:
         tail_probs=probs[:, -1],
         winners=np.zeros(total, dtype=np.int64),
     )
-    return Rows(token_ids, np.array([len(row) for row in ids]), fused)
+    return FusedRows(token_ids, np.array([len(row) for row in ids]), fused)
 
 
 @contextlib.contextmanager

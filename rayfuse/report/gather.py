@@ -12,12 +12,12 @@ from rayfuse.config.recipe import Recipe
 from rayfuse.evaluate.scores import Difference, Evaluation, compare, parse_evaluation
 from rayfuse.evaluate.task_scores import TaskScore, compare_tasks, parse_task_score
 from rayfuse.fuse.source_filter import is_noise
-from rayfuse.report.timeline import Spell, read_spells
+from rayfuse.report.timeline import ShardSpan, read_spells
 from rayfuse.run.layout import Layout, Merge, TrainRun
 from rayfuse.storage.dataset import Commit, DataSet
 from rayfuse.storage.store import Store
 
-MOST_SHARDS = 64
+MAX_SHARDS = 64
 """Shards that the sources' wins are counted on: 64 million tokens by default."""
 
 ROLE_ORDER = ("source", "ensemble", "merged", "target", "clm", "fused")
@@ -93,7 +93,7 @@ class Findings:
     wins: SourceWins
     signals: dict[str, SourceSignal]
     """By source."""
-    spells: dict[str, list[Spell]]
+    spells: dict[str, list[ShardSpan]]
     """By source: when its workers had which shard."""
     counts: list[StageCount]
     task_scores: dict[str, dict[str, TaskScore]]
@@ -210,14 +210,14 @@ def read_curve(store: Store, run: TrainRun) -> Curve | None:
 
 
 def count_wins(corpus: DataSet, aligned: dict[str, DataSet]) -> SourceWins:
-    """Return how often each source wins, on the first `MOST_SHARDS` shards.
+    """Return how often each source wins, on the first `MAX_SHARDS` shards.
 
     Raises:
         ValueError: A shard holds other rows than the corpus.
         ShardError: A shard is missing or damaged.
     """
     commits = corpus.commits()
-    shards = sorted(commits)[:MOST_SHARDS]
+    shards = sorted(commits)[:MAX_SHARDS]
     sources = list(aligned)
     by_source = {name: data.commits() for name, data in aligned.items()}
     counts: dict[str, dict[str, int]] = {}

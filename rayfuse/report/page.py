@@ -10,7 +10,7 @@ from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.evaluate.scores import ALL, Difference
 from rayfuse.report.gather import Findings, SourceWins, StageCount
 from rayfuse.report.tables import TASK_NOTE, build_table, build_task_table, render_html
-from rayfuse.report.timeline import Spell, share_waited, sum_busy
+from rayfuse.report.timeline import ShardSpan, share_waited, sum_busy
 from rayfuse.report.verdict import MINUS, Verdict, name_domain, order_names, sign
 
 CAPTIONS = {
@@ -218,7 +218,7 @@ def _render_models(findings: Findings) -> str:
     return _render_plain_table(["model", "folder or hub id", "training", "evaluation"], rows)
 
 
-def _render_spells(spells: dict[str, list[Spell]]) -> str:
+def _render_spells(spells: dict[str, list[ShardSpan]]) -> str:
     rows = [
         [
             name,

@@ -24,10 +24,10 @@ from rayfuse.report.style import (
 from rayfuse.report.timeline import draw_timeline
 from rayfuse.report.verdict import name_domain, order_names, sign
 
-MOST_GROUPS = 10
+MAX_GROUPS = 10
 """Groups of documents in a picture; the largest are shown, the table has all."""
 
-MOST_VALUES = 24
+MAX_VALUES = 24
 """More bars than this, and their values are left to the table."""
 
 
@@ -59,7 +59,7 @@ def draw_bits_per_byte(evaluations: dict[str, Evaluation]) -> bytes:
     sources = [name for name, each in evaluations.items() if each.role == "source"]
     figure, (axes,) = new_figure(4.4, rows=1)
     width = 0.84 / len(scores)
-    has_values = len(groups) * len(scores) <= MOST_VALUES
+    has_values = len(groups) * len(scores) <= MAX_VALUES
     for index, (name, values) in enumerate(scores.items()):
         at = np.arange(len(groups)) - 0.42 + width * (index + 0.5)
         heights = [values[group] for group in groups]
@@ -85,7 +85,7 @@ def draw_differences(differences: dict[str, dict[str, Difference]]) -> bytes:
     names = order_names(differences)
     lines = [(f"{name}, all text", differences[name][ALL]) for name in names]
     domains = [group for group in differences.get("clm", {}) if group != ALL]
-    if 1 < len(domains) <= 2 * MOST_GROUPS:
+    if 1 < len(domains) <= 2 * MAX_GROUPS:
         lines += [(f"clm, {name_domain(name)}", differences["clm"][name]) for name in domains]
     return _draw_intervals(
         lines,
@@ -179,7 +179,7 @@ def draw_source_wins(wins: SourceWins, sources: Sequence[str]) -> bytes:
     """Return, for each domain, the share of rows that each source wins."""
     totals = {domain: sum(row.values()) for domain, row in wins.counts.items()}
     largest = sorted((d for d in totals if totals[d]), key=lambda domain: -totals[domain])
-    domains = sorted(largest[: 2 * MOST_GROUPS])
+    domains = sorted(largest[: 2 * MAX_GROUPS])
     figure, (axes,) = new_figure(1.7 + 0.38 * len(domains), rows=1)
     left = np.zeros(len(domains))
     for name in sources:
@@ -269,7 +269,7 @@ def _choose_groups(evaluations: dict[str, Evaluation]) -> tuple[list[str], bool]
     domains = [group for group in sizes if group != ALL]
     if len(domains) == 1:
         return [ALL], False
-    largest = sorted(domains, key=lambda group: -sizes[group])[: MOST_GROUPS - 1]
+    largest = sorted(domains, key=lambda group: -sizes[group])[: MAX_GROUPS - 1]
     return [ALL, *sorted(largest)], len(largest) < len(domains)
 
 

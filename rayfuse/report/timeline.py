@@ -9,7 +9,7 @@ from jaxtyping import Float
 from rayfuse.report.style import FAINT, INK, new_figure, plain, style_of, to_png
 from rayfuse.storage.dataset import DataSet
 
-MOST_LANES = 40
+MAX_SHUFFLE_STREAMS = 40
 """Workers in the picture: those that computed longest."""
 
 LONG_PAUSE = 0.05
@@ -20,7 +20,7 @@ UNITS = ((86_400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "second
 
 
 @dataclass(frozen=True)
-class Spell:
+class ShardSpan:
     """One shard in the hands of a worker."""
 
     worker: str
@@ -37,10 +37,10 @@ class Spell:
         return self.began + self.busy_seconds
 
 
-def read_spells(captured: DataSet) -> list[Spell]:
+def read_spells(captured: DataSet) -> list[ShardSpan]:
     """Return who captured which shard when, in order of time."""
     spells = [
-        Spell(
+        ShardSpan(
             commit.worker,
             commit.stats["began"],
             commit.stats["busy_seconds"],
@@ -53,25 +53,25 @@ def read_spells(captured: DataSet) -> list[Spell]:
     return sorted(spells, key=lambda spell: (spell.began, spell.worker))
 
 
-def sum_busy(spells: list[Spell]) -> float:
+def sum_busy(spells: list[ShardSpan]) -> float:
     """Return the seconds that devices computed, never 0."""
     return max(sum(spell.busy_seconds for spell in spells), 1e-9)
 
 
-def share_waited(spells: list[Spell]) -> float:
+def share_waited(spells: list[ShardSpan]) -> float:
     """Return the share of the workers' time in which their devices waited."""
     waited = sum(spell.idle_seconds for spell in spells)
     return waited / (waited + sum_busy(spells))
 
 
-def draw_timeline(spells: dict[str, list[Spell]]) -> bytes:
+def draw_timeline(spells: dict[str, list[ShardSpan]]) -> bytes:
     """Return a lane for each worker, coloured by its source where the device computed.
 
     Args:
         spells: By source; one at least has some.
     """
     lanes = _split_lanes(spells)
-    shown = sorted(lanes, key=lambda key: -sum_busy(lanes[key]))[:MOST_LANES]
+    shown = sorted(lanes, key=lambda key: -sum_busy(lanes[key]))[:MAX_SHUFFLE_STREAMS]
     shown.sort(key=lambda key: (list(spells).index(key[0]), lanes[key][0].began))
     pauses = find_pauses([spell for key in shown for spell in lanes[key]])
     seconds = max(leave_out(np.array([s.ended for key in shown for s in lanes[key]]), pauses))
@@ -107,15 +107,15 @@ def draw_timeline(spells: dict[str, list[Spell]]) -> bytes:
     return to_png(figure)
 
 
-def _split_lanes(spells: dict[str, list[Spell]]) -> dict[tuple[str, str], list[Spell]]:
-    lanes: dict[tuple[str, str], list[Spell]] = {}
+def _split_lanes(spells: dict[str, list[ShardSpan]]) -> dict[tuple[str, str], list[ShardSpan]]:
+    lanes: dict[tuple[str, str], list[ShardSpan]] = {}
     for source, each in spells.items():
         for spell in each:
             lanes.setdefault((source, spell.worker), []).append(spell)
     return lanes
 
 
-def find_pauses(spells: list[Spell]) -> list[tuple[float, float]]:
+def find_pauses(spells: list[ShardSpan]) -> list[tuple[float, float]]:
     """Return the times to leave out: from 0 to the first worker's start, then when nobody worked.
 
     A job that was stopped and started again next day has such a pause.

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rayfuse.evaluate.scores import ALL, LEAST_DOCUMENTS, Difference, bits_per_byte
+from rayfuse.evaluate.scores import ALL, MIN_DOCUMENTS, Difference, bits_per_byte
 from rayfuse.report.gather import Findings, SourceSignal
 from rayfuse.run.layout import Merge
 
@@ -88,7 +88,7 @@ def _compare_pair(findings: Findings, name: str, difference: Difference) -> str:
         bits_per_byte(findings.evaluations[each].documents)[ALL] for each in ("fused", name)
     )
     start = f"Against {_title(name)}: {fused:.4f} versus {other:.4f} bits per byte"
-    if difference.num_documents < LEAST_DOCUMENTS:
+    if difference.num_documents < MIN_DOCUMENTS:
         return (
             f"{start}; {difference.num_documents} held-out documents are too few for an interval, "
             "so no claim is made."

@@ -10,14 +10,16 @@ from rayfuse.config.recipe import Recipe
 from rayfuse.evaluate.lm_eval_tasks import describe_tasks
 from rayfuse.inspect.report import check_pair
 from rayfuse.models.files import ModelFiles, check_model, find_difference, load_recipe_tokenizer
+from rayfuse.run.fingerprint import fingerprint_of, first_name
 from rayfuse.run.inputs import InputFile, list_inputs
-from rayfuse.run.segmentation import Rows, place_rows
-from rayfuse.storage.dataset import DataSet, fingerprint_of
+from rayfuse.run.segmentation import Segmentation, plan_segmentation
+from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import Store, open_store
 
 ALIGN_RULES = 4
 """Goes up when the same shards are aligned otherwise than before: no stale map or row is met then.
-2: `mined` counts distances beyond 255 bytes, a row's costs do not depend on the next row (LOG.md).
+2: `min_edit_distance` counts distances beyond 255 bytes, a row's costs do not depend on the next
+row (LOG.md).
 3: tokens that share a character are placed by what they spell where a tokenizer changes its text.
 4: a token that ends inside a character goes to the tail if what follows may change the target's.
 """
@@ -63,12 +65,12 @@ class Layout:
     runs: tuple[TrainRun, ...]
     evaluations: dict[str, str]
     """Result file by model name: sources, `target`, `clm`, `fused`, `ensemble`, `merged`."""
-    corpus_rows: Rows
-    held_out_rows: Rows
+    corpus_rows: Segmentation
+    held_out_rows: Segmentation
     corpus_inputs: tuple[InputFile, ...] = ()
     """The documents as they were when the folders were named by them."""
     held_out_inputs: tuple[InputFile, ...] = ()
-    token_costs: dict[str, DataSet] = field(default_factory=dict[str, DataSet])
+    token_nll: dict[str, DataSet] = field(default_factory=dict[str, DataSet])
     """What each source of the ensemble pays for the held-out rows, token by token."""
     merge: Merge = Merge()
     task_scores: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
@@ -104,7 +106,7 @@ def plan_layout(recipe: Recipe) -> Layout:
             check_pair(load_recipe_tokenizer(source), load_recipe_tokenizer(recipe.target))
         except ValueError as error:
             raise ValueError(f"source {source.name}: {error}") from error
-    store = open_store(recipe.storage, recipe.storage_patience_seconds)
+    store = open_store(recipe.storage, recipe.storage_retry_seconds)
     inputs = _list_documents(recipe.corpus.documents, "corpus.documents")
     own = recipe.evaluate.documents
     held_out_inputs = inputs if own is None else _list_documents(own, "evaluate.documents")
@@ -124,7 +126,7 @@ def plan_layout(recipe: Recipe) -> Layout:
             f"aligned/{name}-",
             of=data.fingerprint,
             target=target_tokenizer,
-            method=recipe.align.method,
+            method=first_name(recipe.align.method),
             rules=ALIGN_RULES,
         )
         for name, data in captured.items()
@@ -147,7 +149,7 @@ def plan_layout(recipe: Recipe) -> Layout:
         for name, model in scored.items()
     }
     evaluations = {name: f"evaluate/{name}-{each}.json" for name, each in fingerprints.items()}
-    token_costs = {
+    token_nll = {
         name: DataSet(store, f"evaluate/tokens-{name}-{fingerprints[name]}", fingerprints[name])
         for name in ensemble
         if "ensemble" in scored
@@ -165,9 +167,9 @@ def plan_layout(recipe: Recipe) -> Layout:
         held_out_rows,
         tuple(chain.from_iterable(inputs)),
         tuple(chain.from_iterable(held_out_inputs)),
-        token_costs,
+        token_nll,
         merge,
-        *_place_tasks(recipe, scored, list(token_costs)),
+        *_place_tasks(recipe, scored, list(token_nll)),
     )
 
 
@@ -181,7 +183,7 @@ def _place_corpora(
     store: Store,
     inputs: list[list[InputFile]],
     held_out_inputs: list[list[InputFile]],
-) -> list[tuple[DataSet, Rows]]:
+) -> list[tuple[DataSet, Segmentation]]:
     share = recipe.evaluate.held_out_share if recipe.evaluate.documents is None else 0.0
     settings = {
         "max_tokens": recipe.corpus.max_tokens,
@@ -191,7 +193,7 @@ def _place_corpora(
     }
     models = (recipe.target, *recipe.sources)
     return [
-        place_rows(
+        plan_segmentation(
             store,
             prefix,
             settings | {"inputs": _identify(files)},
@@ -234,16 +236,19 @@ def _place_captured(
 
 
 def _place_maps(recipe: Recipe, corpus: DataSet) -> dict[str, str]:
-    """Name the stored vocabulary maps: `mined` ones by the pair, `statistics` by the text too."""
+    """Name the stored vocabulary maps: `min_edit_distance` ones by the pair, `cooccurrence` by the
+    text too."""
     method = recipe.align.method
-    if method not in ("mined", "statistics"):
+    if method not in ("min_edit_distance", "cooccurrence"):
         return {}
-    text = corpus.fingerprint if method == "statistics" else None
+    text = corpus.fingerprint if method == "cooccurrence" else None
     target = load_recipe_tokenizer(recipe.target).content_hash
     names: dict[str, str] = {}
     for source in recipe.sources:
         pair = [load_recipe_tokenizer(source).content_hash, target]
-        fingerprint = fingerprint_of(method=method, pair=pair, text=text, rules=ALIGN_RULES)
+        fingerprint = fingerprint_of(
+            method=first_name(method), pair=pair, text=text, rules=ALIGN_RULES
+        )
         names[source.name] = f"maps/{source.name}-{fingerprint}.parquet"
     return names
 

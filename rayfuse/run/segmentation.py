@@ -11,23 +11,24 @@ from typing import Any
 
 from rayfuse.config.models import ModelSettings
 from rayfuse.models.files import load_recipe_tokenizer
-from rayfuse.storage.dataset import DataSet, fingerprint_of
+from rayfuse.run.fingerprint import fingerprint_of
+from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import Store
 
 
 @dataclass(frozen=True)
-class Rows:
+class Segmentation:
     """How the documents of a data set are cut."""
 
     fingerprint: str
     """Hash of the documents and of all that decides on the cuts."""
-    kept_file: str
+    record_file: str
     """Where the first cut of these documents is written down."""
     cut_for: tuple[ModelSettings, ...]
     """The models whose tokenizers the rows fit."""
     tokenizers: tuple[str, ...]
     """Hashes of these."""
-    is_kept: bool
+    is_reused: bool
     """They are cut for another recipe's models."""
 
     def check_tokenizers(self) -> None:
@@ -51,14 +52,14 @@ class Rows:
                 )
 
 
-def place_rows(
+def plan_segmentation(
     store: Store,
     prefix: str,
     documents: dict[str, Any],
     models: tuple[ModelSettings, ...],
     *,
     recut: bool,
-) -> tuple[DataSet, Rows]:
+) -> tuple[DataSet, Segmentation]:
     """Return the data set of a recipe's rows, in its target's tokens, and how they are cut.
 
     Args:
@@ -72,36 +73,38 @@ def place_rows(
         ValueError: The record of an earlier cut is damaged.
     """
     target = load_recipe_tokenizer(models[0]).content_hash
-    kept_file = f"{prefix}kept-{fingerprint_of(**documents)}.json"
-    own = _cut_for(models, documents, kept_file)
+    record_file = f"{prefix}segmentation-{fingerprint_of(**documents)}.json"
+    own = _cut_for(models, documents, record_file)
     data = _place(store, prefix, own.fingerprint, target)
     if recut or store.sizes(data.folder, "run.json"):
         return data, own
-    kept = _read_kept(store, kept_file)
+    kept = _read_kept(store, record_file)
     if kept is None or kept.fingerprint == own.fingerprint:
         return data, own
     return _place(store, prefix, kept.fingerprint, target), kept
 
 
-def keep_rows(store: Store, rows: Rows) -> None:
+def write_segmentation(store: Store, rows: Segmentation) -> None:
     """Write down how documents are cut, unless a cut of them is written down already."""
     record = {
         "rows": rows.fingerprint,
         "cut_for": [{"model": model.model, "revision": model.revision} for model in rows.cut_for],
         "tokenizers": rows.tokenizers,
     }
-    store.create(rows.kept_file, json.dumps(record, indent=1).encode())
+    store.create(rows.record_file, json.dumps(record, indent=1).encode())
 
 
-def _cut_for(models: tuple[ModelSettings, ...], documents: dict[str, Any], kept_file: str) -> Rows:
+def _cut_for(
+    models: tuple[ModelSettings, ...], documents: dict[str, Any], record_file: str
+) -> Segmentation:
     by_hash = {load_recipe_tokenizer(model).content_hash: model for model in models}
     tokenizers = sorted(by_hash)
-    return Rows(
+    return Segmentation(
         fingerprint=fingerprint_of(**documents, tokenizers=tokenizers),
-        kept_file=kept_file,
+        record_file=record_file,
         cut_for=tuple(by_hash[tokenizer] for tokenizer in tokenizers),
         tokenizers=tuple(tokenizers),
-        is_kept=False,
+        is_reused=False,
     )
 
 
@@ -110,20 +113,21 @@ def _place(store: Store, prefix: str, rows: str, target: str) -> DataSet:
     return DataSet(store, f"{prefix}{fingerprint}", fingerprint)
 
 
-def _read_kept(store: Store, kept_file: str) -> Rows | None:
+def _read_kept(store: Store, record_file: str) -> Segmentation | None:
     try:
-        record = json.loads(store.read(kept_file))
-        return Rows(
+        record = json.loads(store.read(record_file))
+        return Segmentation(
             fingerprint=record["rows"],
-            kept_file=kept_file,
+            record_file=record_file,
             # Whether a model may run code of its own is for recipes to say, never for a storage.
             cut_for=tuple(ModelSettings.model_validate(model) for model in record["cut_for"]),
             tokenizers=tuple(record["tokenizers"]),
-            is_kept=True,
+            is_reused=True,
         )
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{store.root}/{kept_file} is damaged ({error}); remove it: the next run writes it anew"
+            f"{store.root}/{record_file} is corrupt ({error}); remove it: the next run writes it "
+            "again"
         ) from error

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import Any
 
-LEAST_LOCAL_CPUS = 4
+MIN_LOCAL_CPUS = 4
 """Logical CPUs of a cluster on this machine at least: Ray Data stalls with fewer."""
 
 KNOCK_SECONDS = 20.0
@@ -49,7 +49,7 @@ def join_cluster() -> None:
         options |= {
             "address": "local",
             "include_dashboard": False,
-            "num_cpus": max(os.cpu_count() or 1, LEAST_LOCAL_CPUS),
+            "num_cpus": max(os.cpu_count() or 1, MIN_LOCAL_CPUS),
         }
     options["logging_level"] = logging.WARNING
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -67,7 +67,7 @@ def _join(address: str, options: dict[str, Any]) -> None:
     import ray
 
     try:
-        _knock(address)
+        _wait_for_port(address)
         ray.init(**options)
     except (OSError, OverflowError, ValueError, RuntimeError) as error:
         is_vague = isinstance(error, ValueError | RuntimeError)
@@ -80,7 +80,7 @@ def _join(address: str, options: dict[str, Any]) -> None:
         ) from error
 
 
-def _knock(address: str) -> None:
+def _wait_for_port(address: str) -> None:
     """Wait for somebody to listen, as a head that starts soon does; Ray itself waits for minutes.
 
     Raises:
@@ -102,7 +102,7 @@ def _knock(address: str) -> None:
             return
 
 
-def leave_cluster_at_once() -> None:
+def shutdown_now() -> None:
     """Leave the cluster while threads still work on it; what they say of that is not printed."""
     ray = sys.modules.get("ray")
     logging.disable(logging.CRITICAL)
@@ -121,7 +121,7 @@ def find_root_cause(error: BaseException) -> BaseException:
     return find_root_cause(inner) if isinstance(inner, BaseException) else error
 
 
-def beside_the_driver() -> dict[str, Any]:
+def on_driver_node() -> dict[str, Any]:
     """Return Ray's options for what must outlive all machines but the driver's."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -42,7 +42,7 @@ _LOGGER = logging.getLogger("rayfuse.runtime.preemption")
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def ask_amazon(url: str) -> float | None:
+def poll_aws(url: str) -> float | None:
     """Return when Amazon takes this machine away, in Unix seconds; None without a notice.
 
     Raises:
@@ -64,11 +64,11 @@ def ask_amazon(url: str) -> float | None:
             raise ValueError(f"{name} says {answer!r}, and no time")
 
 
-def ask_google(url: str) -> float | None:
+def poll_gcp(url: str) -> float | None:
     """Return when Google takes this machine away, in Unix seconds; None without a notice.
 
     Raises:
-        OSError, HTTPException, ValueError: As `ask_amazon`.
+        OSError, HTTPException, ValueError: As `poll_aws`.
     """
     name = f"{url}/computeMetadata/v1/instance/preempted"
     answer = _fetch(name, "GET", {"Metadata-Flavor": "Google"}).strip()
@@ -77,7 +77,7 @@ def ask_google(url: str) -> float | None:
     return time.time() + GOOGLE_SECONDS if answer == "TRUE" else None
 
 
-CLOUDS: dict[str, Callable[[str], float | None]] = {"aws": ask_amazon, "gcp": ask_google}
+CLOUDS: dict[str, Callable[[str], float | None]] = {"aws": poll_aws, "gcp": poll_gcp}
 
 
 def _fetch(url: str, method: str, headers: dict[str, str]) -> str:
@@ -99,7 +99,9 @@ def find_node(gcs: GcsClient, ip_address: str) -> str | None:
     return None if newest is None else newest.node_id.hex()
 
 
-def wait_for_notice(ask: Callable[[], float | None], is_there: Callable[[], bool]) -> float | None:
+def watch_for_preemption(
+    ask: Callable[[], float | None], is_there: Callable[[], bool]
+) -> float | None:
     """Return when this machine will be taken away, once that is known; None if its node is gone.
 
     A metadata service that fails is asked again; each new fault is logged.
@@ -135,7 +137,7 @@ def main() -> None:
     if node is None:
         parser.error(f"no node of {given.address} has the address {address}")
     _LOGGER.info("node %s at %s asks %s for a notice", node, address, given.cloud)
-    deadline = wait_for_notice(
+    deadline = watch_for_preemption(
         lambda: CLOUDS[given.cloud](given.metadata_url), lambda: find_node(gcs, address) == node
     )
     if deadline is None:

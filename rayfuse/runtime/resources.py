@@ -122,7 +122,7 @@ def list_bundles(source: SourceSettings) -> list[Bundle]:
 
 
 @contextmanager
-def ask_ahead(groups: Sequence[Sequence[Bundle]]) -> Iterator[None]:
+def prewarm_nodes(groups: Sequence[Sequence[Bundle]]) -> Iterator[None]:
     """Have machines started for what comes next, while something else runs.
 
     Nobody uses these placement groups: their wish brings the machines, and ends with this job

@@ -384,7 +384,7 @@ class DataSet:
         record = self.read_run() | asdict(manifest)
         self.store.write(f"{self.folder}/manifest.json", _to_json(record))
 
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Return whether every shard is committed and its file is there, as long as it was.
 
         Raises:
@@ -404,18 +404,12 @@ def list_missing(data: DataSet, num_shards: int) -> list[int]:
     return [shard for shard in range(num_shards) if shard not in done]
 
 
-def split_shards(shards: Sequence[int], most_blocks: int) -> list[pa.Table]:
+def split_shards(shards: Sequence[int], max_blocks: int) -> list[pa.Table]:
     """Return shard numbers as tables of a column `shard`: what Ray hands out piece by piece."""
     numbers = pa.table({"shard": pa.array(shards, pa.int64())})
-    num_blocks = min(len(shards), most_blocks)
+    num_blocks = min(len(shards), max_blocks)
     cuts = [len(shards) * block // num_blocks for block in range(num_blocks + 1)]
     return [numbers.slice(a, b - a) for a, b in pairwise(cuts)]
-
-
-def fingerprint_of(**parts: Any) -> str:
-    """Return a short hash of all that decides a result, from plain JSON values."""
-    text = json.dumps(parts | {"schema_version": SCHEMA_VERSION}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def shard_of(name: str) -> int:

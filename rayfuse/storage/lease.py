@@ -19,7 +19,7 @@ STALE_SECONDS = 45.0
 
 
 @dataclass
-class Hold:
+class Lease:
     """A file in the store that says who trains a run."""
 
     store: Store

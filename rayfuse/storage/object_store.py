@@ -14,7 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 Given = ParamSpec("Given")
 Answer = TypeVar("Answer")
 
-PATIENCE_SECONDS = 300.0
+RETRY_SECONDS = 300.0
 """How long one request may fail again and again before the storage counts as gone."""
 
 LONGEST_PAUSE_SECONDS = 20.0
@@ -50,15 +50,15 @@ class Tally:
             self.count += 1
 
 
-REPEATED = Tally()
+NUM_RETRIES = Tally()
 """Requests of this process that failed and were asked again."""
 
 
-class StorageGoneError(OSError):
+class StorageUnavailableError(OSError):
     """The storage has not answered for as long as it is waited for."""
 
 
-def ask_patiently(
+def retry_transient(
     method: Callable[Concatenate["ObjectStore", Given], Answer],
 ) -> Callable[Concatenate["ObjectStore", Given], Answer]:
     """Repeat a request that fails for reasons that pass: 5xx, resets, time-outs, cut answers.
@@ -80,25 +80,25 @@ def ask_patiently(
                     has_renewed = True
                     store.reconnect()
                     continue
-                if not may_pass(error):
+                if not is_transient(error):
                     raise
                 waited = time.monotonic() - began
-                if waited >= store.patience_seconds:
-                    raise StorageGoneError(
+                if waited >= store.retry_seconds:
+                    raise StorageUnavailableError(
                         f"storage {store.root} has failed for {waited:.0f} s, the last time with "
                         f"{type(error).__name__}: {error}; what is done is kept: run the same "
                         "command again once the storage is back"
                     ) from error
                 bound = min(0.1 * 2**tries, LONGEST_PAUSE_SECONDS)
-                time.sleep(min(random.uniform(0, bound), store.patience_seconds - waited))
+                time.sleep(min(random.uniform(0, bound), store.retry_seconds - waited))
                 tries += 1
-                REPEATED.add()
+                NUM_RETRIES.add()
                 store.reconnect()
 
     return ask
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Return whether the same request may succeed later."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & set(FINAL_ERRORS):
@@ -117,7 +117,7 @@ class ObjectStore:
     """Names and bytes in a bucket. Every write is one PUT."""
 
     root: str
-    patience_seconds: float = PATIENCE_SECONDS
+    retry_seconds: float = RETRY_SECONDS
 
     @cached_property
     def _fs(self) -> Any:
@@ -136,7 +136,7 @@ class ObjectStore:
         return fs
 
     def __reduce__(self) -> tuple[type["ObjectStore"], tuple[str, float]]:
-        return ObjectStore, (self.root, self.patience_seconds)  # credentials stay out of pickles
+        return ObjectStore, (self.root, self.retry_seconds)  # credentials stay out of pickles
 
     @property
     def _protocol(self) -> str:
@@ -154,23 +154,23 @@ class ObjectStore:
         """Forget the connection and its credentials; the next request makes both anew."""
         self.__dict__.pop("_fs", None)
 
-    @ask_patiently
+    @retry_transient
     def read(self, name: str) -> bytes:
         return self._fs.cat_file(self._path(name))
 
-    @ask_patiently
+    @retry_transient
     def write(self, name: str, data: bytes) -> None:
         self._fs.pipe_file(self._path(name), data, **self._one_put())
 
-    @ask_patiently
+    @retry_transient
     def upload(self, path: str, name: str) -> None:
         self._fs.put_file(path, self._path(name), **self._in_parts())  # seen when complete
 
-    @ask_patiently
+    @retry_transient
     def download(self, name: str, path: str) -> None:
         self._fs.get_file(self._path(name), path, **self._in_parts())
 
-    @ask_patiently
+    @retry_transient
     def create(self, name: str, data: bytes) -> bool:
         try:
             self._fs.pipe_file(self._path(name), data, mode="create", **self._one_put())
@@ -179,7 +179,7 @@ class ObjectStore:
             return self._fs.cat_file(self._path(name)) == data
         return True
 
-    @ask_patiently
+    @retry_transient
     def sizes(self, folder: str, prefix: str = "") -> dict[str, int]:
         path = self._path(folder)
         try:
@@ -196,7 +196,7 @@ class ObjectStore:
             if entry["type"] == "file" and name.startswith(prefix)
         }
 
-    @ask_patiently
+    @retry_transient
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(name))

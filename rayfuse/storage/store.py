@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from rayfuse.storage.object_store import PATIENCE_SECONDS, ObjectStore
+from rayfuse.storage.object_store import RETRY_SECONDS, ObjectStore
 
 ASIDE = ".aside-"
 """Begins the names of files that are being written."""
@@ -155,15 +155,15 @@ class LocalStore:
         return aside
 
 
-def open_store(uri: str, patience_seconds: float = PATIENCE_SECONDS) -> Store:
+def open_store(uri: str, retry_seconds: float = RETRY_SECONDS) -> Store:
     """Return the store of a folder or of an `s3://` (or other fsspec) prefix.
 
     Args:
         uri: The folder or prefix.
-        patience_seconds: How long one request to object storage may fail again and again.
+        retry_seconds: How long one request to object storage may fail again and again.
     """
     if "://" in uri and not uri.startswith("file://"):
-        return ObjectStore(uri.rstrip("/"), patience_seconds)
+        return ObjectStore(uri.rstrip("/"), retry_seconds)
     return LocalStore(str(Path(uri.removeprefix("file://")).expanduser().absolute()))
 
 
@@ -175,7 +175,7 @@ def check_store(store: Store) -> None:
     """
     name = f".probe-{uuid.uuid4().hex}"
     if isinstance(store, ObjectStore):
-        store = replace(store, patience_seconds=min(store.patience_seconds, PROBE_SECONDS))
+        store = replace(store, retry_seconds=min(store.retry_seconds, PROBE_SECONDS))
     try:
         with ThreadPoolExecutor(NUM_RACERS) as racers:
             made = list(

@@ -178,7 +178,7 @@ class Status:
     """How far a data set is, from its records alone."""
 
     folder: str
-    is_whole: bool
+    is_complete: bool
     shards: int
     num_shards: int | None
     """None while nobody knows."""
@@ -204,7 +204,7 @@ def read_status(data: DataSet, num_shards: int | None) -> Status:
     commits = data.commits(num_shards or 0).values()
     return Status(
         folder=data.folder,
-        is_whole=data.is_whole(),
+        is_complete=data.is_complete(),
         shards=len(commits),
         num_shards=manifest.num_shards if manifest else num_shards,
         rows=sum(commit.rows for commit in commits),

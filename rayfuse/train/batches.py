@@ -1,4 +1,4 @@
-"""Rows of a step -> micro-batches: read, fused, packed into sequences, put side by side."""
+"""FusedRows of a step -> micro-batches: read, fused, packed into sequences, put side by side."""
 
 import hashlib
 from collections import deque
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from rayfuse.fuse.reader import Rows, ShardReader
+from rayfuse.fuse.reader import FusedRows, ShardReader
 from rayfuse.train.order import count_steps, order_rows
 
-STEPS_AHEAD = 2
+PREFETCH_STEPS = 2
 """Steps whose micro-batches are built before they are needed; as many more have shards read."""
 
 
@@ -86,7 +86,7 @@ def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return sequences
 
 
-def build_micro_batches(rows: Rows, packing: Packing) -> list[MicroBatch]:
+def build_micro_batches(rows: FusedRows, packing: Packing) -> list[MicroBatch]:
     """Return a worker's micro-batches of a step."""
     lengths = rows.lengths.tolist()
     capacity = packing.sequence_tokens if packing.is_packed else 0
@@ -120,7 +120,7 @@ def empty_micro_batch(like: MicroBatch | None = None) -> MicroBatch:
 
 
 def _lay_out(
-    rows: Rows, starts: Int[np.ndarray, " rows"], sequences: list[list[int]], packing: Packing
+    rows: FusedRows, starts: Int[np.ndarray, " rows"], sequences: list[list[int]], packing: Packing
 ) -> MicroBatch:
     lengths = [rows.lengths[sequence] for sequence in sequences]
     seq_len = max(int(each.sum()) for each in lengths)
@@ -185,10 +185,10 @@ def iterate_steps(
         try:
             for share in shares:
                 window.append(share)
-                if len(window) > STEPS_AHEAD:
+                if len(window) > PREFETCH_STEPS:
                     pending.append(builder.submit(build, list(window)))
                     window.popleft()
-                if len(pending) > STEPS_AHEAD:
+                if len(pending) > PREFETCH_STEPS:
                     yield pending.popleft().result()
             while window or pending:
                 if window:

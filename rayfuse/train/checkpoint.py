@@ -50,7 +50,7 @@ class Checkpoints:
         self.uploader = ThreadPoolExecutor(max_workers=1)
         self.uploading: Future[None] | None = None
 
-    def list_whole(self) -> dict[str, list[Record]]:
+    def list_complete(self) -> dict[str, list[Record]]:
         """Return every worker's record of each whole checkpoint, by its name, oldest first."""
         found: dict[str, list[Record]] = {}
         for file, name in self._list_records().items():
@@ -59,9 +59,9 @@ class Checkpoints:
                 found.setdefault(name, []).append(record)
         return {name: each for name, each in found.items() if len(each) == each[0].num_workers}
 
-    def list_cut_off(self) -> list[str]:
+    def list_incomplete(self) -> list[str]:
         """Return the names of the checkpoints that were begun and are not whole."""
-        return sorted(set(self._list_records().values()) - set(self.list_whole()))
+        return sorted(set(self._list_records().values()) - set(self.list_complete()))
 
     def _list_records(self) -> dict[str, str]:
         """Return which checkpoint each file is of, by its name; foreign files are left out."""
@@ -88,7 +88,7 @@ class Checkpoints:
             rank: The worker's.
 
         Raises:
-            StorageGoneError: The upload before this one has failed.
+            StorageUnavailableError: The upload before this one has failed.
         """
         self.wait()
         self.uploading = self.uploader.submit(self._upload, local, record, rank)
@@ -97,7 +97,7 @@ class Checkpoints:
         """Wait until all is uploaded.
 
         Raises:
-            StorageGoneError: It could not be.
+            StorageUnavailableError: It could not be.
         """
         if self.uploading is not None:
             self.uploading.result()
@@ -121,7 +121,7 @@ class Checkpoints:
 
     def retain(self, keep: int) -> None:
         """Delete all but the newest whole checkpoints and the one with the best validation."""
-        whole = self.list_whole()
+        whole = self.list_complete()
         names = list(whole)
         kept = {*names[-keep:]}
         measured = [name for name in names if whole[name][0].bits_per_byte is not None]
@@ -129,7 +129,7 @@ class Checkpoints:
             kept.add(min(measured, key=lambda name: whole[name][0].bits_per_byte or 0.0))
         gone = [name for name in names if name not in kept]
         # One that was cut off is older than a whole one; what is being made is newer.
-        gone += [name for name in self.list_cut_off() if names and name < names[-1]]
+        gone += [name for name in self.list_incomplete() if names and name < names[-1]]
         for name in gone:
             self._remove(name)
 

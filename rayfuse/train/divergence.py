@@ -2,7 +2,7 @@
 
 An outcome is a token of the fused head, or the tail: all other tokens as one. A temperature T
 raises both distributions over these outcomes to the power 1 / T and is made up for by a factor
-T^2 (Hinton et al., arXiv 1503.02531); at every T the divergence is 0 where the two agree.
+T^2 (Hinton et al., arXiv 1503.02531); at every T the divergence is 0 where the two broadcast.
 """
 
 import torch
@@ -13,7 +13,7 @@ from rayfuse.config.train import TrainSettings
 LOWEST = -1e4
 """Stands for the log-probability of what cannot be, and keeps every sum finite."""
 
-LEAST_LOGPROB = -20.0
+MIN_LOGPROB = -20.0
 """What the log of a fused probability counts as at least: shards store nothing below."""
 
 
@@ -42,7 +42,7 @@ def diverge(
         case "forward_kl":
             nats = torch.xlogy(p, p) - p * log_q
         case "reverse_kl":
-            nats = log_q.exp() * (log_q - _log(p).clamp(min=LEAST_LOGPROB))
+            nats = log_q.exp() * (log_q - _log(p).clamp(min=MIN_LOGPROB))
         case "jensen_shannon":
             q = log_q.exp()
             middle = _log((p + q) / 2)

@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 from rayfuse.config.train import Curve, value_at
 from rayfuse.train.batches import MicroBatch, Step, empty_micro_batch
 from rayfuse.train.loss import LossWeights
-from rayfuse.train.throughput import Meter
+from rayfuse.train.throughput import ThroughputMeter
 
-MOST_SKIPPED_STEPS = 3
+MAX_SKIPPED_STEPS = 3
 """Steps in a row whose loss or gradient is not finite before a training ends."""
 
 
@@ -77,7 +77,7 @@ class StepMetrics:
     tokens_per_second: float
     flops_per_second: float
     """Of each worker, as 6 a token and weight, attention besides."""
-    utilisation: float | None
+    mfu: float | None
     """Share of what the GPU can do in this type; nothing where that is not known."""
     memory_gib: float
     """The most that this process, or its GPU, has held."""
@@ -116,9 +116,9 @@ def train_steps(
         seed: Of what is drawn by chance in a step, such as dropout.
 
     Raises:
-        FloatingPointError: `MOST_SKIPPED_STEPS` in a row were not finite.
+        FloatingPointError: `MAX_SKIPPED_STEPS` in a row were not finite.
     """
-    meter = Meter(engine)
+    meter = ThroughputMeter(engine)
     num_sources = len(objective.source_names)
     step, skipped = first_step, skipped_before
     while True:
@@ -173,7 +173,7 @@ def train_steps(
                 **meter.measure(part.batches, positions, seconds),
             )
         )
-        if skipped == MOST_SKIPPED_STEPS:
+        if skipped == MAX_SKIPPED_STEPS:
             raise FloatingPointError(
                 f"the losses or gradients of steps {step - skipped + 1} to {step} are not finite; "
                 "the last checkpoint is kept. Lower train.learning_rate, or train.gradient_clipping"

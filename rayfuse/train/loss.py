@@ -17,7 +17,7 @@ from rayfuse.config.train import TrainSettings
 from rayfuse.models.causal_lm import CausalLM
 from rayfuse.train.divergence import LOWEST, diverge
 
-LEAST_TAIL = 1e-30
+MIN_TAIL = 1e-30
 """What the target's own tail counts as at least where its log or inverse is taken."""
 
 CPU_LOGITS, GPU_LOGITS = 2**24, 2**26
@@ -196,7 +196,7 @@ def _differentiate_chunk(
     clm = (normaliser - next_logits)[:, 0]
 
     log_q = (head_logits - normaliser).clamp(min=LOWEST).masked_fill(~is_entry, LOWEST)
-    tail_q = (tail_exps / total).clamp(min=LEAST_TAIL)
+    tail_q = (tail_exps / total).clamp(min=MIN_TAIL)
     nats, slopes = _differentiate_outcomes(
         targets, is_entry, torch.cat([log_q, tail_q.log()], 1), weights, head
     )

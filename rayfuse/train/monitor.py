@@ -14,11 +14,11 @@ class RunState:
     validations: dict[int, float] = field(default_factory=dict[int, float])
     """Bits per byte by step."""
     fault: Exception | None = None
-    most_sequences: int | None = None
+    max_sequences: int | None = None
     """Of a micro-batch, where more did not fit the memory."""
 
 
-class Board:
+class RunStatus:
     """An actor where workers write how far they are, and the driver reads it."""
 
     def __init__(self) -> None:
@@ -41,9 +41,9 @@ class Board:
         """Take note of a validation."""
         self.runs.setdefault(name, RunState()).validations[step] = bits_per_byte
 
-    def limit(self, name: str, most_sequences: int) -> None:
+    def limit(self, name: str, max_sequences: int) -> None:
         """Take note of how many sequences a micro-batch may have after memory ran out."""
-        self.runs.setdefault(name, RunState()).most_sequences = most_sequences
+        self.runs.setdefault(name, RunState()).max_sequences = max_sequences
 
     def fail(self, name: str, fault: Exception) -> None:
         """Take note of what trying again would not mend."""

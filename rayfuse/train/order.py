@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-LANES = 8
+SHUFFLE_STREAMS = 8
 """Shards that rows are drawn from at a time: so many are open, not the whole corpus."""
 
 
@@ -33,12 +33,12 @@ class Order:
 def order_rows(rows_per_shard: Sequence[int], *, seed: int, epoch: int) -> Order:
     """Return an epoch's order.
 
-    Shards are shuffled and dealt to `LANES` lanes; the rows of each shard are shuffled. All lanes
-    begin and end together: a row's place is its share of the way through its lane.
+    Shards are shuffled and dealt to `SHUFFLE_STREAMS` lanes; the rows of each shard are shuffled.
+    All lanes begin and end together: a row's place is its share of the way through its lane.
     """
     random = np.random.default_rng([seed, epoch])
     shards = random.permutation(len(rows_per_shard))
-    num_lanes = max(1, min(LANES, len(shards)))
+    num_lanes = max(1, min(SHUFFLE_STREAMS, len(shards)))
     rows: list[np.ndarray] = [np.zeros((0, 2), dtype=np.int64)]
     lanes: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
     places: list[np.ndarray] = [np.zeros(0)]

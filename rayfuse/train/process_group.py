@@ -20,7 +20,7 @@ class Peers:
     """A folder of the machine for local files."""
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether it speaks for all workers."""
         return self.rank == 0
 
@@ -29,7 +29,7 @@ class Peers:
         """Whether it speaks for its machine's workers."""
         return self.local_rank == 0
 
-    def agree(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return rank 0's value on every worker."""
         held = [value]
         torch.distributed.broadcast_object_list(held)
@@ -41,7 +41,7 @@ class Peers:
         torch.distributed.all_gather_object(values, value)
         return values
 
-    def wait_for_all(self) -> None:
+    def barrier(self) -> None:
         """Return once every worker has called."""
         self.gather(None)
 
@@ -50,10 +50,10 @@ class Peers:
         if self.is_first_here:
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.scratch.mkdir(mode=0o700)
-        self.wait_for_all()
+        self.barrier()
 
     def remove(self, folder: Path) -> None:
         """Delete a folder of the machine once no worker needs it."""
-        self.wait_for_all()
+        self.barrier()
         if self.is_first_here:
             shutil.rmtree(folder, ignore_errors=True)

@@ -61,9 +61,9 @@ def fetch_newest(
         peers: All of them must call.
         tell: Called with what the user should know.
     """
-    whole = checkpoints.list_whole() if peers.is_first else {}
-    cut_off = checkpoints.list_cut_off() if peers.is_first else []
-    for records in reversed(peers.agree(list(whole.values()))):
+    whole = checkpoints.list_complete() if peers.is_rank_zero else {}
+    cut_off = checkpoints.list_incomplete() if peers.is_rank_zero else []
+    for records in reversed(peers.broadcast(list(whole.values()))):
         first: Record = records[0]
         found = Found(peers.scratch / first.name, first)
         is_good = not peers.is_first_here or checkpoints.download(records, found.folder)
@@ -71,7 +71,7 @@ def fetch_newest(
             is_other = first.num_workers != peers.num_workers
             if is_other and peers.is_first_here and has_parts(found.folder):
                 convert_checkpoint(found.folder)
-            peers.wait_for_all()
+            peers.barrier()
             is_last = not any(name > first.name for name in cut_off)
             was = f" (of {first.num_workers} workers)" if is_other else ""
             lost = "" if is_last else "; a later checkpoint was cut off"

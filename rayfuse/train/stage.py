@@ -11,15 +11,15 @@ from ray.exceptions import RayTaskError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayfuse.config.recipe import Recipe
-from rayfuse.fuse.source_filter import read_heard
+from rayfuse.fuse.source_filter import select_active_sources
 from rayfuse.run.layout import Layout, TrainRun
-from rayfuse.runtime.connect import beside_the_driver
+from rayfuse.runtime.connect import on_driver_node
 from rayfuse.runtime.progress import Progress
 from rayfuse.runtime.resources import count_default_gpus, count_reachable
 from rayfuse.storage.dataset import DataSet
-from rayfuse.storage.lease import Hold
+from rayfuse.storage.lease import Lease
 from rayfuse.storage.store import Store
-from rayfuse.train.monitor import Board, RunState
+from rayfuse.train.monitor import RunState, RunStatus
 from rayfuse.train.trackers import check_trackers
 from rayfuse.train.worker import WorkerTask, run_worker
 
@@ -52,7 +52,7 @@ def check_data(*data_sets: DataSet) -> None:
         ValueError: One is not.
     """
     for data in data_sets:
-        if not data.is_whole():
+        if not data.is_complete():
             raise ValueError(
                 f"{data.folder} is not whole; run `rayfuse corpus`, `capture` and `align` first"
             )
@@ -72,7 +72,7 @@ def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
             is not installed.
         ShardError: A shard is missing or damaged.
         FloatingPointError: Losses or gradients of several steps in a row are not finite.
-        StorageGoneError: The storage does not answer any more.
+        StorageUnavailableError: The storage does not answer any more.
     """
     runs = [run for run in layout.runs if not is_trained(run, layout.store)]
     if not runs:
@@ -81,13 +81,13 @@ def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     check_data(layout.corpus, *layout.aligned.values())
     if any(run.is_fused for run in runs):
         _check_sources(recipe, layout, progress)
-    board: Any = ray.remote(**beside_the_driver())(Board).remote()
-    fit: Any = ray.remote(**beside_the_driver(), max_retries=0)(_fit)
+    board: Any = ray.remote(**on_driver_node())(RunStatus).remote()
+    fit: Any = ray.remote(**on_driver_node(), max_retries=0)(_fit)
     job = uuid.uuid4().hex
     tasks = [_plan_run(recipe, layout, run, board, job) for run in runs]
     at_once = _count_runs_at_once(tasks)
-    watch = Watch(progress)
-    queue = Queue(tasks, job, watch)
+    watch = RunMonitor(progress)
+    queue = RunScheduler(tasks, job, watch)
     running: list[Any] = []
     try:
         while queue.waiting or running:
@@ -106,7 +106,7 @@ def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
 
 def _check_sources(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     """Tell which sources are not heard, and raise where that leaves none."""
-    heard, noise = read_heard(layout.aligned, recipe.fuse)
+    heard, noise = select_active_sources(layout.aligned, recipe.fuse)
     if noise and not heard:
         raise ValueError(f"every source of the fusion, {', '.join(noise)}, is {NOISE}")
     for name in noise:
@@ -132,13 +132,13 @@ def _end_runs(ready: list[Any], board: Any) -> None:
         raise
 
 
-class Queue:
+class RunScheduler:
     """Runs that wait for room, or for another job that trains them."""
 
-    def __init__(self, tasks: list[WorkerTask], job: str, watch: "Watch") -> None:
+    def __init__(self, tasks: list[WorkerTask], job: str, watch: "RunMonitor") -> None:
         self.waiting, self.watch = [*tasks], watch
         self.holds = {
-            task.run.name: Hold(task.store, f"{task.run.folder}/held.json", job) for task in tasks
+            task.run.name: Lease(task.store, f"{task.run.folder}/lease.json", job) for task in tasks
         }
 
     def take(self, room: int) -> list[WorkerTask]:
@@ -168,7 +168,7 @@ class Queue:
             hold.release()
 
 
-class Watch:
+class RunMonitor:
     """Tells what is new on the board."""
 
     def __init__(self, progress: Progress) -> None:

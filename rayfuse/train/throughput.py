@@ -24,7 +24,7 @@ PEAK_FLOPS = {
 """Dense matrix products a second in 16 bits, by what is in a GPU's name (makers' data sheets)."""
 
 
-class Meter:
+class ThroughputMeter:
     """Knows a model's size and its device's peak."""
 
     def __init__(self, engine: Any) -> None:
@@ -66,7 +66,7 @@ class Meter:
         return {
             "tokens_per_second": tokens / seconds,
             "flops_per_second": flops / seconds,
-            "utilisation": flops / seconds / self.peak if self.peak else None,
+            "mfu": flops / seconds / self.peak if self.peak else None,
             "memory_gib": held / 2**30,
         }
 

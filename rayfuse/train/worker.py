@@ -27,7 +27,7 @@ from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.run.layout import TrainRun
 from rayfuse.runtime.metrics import count_work
 from rayfuse.storage.dataset import DataSet, ShardError
-from rayfuse.storage.object_store import StorageGoneError
+from rayfuse.storage.object_store import StorageUnavailableError
 from rayfuse.storage.store import Store
 from rayfuse.train.batches import MicroBatch, Packing, Plan, build_micro_batches, iterate_steps
 from rayfuse.train.checkpoint import Checkpoints, Record, name_checkpoint
@@ -39,7 +39,7 @@ from rayfuse.train.process_group import Peers
 from rayfuse.train.resume import TAG, fetch_newest
 from rayfuse.train.trackers import Trackers
 
-FINAL_ERRORS = (ShardError, StorageGoneError, FloatingPointError, ValueError)
+FINAL_ERRORS = (ShardError, StorageUnavailableError, FloatingPointError, ValueError)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 logger = logging.getLogger(__name__)
@@ -111,10 +111,10 @@ class Trainer:
         )
         self.peers.renew_scratch()
         self.checkpoints = Checkpoints(task.store, task.run.folder)
-        self.trackers = Trackers(task.recipe, task.run, is_on=self.peers.is_first)
+        self.trackers = Trackers(task.recipe, task.run, is_on=self.peers.is_rank_zero)
         states: dict[str, RunState] = ray.get(task.board.read.remote())
-        limit = states.get(task.run.name, RunState()).most_sequences
-        self.sequences: int = self.peers.agree(limit or self.settings.micro_batch_sequences)
+        limit = states.get(task.run.name, RunState()).max_sequences
+        self.sequences: int = self.peers.broadcast(limit or self.settings.micro_batch_sequences)
 
     def halve_micro_batches(self) -> None:
         """Let the next attempt have micro-batches of half as many sequences.
@@ -186,7 +186,7 @@ class Trainer:
         self.checkpoints.wait()
         with tempfile.TemporaryDirectory(dir=self.peers.scratch) as folder:
             save_model(engine, folder, rank=self.peers.rank)
-            if self.peers.is_first:
+            if self.peers.is_rank_zero:
                 self._publish(Path(folder))
         self.peers.remove(self.peers.scratch)
         self.trackers.close()
@@ -229,7 +229,7 @@ class Trainer:
     def _read_validation(self, packing: Packing) -> list[MicroBatch]:
         """Return this worker's micro-batches of the held-out rows that are measured."""
         count = self.settings.validation_rows
-        if not count or not self.task.held_out.is_whole():
+        if not count or not self.task.held_out.is_complete():
             return []
         reader = self._open_reader(self.task.held_out, {})
         chosen = draw_rows(reader.rows_per_shard, count, seed=0)
@@ -242,7 +242,7 @@ class Trainer:
     def _note(self, metrics: StepMetrics, num_steps: int) -> None:
         tokens_before = self.records[-1]["tokens"] if self.records else 0
         self.records.append(replace(metrics, tokens=tokens_before + metrics.tokens).to_record())
-        if not self.peers.is_first:
+        if not self.peers.is_rank_zero:
             return
         if metrics.is_skipped:
             self._tell(
@@ -266,12 +266,13 @@ class Trainer:
     ) -> None:
         self.bits_per_byte = measure_bits_per_byte(engine, batches, token_bytes)
         self.records[-1]["bits_per_byte"] = self.bits_per_byte
-        if self.peers.is_first:
+        if self.peers.is_rank_zero:
             self.task.board.validate.remote(self.task.run.name, step, self.bits_per_byte)
             self.trackers.log({"step": step, "bits_per_byte": self.bits_per_byte})
 
     def _is_first_notice(self) -> bool:
-        """Return whether it is new that a worker's machine is about to be taken away; all agree."""
+        """Return whether it is new that a worker's machine is about to be taken away; all
+        broadcast."""
         if self.is_on_notice or ray.train.get_preemption_info() is None:
             return False
         self.is_on_notice = True
@@ -280,21 +281,21 @@ class Trainer:
 
     def _save(self, engine: Any, step: int) -> None:
         """Save the engine and the metrics so far, and upload them meanwhile; all must call."""
-        attempt = self.peers.agree(uuid.uuid4().hex[:8])
+        attempt = self.peers.broadcast(uuid.uuid4().hex[:8])
         name = name_checkpoint(step, attempt)
         local = tempfile.TemporaryDirectory(dir=self.peers.scratch)
         engine.save_checkpoint(local.name, tag=TAG, save_latest=False)
-        if self.peers.is_first:
+        if self.peers.is_rank_zero:
             Path(local.name, "metrics.jsonl").write_text(_to_lines(self.records))
             self.checkpoints.begin(name)
             self._write_metrics()
         record = Record(name, step, self.peers.num_workers, {}, self.bits_per_byte)
         self.checkpoints.upload(local, record, self.peers.rank)
-        if self.peers.is_first:
+        if self.peers.is_rank_zero:
             self.checkpoints.retain(self.settings.keep_checkpoints)
 
     def _tell(self, text: str) -> None:
-        if self.peers.is_first:
+        if self.peers.is_rank_zero:
             self.task.board.tell.remote(self.task.run.name, text)
 
     def _publish(self, folder: Path) -> None:

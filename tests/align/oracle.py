@@ -43,7 +43,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def byte_of_sign() -> dict[str, int]:
-    """Spell out GPT-2's alphabet."""
+    """ShardSpan out GPT-2's alphabet."""
     signs, spare = {}, 256
     for byte in range(256):
         if 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255:
@@ -73,9 +73,9 @@ def place_plainly(name: str, tokenizer: Tokenizer, text: str) -> PlainRow:
     encoding = tokenizer.encode(text, add_special_tokens=False)
     tokens = [tokenizer.id_to_token(token_id) for token_id in encoding.ids]  # not the text's own
     spelled = [spell(name, token) for token in tokens]
-    adds_blank = name not in (*BYTE_LEVEL, "bert-base-uncased")
+    adds_prefix_space = name not in (*BYTE_LEVEL, "bert-base-uncased")
     data = text.encode()
-    added = 1 if adds_blank and spelled and spelled[0].startswith(b" ") else 0
+    added = 1 if adds_prefix_space and spelled and spelled[0].startswith(b" ") else 0
     if b"".join(spelled)[added:] == data:
         ends, done = [], -added
         for piece in spelled:
@@ -92,10 +92,10 @@ def place_plainly(name: str, tokenizer: Tokenizer, text: str) -> PlainRow:
         begin, end = shared.get(at, (begin, min(end, next_begin)))
         end = max(done, end)
         covered = data[done:end]
-        may_add = name == "bert-base-uncased" or (at == 0 and adds_blank)
+        may_add = name == "bert-base-uncased" or (at == 0 and adds_prefix_space)
         has_extra = may_add and piece == b" " + covered
-        is_whole = begin >= done and (covered or has_extra)
-        is_right.append(token not in unknown and is_whole and (piece == covered or has_extra))
+        is_complete = begin >= done and (covered or has_extra)
+        is_right.append(token not in unknown and is_complete and (piece == covered or has_extra))
         has_blank.append(has_extra and is_right[-1])
         ends.append(end)
         done = end

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 from rayfuse.align.shard import Alignment, align_shard
-from rayfuse.align.token_spans import SpelledVocabulary
+from rayfuse.align.token_spans import TokenBytes
 from rayfuse.capture.rows import build_captured
 from rayfuse.capture.top_k import TopLogprobs
 from rayfuse.schema import CORPUS
@@ -35,14 +35,14 @@ TOP_PROBS = [[0.6, 0.3], [0.5, 0.3], [0.8, 0.1], [0.9, 0.05], [0.7, 0.2], [0.5, 
 NEXT_PROBS = [0.6, 0.5, 0.8, 0.9, 0.7, 1.0]
 
 
-def spell(tokens: list[str]) -> SpelledVocabulary:
+def spell(tokens: list[str]) -> TokenBytes:
     spelled = [b"" if token.startswith("<") else token.encode() for token in tokens]
     lengths = np.array([len(token) for token in spelled])
-    return SpelledVocabulary(
+    return TokenBytes(
         lengths=lengths,
         starts=np.cumsum(lengths) - lengths,
         blob=np.frombuffer(b"".join(spelled), dtype=np.uint8),
-        adds_blank=False,
+        adds_prefix_space=False,
         eos_id=len(tokens) - 1,
         start_id=0,
         tokenizer=None,

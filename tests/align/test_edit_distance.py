@@ -1,4 +1,5 @@
-"""`mined` against a slow implementation of the papers' rule, cell by cell and token by token."""
+"""`min_edit_distance` against a slow implementation of the papers' rule, cell by cell and token by
+token."""
 
 import gzip
 import json
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer, models
 
 from benchmarks.synthetic import make_captured, make_corpus
 from rayfuse.align.edit_distance import match_by_edit_distance, warp_tokens
-from rayfuse.align.token_spans import place_tokens, spell_vocabulary
+from rayfuse.align.token_spans import list_token_bytes, place_tokens
 from rayfuse.align.vocab_map import PLAIN, build_maps, map_to_nearest
 from rayfuse.models.tokenizer import TextTokenizer, build_tokenizer, load_tokenizer
 from rayfuse.storage.codec import flatten_column
@@ -100,7 +101,7 @@ def test_matches_are_those_of_the_slow_rule_on_200_real_rows(pair, nearest, shar
     target_ids, target_offsets = flatten_column(corpus, "target_ids")
     source_ids, source_offsets = flatten_column(captured, "token_ids")
     ends = corpus["ends_document"].to_pylist()
-    vocabularies = spell_vocabulary(source), spell_vocabulary(target)
+    vocabularies = list_token_bytes(source), list_token_bytes(target)
     ours = place_tokens(source_ids, source_offsets, encoded, vocabularies[0], ends)
     theirs = place_tokens(target_ids, target_offsets, encoded, vocabularies[1], ends)
     maps = build_maps(nearest, source, target)
@@ -199,7 +200,7 @@ def test_a_tokenizer_warped_with_itself_is_the_identity(side, pair, shared_data)
     corpus = make_corpus(read_rows(shared_data, 20), tokenizer, max_tokens=2048)
     encoded = [text.encode() for text in corpus["text"].to_pylist()]
     ids, offsets = flatten_column(corpus, "target_ids")
-    vocabulary = spell_vocabulary(tokenizer)
+    vocabulary = list_token_bytes(tokenizer)
     placed = place_tokens(ids, offsets, encoded, vocabulary, corpus["ends_document"].to_pylist())
     own = map_to_nearest(range(tokenizer.vocab_size), tokenizer, tokenizer)
     spelled = [i for i, piece in enumerate(tokenizer.token_bytes) if piece]

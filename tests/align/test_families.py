@@ -23,9 +23,9 @@ from rayfuse.align.shard import Alignment, align_shard
 from rayfuse.align.token_spans import (
     Fault,
     PlacedTokens,
-    SpelledVocabulary,
+    TokenBytes,
+    list_token_bytes,
     place_tokens,
-    spell_vocabulary,
 )
 from rayfuse.align.vocab_map import (
     BLANKED,
@@ -69,10 +69,10 @@ def byte_level_with(*before: pre_tokenizers.PreTokenizer, use_regex: bool, nfc: 
     return tokenizer
 
 
-def unigram(*, byte_fallback: bool, adds_blank: bool) -> Tokenizer:
+def unigram(*, byte_fallback: bool, adds_prefix_space: bool) -> Tokenizer:
     """A SentencePiece unigram model, with or without bytes and dummy prefix."""
     tokenizer = Tokenizer(models.Unigram())
-    scheme = "always" if adds_blank else "never"
+    scheme = "always" if adds_prefix_space else "never"
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     special = ["<unk>", "<s>", "</s>"]
     trainer = trainers.UnigramTrainer(
@@ -140,8 +140,8 @@ LOSSLESS = {
     ),
     "llama-2": build(sentencepiece_tokenizer(330)),
     "no dummy prefix": build(sentencepiece_without_prefix()),
-    "unigram, bytes": build(unigram(byte_fallback=True, adds_blank=True)),
-    "unigram, bytes, no dummy prefix": build(unigram(byte_fallback=True, adds_blank=False)),
+    "unigram, bytes": build(unigram(byte_fallback=True, adds_prefix_space=True)),
+    "unigram, bytes, no dummy prefix": build(unigram(byte_fallback=True, adds_prefix_space=False)),
 }
 LOSSY = {
     "qwen (NFC)": build(
@@ -151,7 +151,7 @@ LOSSY = {
         0,
         0,
     ),
-    "unigram, no bytes": build(unigram(byte_fallback=False, adds_blank=True)),
+    "unigram, no bytes": build(unigram(byte_fallback=False, adds_prefix_space=True)),
     "wordpiece": build(wordpiece(), None, None),
     "characters": build(character_level(), 1, 1),
 }
@@ -163,7 +163,7 @@ def place(tokenizer: TextTokenizer, texts: list[str]) -> tuple[PlacedTokens, np.
     rows = tokenizer.encode_rows(texts, ends)
     offsets = np.cumsum([0] + [len(row) for row in rows])
     encoded = [text.encode() for text in texts]
-    vocabulary = spell_vocabulary(tokenizer)
+    vocabulary = list_token_bytes(tokenizer)
     placed = place_tokens(np.concatenate(rows), offsets, encoded, vocabulary, ends)
     return placed, offsets
 
@@ -195,7 +195,7 @@ def test_every_family_can_teach_every_other(source, target):
     assert corpus.num_rows > len(TEXTS) + 3  # some rows end no document
     captured = make_captured(corpus, ours, top_k=6)
     alignment = Alignment(
-        spell_vocabulary(ours), spell_vocabulary(theirs), map_vocabulary(ours, theirs)
+        list_token_bytes(ours), list_token_bytes(theirs), map_vocabulary(ours, theirs)
     )
     _, stats = align_shard(corpus, captured, alignment)
     lost = sum(count for reason, count in stats.items() if reason.startswith("unmatched"))
@@ -310,7 +310,7 @@ def test_what_a_source_says_of_a_row_depends_on_that_row_alone(source):
     corpus = make_corpus(texts, theirs, max_tokens=1024)
     captured = make_captured(corpus, ours, top_k=4)
     alignment = Alignment(
-        spell_vocabulary(ours), spell_vocabulary(theirs), map_vocabulary(ours, theirs)
+        list_token_bytes(ours), list_token_bytes(theirs), map_vocabulary(ours, theirs)
     )
     together, _ = align_shard(corpus, captured, alignment)
     for row in range(corpus.num_rows):
@@ -318,7 +318,7 @@ def test_what_a_source_says_of_a_row_depends_on_that_row_alone(source):
         assert alone.to_pylist() == together.slice(row, 1).to_pylist()
         nats = np.array(alone["nats_per_byte"].to_pylist()[0], dtype=float)
         lengths = np.append(theirs.count_bytes()[corpus["target_ids"].to_pylist()[row][1:]], 0)
-        lengths[0] -= theirs.adds_blank and lengths[0] > 0
+        lengths[0] -= theirs.adds_prefix_space and lengths[0] > 0
         # No more than the row's own: what a token of no bytes costs falls on no byte.
         assert (nats * lengths).sum() <= alone["nats"].to_pylist()[0] * (1 + 1e-3)
 
@@ -328,7 +328,7 @@ def make_shard() -> tuple[pa.Table, pa.Table, Alignment]:
     corpus = make_corpus(SAMPLE, target, max_tokens=512)
     captured = make_captured(corpus, source, top_k=4)
     maps = map_vocabulary(source, target)
-    return corpus, captured, Alignment(spell_vocabulary(source), spell_vocabulary(target), maps)
+    return corpus, captured, Alignment(list_token_bytes(source), list_token_bytes(target), maps)
 
 
 def replace_ids(table: pa.Table, column: str, row: int, at: int, value: int) -> pa.Table:
@@ -365,7 +365,7 @@ def test_the_error_shows_the_tokens_around_the_first_difference():
 
 def reads_markers(eos: str = "</s>") -> TextTokenizer:
     """A unigram model that reads a literal EOS in a text as its own EOS, as T5's does."""
-    content = json.loads(unigram(byte_fallback=False, adds_blank=True).to_str())
+    content = json.loads(unigram(byte_fallback=False, adds_prefix_space=True).to_str())
     content["added_tokens"] = [each for each in content["added_tokens"] if each["id"] != 2]
     content["model"]["vocab"][2][1] = 0.0
     tokenizer = build(Tokenizer.from_str(json.dumps(content)))
@@ -377,7 +377,7 @@ def reads_markers(eos: str = "</s>") -> TextTokenizer:
 def test_a_text_that_ends_with_a_literal_eos_ends_its_document_only_where_the_corpus_says(ends):
     tokenizer, text = reads_markers(), "The cat sat</s>"
     (ids,) = tokenizer.encode_rows([text], [ends])
-    vocabulary, offsets = spell_vocabulary(tokenizer), np.array([0, len(ids)])
+    vocabulary, offsets = list_token_bytes(tokenizer), np.array([0, len(ids)])
     placed = place_tokens(ids, offsets, [text.encode()], vocabulary, [ends])
     assert placed.next_is_eos.sum() == ends
     assert placed.ends[-1] == len(text)
@@ -386,7 +386,7 @@ def test_a_text_that_ends_with_a_literal_eos_ends_its_document_only_where_the_co
 
 def test_rows_without_the_eos_or_the_start_token_that_they_must_have_are_refused():
     tokenizer = LOSSLESS["llama-2"]
-    vocabulary, (ids,) = spell_vocabulary(tokenizer), tokenizer.encode_rows(["The cat"], [True])
+    vocabulary, (ids,) = list_token_bytes(tokenizer), tokenizer.encode_rows(["The cat"], [True])
     for wrong, ends in ((ids[:-1], True), (ids[1:], True), (ids[:1], True), (ids[1:-1], False)):
         with pytest.raises(ValueError, match=r"row 0: its tokens begin \[.*begin with 1 and"):
             place_tokens(wrong, np.array([0, len(wrong)]), [b"The cat"], vocabulary, [ends])
@@ -394,11 +394,11 @@ def test_rows_without_the_eos_or_the_start_token_that_they_must_have_are_refused
 
 def test_a_first_token_that_spells_nothing_has_no_blank_to_take_off():
     tokens = [b"", b" a", b""]  # the last begins where the vocabulary's bytes end
-    vocabulary = SpelledVocabulary(
+    vocabulary = TokenBytes(
         lengths=np.array([0, 2, 0]),
         starts=np.array([0, 0, 2]),
         blob=np.frombuffer(b"".join(tokens), dtype=np.uint8),
-        adds_blank=True,
+        adds_prefix_space=True,
         eos_id=None,
         start_id=None,
         tokenizer=None,

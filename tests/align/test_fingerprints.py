@@ -20,7 +20,7 @@ def models(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("method", ["mined", "statistics"])
+@pytest.mark.parametrize("method", ["min_edit_distance", "cooccurrence"])
 def test_new_rules_of_alignment_name_new_maps_rows_and_runs(method, models, tmp_path, monkeypatch):
     path = write_recipe(tmp_path, models, align={"method": method})
     recipe = read_recipe(path)

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.synthetic import make_captured, make_corpus
 from rayfuse.align.cooccurrence import choose_most_matched, count_pairs
 from rayfuse.align.shard import Alignment, Method, align_shard
-from rayfuse.align.token_spans import spell_vocabulary
+from rayfuse.align.token_spans import list_token_bytes
 from rayfuse.align.vocab_map import PLAIN, build_maps, map_to_nearest
 from rayfuse.models.tokenizer import TextTokenizer, build_tokenizer
 from rayfuse.storage.codec import decode_probs, flatten_column
@@ -24,17 +24,18 @@ TOP_K = 8
 def make_alignment(
     source: TextTokenizer, target: TextTokenizer, method: Method, shard: tuple[pa.Table, pa.Table]
 ) -> Alignment:
-    """Return the alignment of a pair; `mined` has a map of the shard's own entries alone."""
-    ours, theirs = spell_vocabulary(source), spell_vocabulary(target)
+    """Return the alignment of a pair; `min_edit_distance` has a map of the shard's own entries
+    alone."""
+    ours, theirs = list_token_bytes(source), list_token_bytes(target)
     maps = map_tokens(source, target, only_equal=method == "exact")
-    if method == "mined":
+    if method == "min_edit_distance":
         plain = np.full(source.vocab_size, -1, dtype=np.int32)
         columns = [flatten_column(shard[1], name)[0] for name in ("top_ids", "token_ids")]
         used = np.unique(np.concatenate(columns))
         used = used[used >= 0]
         plain[used] = map_to_nearest(used.tolist(), source, target)
         maps = build_maps(plain, source, target)
-    if method == "statistics":
+    if method == "cooccurrence":
         counted = count_pairs(shard[0], ours, theirs)
         maps = build_maps(choose_most_matched(counted, maps[PLAIN, :-1]), source, target)
     return Alignment(ours, theirs, maps, method)
@@ -77,7 +78,7 @@ def test_mass_is_the_same_before_and_after_and_exact_is_a_part_of_bytes(
         expected = np.exp(tails[signal].astype(float)).sum()
         assert stats["tail_mass"] == pytest.approx(expected, rel=1e-3)
     assert not (signals["exact"] & ~signals["bytes"]).any()
-    np.testing.assert_array_equal(signals["statistics"], signals["bytes"])
+    np.testing.assert_array_equal(signals["cooccurrence"], signals["bytes"])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -91,7 +92,7 @@ def test_a_captured_row_aligned_to_its_own_tokenizer_is_unchanged(
     assert stats["one_to_one"] == stats["with_signal"] > 0.5 * stats["positions"]
     signal = flatten_column(table, "has_signal")[0]
     before = flatten_column(shard[1], "top_ids")[0].reshape(-1, TOP_K)
-    if method != "mined":  # which knows of no token but those of the record
+    if method != "min_edit_distance":  # which knows of no token but those of the record
         following = np.append(flatten_column(shard[0], "target_ids")[0][1:], -1)
         in_head = (before == following[:, None]).any(axis=1) & signal
         assert in_head.sum() > 0.7 * signal.sum()

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from rayfuse.align.matches import Matches, match_positions
 from rayfuse.align.token_spans import (
     PlacedTokens,
-    SpelledVocabulary,
+    TokenBytes,
+    list_token_bytes,
     place_tokens,
-    spell_vocabulary,
 )
 from rayfuse.align.vocab_map import PLAIN
 from rayfuse.models.tokenizer import TextTokenizer
@@ -28,14 +28,14 @@ class Placed:
 
     tokens: PlacedTokens
     offsets: np.ndarray
-    vocabulary: SpelledVocabulary
+    vocabulary: TokenBytes
 
 
 def place(tokenizer: TextTokenizer, texts: list[str]) -> Placed:
     ends = [True] * len(texts)
     rows = tokenizer.encode_rows(texts, ends)
     offsets = np.cumsum([0] + [len(row) for row in rows])
-    vocabulary = spell_vocabulary(tokenizer)
+    vocabulary = list_token_bytes(tokenizer)
     encoded = [text.encode() for text in texts]
     return Placed(
         place_tokens(np.concatenate(rows), offsets, encoded, vocabulary, ends), offsets, vocabulary

@@ -2,7 +2,7 @@ import numpy as np
 
 from benchmarks.synthetic import make_corpus
 from rayfuse.align.cooccurrence import PairCounts, add_counts, choose_most_matched, count_pairs
-from rayfuse.align.token_spans import spell_vocabulary
+from rayfuse.align.token_spans import list_token_bytes
 from rayfuse.models.tokenizer import build_tokenizer
 from tests.fakes import SAMPLE, byte_level_tokenizer, sentencepiece_tokenizer
 
@@ -34,7 +34,7 @@ def test_counts_add_up_over_shards_in_any_order():
 
 def test_a_tokens_partner_in_the_text_begins_where_it_does():
     corpus = make_corpus(SAMPLE, TARGET, max_tokens=512)
-    counted = count_pairs(corpus, spell_vocabulary(SOURCE), spell_vocabulary(TARGET))
+    counted = count_pairs(corpus, list_token_bytes(SOURCE), list_token_bytes(TARGET))
     for pair in counted.pairs.tolist():
         ours, theirs = SOURCE.token_bytes[pair >> 32], TARGET.token_bytes[pair & (2**32 - 1)]
         if ours and theirs:
@@ -43,7 +43,7 @@ def test_a_tokens_partner_in_the_text_begins_where_it_does():
 
 def test_a_tokenizer_is_matched_to_itself():
     corpus = make_corpus(SAMPLE, SOURCE, max_tokens=512)
-    vocabulary = spell_vocabulary(SOURCE)
+    vocabulary = list_token_bytes(SOURCE)
     counted = count_pairs(corpus, vocabulary, vocabulary)
     mapped = choose_most_matched(counted, np.arange(SOURCE.vocab_size))
     np.testing.assert_array_equal(mapped, np.arange(SOURCE.vocab_size))

@@ -11,7 +11,7 @@ from benchmarks.fusion.intervals import Interval, compare_groups, find_multiple,
 from benchmarks.fusion.published import teach_current_token
 from benchmarks.fusion.work import keep_fewer
 from rayfuse.align.shard import Alignment, align_shard
-from rayfuse.align.token_spans import spell_vocabulary
+from rayfuse.align.token_spans import list_token_bytes
 from rayfuse.align.vocab_map import map_vocabulary
 from rayfuse.capture.rows import build_captured, tokenise_rows
 from rayfuse.capture.top_k import TopLogprobs, keep_top_k
@@ -78,7 +78,7 @@ def test_cut_tokenizer_spells_every_text(shared_data, tmp_path, name):
     assert tokenizer.vocab_size == 500
     for text, ids in zip(TEXTS, tokenizer.encode(list(TEXTS)), strict=True):
         spelled = b"".join(tokenizer.token_bytes[token] or b"" for token in ids.tolist())
-        assert spelled.decode().removeprefix(" " * tokenizer.adds_blank) == text
+        assert spelled.decode().removeprefix(" " * tokenizer.adds_prefix_space) == text
 
 
 def test_cut_tokenizer_is_the_real_one_before_its_later_merges(shared_data, tmp_path):
@@ -102,7 +102,7 @@ def test_a_smaller_top_k_is_what_would_have_been_captured(source_lm, tokenizers,
 def test_full_distributions_are_the_records_of_all_tokens(source_lm, tokenizers, corpus):
     target, source = tokenizers
     alignment = Alignment(
-        spell_vocabulary(source), spell_vocabulary(target), map_vocabulary(source, target)
+        list_token_bytes(source), list_token_bytes(target), map_vocabulary(source, target)
     )
     rows, records = capture(source_lm, source, corpus, 255)
     captured, _ = build_captured(corpus, rows, records, source.eos_id)
@@ -130,8 +130,8 @@ def test_full_distributions_are_the_records_of_all_tokens(source_lm, tokenizers,
 def test_the_published_fault_teaches_the_token_that_stands_there(source_lm, tokenizers, corpus):
     target, source = tokenizers
     alignment = Alignment(
-        spell_vocabulary(source),
-        spell_vocabulary(target),
+        list_token_bytes(source),
+        list_token_bytes(target),
         map_vocabulary(source, target, only_equal=True),
         "exact",
     )

@@ -25,7 +25,7 @@ from rayfuse.capture.engines.transformers_engine import (
     TransformersEngine,
 )
 from rayfuse.capture.rows import NOT_FINITE, tokenise_rows
-from rayfuse.capture.stage import MOST_DEATHS, capture_sources, plan_work, settle_dtype
+from rayfuse.capture.stage import MAX_DEATHS, capture_sources, plan_work, settle_dtype
 from rayfuse.capture.top_k import TopLogprobs
 from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.load import parse_recipe
@@ -107,9 +107,9 @@ def test_fault_2_15_a_few_deaths_before_a_shard_is_done_are_survived_and_many_st
     tombs.mkdir()
     with pytest.raises(RuntimeError, match=r"6 times in a row an actor died .*/sound'; give"):
         capture_sources(recipe, layout, report_nothing, partial(load_dying_engine, tombs=tombs))
-    assert len(list(tombs.iterdir())) == MOST_DEATHS + 1
+    assert len(list(tombs.iterdir())) == MAX_DEATHS + 1
     capture_sources(recipe, layout, report_nothing)
-    assert layout.captured["sound"].is_whole()
+    assert layout.captured["sound"].is_complete()
 
 
 def load_slow_or_no_engine(source: ModelSettings, settings: CaptureSettings) -> Engine:
@@ -135,7 +135,7 @@ def test_a_source_that_fails_is_told_at_once_and_the_others_go_on_in_the_dtype_t
 
     with pytest.raises(ValueError, match="of another make"):
         capture_sources(recipe, layout, tell, load_slow_or_no_engine)
-    assert sound.is_whole()
+    assert sound.is_complete()
     failed = told.index(("capture poisoned", 0, "stopped: the model is of another make"))
     last = max(i for i, (title, *_) in enumerate(told) if title == "capture sound")
     assert failed < last
@@ -172,7 +172,7 @@ def test_a_file_whose_documents_are_all_rejected_leaves_a_shard_without_rows(
     build_corpora(recipe, layout, report_nothing)
     assert 0 in {commit.rows for commit in layout.corpus.commits().values()}
     capture_sources(recipe, layout, report_nothing)
-    assert layout.captured["sound"].is_whole()
+    assert layout.captured["sound"].is_complete()
 
 
 def test_fault_19_the_rejects_of_earlier_jobs_count(models, folder, ray_cluster):
@@ -275,7 +275,7 @@ def test_fault_27_no_secret_is_written_anywhere(models, folder, s3_root, s3_prox
     recipe = write_recipe(models, folder, "sound").model_dump(mode="json", by_alias=True)
     recipe = {name: recipe[name] for name in ("corpus", "target", "evaluate")} | {
         "storage": s3_root,
-        "storage_patience_seconds": 2,
+        "storage_retry_seconds": 2,
         "sources": [{"name": "sound", "model": str(models / "sound")}],
     }
     (folder / "r.yaml").write_text(yaml.safe_dump(recipe))

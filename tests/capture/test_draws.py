@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rayfuse.align.shard import Alignment, align_shard
-from rayfuse.align.token_spans import spell_vocabulary
+from rayfuse.align.token_spans import list_token_bytes
 from rayfuse.capture.engines.transformers_engine import TransformersEngine
 from rayfuse.capture.rows import build_captured, tokenise_rows
 from rayfuse.capture.sampling import count_draws, draw_ids, make_noise
@@ -111,7 +111,7 @@ def softmax_of(source: ModelSettings, row: np.ndarray, vocab_size: int) -> np.nd
 def test_aligned_draws_are_the_sources_distribution_on_average(signal, tmp_path, monkeypatch):
     source = make_source("llama", tmp_path)
     tokenizer = load_recipe_tokenizer(source)
-    spelled = spell_vocabulary(tokenizer)
+    spelled = list_token_bytes(tokenizer)
     maps = np.stack([np.arange(tokenizer.vocab_size)] * 3).astype(np.int32)
     alignment = Alignment(spelled, spelled, np.pad(maps, ((0, 0), (0, 1)), constant_values=-1))
     corpus, records, _ = capture(source, signal)

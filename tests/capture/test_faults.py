@@ -20,8 +20,8 @@ import torch
 
 from rayfuse.capture.engines.transformers_engine import (
     MEMORY_PAUSES,
+    EngineMemoryError,
     Failure,
-    MemoryShortError,
     TransformersEngine,
 )
 from rayfuse.capture.rows import NOT_FINITE
@@ -36,7 +36,7 @@ from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.run.layout import plan_layout
 from rayfuse.storage.codec import flatten_column
 from rayfuse.storage.dataset import DataSet
-from rayfuse.storage.object_store import REPEATED
+from rayfuse.storage.object_store import NUM_RETRIES
 from rayfuse.storage.store import LocalStore, open_store
 from rayfuse.storage.verify import forget_damages, verify_data_set
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
@@ -117,7 +117,7 @@ def test_fault_7_requests_that_are_repeated_are_counted(model, corpus, s3_root, 
     for name in ("commits/00000.json", corpus.read_commit(0).file):
         store.write(f"{corpus.folder}/{name}", corpus.store.read(f"{corpus.folder}/{name}"))
     capturer = make_capturer(model, replace(corpus, store=store))
-    before = REPEATED.count
+    before = NUM_RETRIES.count
     s3_proxy.rules += [Rule("slowdown", match="/data/", times=3), Rule("500", match="/commits/")]
     numbers = capturer.capture(0)
     assert numbers.is_ours
@@ -227,7 +227,9 @@ def test_fault_15_no_row_is_lost_to_a_shortage_that_passes(model, pauses):
 def test_fault_15_a_shortage_that_stays_commits_nothing_and_stops_the_run(model, corpus, pauses):
     capturer = make_capturer(model, corpus)
     limit_memory(capturer.engine, lambda: 3)
-    with pytest.raises(MemoryShortError, match=r"no memory for \d+ tokens, 31 s after .*same comm"):
+    with pytest.raises(
+        EngineMemoryError, match=r"no memory for \d+ tokens, 31 s after .*same comm"
+    ):
         capturer.capture(0)
     assert not capturer.captured.list_committed()
     capturer = make_capturer(model, corpus)
@@ -448,7 +450,7 @@ def test_fault_31_no_decision_rests_on_a_clock(model, corpus):
         found = verify_data_set(captured, corpus)
         assert not found.damages
         assert found.orphans == [f"{captured.folder}/data/{leftover.name}"]
-        assert captured.is_whole()
+        assert captured.is_complete()
         assert make_capturer(model, corpus).capture(0).worker == capturer.worker
     forget_damages(captured, verify_data_set(captured, corpus), {})
     assert in_flight.exists()

@@ -10,15 +10,15 @@ import pytest
 import ray
 
 from rayfuse.capture import live as live_module
-from rayfuse.capture.actor import Lives
+from rayfuse.capture.actor import CrashCounter
 from rayfuse.capture.engines.transformers_engine import load_recipe_engine
-from rayfuse.capture.scheduling import share_actors
+from rayfuse.capture.scheduling import allocate_actors
 from rayfuse.capture.shard import ShardNumbers
 from rayfuse.capture.stage import CaptureActor, plan_work
 from rayfuse.capture.stats import LiveNumbers, to_line
 from rayfuse.config.load import parse_recipe
 from rayfuse.pipeline import prepare_run, run_stages
-from rayfuse.runtime.connect import beside_the_driver
+from rayfuse.runtime.connect import on_driver_node
 from rayfuse.runtime.progress import report_nothing
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 
@@ -70,10 +70,10 @@ def test_numbers_add_up_and_the_rest_is_told_in_time_and_money(monkeypatch):
 
 
 def test_actors_go_where_the_most_work_is_left_for_each():
-    assert share_actors([8.0, 4.0], [1.0, 1.0], 6.0) == [4, 2]
-    assert share_actors([8.0, 8.0], [1.0, 0.5], 3.0) == [2, 2]
-    assert share_actors([1.0, 1.0], [1.0, 1.0], 1.0) == [1, 1]  # they take turns
-    assert share_actors([0.0, 5.0], [1.0, 1.0], 4.0) == [1, 3]
+    assert allocate_actors([8.0, 4.0], [1.0, 1.0], 6.0) == [4, 2]
+    assert allocate_actors([8.0, 8.0], [1.0, 0.5], 3.0) == [2, 2]
+    assert allocate_actors([1.0, 1.0], [1.0, 1.0], 1.0) == [1, 1]  # they take turns
+    assert allocate_actors([0.0, 5.0], [1.0, 1.0], 4.0) == [1, 3]
 
 
 @pytest.mark.ray
@@ -108,7 +108,7 @@ def test_a_capture_tells_its_numbers_to_its_file_and_to_rays_metrics(tmp_path, r
         layout.corpus,
         layout.captured["one"],
         load_recipe_engine,
-        ray.remote(**beside_the_driver())(Lives).remote(),
+        ray.remote(**on_driver_node())(CrashCounter).remote(),
     )
     (numbers,) = ray.get(actor.__call__.remote(pa.table({"shard": [0]}))).to_pylist()
     wait_for_metrics("one", ["capture_tokens", "capture_busy_seconds", "capture_idle_seconds"])

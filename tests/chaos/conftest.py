@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.runs import (
-    LEAST_SHARDS,
+    MIN_SHARDS,
     SOURCES,
     Content,
     read_content,
@@ -41,5 +41,5 @@ def calm_content(cluster, folder) -> Content:
         assert result.returncode == 0, result.stdout + result.stderr
     content = read_content(recipe)
     assert len(content) == 2 * len(SOURCES)
-    assert all(len(shards) > LEAST_SHARDS for shards in content.values())
+    assert all(len(shards) > MIN_SHARDS for shards in content.values())
     return content

@@ -21,7 +21,7 @@ IS_LONG = bool(os.environ.get("RAYFUSE_LONG_CHAOS"))
 """The form for the log: three sources, 24 kills, 20 rounds of two jobs, stalls of 30 s; an hour."""
 
 SOURCES = {"llama": 330, "gpt_neox": 340} | ({"gpt2": 350} if IS_LONG else {})
-NUM_DOCUMENTS, LEAST_SHARDS = (720, 15) if IS_LONG else (400, 8)
+NUM_DOCUMENTS, MIN_SHARDS = (720, 15) if IS_LONG else (400, 8)
 
 Content = dict[str, dict[int, tuple[str, bytes]]]
 """The bytes of every shard, by data set and shard."""

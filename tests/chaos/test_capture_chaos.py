@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 STALL = "stall:30" if IS_LONG else "stall:2"
 FAULTS = ["500", "503", "slowdown", "reset", "lost_reply", "truncate", STALL]
-LEAST_KILLS, MOST_KILLS = (20, 24) if IS_LONG else (6, 8)
+MIN_KILLS, MAX_KILLS = (20, 24) if IS_LONG else (6, 8)
 SIGNALS = [signal.SIGTERM, signal.SIGINT] if IS_LONG else [signal.SIGTERM]
 SECONDS = 900
 
@@ -43,7 +43,7 @@ class Chaos:
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
-        self.deck = [self.kill_node, self.kill_driver, *[self.kill_actor] * 6] * (MOST_KILLS // 8)
+        self.deck = [self.kill_node, self.kill_driver, *[self.kill_actor] * 6] * (MAX_KILLS // 8)
         self.random.shuffle(self.deck)
         self.node = self.cluster.add_node(num_cpus=3)
         self.driver = self.start_driver()
@@ -67,7 +67,7 @@ class Chaos:
             if code is not None:  # it gave up, as a run may whose nodes go away: type it again
                 self.driver = self.start_driver()
                 continue
-            if len(self.kills) < MOST_KILLS and self.cluster.find_workers("MapWorker"):
+            if len(self.kills) < MAX_KILLS and self.cluster.find_workers("MapWorker"):
                 self.deck[len(self.kills)]()
         raise TimeoutError(f"not done after {SECONDS} s; kills: {self.kills}")
 
@@ -106,7 +106,7 @@ def check_chaos(cluster: LocalCluster, recipe: Path, seed: int, calm_content: Co
     # What was captured by a driver that died before it was aligned:
     assert run_command(cluster, "align", str(recipe)).returncode == 0
     assert read_content(recipe) == calm_content
-    assert len(chaos.kills) >= LEAST_KILLS
+    assert len(chaos.kills) >= MIN_KILLS
     assert {"actor", "node", "driver"} <= set(chaos.kills)
 
 
@@ -132,7 +132,7 @@ def test_fault_8_storage_that_is_gone_stops_the_run_and_it_goes_on_once_it_is_ba
     cluster, folder, calm_content, s3_root, s3_proxy
 ):
     recipe = make_corpus(cluster, folder, "gone", s3_root)
-    patience = "storage_patience_seconds=8"
+    patience = "storage_retry_seconds=8"
     env = cluster.env | {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
     driver = subprocess.Popen(
         [COMMAND, "capture", str(recipe), patience], env=env, stderr=subprocess.PIPE, text=True

@@ -26,7 +26,7 @@ KINDS: dict[str, dict[str, int]] = {
 }
 """Kinds of machine and what each has. Their GPUs are counted, not there."""
 
-MOST_OF_A_KIND = 2
+MAX_OF_A_KIND = 2
 
 IDLE_SECONDS = 12.0
 """After which a machine without work goes."""
@@ -128,7 +128,7 @@ class FakeCloud:
                 "resources": has | {f"kind:{kind}": 1, "object_store_memory": 100_000_000},
                 "node_config": {},
                 "min_workers": 0,
-                "max_workers": MOST_OF_A_KIND,
+                "max_workers": MAX_OF_A_KIND,
             }
             for kind, has in KINDS.items()
         }
@@ -140,7 +140,7 @@ class FakeCloud:
         )
         return {
             "cluster_name": "fake",
-            "max_workers": MOST_OF_A_KIND * len(KINDS),
+            "max_workers": MAX_OF_A_KIND * len(KINDS),
             "upscaling_speed": 1.0,
             "idle_timeout_minutes": IDLE_SECONDS / 60,
             "provider": {

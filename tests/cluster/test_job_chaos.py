@@ -25,8 +25,8 @@ from tests.s3 import FaultProxy
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 SECONDS_BETWEEN_KILLS = 20.0
-MOST_KILLS = 90 if IS_LONG else 4
-MOST_JOBS = 40 if IS_LONG else 5
+MAX_KILLS = 90 if IS_LONG else 4
+MAX_JOBS = 40 if IS_LONG else 5
 NUM_NODES = 3 if IS_LONG else 2
 POOLS = ("MapWorker", "RayTrainWorker")
 SECRET = "-".join(("canary", "4f1c9d7be2a05583"))
@@ -77,7 +77,7 @@ class NodeKiller:
         self.thread.join()
 
     def _run(self) -> None:
-        while len(self.kills) < MOST_KILLS and not self.is_over.wait(SECONDS_BETWEEN_KILLS):
+        while len(self.kills) < MAX_KILLS and not self.is_over.wait(SECONDS_BETWEEN_KILLS):
             pools = {name: self.cluster.find_workers(name) for name in POOLS}
             busy = [name for name, workers in pools.items() if workers]
             if not busy and not IS_LONG:
@@ -94,7 +94,7 @@ class NodeKiller:
 def run_job(cluster: LocalCluster, recipe: Path, *, kill_driver_once: bool = False) -> list[str]:
     """Submit a run, again wherever it fails, until it is done; return what each job printed."""
     said: list[str] = []
-    while len(said) < MOST_JOBS:
+    while len(said) < MAX_JOBS:
         job = cluster.submit("jobs/run.py", str(recipe))
         if kill_driver_once:
             kill_driver_once = False
@@ -104,7 +104,7 @@ def run_job(cluster: LocalCluster, recipe: Path, *, kill_driver_once: bool = Fal
         assert "ConnectionError: Failed to connect to Ray" not in said[-1], said[-1]
         if job.returncode == 0:
             return said
-    raise TimeoutError(f"not done after {MOST_JOBS} jobs; the last said: {said[-1][-4000:]}")
+    raise TimeoutError(f"not done after {MAX_JOBS} jobs; the last said: {said[-1][-4000:]}")
 
 
 def kill_driver(cluster: LocalCluster) -> None:

@@ -11,7 +11,7 @@ from ray._private.runtime_env.working_dir import upload_working_dir_if_needed
 
 from tests.cluster.checks import ROOT
 
-MOST_BYTES = 5_000_000
+MAX_BYTES = 5_000_000
 UNWANTED = (
     ".git/config",
     ".venv/bin/python",
@@ -61,7 +61,7 @@ def checkout(tmp_path) -> Path:
 
 def test_a_checkout_is_sent_whole_and_is_small(checkout, tmp_path):
     names, num_bytes = package(checkout, tmp_path / "package.zip")
-    assert num_bytes < MOST_BYTES
+    assert num_bytes < MAX_BYTES
     assert {"jobs/run.py", "rayfuse/cli.py", "rayfuse/capture/stage.py"} <= names
     assert {"recipes/two-sources.yaml", "recipes/tasks/bbh.yaml"} <= names
 
@@ -74,10 +74,10 @@ def test_data_weights_environments_and_keys_are_not_sent(checkout, tmp_path):
         planted.write_bytes(b"x" * 100_000)
     after, num_bytes = package(checkout, tmp_path / "after.zip")
     assert {name for name in after - before if (checkout / name).is_file()} == set()
-    assert num_bytes < MOST_BYTES
+    assert num_bytes < MAX_BYTES
 
 
 def test_what_lies_in_this_very_folder_is_not_sent_either(tmp_path):
     names, num_bytes = package(ROOT, tmp_path / "package.zip")
-    assert num_bytes < MOST_BYTES
+    assert num_bytes < MAX_BYTES
     assert not [name for name in names if name.startswith((".git/", ".venv/", "venv/"))]

@@ -84,14 +84,14 @@ def test_fault_33_no_shard_of_a_file_that_changed_is_committed(tmp_path, monkeyp
     from rayfuse.config.corpus import CorpusSettings
     from rayfuse.config.models import ModelSettings
     from rayfuse.corpus import stage
-    from rayfuse.run.segmentation import Rows
+    from rayfuse.run.segmentation import Segmentation
 
     monkeypatch.setattr(stage, "load_recipe_tokenizer", lambda model: TOKENIZERS[0])
     path = write_lines(tmp_path / "d.jsonl", good_lines() * 1000)
     corpus = CorpusSettings.model_validate({"documents": str(path), "shard_tokens": 1000})
     data = DataSet(LocalStore(str(tmp_path / "storage")), "corpus/x", "fp")
     model = ModelSettings(model="m")
-    rows = Rows("0", "corpus/kept-0.json", (model,), ("0",), is_kept=False)
+    rows = Segmentation("0", "corpus/segmentation-0.json", (model,), ("0",), is_reused=False)
     task = stage.CutTask(data, corpus, model, None, rows, WHOLE, [list_files(path)])
     (count,) = stage._count_batches(pa.table({"group": [0]}), task)["count"].to_pylist()
     assert count > 3

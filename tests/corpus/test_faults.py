@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayfuse.corpus.documents import MOST_NAME_CHARS, Document, read_documents
+from rayfuse.corpus.documents import MAX_NAME_CHARS, Document, read_documents
 from rayfuse.corpus.shards import (
     batch_documents,
     build_rows,
@@ -129,7 +129,7 @@ HOSTILE_LINES = {
     "reversed pair": b'{"text": "canary-4711 \\udc00\\ud800"}',
     "surrogate id": b'{"id": "canary-4711\\ud800", "text": "x"}',
     "surrogate domain": b'{"domain": "canary-4711\\udfff", "text": "x"}',
-    "over-long id": json.dumps({"id": "i" * (MOST_NAME_CHARS + 1), "text": "x"}).encode(),
+    "over-long id": json.dumps({"id": "i" * (MAX_NAME_CHARS + 1), "text": "x"}).encode(),
     "over-long domain": json.dumps({"domain": "i" * 5000, "text": "x"}).encode(),
     "no JSON": b"canary-4711",
     "raw NUL": b"\x00" * 50,

@@ -51,7 +51,7 @@ def test_the_bytes_of_the_tokens_are_the_text(spec: ModelSpec, tmp_path: Path):
     texts = [STRANGE, " leading", *(document.text for document in make_documents())]
     for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
         spelled = b"".join(tokenizer.token_bytes[token_id] or b"" for token_id in ids)
-        assert spelled == b" " * tokenizer.adds_blank + text.encode()
+        assert spelled == b" " * tokenizer.adds_prefix_space + text.encode()
     assert tokenizer.start_id is not None and tokenizer.eos_id is not None
     assert tokenizer.vocab_size <= spec.vocab_size <= spec.head_width
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rayfuse.config.models import ModelSettings
 from rayfuse.evaluate.bits_per_byte import load_scored_model, score_rows, score_tokens
-from rayfuse.evaluate.ensemble import TokenCosts, average_sources, find_joint_ends
+from rayfuse.evaluate.ensemble import TokenNLL, average_sources, find_joint_ends
 from rayfuse.models.causal_lm import CausalLM
 from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
 from tests.fakes import byte_level_tokenizer, save_model, save_tokenizer, sentencepiece_tokenizer
@@ -20,8 +20,8 @@ from tests.fakes import byte_level_tokenizer, save_model, save_tokenizer, senten
 Model = tuple[CausalLM, TextTokenizer]
 
 
-def cost(ends: list[int], nats: list[float]) -> TokenCosts:
-    return TokenCosts(np.array(ends), np.array(nats))
+def cost(ends: list[int], nats: list[float]) -> TokenNLL:
+    return TokenNLL(np.array(ends), np.array(nats))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Model]:
     return make
 
 
-def score(model: Model, rows: pa.Table) -> list[TokenCosts]:
+def score(model: Model, rows: pa.Table) -> list[TokenNLL]:
     return score_tokens(*model, rows, name="tiny", batch_tokens=500)
 
 
@@ -132,7 +132,7 @@ LENGTHS = st.lists(st.integers(1, 4), min_size=1, max_size=12)
 
 
 @st.composite
-def sources_of_one_row(draw: st.DrawFn) -> list[TokenCosts]:
+def sources_of_one_row(draw: st.DrawFn) -> list[TokenNLL]:
     num_bytes = draw(st.integers(1, 20))
     found = []
     for _ in range(draw(st.integers(1, 4))):
@@ -144,14 +144,14 @@ def sources_of_one_row(draw: st.DrawFn) -> list[TokenCosts]:
 
 
 @given(sources_of_one_row())
-def test_one_source_or_equal_ones_pay_what_one_pays_alone(sources: list[TokenCosts]):
+def test_one_source_or_equal_ones_pay_what_one_pays_alone(sources: list[TokenNLL]):
     for each in sources:
         for copies in (1, 3):
             assert average_sources([each] * copies).nats.sum() == pytest.approx(each.nats.sum())
 
 
 @given(sources_of_one_row())
-def test_no_chunk_costs_more_than_the_mean_or_much_less_than_the_best(sources: list[TokenCosts]):
+def test_no_chunk_costs_more_than_the_mean_or_much_less_than_the_best(sources: list[TokenNLL]):
     ensemble = average_sources(sources)
     totals = [source.nats.sum() for source in sources]
     assert ensemble.nats.sum() <= np.mean(totals) + 1e-9  # Jensen, chunk by chunk

@@ -23,14 +23,14 @@ from rayfuse.evaluate.bits_per_byte import (
     score_rows,
     score_tokens,
 )
-from rayfuse.evaluate.ensemble import TokenCosts, average_sources
-from rayfuse.evaluate.model_loading import ScoreTask, copy_folder, hold_model
+from rayfuse.evaluate.ensemble import TokenNLL, average_sources
+from rayfuse.evaluate.model_loading import ScoringJob, copy_folder, local_model
 from rayfuse.evaluate.scores import bits_per_byte, sum_documents
 from rayfuse.evaluate.stage import _resource_options, evaluate_models, group_shards
 from rayfuse.evaluate.task_scores import parse_task_score
 from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.run.layout import Layout, Merge, TrainRun
-from rayfuse.run.segmentation import Rows
+from rayfuse.run.segmentation import Segmentation
 from rayfuse.storage.dataset import Commit, DataSet
 from rayfuse.storage.store import LocalStore, open_store
 from tests.evaluate.test_tasks import make_tasks
@@ -74,8 +74,8 @@ def test_only_a_model_trained_into_object_storage_is_held_in_a_local_copy(is_tra
     store.write("train/x/model/config.json", b"{}")
     model = ModelSettings(model="memory://bucket/run/train/x/model" if is_trained else "some/model")
     folder = "train/x/model" if is_trained else None
-    task = ScoreTask("x", model, DataSet(store, "corpus/0", "0"), 100, folder)
-    with hold_model(task) as held:
+    task = ScoringJob("x", model, DataSet(store, "corpus/0", "0"), 100, folder)
+    with local_model(task) as held:
         if is_trained:
             assert Path(held.model, "config.json").read_bytes() == b"{}"
         else:
@@ -110,13 +110,13 @@ def layout(recipe: Recipe, rows: pa.Table) -> Layout:
     shutil.copytree(recipe.target.model, f"{recipe.storage}/{run.folder}/model")
     names = ["small", "other", "target", "fused", "ensemble", "merged"]
     evaluations = {name: f"evaluate/{name}-0.json" for name in names}
-    cut = Rows("0", "corpus/held-out-kept-0.json", (), (), is_kept=False)
+    cut = Segmentation("0", "corpus/held-out-segmentation-0.json", (), (), is_reused=False)
     plain = Layout(store, held_out, held_out, {}, {}, {}, (run,), evaluations, cut, cut)
     costs = {n: DataSet(store, f"evaluate/tokens-{n}-0", f"{n}0") for n in ("small", "other")}
-    return replace(plain, token_costs=costs, merge=Merge("evaluate/merged-model-0", ("other",)))
+    return replace(plain, token_nll=costs, merge=Merge("evaluate/merged-model-0", ("other",)))
 
 
-def score_source(model: str, rows: pa.Table) -> list[TokenCosts]:
+def score_source(model: str, rows: pa.Table) -> list[TokenNLL]:
     lm = load_scored_model(ModelSettings(model=model))
     return score_tokens(lm, load_tokenizer(model), rows, name=model, batch_tokens=500)
 
@@ -213,7 +213,7 @@ def test_every_model_is_asked_every_task_once(
     }
     costs = {
         name: {task: f"evaluate/task-{name}-{task}-0.parquet" for task in tasks.names}
-        for name in layout.token_costs
+        for name in layout.token_nll
     }
     layout = replace(layout, task_scores=files, task_costs=costs)
     evaluate_models(recipe, layout, Notes())

@@ -12,7 +12,7 @@ from rayfuse.align.distributions import TopEntries, map_entries, merge_entries
 from rayfuse.align.edit_distance import match_by_edit_distance
 from rayfuse.align.matches import match_positions
 from rayfuse.align.shard import Alignment, align_shard
-from rayfuse.align.token_spans import place_tokens, spell_vocabulary
+from rayfuse.align.token_spans import list_token_bytes, place_tokens
 from rayfuse.align.vocab_map import PLAIN, build_maps, map_to_nearest, map_vocabulary
 from rayfuse.config.fuse import FuseSettings
 from rayfuse.config.load import parse_recipe
@@ -68,12 +68,12 @@ def read_fused(corpus, captured, folder, fuse: FuseSettings, method: str):
 
     aligned = {}
     for name, source in SOURCES.items():
-        if method == "mined":
+        if method == "min_edit_distance":
             nearest = map_to_nearest(range(source.vocab_size), source, TARGET)
             maps = build_maps(nearest, source, TARGET)
         else:
             maps = map_vocabulary(source, TARGET)
-        alignment = Alignment(spell_vocabulary(source), spell_vocabulary(TARGET), maps, method)
+        alignment = Alignment(list_token_bytes(source), list_token_bytes(TARGET), maps, method)
         aligned[name] = keep(name, align_shard(corpus, captured[name], alignment)[0])
     reader = ShardReader(keep("corpus", corpus), aligned, fuse, TARGET.count_bytes())
     reader.keep({0})
@@ -107,8 +107,12 @@ def cost_per_token(table: pa.Table, source: TextTokenizer, row: int) -> float:
 
 
 def test_the_preset_is_the_papers_formula(corpus, captured, tmp_path):
-    assert (PAPER.capture.top_k, PAPER.align.method, PAPER.train.clm_weight) == (10, "mined", 0.9)
-    fused, _aligned = read_fused(corpus, captured, tmp_path, PAPER.fuse, "mined")
+    assert (PAPER.capture.top_k, PAPER.align.method, PAPER.train.clm_weight) == (
+        10,
+        "min_edit_distance",
+        0.9,
+    )
+    fused, _aligned = read_fused(corpus, captured, tmp_path, PAPER.fuse, "min_edit_distance")
     checked = 0
     for row, result in enumerate(fused):
         costs = {name: cost_per_token(captured[name], s, row) for name, s in SOURCES.items()}
@@ -119,7 +123,7 @@ def test_the_preset_is_the_papers_formula(corpus, captured, tmp_path):
             source, table = SOURCES[name], captured[name].slice(row, 1)
             ids, offsets = flatten_column(table, "token_ids")
             target_ids, target_offsets = flatten_column(corpus.slice(row, 1), "target_ids")
-            vocabularies = spell_vocabulary(source), spell_vocabulary(TARGET)
+            vocabularies = list_token_bytes(source), list_token_bytes(TARGET)
             nearest = map_to_nearest(range(source.vocab_size), source, TARGET)
             ends = corpus["ends_document"].to_pylist()[row : row + 1]
             matches = match_by_edit_distance(
@@ -222,12 +226,12 @@ def test_tokens_that_meet_are_added(fused, corpus, captured):
     texts, ends = ([*corpus[name].to_pylist()] for name in ("text", "ends_document"))
     encoded = [text.encode() for text in texts]
     theirs = place_tokens(
-        *flatten_column(corpus, "target_ids"), encoded, spell_vocabulary(TARGET), ends
+        *flatten_column(corpus, "target_ids"), encoded, list_token_bytes(TARGET), ends
     )
     checked = 0
     for name, source in SOURCES.items():
         ours = place_tokens(
-            *flatten_column(captured[name], "token_ids"), encoded, spell_vocabulary(source), ends
+            *flatten_column(captured[name], "token_ids"), encoded, list_token_bytes(source), ends
         )
         mapped = map_vocabulary(source, TARGET)[PLAIN]
         aligned = fused[1][name].read_shard(fused[1][name].read_commit(0))

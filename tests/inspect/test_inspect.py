@@ -14,7 +14,7 @@ from matplotlib import image
 from benchmarks.synthetic import make_captured, make_corpus
 from rayfuse.align.matches import Matches, keep_one_to_one
 from rayfuse.align.shard import Alignment, align_shard
-from rayfuse.align.token_spans import spell_vocabulary
+from rayfuse.align.token_spans import list_token_bytes
 from rayfuse.align.vocab_map import build_maps, map_to_nearest, map_vocabulary
 from rayfuse.config.load import read_recipe
 from rayfuse.inspect.command import _read_pieces, inspect_pairs, print_report
@@ -83,18 +83,18 @@ def test_a_special_tokens_number_is_no_digits():
     assert flags["[0]"] == ""  # [UNK]
 
 
-@pytest.mark.parametrize("method", ["bytes", "exact", "mined", "statistics"])
+@pytest.mark.parametrize("method", ["bytes", "exact", "min_edit_distance", "cooccurrence"])
 def test_the_methods_own_positions_are_counted(method):
     report = report_pair(align_texts(SAMPLE, SOURCE, TARGET, method))
     assert report.method == method
     corpus = make_corpus(SAMPLE, TARGET, max_tokens=1024)
     captured = make_captured(corpus, SOURCE, top_k=4)
-    if method == "mined":
+    if method == "min_edit_distance":
         nearest = map_to_nearest(range(SOURCE.vocab_size), SOURCE, TARGET)
         maps = build_maps(nearest, SOURCE, TARGET)
     else:
         maps = map_vocabulary(SOURCE, TARGET, only_equal=method == "exact")
-    alignment = Alignment(spell_vocabulary(SOURCE), spell_vocabulary(TARGET), maps, method)
+    alignment = Alignment(list_token_bytes(SOURCE), list_token_bytes(TARGET), maps, method)
     stats = align_shard(corpus, captured, alignment)[1]
     assert report.target_tokens == stats["positions"]
     assert report.share_with_signal == stats["with_signal"] / stats["positions"]
@@ -158,7 +158,7 @@ def test_a_picture_that_cannot_be_written_is_refused_before_any_work(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("method", ["exact", "mined"])
+@pytest.mark.parametrize("method", ["exact", "min_edit_distance"])
 def test_a_recipe_of_any_name_is_inspected_from_its_tokenizers_alone(method, tmp_path, capsys):
     for name, tokenizer in (("a", byte_level_tokenizer(300)), ("b", sentencepiece_tokenizer(330))):
         eos = "<|end|>" if name == "a" else "</s>"

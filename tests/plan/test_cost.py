@@ -69,7 +69,7 @@ def test_a_trillion_tokens_cost_in_proportion_whatever_needs_no_start():
 
 SETTINGS_OF_NO_USE_HERE = {
     "unpacked_ratio",  # the example has no files
-    "align_tokens_per_core_second",  # its alignment is `mined`
+    "align_tokens_per_core_second",  # its alignment is `min_edit_distance`
     "captured_bytes_per_draw",  # it draws nothing
 }
 

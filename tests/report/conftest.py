@@ -11,9 +11,9 @@ from rayfuse.config.recipe import Recipe
 from rayfuse.evaluate.scores import DocumentScore, Evaluation, compare, find_role
 from rayfuse.evaluate.task_scores import SubtaskScore, TaskScore, compare_tasks
 from rayfuse.report.gather import Curve, Findings, SourceSignal, SourceWins, StageCount
-from rayfuse.report.timeline import Spell
+from rayfuse.report.timeline import ShardSpan
 from rayfuse.run.layout import Layout, Merge, TrainRun
-from rayfuse.run.segmentation import Rows
+from rayfuse.run.segmentation import Segmentation
 from rayfuse.schema import ALIGNED, CORPUS
 from rayfuse.storage.dataset import DataSet, Reject
 from rayfuse.storage.store import open_store
@@ -113,7 +113,10 @@ def findings() -> Findings:
             "coder": SourceSignal(1000, 790, 0.09, 0.04),
             "small": SourceSignal(1000, 1000, 0.06, 0.06),
         },
-        spells={"big": [Spell("w", 100.0 * i, 90.0, 10.0, 5000) for i in range(1, 9)], "coder": []},
+        spells={
+            "big": [ShardSpan("w", 100.0 * i, 90.0, 10.0, 5000) for i in range(1, 9)],
+            "coder": [],
+        },
         counts=[StageCount("corpus", 12_000, 9_000_000, 17), StageCount("held-out", 180, 90, 0)],
         task_scores=TASKS,
         task_differences={
@@ -219,5 +222,5 @@ def layout(recipe: Recipe) -> Layout:
     clm = "".join(line % (step, 3.5 - step, "null", 100 * step) for step in (1, 2, 3))
     store.write("train/fused-0/metrics.jsonl", fused.encode())
     store.write("train/clm-0/metrics.jsonl", clm.encode())
-    cut = Rows("0", "corpus/kept-0.json", (), (), is_kept=False)
+    cut = Segmentation("0", "corpus/segmentation-0.json", (), (), is_reused=False)
     return Layout(store, corpus, corpus, aligned, aligned, {}, runs, evaluations, cut, cut)

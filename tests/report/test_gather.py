@@ -32,7 +32,7 @@ def test_wins_are_counted_by_domain(layout: Layout):
 
 
 def test_a_large_run_is_counted_on_its_first_shards_and_says_so(layout: Layout, monkeypatch):
-    monkeypatch.setattr(gather, "MOST_SHARDS", 1)
+    monkeypatch.setattr(gather, "MAX_SHARDS", 1)
     found = count_wins(layout.corpus, layout.aligned)
     assert (found.shards_read, found.num_shards) == (1, 2)
     assert sum(sum(row.values()) for row in found.counts.values()) == 2

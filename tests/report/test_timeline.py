@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from rayfuse.report.timeline import (
-    Spell,
+    ShardSpan,
     draw_timeline,
     find_pauses,
     leave_out,
@@ -18,9 +18,9 @@ from tests.report.test_plots import width_of
 NOON = 1_700_000_000.0
 
 
-def make_spells(worker: str, start: float, number: int = 5) -> list[Spell]:
+def make_spells(worker: str, start: float, number: int = 5) -> list[ShardSpan]:
     """Return shards of 8 s each, 2 s apart."""
-    return [Spell(worker, start + 2 + 10 * i, 8.0, 2.0, 1000) for i in range(number)]
+    return [ShardSpan(worker, start + 2 + 10 * i, 8.0, 2.0, 1000) for i in range(number)]
 
 
 def test_commits_tell_who_worked_when(tmp_path):
@@ -31,7 +31,7 @@ def test_commits_tell_who_worked_when(tmp_path):
         table = make_aligned(range(2), [1.0, 2.0])
         data.write_shard(shard, table, tokens=7, stats=stats, worker=f"w{shard}")
     spells = read_spells(data)
-    assert spells == [Spell("w1", 10.0, 4.0, 1.0, 7), Spell("w0", 30.0, 4.0, 1.0, 7)]
+    assert spells == [ShardSpan("w1", 10.0, 4.0, 1.0, 7), ShardSpan("w0", 30.0, 4.0, 1.0, 7)]
     assert sum_busy(spells) == 8.0
     assert share_waited(spells) == pytest.approx(0.2)
 
@@ -47,7 +47,7 @@ def test_a_night_between_two_jobs_is_left_out():
 
 def test_no_pause_where_one_worker_covers_for_another():
     spells = [
-        Spell("a", NOON, 500.0, 0.0, 1),
+        ShardSpan("a", NOON, 500.0, 0.0, 1),
         *make_spells("b", NOON),
         *make_spells("b", NOON + 300),
     ]

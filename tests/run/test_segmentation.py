@@ -81,14 +81,14 @@ def test_a_source_with_another_tokenizer_is_captured_on_the_rows_that_are_there(
     before = {name: commits(first.captured[name]) for name in ("a", "b")}
     assert longest(first.corpus, "target_ids") <= 100
     later = run(write_recipe(folder, tmp_path, "a", "b", "fine"), "corpus", "capture", "align")
-    assert later.corpus_rows.is_kept
+    assert later.corpus_rows.is_reused
     assert later.corpus.folder == first.corpus.folder
     assert {name: commits(later.captured[name]) for name in ("a", "b")} == before
     assert {name: data.folder for name, data in later.aligned.items() if name != "fine"} == {
         name: data.folder for name, data in first.aligned.items()
     }
     assert longest(later.captured["fine"], "token_ids") > 100  # rows are cut for coarser ones
-    assert later.aligned["fine"].is_whole()
+    assert later.aligned["fine"].is_complete()
     assert later.runs[1] == first.runs[1]  # plain continued training is not repeated
     assert later.evaluations["a"] == first.evaluations["a"]
 
@@ -123,7 +123,7 @@ def test_another_top_k_has_folders_of_its_own_and_leaves_the_old_ones_whole(
     recipe = recipe.model_copy(update={"capture": CaptureSettings(top_k=4)})
     later = run(recipe, "corpus", "capture")
     assert later.captured["a"].folder != first.captured["a"].folder
-    assert later.captured["a"].is_whole()
+    assert later.captured["a"].is_complete()
     assert commits(first.captured["a"]) == before
     for layout in (first, later):
         assert not any(each.damages for each in verify_layout(layout, report_nothing).values())
@@ -134,7 +134,7 @@ def test_recut_captures_everything_again(folder, tmp_path, ray_cluster):
     first = run(write_recipe(folder, tmp_path, "a"), "corpus", "capture")
     recipe = write_recipe(folder, tmp_path, "a", "fine", recut=True)
     layout = run(recipe, "corpus")
-    assert not layout.corpus_rows.is_kept
+    assert not layout.corpus_rows.is_reused
     assert layout.captured["a"].folder != first.captured["a"].folder
     assert longest(layout.corpus, "target_ids") < 100
     # Without the setting, what this recipe has made already stays its own.
@@ -169,6 +169,6 @@ def test_a_tokenizer_that_rows_were_cut_for_and_that_is_gone_is_named(
     load_tokenizer.cache_clear()
     with pytest.raises(ValueError, match=r"passing.*has changed.*corpus\.recut: true"):
         run(recipe, "corpus")
-    (storage / "corpus").joinpath(prepare_run(recipe).corpus_rows.kept_file[7:]).write_text("{")
+    (storage / "corpus").joinpath(prepare_run(recipe).corpus_rows.record_file[7:]).write_text("{")
     with pytest.raises(ValueError, match=r"damaged.*remove it"):
         prepare_run(recipe)

@@ -97,7 +97,7 @@ def tell_amazon(deadline: float) -> str:
 def look(metadata: Metadata, ask: Callable[[str], float | None], looks: int) -> float | None:
     """Return what is known after so many looks, on a node that is there that long."""
     left = iter([True] * looks)
-    return notice.wait_for_notice(partial(ask, metadata.url), lambda: next(left, False))
+    return notice.watch_for_preemption(partial(ask, metadata.url), lambda: next(left, False))
 
 
 FAULTS = ["503", "reset", "garbage", "500"]
@@ -126,7 +126,7 @@ def test_a_service_that_always_fails_is_told_once_and_a_node_that_is_gone_ends_i
 ):
     monkeypatch.setattr(notice, "LOOK_SECONDS", 0.01)
     metadata.faults += ["403"] * 5
-    assert look(metadata, notice.ask_amazon, looks=5) is None
+    assert look(metadata, notice.poll_aws, looks=5) is None
     assert caplog.messages == ["the metadata service is asked again: HTTP Error 403: Forbidden"]
 
 

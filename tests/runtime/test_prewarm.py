@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from rayfuse.pipeline import AHEAD_SECONDS, _ask_in_time
+from rayfuse.pipeline import PREWARM_SECONDS, _prewarm_sources
 from rayfuse.run.layout import plan_layout
 from rayfuse.runtime import connect as session
 from rayfuse.runtime import resources as machines
@@ -24,13 +24,13 @@ def asked(monkeypatch) -> list[str]:
     events: list[str] = []
 
     @contextmanager
-    def ask_ahead(groups: Sequence[Sequence[dict[str, float]]]) -> Iterator[None]:
+    def prewarm_nodes(groups: Sequence[Sequence[dict[str, float]]]) -> Iterator[None]:
         events.append(f"asked for {groups}")
         yield
         events.append("let go")
 
     monkeypatch.setattr(session, "join_cluster", lambda: None)
-    monkeypatch.setattr(machines, "ask_ahead", ask_ahead)
+    monkeypatch.setattr(machines, "prewarm_nodes", prewarm_nodes)
     monkeypatch.setattr(machines, "count_reachable", lambda resource: 4.0)
     monkeypatch.setattr(machines, "list_bundles", lambda source: [{"GPU": 1.0}])
     return events
@@ -41,7 +41,7 @@ def test_a_large_corpus_is_nearly_cut_first(root, tmp_path, asked, monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     recipe = recipe_of(root, tmp_path, plan={"tokenise_bytes_per_core_second": 0.001})
     stages = ("corpus", "capture")
-    with _ask_in_time("corpus", stages, recipe, plan_layout(recipe), report_nothing) as watch:
+    with _prewarm_sources("corpus", stages, recipe, plan_layout(recipe), report_nothing) as watch:
         watch(CORPUS, 0, 1_000_000)
         clock[0] = 100.0
         watch(CORPUS, 1_000_000, 1_000_000)
@@ -51,7 +51,7 @@ def test_a_large_corpus_is_nearly_cut_first(root, tmp_path, asked, monkeypatch):
         assert asked == []
         clock[0] = 90_100.0
         watch(HELD_OUT, 995_000, 1_000_000)  # minutes
-        assert AHEAD_SECONDS > 5_000 * 90_000 / 995_000
+        assert PREWARM_SECONDS > 5_000 * 90_000 / 995_000
         watch(HELD_OUT, 999_000, 1_000_000)
         assert asked == ["asked for [[{'GPU': 1.0}]]"]
     assert asked[1:] == ["let go"]
@@ -60,7 +60,7 @@ def test_a_large_corpus_is_nearly_cut_first(root, tmp_path, asked, monkeypatch):
 def test_a_small_one_is_not_waited_for(root, tmp_path, asked):
     recipe = recipe_of(root, tmp_path)
     stages = ("corpus", "capture")
-    with _ask_in_time("corpus", stages, recipe, plan_layout(recipe), report_nothing) as watch:
+    with _prewarm_sources("corpus", stages, recipe, plan_layout(recipe), report_nothing) as watch:
         assert len(asked) == 1
         watch(CORPUS, 0, 12)
         watch(HELD_OUT, 12, 12)
@@ -70,6 +70,6 @@ def test_a_small_one_is_not_waited_for(root, tmp_path, asked):
 @pytest.mark.parametrize(("stage", "stages"), [("corpus", ("corpus",)), ("capture", ("capture",))])
 def test_nothing_is_asked_for_what_does_not_come_next(stage, stages, root, tmp_path, asked):
     recipe = recipe_of(root, tmp_path)
-    with _ask_in_time(stage, stages, recipe, plan_layout(recipe), report_nothing) as watch:
+    with _prewarm_sources(stage, stages, recipe, plan_layout(recipe), report_nothing) as watch:
         watch(CORPUS, 0, 12)
     assert asked == []

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rayfuse.run.fingerprint import fingerprint_of
 from rayfuse.schema import CORPUS
-from rayfuse.storage.dataset import DataSet, Reject, ShardError, fingerprint_of
+from rayfuse.storage.dataset import DataSet, Reject, ShardError
 from rayfuse.storage.parquet import encode_table
 from rayfuse.storage.store import LocalStore, Store, check_store, open_store
 
@@ -105,19 +106,19 @@ def test_a_shard_that_is_gone_is_named(tmp_path):
 def test_a_data_set_is_whole_once_every_shard_is_there_and_not_after_one_is_lost(tmp_path):
     data = make_data(tmp_path)
     commits = [data.write_shard(shard, make_table(), tokens=1) for shard in range(3)]
-    assert not data.is_whole()
+    assert not data.is_complete()
     with pytest.raises(ShardError, match="2 shards missing, first 3"):
         data.finish(5)
     data.finish(3)
-    assert data.is_whole()
+    assert data.is_complete()
     assert list(data.commits()) == [0, 1, 2]
     os.remove(tmp_path / data.folder / commits[1].file)
-    assert not data.is_whole()
+    assert not data.is_complete()
     assert data.drop_lost_shards() == [1]
     assert list(data.commits()) == [0, 2]
     data.write_shard(1, make_table(), tokens=1)
     data.finish(3)
-    assert data.is_whole()
+    assert data.is_complete()
 
 
 class WatchedStore(LocalStore):

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayfuse.storage.dataset import DataSet, ShardError
-from rayfuse.storage.object_store import StorageGoneError
+from rayfuse.storage.object_store import StorageUnavailableError
 from rayfuse.storage.store import check_store, open_store
 from tests.local_cluster import free_port, listens, wait_for
 from tests.s3 import Rule
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 @pytest.fixture
 def data(s3_root) -> DataSet:
-    return make_data_in(open_store(s3_root, patience_seconds=60.0))
+    return make_data_in(open_store(s3_root, retry_seconds=60.0))
 
 
 @pytest.mark.parametrize("kind", ["500", "503", "slowdown", "reset", "lost_reply"])
@@ -55,9 +55,11 @@ def test_fault_8_a_request_that_is_never_answered_is_asked_again(data, s3_proxy)
 
 
 def test_fault_8_a_storage_that_is_gone_is_said_to_be_after_its_patience(s3_root, s3_proxy):
-    store = open_store(s3_root, patience_seconds=3.0)
+    store = open_store(s3_root, retry_seconds=3.0)
     s3_proxy.gone = True
-    with pytest.raises(StorageGoneError, match=r"has failed for \d+ s.*run the same command again"):
+    with pytest.raises(
+        StorageUnavailableError, match=r"has failed for \d+ s.*run the same command again"
+    ):
         store.read("a")
 
 
@@ -65,8 +67,8 @@ def test_fault_8_a_storage_whose_name_is_gone_is_waited_for_as_one_that_is_away(
     s3_root, s3_proxy, monkeypatch
 ):
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://nowhere.invalid:{s3_proxy.port}")
-    store = open_store(s3_root, patience_seconds=2.0)
-    with pytest.raises(StorageGoneError, match=r"has failed for \d+ s.*nowhere\.invalid"):
+    store = open_store(s3_root, retry_seconds=2.0)
+    with pytest.raises(StorageUnavailableError, match=r"has failed for \d+ s.*nowhere\.invalid"):
         store.read("a")
     monkeypatch.undo()
     store.reconnect()

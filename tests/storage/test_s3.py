@@ -26,9 +26,9 @@ def test_shards_on_s3_are_committed_once_and_read_back_checked(bucket):
     assert data.read_shard(first).equals(make_table(3))
     assert list(bucket.sizes(f"{data.folder}/data")) == [first.file.removeprefix("data/")]
     data.finish(1)
-    assert data.is_whole()
+    assert data.is_complete()
     bucket.remove(f"{data.folder}/{first.file}")
-    assert not data.is_whole()
+    assert not data.is_complete()
     assert data.drop_lost_shards() == [0]
 
 

@@ -115,12 +115,12 @@ def test_fault_12_damage_is_named_and_healed_and_nothing_else_is_touched(damage,
     assert all(each.file.startswith(data.folder) and each.reason for each in found.damages)
     kept = {s: path_of(data, s).read_bytes() for s in range(NUM_SHARDS) if s not in DAMAGES[damage]}
     forget_damages(data, found, {"recipe": {}})
-    assert not data.is_whole()
+    assert not data.is_complete()
     for shard in set(range(NUM_SHARDS)) - data.list_committed():
         assert shard in DAMAGES[damage]
         data.write_shard(shard, make_table(shard + 1), tokens=shard + 1)
     data.finish(NUM_SHARDS)
-    assert data.is_whole()
+    assert data.is_complete()
     assert not verify_data_set(data).damages
     for shard, commit in data.commits().items():
         assert data.read_shard(commit).equals(make_table(shard + 1))
@@ -154,7 +154,7 @@ def test_fault_10_leftovers_of_lost_attempts_are_found_and_those_in_flight_are_n
     forget_damages(data, found, {})
     assert not (folder / "00001-0123456789ab.parquet").exists()
     assert (folder / "00009-0123456789ab.parquet").exists()
-    assert data.is_whole()
+    assert data.is_complete()
 
 
 def test_verifying_reads_each_record_once_and_lists_each_folder_once(data):
@@ -176,7 +176,7 @@ def test_rows_that_are_not_the_corpus_own_are_damage(data, tmp_path):
 
 def test_status_counts_shards_rows_and_rejects_by_reason(data):
     rejects = Path(data.store.root, data.folder, "rejects")
-    assert read_status(data, None).is_whole
+    assert read_status(data, None).is_complete
     commit = json.loads(Path(data.store.root, data.folder, "commits/00002.json").read_text())
     rejects.mkdir()
     lines = [{"name": "a", "reason": "empty"}, {"name": "b", "reason": "empty"}]
@@ -188,4 +188,4 @@ def test_status_counts_shards_rows_and_rejects_by_reason(data):
     status = read_status(data, 6)
     assert (status.shards, status.num_shards, status.rows) == (NUM_SHARDS, 6, 10)
     assert status.rejects == {"empty": 2}
-    assert not status.is_whole
+    assert not status.is_complete

@@ -41,7 +41,7 @@ def save(
 
 def test_a_checkpoint_comes_back_as_it_was(checkpoints, tmp_path):
     name = save(checkpoints, 5)
-    ((found, records),) = checkpoints.list_whole().items()
+    ((found, records),) = checkpoints.list_complete().items()
     assert found == name
     assert checkpoints.download(records, tmp_path / "back")
     assert (tmp_path / "back/ds/part_0.pt").read_bytes() == b"0 of 5"
@@ -50,14 +50,14 @@ def test_a_checkpoint_comes_back_as_it_was(checkpoints, tmp_path):
 
 def test_one_that_was_cut_off_is_not_used_and_is_known(checkpoints):
     whole, cut = save(checkpoints, 5), save(checkpoints, 10, ranks=(0,))
-    assert list(checkpoints.list_whole()) == [whole]
-    assert checkpoints.list_cut_off() == [cut]
+    assert list(checkpoints.list_complete()) == [whole]
+    assert checkpoints.list_incomplete() == [cut]
 
 
 def test_two_attempts_at_one_step_are_not_mixed(checkpoints):
     save(checkpoints, 5, ranks=(0,), attempt="a")
     save(checkpoints, 5, ranks=(1,), attempt="b")
-    assert not checkpoints.list_whole()
+    assert not checkpoints.list_complete()
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
@@ -68,7 +68,7 @@ def test_damage_is_found_before_anything_is_loaded(damage, checkpoints, tmp_path
         path.unlink()
     else:
         path.write_bytes(b"1 of 6" if damage == "flip" else b"1 of")
-    (records,) = checkpoints.list_whole().values()
+    (records,) = checkpoints.list_complete().values()
     assert not checkpoints.download(records, tmp_path / "back")
 
 
@@ -79,8 +79,12 @@ def test_the_newest_and_the_best_are_kept(checkpoints, tmp_path):
     cut = save(checkpoints, 3, ranks=(0,), attempt="cut")
     making = save(checkpoints, 6, ranks=(0,))
     checkpoints.retain(2)
-    assert [name[5:13] for name in checkpoints.list_whole()] == ["00000002", "00000004", "00000005"]
-    assert checkpoints.list_cut_off() == [making]
+    assert [name[5:13] for name in checkpoints.list_complete()] == [
+        "00000002",
+        "00000004",
+        "00000005",
+    ]
+    assert checkpoints.list_incomplete() == [making]
     folder = tmp_path / "train/fused-x/checkpoints"
     assert not list(folder.glob(f"{cut}/ds/*"))
     assert list(folder.glob(f"{making}/ds/*"))
@@ -100,8 +104,8 @@ class Bomb:
 def test_a_torn_record_makes_its_checkpoint_one_that_was_cut_off(torn, checkpoints, tmp_path):
     before, name = save(checkpoints, 5), save(checkpoints, 10)
     (tmp_path / f"train/fused-x/checkpoints/records/{name}-1.json").write_bytes(torn)
-    assert list(checkpoints.list_whole()) == [before]
-    assert checkpoints.list_cut_off() == [name]
+    assert list(checkpoints.list_complete()) == [before]
+    assert checkpoints.list_incomplete() == [name]
 
 
 def test_foreign_files_among_the_records_are_not_looked_at_and_not_removed(checkpoints, tmp_path):
@@ -111,16 +115,16 @@ def test_foreign_files_among_the_records_are_not_looked_at_and_not_removed(check
     foreign += [folder / "readme.txt", folder / names[2] / "ds" / "more.txt"]
     for path in foreign:
         path.write_bytes(b"not ours")
-    assert list(checkpoints.list_whole()) == names
-    assert not checkpoints.list_cut_off()
+    assert list(checkpoints.list_complete()) == names
+    assert not checkpoints.list_incomplete()
     checkpoints.retain(1)
-    assert list(checkpoints.list_whole()) == names[2:]
+    assert list(checkpoints.list_complete()) == names[2:]
     assert all(path.exists() for path in foreign)
 
 
 def test_fault_29_a_record_names_no_file_outside_its_checkpoint(checkpoints, tmp_path):
     save(checkpoints, 5)
-    (records,) = checkpoints.list_whole().values()
+    (records,) = checkpoints.list_complete().values()
     (tmp_path / "train/fused-x/checkpoints/stolen").write_bytes(b"x")
     digest = hashlib.sha256(b"x").hexdigest()
     hostile = replace(records[0], files={"../stolen": digest})
@@ -158,7 +162,7 @@ def test_fault_14_a_full_disk_is_named_and_leaves_the_checkpoint_before(small_di
     with pytest.raises(OSError, match="No space left on device") as error:
         checkpoints.wait()
     assert str(small_disk) in str(error.value)
-    assert list(checkpoints.list_whole()) == [before]
+    assert list(checkpoints.list_complete()) == [before]
     later = Checkpoints(checkpoints.store, "train/fused-x")
     after = save(later, 15)
-    assert list(later.list_whole()) == [before, after]
+    assert list(later.list_complete()) == [before, after]

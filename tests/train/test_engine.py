@@ -14,7 +14,7 @@ from rayfuse.models.causal_lm import LogitTransform, split_head
 from rayfuse.train.batches import Packing, Step, build_micro_batches
 from rayfuse.train.loop import Objective, StepMetrics, measure_bits_per_byte, train_steps
 from rayfuse.train.model import FusionModel, build_engine, save_model
-from rayfuse.train.throughput import Meter
+from rayfuse.train.throughput import ThroughputMeter
 from tests.fakes import tiny_config
 from tests.train.test_feed import VOCAB, random_rows
 
@@ -259,11 +259,11 @@ def test_flops_are_6_a_token_and_weight_and_those_of_attention_within_rows(is_ti
         matrices -= model.get_input_embeddings().weight.numel()
     attention = 6 * 2 * 32 * int((rows.lengths.astype(np.int64) ** 2).sum())
     padding = sum(batch.token_ids.size for batch in step.batches) - int(rows.lengths.sum())
-    found = Meter(engine).measure(step.batches, tokens, 0.5)
+    found = ThroughputMeter(engine).measure(step.batches, tokens, 0.5)
     expected = 6 * matrices * tokens + attention
     assert found["flops_per_second"] * 0.5 == pytest.approx(expected, abs=6 * 2 * 32 * padding)
     assert found["tokens_per_second"] == 2 * tokens
-    assert found["utilisation"] is None  # of a CPU nobody knows the most
+    assert found["mfu"] is None  # of a CPU nobody knows the most
     assert found["memory_gib"] > 0.1
 
 

@@ -1,4 +1,4 @@
-"""Rows -> sequences -> micro-batches, and back again."""
+"""FusedRows -> sequences -> micro-batches, and back again."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from rayfuse.config.train import TrainSettings
-from rayfuse.fuse.reader import Rows, join_rows
+from rayfuse.fuse.reader import FusedRows, join_rows
 from rayfuse.fuse.rules import FusedRow
 from rayfuse.models.causal_lm import keeps_rows_apart, split_head
 from rayfuse.train.batches import Packing, build_micro_batches, empty_micro_batch, pack_rows
@@ -31,7 +31,7 @@ def test_every_row_is_in_one_sequence_and_none_is_too_long(lengths, capacity):
     assert half_full <= 1  # else two of them would have become one
 
 
-def random_rows(num_rows: int, seed: int = 0) -> Rows:
+def random_rows(num_rows: int, seed: int = 0) -> FusedRows:
     random = np.random.default_rng(seed)
     lengths = random.integers(1, 20, size=num_rows)
     total = int(lengths.sum())
@@ -40,7 +40,7 @@ def random_rows(num_rows: int, seed: int = 0) -> Rows:
     has_signal = random.random(total) < 0.6
     winners = np.where(has_signal, random.integers(2, size=total), -1)
     fused = FusedRow(has_signal, ids, probs[:, :ENTRIES], probs[:, ENTRIES], winners)
-    return Rows(random.integers(0, VOCAB, total).astype(np.int32), lengths, fused)
+    return FusedRows(random.integers(0, VOCAB, total).astype(np.int32), lengths, fused)
 
 
 @pytest.mark.parametrize("is_packed", [True, False])

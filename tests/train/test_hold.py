@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from rayfuse.storage import lease as hold_module
-from rayfuse.storage.lease import BEAT_SECONDS, STALE_SECONDS, Hold
+from rayfuse.storage.lease import BEAT_SECONDS, STALE_SECONDS, Lease
 from rayfuse.storage.store import LocalStore
 
-NAME = "train/fused-x/held.json"
+NAME = "train/fused-x/lease.json"
 
 
 @pytest.fixture
@@ -20,8 +20,8 @@ def clock(monkeypatch) -> list[float]:
     return now
 
 
-def make_hold(folder: Path, job: str) -> Hold:
-    return Hold(LocalStore(str(folder)), NAME, job)
+def make_hold(folder: Path, job: str) -> Lease:
+    return Lease(LocalStore(str(folder)), NAME, job)
 
 
 def test_the_second_job_waits_until_the_first_lets_go(clock, tmp_path):
@@ -62,8 +62,8 @@ def test_a_file_that_was_there_before_is_given_time(clock, tmp_path):
 TAKE = f"""
 import sys
 from rayfuse.storage.store import LocalStore
-from rayfuse.train.hold import Hold
-assert Hold(LocalStore(sys.argv[1]), {NAME!r}, "a").take()
+from rayfuse.train.hold import Lease
+assert Lease(LocalStore(sys.argv[1]), {NAME!r}, "a").take()
 """
 
 

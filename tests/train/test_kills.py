@@ -159,7 +159,7 @@ def test_fault_7_8_a_checkpoint_cut_off_on_bad_s3_is_not_used_and_said_to_be(
     s3_proxy.share, s3_proxy.kinds = 0.05, FAULTS
     cut = "checkpoints/step_00000010"
     s3_proxy.rules = [Rule("reset", method, cut, math.inf) for method in ("PUT", "POST")]
-    settings = [storage, "storage_patience_seconds=12", *SETTINGS]
+    settings = [storage, "storage_retry_seconds=12", *SETTINGS]
     process = start(cluster, "train", captured / "recipe.yaml", *settings)
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 1

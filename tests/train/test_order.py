@@ -6,7 +6,7 @@ import pytest
 
 from rayfuse.config.train import Ramp, TrainSettings, value_at
 from rayfuse.train.model import learning_rate_share
-from rayfuse.train.order import LANES, count_steps, draw_rows, order_rows
+from rayfuse.train.order import SHUFFLE_STREAMS, count_steps, draw_rows, order_rows
 
 SHARDS = [5, 0, 7, 3] * 6
 
@@ -25,13 +25,13 @@ def test_few_shards_are_needed_at_a_time():
     order = order_rows(SHARDS, seed=3, epoch=0).rows[:, 0].tolist()
     runs = [(order.index(shard), len(order) - order[::-1].index(shard)) for shard in set(order)]
     for start in range(len(order)):
-        assert sum(first <= start < last for first, last in runs) <= LANES
+        assert sum(first <= start < last for first, last in runs) <= SHUFFLE_STREAMS
 
 
 def test_all_lanes_end_together():
     order = order_rows([50, 3, 40, 41, 39, 44, 60, 20, 10, 33] * 3, seed=3, epoch=0)
     tenth = order.lanes[-len(order.lanes) // 10 :]
-    assert set(tenth.tolist()) == set(range(LANES))
+    assert set(tenth.tolist()) == set(range(SHUFFLE_STREAMS))
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 4, 8])

@@ -4,7 +4,7 @@ import pytest
 
 from rayfuse.storage.dataset import ShardError
 from rayfuse.train.monitor import RunState
-from rayfuse.train.stage import Watch
+from rayfuse.train.stage import RunMonitor
 
 
 @pytest.fixture
@@ -13,11 +13,11 @@ def said() -> list[str]:
 
 
 @pytest.fixture
-def watch(said) -> Watch:
+def watch(said) -> RunMonitor:
     def report(title: str, done: int, total: int, unit: str = "", note: str = "") -> None:
         said.append(f"{title} {done}/{total} {note}")
 
-    return Watch(report)
+    return RunMonitor(report)
 
 
 def make_states(fused: dict[int, float], clm: dict[int, float]) -> dict[str, RunState]:

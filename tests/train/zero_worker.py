@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rayfuse.config.train import TrainSettings
-from rayfuse.fuse.reader import Rows, join_rows
+from rayfuse.fuse.reader import FusedRows, join_rows
 from rayfuse.fuse.rules import FusedRow
 from rayfuse.models.causal_lm import split_head
 from rayfuse.train import engine as engine_module
@@ -30,7 +30,7 @@ VOCAB, STEPS, ROWS, CHECKPOINT = 97, 4, 8, 2
 RECORD = Record("step_2-x", CHECKPOINT, 2, {}, None)
 
 
-def random_row(random: np.random.Generator) -> Rows:
+def random_row(random: np.random.Generator) -> FusedRows:
     length = int(random.integers(3, 20))
     ids = np.stack([random.permutation(VOCAB)[:5] for _ in range(length)]).astype(np.int32)
     probs = random.dirichlet(np.ones(6), size=length)
@@ -38,7 +38,7 @@ def random_row(random: np.random.Generator) -> Rows:
     winners = np.where(has_signal, random.integers(2, size=length), -1)
     fused = FusedRow(has_signal, ids, probs[:, :5], probs[:, 5], winners)
     token_ids = random.integers(0, VOCAB, length).astype(np.int32)
-    return Rows(token_ids, np.array([length]), fused)
+    return FusedRows(token_ids, np.array([length]), fused)
 
 
 def deal_steps(rank: int, num_workers: int) -> list[Step]:

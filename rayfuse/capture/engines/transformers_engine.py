@@ -41,7 +41,7 @@ class Failure:
 NO_MEMORY_ALONE = Failure("out of memory")
 
 
-class MemoryShortError(RuntimeError):
+class EngineMemoryError(RuntimeError):
     """Not even half of one row finds memory: it is not the row's fault."""
 
 
@@ -56,7 +56,7 @@ class Engine(Protocol):
         """Return each row's record, in the order of the rows.
 
         Raises:
-            MemoryShortError: There is no memory, for none of the rows.
+            EngineMemoryError: There is no memory, for none of the rows.
         """
         ...
 
@@ -127,11 +127,11 @@ class TransformersEngine:
         """Learn that a row is too long, so that none like it is waited for.
 
         Raises:
-            MemoryShortError: Half of it finds no memory either.
+            EngineMemoryError: Half of it finds no memory either.
         """
         half = row[: max(len(row) // 2, 1)]
         if any(answer == NO_MEMORY_ALONE for _, answer in self._score_parts([half])):
-            raise MemoryShortError(
+            raise EngineMemoryError(
                 f"there is no memory for {len(half)} tokens, {sum(MEMORY_PAUSES):.0f} s after it "
                 "ran out; free it or give the actors another machine, then run the same command "
                 "again"

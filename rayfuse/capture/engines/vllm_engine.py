@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float, Int
 
 from rayfuse.capture.engines.transformers_engine import (
+    EngineMemoryError,
     Failure,
-    MemoryShortError,
     TokenRows,
     score_in_windows,
 )
-from rayfuse.capture.top_k import LEAST_TAIL, TopLogprobs
+from rayfuse.capture.top_k import MIN_TAIL, TopLogprobs
 from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.models import SourceSettings
 from rayfuse.models.files import load_recipe_tokenizer, read_model_files
@@ -22,7 +22,7 @@ from rayfuse.models.files import load_recipe_tokenizer, read_model_files
 MEMORY_SHARE = 0.85
 """Of an actor's share of its GPU: vLLM takes it at once, and the logits of a prompt need more."""
 
-MOST_SEQUENCES = 1024
+MAX_SEQUENCES = 1024
 
 
 class VllmEngine:
@@ -48,7 +48,7 @@ class VllmEngine:
             enforce_eager=gpus == 0,
             enable_prefix_caching=False,
             max_num_batched_tokens=self.batch_tokens,
-            max_num_seqs=min(self.batch_tokens, MOST_SEQUENCES),
+            max_num_seqs=min(self.batch_tokens, MAX_SEQUENCES),
             max_logprobs=self.top_k,
         )
         self.engine: Any = llm.llm_engine
@@ -72,12 +72,12 @@ class VllmEngine:
         A row longer than the model takes is scored in windows.
 
         Raises:
-            MemoryShortError: A batch does not fit the memory.
+            EngineMemoryError: A batch does not fit the memory.
         """
         try:
             return score_in_windows(rows, self.context_tokens, self._score_windows)
         except torch.OutOfMemoryError as error:
-            raise MemoryShortError(
+            raise EngineMemoryError(
                 f"vllm is out of memory ({error}); lower batch_tokens ({self.batch_tokens}), then "
                 "run the same command again"
             ) from error
@@ -133,7 +133,7 @@ def _join_record(prompt: Any, last: Any) -> TopLogprobs:
     top = logprobs[:, 1:].astype(np.float32)
     following = logprobs[:, 0].astype(np.float32)
     following[-1] = 0.0
-    tail = np.log(np.maximum(1 - np.exp(top.astype(np.float64)).sum(axis=1), LEAST_TAIL))
+    tail = np.log(np.maximum(1 - np.exp(top.astype(np.float64)).sum(axis=1), MIN_TAIL))
     return TopLogprobs(
         top_ids=np.where(top == -np.inf, -1, ids[:, 1:]).astype(np.int32),
         top_logprobs=top,

@@ -1,6 +1,6 @@
-"""How much memory the counts of the `statistics` method take for vocabularies of 32k x 152k.
+"""How much memory the counts of the `cooccurrence` method take for vocabularies of 32k x 152k.
 
-    python benchmarks/statistics_memory.py [--json]
+    python benchmarks/cooccurrence_memory.py [--json]
 
 A shard's counts are added one after the other, as the align stage does, until the total has as many
 distinct pairs as a very large corpus would show. A dense table of 32k x 152k float64 is 36 GiB.
@@ -36,7 +36,7 @@ def main() -> None:
     choose_most_matched(total, np.full(SOURCE_VOCAB, -1, dtype=np.int32))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     result = {
-        "benchmark": "statistics_memory",
+        "benchmark": "cooccurrence_memory",
         "value": round(peak, 2),
         "unit": "GiB at the peak",
         "bar": BAR_GIB,

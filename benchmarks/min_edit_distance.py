@@ -1,6 +1,6 @@
 """How fast the papers' minimum edit distance alignment is, and its vocabulary map.
 
-    python benchmarks/mined.py [--data DIR] [--json]
+    python benchmarks/min_edit_distance.py [--data DIR] [--json]
 
 Target tokens aligned a second on one core in rows of 2,048 tokens (gpt-neox-20b to phi-3-mini,
 English, code and multilingual text), median of several runs; and the seconds of one core that the
@@ -20,7 +20,7 @@ from align import read_texts
 from synthetic import make_captured, make_corpus
 
 from rayfuse.align.edit_distance import match_by_edit_distance
-from rayfuse.align.token_spans import place_tokens, spell_vocabulary
+from rayfuse.align.token_spans import list_token_bytes, place_tokens
 from rayfuse.align.vocab_map import build_maps, map_to_nearest
 from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.storage.codec import flatten_column
@@ -51,7 +51,7 @@ def main() -> None:
     target_ids, target_offsets = flatten_column(corpus, "target_ids")
     source_ids, source_offsets = flatten_column(captured, "token_ids")
     ends_document = corpus["ends_document"].to_pylist()
-    vocabularies = spell_vocabulary(source), spell_vocabulary(target)
+    vocabularies = list_token_bytes(source), list_token_bytes(target)
     speeds: list[float] = []
     for _ in range(RUNS):
         began = time.perf_counter()
@@ -61,7 +61,7 @@ def main() -> None:
         speeds.append(len(target_ids) / (time.perf_counter() - began))
     value = float(np.median(speeds))
     result = {
-        "benchmark": "mined",
+        "benchmark": "min_edit_distance",
         "value": round(value),
         "unit": "target tokens/s/core",
         "bar": BAR,
