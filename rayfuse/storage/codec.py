@@ -1,8 +1,34 @@
 """The one codec of log-probabilities, and Arrow list columns as flat arrays."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int, UInt8
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The likeliest next tokens at some positions, and the mass of all others; numpy or torch."""
+
+    ids: Int[Any, "positions top_k"]
+    """-1 where there is no entry."""
+    probs: Float[Any, "positions top_k"]
+    """0 where there is no entry; each position sums to 1 with the tail."""
+    tail: Float[Any, " positions"]
+    """Probability mass outside the entries."""
+
+
+@dataclass(frozen=True)
+class EncodedTopK:
+    """`TopK` as it is stored: one byte a probability, see `encode_probs`."""
+
+    ids: Int[np.ndarray, "positions top_k"]
+    codes: UInt8[np.ndarray, "positions top_k"]
+    tail_logprobs: Float[np.ndarray, " positions"]
+    """Natural log of the mass outside the entries."""
+
 
 # 255 steps between ln p = 0 and ln p = -20, finer near 0, where the mass is: half the bytes of
 # float16, for a mean KL below 1e-4 nats a token (benchmarks/record_size.py).
