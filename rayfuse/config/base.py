@@ -17,6 +17,13 @@ SECRET_PATTERN = re.compile(
 UNUSABLE_PATTERN = re.compile("[\x00\ud800-\udfff]")
 
 
+class UserError(ValueError):
+    """Something that a user or a file gave is wrong: the command ends with exit code 2.
+
+    The message names the setting or the file, its value, what is valid, and the remedy.
+    """
+
+
 class Settings(BaseModel):
     """A part of the recipe: frozen, and closed to keys it does not know."""
 
