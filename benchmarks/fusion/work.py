@@ -287,7 +287,7 @@ def _merge(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     shutil.rmtree(merged, ignore_errors=True)
     merged.mkdir()
     average_weights([_model_folder(model, out) for model in models], merged)
-    lm = load_causal_lm(str(merged.absolute()), dtype=torch.float32, device=_device())
+    lm = _load_folder(merged)
     tokenizer = _tokenizer_of(models[0].needs["tokenizer"], out)
     return _score_lm(lm, tokenizer, unit.needs["held_out"], out)
 
@@ -336,7 +336,12 @@ def _device() -> str:
 
 
 def _load(model: Unit, out: Path) -> CausalLM:
-    return load_causal_lm(str(_model_folder(model, out)), dtype=torch.float32, device=_device())
+    return _load_folder(_model_folder(model, out))
+
+
+def _load_folder(folder: Path) -> CausalLM:
+    settings = ModelSettings(model=str(folder.absolute()), dtype="float32")
+    return load_causal_lm(settings, _device())
 
 
 def _save(lm: CausalLM, tokenizer: Unit, folder: Path, out: Path) -> None:

@@ -12,7 +12,7 @@ from rayfuse.config.models import ModelSettings
 from rayfuse.evaluate.ensemble import TokenNLL
 from rayfuse.evaluate.scores import DocumentScore
 from rayfuse.models.batching import batch_by_tokens, cut_windows, pad_rows
-from rayfuse.models.causal_lm import CausalLM, load_causal_lm, next_token_logprobs, resolve_dtype
+from rayfuse.models.causal_lm import CausalLM, load_causal_lm, next_token_logprobs
 from rayfuse.models.tokenizer import TextTokenizer
 
 CHUNK_POSITIONS = 1024
@@ -26,13 +26,7 @@ def load_scored_model(settings: ModelSettings) -> CausalLM:
         ValueError: As for `load_causal_lm`.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_causal_lm(
-        settings.model,
-        dtype=resolve_dtype(settings.dtype, device),
-        device=device,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    return load_causal_lm(settings, device)
 
 
 def score_rows(

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import nn
 
+from rayfuse.config.models import ModelSettings
 from rayfuse.models.batching import pad_rows
 
 NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -101,15 +102,12 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype:
     return cast(torch.dtype, getattr(torch, dtype))
 
 
-def load_causal_lm(
-    model: str,
-    *,
-    dtype: torch.dtype,
-    device: str,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> CausalLM:
-    """Return a model folder's or hub id's LLM, from safetensors only.
+def load_causal_lm(settings: ModelSettings, device: str) -> CausalLM:
+    """Load the LLM of a folder or a hub id, from safetensors only, in evaluation mode.
+
+    Args:
+        settings: The model, its revision and its dtype; see `resolve_dtype`.
+        device: A torch device, such as `cuda` or `cpu`.
 
     Raises:
         ValueError: It cannot be loaded, or its logits are not its head applied to its body.
@@ -118,17 +116,17 @@ def load_causal_lm(
 
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
+            settings.model,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,
-            dtype=dtype,
+            dtype=resolve_dtype(settings.dtype, device),
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(
-            f"model is {model!r}, which cannot be loaded: {str(error).strip()}"
+            f"model is {settings.model!r}, which cannot be loaded: {str(error).strip()}"
         ) from error
-    return split_head(loaded.to(device).eval(), name=model)
+    return split_head(loaded.to(device).eval(), name=settings.model)
 
 
 def split_head(model: Any, *, name: str) -> CausalLM:

@@ -97,7 +97,7 @@ def probe_training(recipe: Recipe, request: Request, deadline: float) -> Iterato
     """Yield how fast one worker takes fused steps; what the distributions are does not matter."""
     import torch
 
-    from rayfuse.models.causal_lm import keeps_rows_apart, load_causal_lm, resolve_dtype
+    from rayfuse.models.causal_lm import keeps_rows_apart, load_causal_lm
     from rayfuse.models.files import load_recipe_tokenizer
     from rayfuse.train.batches import Packing, Step, build_micro_batches
     from rayfuse.train.loop import Objective, train_steps
@@ -106,13 +106,7 @@ def probe_training(recipe: Recipe, request: Request, deadline: float) -> Iterato
     target, settings = recipe.target, recipe.train
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with _group_of_one(device):
-        lm = load_causal_lm(
-            target.model,
-            dtype=resolve_dtype(target.dtype, device),
-            device=device,
-            revision=target.revision,
-            trust_remote_code=target.trust_remote_code,
-        )
+        lm = load_causal_lm(target, device)
         packing = Packing(
             settings.sequence_tokens or recipe.corpus.max_tokens,
             settings.micro_batch_sequences,

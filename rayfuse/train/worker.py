@@ -21,7 +21,6 @@ from rayfuse.models.causal_lm import (
     is_out_of_memory,
     keeps_rows_apart,
     load_causal_lm,
-    resolve_dtype,
 )
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.run.layout import TrainRun
@@ -201,14 +200,7 @@ class Trainer:
     def _build(self, num_steps: int, num_sources: int, is_universal: bool) -> tuple[Any, Packing]:
         """Return the engine, before any checkpoint is loaded, and how rows are laid out."""
         recipe, settings = self.task.recipe, self.settings
-        target = recipe.target
-        lm = load_causal_lm(
-            target.model,
-            dtype=resolve_dtype(target.dtype, self.device),
-            device=self.device,
-            revision=target.revision,
-            trust_remote_code=target.trust_remote_code,
-        )
+        lm = load_causal_lm(recipe.target, self.device)
         packing = Packing(
             sequence_tokens=settings.sequence_tokens or recipe.corpus.max_tokens,
             sequences=self.sequences,

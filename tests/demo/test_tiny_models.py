@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from rayfuse.config.load import read_recipe
+from rayfuse.config.models import ModelSettings
 from rayfuse.demo.arithmetic import write_sheets
 from rayfuse.demo.recipe_text import render_recipe
 from rayfuse.demo.specs import CONTEXT_TOKENS, SOURCES, TARGET, ModelSpec
@@ -85,7 +86,7 @@ def test_training_lowers_the_loss_and_the_folder_loads(spec: ModelSpec, tmp_path
     )
     assert len(losses) == 12
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.3
-    lm = load_causal_lm(str(tmp_path), dtype=torch.float32, device="cpu")
+    lm = load_causal_lm(ModelSettings(model=str(tmp_path), dtype="float32"), "cpu")
     assert lm.head.out_features == 448
     assert load_tokenizer(str(tmp_path)).vocab_size <= 400
 

@@ -17,7 +17,7 @@ from rayfuse.capture.top_k import TopLogprobs, TopTensors, join_parts, keep_top_
 from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.models import ModelSettings, SourceSettings
 from rayfuse.models.batching import batch_by_tokens, cut_windows, pad_rows
-from rayfuse.models.causal_lm import is_out_of_memory, load_causal_lm, resolve_dtype
+from rayfuse.models.causal_lm import is_out_of_memory, load_causal_lm
 from rayfuse.models.files import load_recipe_tokenizer, read_model_files
 
 TokenRows = Sequence[Int[np.ndarray, " _"]]
@@ -73,13 +73,7 @@ class TransformersEngine:
         self.too_long_tokens: float = math.inf
         """Rows of so many were tried again and again, and found no memory."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.lm = load_causal_lm(
-            source.model,
-            dtype=resolve_dtype(source.dtype, device),
-            device=device,
-            revision=source.revision,
-            trust_remote_code=source.trust_remote_code,
-        )
+        self.lm = load_causal_lm(source, device)
         tokenizer = load_recipe_tokenizer(source)
         known = np.zeros(self.lm.head.out_features, dtype=bool)
         known[: tokenizer.vocab_size] = tokenizer.known_ids()
