@@ -1,9 +1,6 @@
 """Tasks by name, through lm-eval: found, checked, asked."""
 
 import difflib
-import hashlib
-import importlib.metadata
-import importlib.util
 import logging
 import random
 from pathlib import Path
@@ -12,52 +9,9 @@ from typing import Any
 from rayfuse.config.evaluate import EvaluateSettings, TasksSettings
 from rayfuse.evaluate.sandbox import check_sandbox
 from rayfuse.evaluate.task_scores import SubtaskScore, read_samples
-from rayfuse.models.files import hash_file
 
 FEWSHOT_SEED = 1234
 """Of the examples before a question, lm-eval's own default."""
-
-
-def describe_tasks(settings: TasksSettings) -> dict[str, Any]:
-    """Return what decides the answers besides model and name: definitions, data, versions.
-
-    Sets of the hub are known by lm-eval's version alone.
-
-    Raises:
-        ValueError: lm-eval is not installed, or a folder is not there.
-    """
-    return {
-        "folder": _hash_folder(settings.folder, "evaluate.tasks.folder"),
-        "data": _hash_folder(settings.data, "evaluate.tasks.data"),
-        "num_fewshot": settings.num_fewshot,
-        "limit": settings.limit,
-        "lm_eval": _find_version(),
-    }
-
-
-def _find_version() -> str:
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError(
-            "evaluate.tasks asks tasks through lm-eval, which is not installed; "
-            "`pip install rayfuse[tasks]` on every machine, or remove evaluate.tasks"
-        )
-    return importlib.metadata.version("lm_eval")
-
-
-def _hash_folder(folder: str | None, setting: str) -> str | None:
-    """Return a hash of all files below a folder, but for what Python leaves there."""
-    if folder is None:
-        return None
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise ValueError(f"{setting} is {folder!r}, a folder that does not exist; check the path")
-    files = [path for path in sorted(root.rglob("*")) if path.is_file()]
-    lines = [
-        f"{path.relative_to(root).as_posix()}:{hash_file(path)}"
-        for path in files
-        if "__pycache__" not in path.parts
-    ]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def open_manager(settings: TasksSettings) -> Any:

@@ -7,12 +7,12 @@ from typing import Any
 from rayfuse.config.corpus import Documents
 from rayfuse.config.models import ModelSettings, SourceSettings
 from rayfuse.config.recipe import Recipe
-from rayfuse.evaluate.lm_eval_tasks import describe_tasks
 from rayfuse.inspect.report import check_pair
 from rayfuse.models.files import ModelFiles, check_model, find_difference, load_recipe_tokenizer
 from rayfuse.run.fingerprint import fingerprint_of, first_name
 from rayfuse.run.inputs import InputFile, list_inputs
 from rayfuse.run.segmentation import Segmentation, plan_segmentation
+from rayfuse.run.tasks import describe_tasks
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import Store, open_store
 

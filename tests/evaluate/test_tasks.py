@@ -17,8 +17,9 @@ from rayfuse.config.models import ModelSettings
 from rayfuse.config.overrides import RecipeError
 from rayfuse.evaluate.bits_per_byte import load_scored_model
 from rayfuse.evaluate.lm_eval_model import EnsembleLM, TextLM
-from rayfuse.evaluate.lm_eval_tasks import ask_tasks, check_tasks, describe_tasks, open_manager
+from rayfuse.evaluate.lm_eval_tasks import ask_tasks, check_tasks, open_manager
 from rayfuse.models.tokenizer import load_tokenizer
+from rayfuse.run.tasks import describe_tasks
 
 LOCAL = Path(__file__).parents[2] / "recipes" / "tasks"
 ITEMS = [
