@@ -41,7 +41,7 @@ def write_shards(data: Path, folder: Path, num_tokens: int, top_k: int) -> dict[
     """Write a corpus and what three sources say of it; return the data sets by name."""
     models = {name: load_tokenizer(str(data / "tokenizers" / name)) for name in (TARGET, *SOURCES)}
     store = LocalStore(str(folder))
-    sets = {name: DataSet(store, name, "f") for name in ("corpus", *SOURCES)}
+    sets = {name: DataSet(store, name, "", "f") for name in ("corpus", *SOURCES)}
     for each in sets.values():
         each.claim({})
     share = 5 * num_tokens // len(DOMAINS)

@@ -108,7 +108,7 @@ def write_manifest(store: SimulatedStore, num_shards: int) -> None:
 
 def measure(store: SimulatedStore) -> dict[str, float]:
     """Plan a run over the store's shards, and return the seconds of each step."""
-    corpus, captured = (DataSet(store, f"{name}/f", "f") for name in ("corpus", "captured"))
+    corpus, captured = (DataSet(store, name, "", "f") for name in ("corpus", "captured"))
     began = time.monotonic()
     manifest = corpus.read_manifest()
     assert manifest is not None and corpus.is_complete()

@@ -1,6 +1,7 @@
 """`rayfuse status` and `rayfuse verify`: what a run holds, and whether it is sound."""
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -21,15 +22,32 @@ from rayfuse.storage.verify import (
 )
 
 
-def list_data_sets(layout: Layout) -> dict[str, tuple[DataSet, DataSet | None]]:
-    """Return a run's data sets, each with the corpus that it must have the rows of."""
-    sets: dict[str, tuple[DataSet, DataSet | None]] = {
-        "corpus": (layout.corpus, None),
-        "held-out": (layout.held_out, None),
-    }
-    for stage, by_source in (("capture", layout.captured), ("align", layout.aligned)):
-        sets |= {f"{stage} {name}": (data, layout.corpus) for name, data in by_source.items()}
-    return sets
+@dataclass(frozen=True)
+class RunDataSet:
+    """A data set of a run, and the stage that writes it."""
+
+    stage: str
+    """As in `STAGES`."""
+    data: DataSet
+    corpus: DataSet | None = None
+    """The data set whose rows it must hold, in the same order."""
+
+    @property
+    def label(self) -> str:
+        """Its name in tables, such as `capture mpt`."""
+        if self.stage == "corpus":
+            return self.data.name or "corpus"
+        return f"{self.stage} {self.data.name}"
+
+
+def list_data_sets(layout: Layout) -> list[RunDataSet]:
+    """List a run's data sets in the order of the stages."""
+    return [
+        RunDataSet("corpus", layout.corpus),
+        RunDataSet("corpus", layout.held_out),
+        *(RunDataSet("capture", data, layout.corpus) for data in layout.captured.values()),
+        *(RunDataSet("align", data, layout.corpus) for data in layout.aligned.values()),
+    ]
 
 
 def read_statuses(layout: Layout) -> dict[str, Status]:
@@ -41,8 +59,8 @@ def read_statuses(layout: Layout) -> dict[str, Status]:
     manifest = layout.corpus.read_manifest()
     num_shards = manifest.num_shards if manifest else None
     return {
-        name: read_status(data, None if corpus is None else num_shards)
-        for name, (data, corpus) in list_data_sets(layout).items()
+        part.label: read_status(part.data, None if part.corpus is None else num_shards)
+        for part in list_data_sets(layout)
     }
 
 
@@ -77,25 +95,25 @@ def _describe_state(status: Status) -> str:
 def verify_layout(layout: Layout, progress: Progress) -> dict[str, Verified]:
     """Read every shard of a run, and return what is wrong with each data set."""
     found: dict[str, Verified] = {}
-    for name, (data, corpus) in list_data_sets(layout).items():
+    for part in list_data_sets(layout):
 
-        def tell(done: int, total: int, name: str = name) -> None:
-            progress(f"verify {name}", done, total, "shards")
+        def tell(done: int, total: int, label: str = part.label) -> None:
+            progress(f"verify {label}", done, total, "shards")
 
-        found[name] = verify_data_set(data, corpus, tell)
+        found[part.label] = verify_data_set(part.data, part.corpus, tell)
     return found
 
 
 def forget_all_damages(recipe: Recipe, layout: Layout, found: dict[str, Verified]) -> list[str]:
     """Take away what is damaged, and return the stages that make it again."""
     stages: list[str] = []
-    for name, (data, corpus) in list_data_sets(layout).items():
+    for part in list_data_sets(layout):
         run: dict[str, Any] = {"recipe": dump_recipe(recipe)}
-        if corpus is not None:
-            run["source"] = name.partition(" ")[2]
-        forget_damages(data, found[name], run)
-        if found[name].damages:
-            stages.append("corpus" if corpus is None else name.partition(" ")[0])
+        if part.corpus is not None:
+            run["source"] = part.data.name
+        forget_damages(part.data, found[part.label], run)
+        if found[part.label].damages:
+            stages.append(part.stage)
     return [stage for stage in STAGES if stage in stages]
 
 

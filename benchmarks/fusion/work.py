@@ -360,7 +360,7 @@ def _tokenizer_of(tokenizer: Unit, out: Path) -> TextTokenizer:
 
 
 def _data(unit: Unit, out: Path, name: str) -> DataSet:
-    return DataSet(LocalStore(str(unit.folder(out).absolute())), name, unit.key)
+    return DataSet(LocalStore(str(unit.folder(out).absolute())), name, "", unit.key)
 
 
 def _read_rows(corpus: Unit, out: Path) -> pa.Table:

@@ -39,7 +39,7 @@ class AlignTask:
     @property
     def name(self) -> str:
         """What the source is called."""
-        return self.aligned.folder.rpartition("/")[2].rpartition("-")[0]
+        return self.aligned.name
 
 
 def plan_task(recipe: Recipe, layout: Layout, source: SourceSettings) -> AlignTask:

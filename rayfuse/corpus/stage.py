@@ -183,7 +183,7 @@ def _cut_groups(batch: pa.Table, task: CutTask) -> Iterator[pa.Table]:
             _check_lengths(rows, task)
             commit = _commit_rows(task.data, shard, rows, documents)
             seconds, began = time.monotonic() - began, time.monotonic()
-            name = task.data.folder.rpartition("/")[2].rpartition("-")[0] or "corpus"
+            name = task.data.name or "corpus"
             count_work("corpus", name, rows=commit.rows, tokens=commit.tokens, seconds=seconds)
             yield _numbers_of(commit)
 

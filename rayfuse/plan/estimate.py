@@ -46,7 +46,7 @@ def list_work(setup: Setup) -> Iterator[Work]:
 def _plan_corpus(setup: Setup) -> Work:
     plan, text = setup.recipe.plan, setup.corpus.num_bytes + setup.held_out.num_bytes
     shards = setup.corpus.shards + setup.held_out.shards
-    done = setup.done.get("corpus", 0) + setup.done.get("held-out", 0)
+    done = setup.done.get(("corpus", ""), 0) + setup.done.get(("corpus", "held-out"), 0)
     tokenizers = 1 + len(setup.sources)
     return Work(
         stage="corpus",
@@ -73,7 +73,7 @@ def _plan_capture(setup: Setup, model: Model, source: SourceSettings) -> Work:
         name=source.name,
         tokens=tokens,
         shards=shards,
-        done=_share(setup.done.get(f"capture {source.name}", 0), shards),
+        done=_share(setup.done.get(("capture", source.name), 0), shards),
         stored_bytes=tokens * record,
         requests=_of_shards(CAPTURE_SHARD, shards),
         gpu=GpuWork(
@@ -100,7 +100,7 @@ def _plan_align(setup: Setup, source: str) -> Work:
         name=source,
         tokens=tokens,
         shards=shards,
-        done=_share(setup.done.get(f"align {source}", 0), shards),
+        done=_share(setup.done.get(("align", source), 0), shards),
         stored_bytes=tokens
         * (plan.aligned_bytes_per_token + plan.aligned_bytes_per_entry * entries),
         requests=_of_shards(ALIGN_SHARD, shards),
@@ -123,7 +123,7 @@ def _plan_train(setup: Setup, name: str) -> Work:
         name=name,
         tokens=tokens,
         shards=setup.corpus.shards,
-        done=float(setup.done.get(f"train {name}", 0)),
+        done=float(setup.done.get(("train", name), 0)),
         stored_bytes=size.parameters * WEIGHT_BYTES
         + checkpoint * min(num_checkpoints, train.keep_checkpoints + 1),
         requests=Requests(
@@ -164,7 +164,7 @@ def _plan_evaluate(setup: Setup) -> Work:
         name="",
         tokens=sum(tokens),
         shards=held_out.shards,
-        done=float(setup.done.get("evaluate", 0)),
+        done=float(setup.done.get(("evaluate", ""), 0)),
         stored_bytes=0.0,
         requests=Requests(
             puts=2.0 * ensemble * held_out.shards,

@@ -66,8 +66,9 @@ class Setup:
     known: list[str] = field(default_factory=list[str])
     """Where the figures come from, a sentence each."""
     warnings: list[str] = field(default_factory=list[str])
-    done: dict[str, int] = field(default_factory=dict[str, int])
-    """Shards by data set, as `rayfuse status` names them, and 1 for each training that is done."""
+    done: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+    """By stage and name: committed shards of a data set, and 1 for a training or an evaluation that
+    is complete."""
     layout: Layout | None = None
     """None where it could not be told, or for an example."""
     sample: pa.Table | None = None
@@ -268,16 +269,16 @@ def _take(recipe: Recipe, text: Text, share: float) -> Text:
 
 def _look_up_done(setup: Setup, layout: Layout) -> Setup:
     """Return the setup with what is in the storage: exact numbers of rows that are cut."""
-    for name, (data, _) in list_data_sets(layout).items():
-        manifest = data.read_manifest()
-        setup.done[name] = (
-            len(data.list_committed(setup.corpus.shards))
+    for part in list_data_sets(layout):
+        manifest = part.data.read_manifest()
+        setup.done[part.stage, part.data.name] = (
+            len(part.data.list_committed(setup.corpus.shards))
             if manifest is None
             else manifest.num_shards
         )
     for run in layout.runs:
-        setup.done[f"train {run.name}"] = int("done.json" in layout.store.sizes(run.folder))
-    setup.done["evaluate"] = int(is_stage_done("evaluate", layout))
+        setup.done["train", run.name] = int("done.json" in layout.store.sizes(run.folder))
+    setup.done["evaluate", ""] = int(is_stage_done("evaluate", layout))
     for name, data in (("corpus", layout.corpus), ("held_out", layout.held_out)):
         manifest = data.read_manifest()
         if manifest is None or not manifest.rows:

@@ -123,7 +123,8 @@ def plan_layout(recipe: Recipe) -> Layout:
     aligned = {
         name: _place(
             store,
-            f"aligned/{name}-",
+            "aligned",
+            name,
             of=data.fingerprint,
             target=target_tokenizer,
             method=first_name(recipe.align.method),
@@ -150,7 +151,7 @@ def plan_layout(recipe: Recipe) -> Layout:
     }
     evaluations = {name: f"evaluate/{name}-{each}.json" for name, each in fingerprints.items()}
     token_nll = {
-        name: DataSet(store, f"evaluate/tokens-{name}-{fingerprints[name]}", fingerprints[name])
+        name: DataSet(store, "evaluate", f"tokens-{name}", fingerprints[name])
         for name in ensemble
         if "ensemble" in scored
     }
@@ -173,9 +174,8 @@ def plan_layout(recipe: Recipe) -> Layout:
     )
 
 
-def _place(store: Store, prefix: str, **parts: Any) -> DataSet:
-    fingerprint = fingerprint_of(**parts)
-    return DataSet(store, f"{prefix}{fingerprint}", fingerprint)
+def _place(store: Store, stage: str, name: str, **parts: Any) -> DataSet:
+    return DataSet(store, stage, name, fingerprint_of(**parts))
 
 
 def _place_corpora(
@@ -195,12 +195,12 @@ def _place_corpora(
     return [
         plan_segmentation(
             store,
-            prefix,
+            name,
             settings | {"inputs": _identify(files)},
             models,
             recut=recipe.corpus.recut,
         )
-        for prefix, files in (("corpus/", inputs), ("corpus/held-out-", held_out_inputs))
+        for name, files in (("", inputs), ("held-out", held_out_inputs))
     ]
 
 
@@ -224,7 +224,8 @@ def _place_captured(
 ) -> DataSet:
     return _place(
         store,
-        f"captured/{source.name}-",
+        "captured",
+        source.name,
         rows=rows,
         model=files.identity,
         dtype=source.dtype,

@@ -54,7 +54,7 @@ class Segmentation:
 
 def plan_segmentation(
     store: Store,
-    prefix: str,
+    name: str,
     documents: dict[str, Any],
     models: tuple[ModelSettings, ...],
     *,
@@ -64,7 +64,7 @@ def plan_segmentation(
 
     Args:
         store: Where rows are kept.
-        prefix: What the names of such data sets begin with.
+        name: The data set's name within the corpus stage: empty, or `held-out`.
         documents: The documents and the settings of the cut, but for tokenizers.
         models: The recipe's, the target first.
         recut: Cut them for these models, whatever there is.
@@ -73,15 +73,16 @@ def plan_segmentation(
         ValueError: The record of an earlier cut is damaged.
     """
     target = load_recipe_tokenizer(models[0]).content_hash
-    record_file = f"{prefix}segmentation-{fingerprint_of(**documents)}.json"
+    prefix = f"{name}-" if name else ""
+    record_file = f"corpus/{prefix}segmentation-{fingerprint_of(**documents)}.json"
     own = _cut_for(models, documents, record_file)
-    data = _place(store, prefix, own.fingerprint, target)
+    data = _place(store, name, own.fingerprint, target)
     if recut or store.sizes(data.folder, "run.json"):
         return data, own
     kept = _read_kept(store, record_file)
     if kept is None or kept.fingerprint == own.fingerprint:
         return data, own
-    return _place(store, prefix, kept.fingerprint, target), kept
+    return _place(store, name, kept.fingerprint, target), kept
 
 
 def write_segmentation(store: Store, rows: Segmentation) -> None:
@@ -108,9 +109,8 @@ def _cut_for(
     )
 
 
-def _place(store: Store, prefix: str, rows: str, target: str) -> DataSet:
-    fingerprint = fingerprint_of(rows=rows, target=target)
-    return DataSet(store, f"{prefix}{fingerprint}", fingerprint)
+def _place(store: Store, name: str, rows: str, target: str) -> DataSet:
+    return DataSet(store, "corpus", name, fingerprint_of(rows=rows, target=target))
 
 
 def _read_kept(store: Store, record_file: str) -> Segmentation | None:

@@ -91,9 +91,18 @@ class DataSet:
     """Numbered Parquet shards in a folder of a store."""
 
     store: Store
-    folder: str
+    stage: str
+    """What its rows are: `corpus`, `captured`, `aligned`, or `evaluate`."""
+    name: str
+    """Its name within the stage, such as the source's; empty where the stage has one data set."""
     fingerprint: str
-    """Hash of all that decides what the shards hold."""
+    """Hash of all settings and inputs that decide the shards' content."""
+
+    @property
+    def folder(self) -> str:
+        """Its folder below the storage root: STAGE/NAME-FINGERPRINT, or STAGE/FINGERPRINT."""
+        prefix = f"{self.name}-" if self.name else ""
+        return f"{self.stage}/{prefix}{self.fingerprint}"
 
     def claim(self, run: dict[str, Any]) -> bool:
         """Write down, once, what this data set is made from, and return whether this call did.
@@ -158,7 +167,8 @@ class DataSet:
         log_event(
             "committed" if is_first else "committed by another before",
             run=self.store.root,
-            **self._describe(),
+            stage=self.stage,
+            **({"source": self.name} if self.name else {}),
             shard=shard,
             tokens=tokens,
             bytes=len(data),
@@ -168,12 +178,6 @@ class DataSet:
             return commit
         self.store.remove(f"{self.folder}/{commit.file}")
         return self.read_commit(shard)
-
-    def _describe(self) -> dict[str, str]:
-        """Return the stage and, where there is one, the model, from the folder's name."""
-        stage, _, name = self.folder.partition("/")
-        model = name.removesuffix(self.fingerprint).removesuffix("-")
-        return {"stage": stage} | ({"source": model} if model else {})
 
     def read_shard(self, commit: Commit, columns: list[str] | None = None) -> pa.Table:
         """Return a committed shard, checked against its record's sha256.

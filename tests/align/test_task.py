@@ -35,7 +35,7 @@ def store_shard_3(
     folder: Path, models: dict[str, ModelSettings], tables: dict[str, pa.Table]
 ) -> AlignTask:
     store = open_store(str(folder))
-    data = {name: DataSet(store, f"{name}/a-0", "0") for name in ("corpus", "captured", "aligned")}
+    data = {name: DataSet(store, name, "a", "0") for name in ("corpus", "captured", "aligned")}
     for each in data.values():
         each.claim({})
     for name, table in tables.items():

@@ -60,16 +60,16 @@ def corpus(tmp_path, model) -> DataSet:
     """Return a corpus of one shard."""
     tokenizer = load_recipe_tokenizer(model)
     documents = [Document(f"d{i}", "", text * (1 + i)) for i, text in enumerate(SAMPLE)]
-    data = DataSet(open_store(str(tmp_path / "storage")), "corpus/0", "0")
+    data = DataSet(open_store(str(tmp_path / "storage")), "corpus", "", "0")
     data.claim({})
     data.write_shard(0, build_rows(documents, tokenizer, [tokenizer], max_tokens=128), tokens=1)
     data.finish(1)
     return data
 
 
-def make_capturer(model: ModelSettings, corpus: DataSet, folder: str = "a-1") -> ShardCapturer:
+def make_capturer(model: ModelSettings, corpus: DataSet, name: str = "a") -> ShardCapturer:
     engine = TransformersEngine(model, CaptureSettings(top_k=4))
-    captured = DataSet(corpus.store, f"captured/{folder}", folder)
+    captured = DataSet(corpus.store, "captured", name, "1")
     captured.claim({})
     return ShardCapturer(engine, load_recipe_tokenizer(model), corpus, captured)
 
@@ -375,7 +375,7 @@ def test_fault_18_a_tokenizer_that_has_changed_makes_new_folders(folder, tmp_pat
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_fault_19_a_row_of_numbers_that_are_none_is_rejected_alone(value, model, corpus):
-    capturer, poisoned = make_capturer(model, corpus), make_capturer(model, corpus, "b-1")
+    capturer, poisoned = make_capturer(model, corpus), make_capturer(model, corpus, "b")
     assert capturer.capture(0).rejects == 0
     rows = corpus.read_shard(corpus.read_commit(0))
     tokens = load_recipe_tokenizer(model).encode_rows(

@@ -89,7 +89,7 @@ def test_fault_33_no_shard_of_a_file_that_changed_is_committed(tmp_path, monkeyp
     monkeypatch.setattr(stage, "load_recipe_tokenizer", lambda model: TOKENIZERS[0])
     path = write_lines(tmp_path / "d.jsonl", good_lines() * 1000)
     corpus = CorpusSettings.model_validate({"documents": str(path), "shard_tokens": 1000})
-    data = DataSet(LocalStore(str(tmp_path / "storage")), "corpus/x", "fp")
+    data = DataSet(LocalStore(str(tmp_path / "storage")), "corpus", "x", "fp")
     model = ModelSettings(model="m")
     rows = Segmentation("0", "corpus/segmentation-0.json", (model,), ("0",), is_reused=False)
     task = stage.CutTask(data, corpus, model, None, rows, WHOLE, [list_files(path)])

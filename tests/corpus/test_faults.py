@@ -274,7 +274,7 @@ def test_fault_29_names_in_documents_write_nothing_outside_the_data_set(tmp_path
         for text in ("text", "")
     ]
     write_lines(tmp_path / "d.jsonl", lines)
-    data = DataSet(LocalStore(str(tmp_path / "root/storage")), "corpus/x", "fp")
+    data = DataSet(LocalStore(str(tmp_path / "root/storage")), "corpus", "x", "fp")
     (batch,) = batch_all(tmp_path / "d.jsonl")
     rows = build_batch(batch)
     commit = data.write_shard(0, rows, tokens=0, rejects=batch.rejects)

@@ -74,7 +74,7 @@ def test_only_a_model_trained_into_object_storage_is_held_in_a_local_copy(is_tra
     store.write("train/x/model/config.json", b"{}")
     model = ModelSettings(model="memory://bucket/run/train/x/model" if is_trained else "some/model")
     folder = "train/x/model" if is_trained else None
-    task = ScoringJob("x", model, DataSet(store, "corpus/0", "0"), 100, folder)
+    task = ScoringJob("x", model, DataSet(store, "corpus", "", "0"), 100, folder)
     with local_model(task) as held:
         if is_trained:
             assert Path(held.model, "config.json").read_bytes() == b"{}"
@@ -101,7 +101,7 @@ def recipe(tmp_path: Path, make_model: Callable[[int], Path]) -> Recipe:
 @pytest.fixture
 def layout(recipe: Recipe, rows: pa.Table) -> Layout:
     store = open_store(recipe.storage)
-    held_out = DataSet(store, "corpus/held-out-0", "0")
+    held_out = DataSet(store, "corpus", "held-out", "0")
     held_out.claim({})
     held_out.write_shard(0, rows.slice(0, 3), tokens=3)
     held_out.write_shard(1, rows.slice(3), tokens=2)
@@ -112,7 +112,7 @@ def layout(recipe: Recipe, rows: pa.Table) -> Layout:
     evaluations = {name: f"evaluate/{name}-0.json" for name in names}
     cut = Segmentation("0", "corpus/held-out-segmentation-0.json", (), (), is_reused=False)
     plain = Layout(store, held_out, held_out, {}, {}, {}, (run,), evaluations, cut, cut)
-    costs = {n: DataSet(store, f"evaluate/tokens-{n}-0", f"{n}0") for n in ("small", "other")}
+    costs = {n: DataSet(store, "evaluate", f"tokens-{n}", f"{n}0") for n in ("small", "other")}
     return replace(plain, token_nll=costs, merge=Merge("evaluate/merged-model-0", ("other",)))
 
 

@@ -60,7 +60,7 @@ def read_fused(corpus, captured, folder, fuse: FuseSettings, method: str):
     store = open_store(str(folder))
 
     def keep(name: str, table: pa.Table) -> DataSet:
-        data = DataSet(store, name, "f")
+        data = DataSet(store, name, "", "f")
         data.claim({})
         data.write_shard(0, table, tokens=1)
         data.finish(1)

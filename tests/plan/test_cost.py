@@ -177,7 +177,7 @@ def test_training_shares_memory_as_zero_does():
 def test_what_is_done_costs_no_more():
     setup = read()
     before = make_plan(setup)
-    setup.done = {"capture mpt": 900, "train clm": 1}
+    setup.done = {("capture", "mpt"): 900, ("train", "clm"): 1}
     after = make_plan(setup)
     assert line(after, "capture mpt").done == 0.5
     assert after.costs["train clm"]["H100"].hours == 0

@@ -16,7 +16,7 @@ from rayfuse.run.layout import Layout, Merge, TrainRun
 from rayfuse.run.segmentation import Segmentation
 from rayfuse.schema import ALIGNED, CORPUS
 from rayfuse.storage.dataset import DataSet, Reject
-from rayfuse.storage.store import open_store
+from rayfuse.storage.store import Store, open_store
 
 HOSTILE = '<script>alert("x")</script> | $\\frac'
 DOMAINS = ("books", "code", "math", HOSTILE, "web", "wiki")
@@ -176,8 +176,8 @@ def make_aligned(rows: range, nats: list[float]) -> pa.Table:
     return pa.Table.from_pydict(columns, schema=ALIGNED)
 
 
-def make_data(layout_store, folder: str, tables: list[pa.Table], **shard) -> DataSet:
-    data = DataSet(layout_store, folder, folder)
+def make_data(store: Store, stage: str, name: str, tables: list[pa.Table], **shard) -> DataSet:
+    data = DataSet(store, stage, name, "0")
     data.claim({})
     for index, table in enumerate(tables):
         data.write_shard(index, table, tokens=table.num_rows, **shard)
@@ -192,7 +192,8 @@ def layout(recipe: Recipe) -> Layout:
     shards = [range(0, 2), range(2, 4)]
     corpus = make_data(
         store,
-        "corpus/0",
+        "corpus",
+        "",
         [make_corpus(shards[0], ["wiki", "code"]), make_corpus(shards[1], ["code", "code"])],
         rejects=[Reject("d9", "empty")],
     )
@@ -201,7 +202,8 @@ def layout(recipe: Recipe) -> Layout:
     aligned = {
         name: make_data(
             store,
-            f"aligned/{name}-0",
+            "aligned",
+            name,
             [make_aligned(rows, each) for rows, each in zip(shards, values, strict=True)],
             stats=stats,
         )

@@ -24,7 +24,7 @@ def make_spells(worker: str, start: float, number: int = 5) -> list[ShardSpan]:
 
 
 def test_commits_tell_who_worked_when(tmp_path):
-    data = DataSet(open_store(str(tmp_path)), "captured/a-0", "0")
+    data = DataSet(open_store(str(tmp_path)), "captured", "a", "0")
     data.claim({})
     for shard, began in enumerate((30.0, 10.0)):
         stats = {"began": began, "busy_seconds": 4.0, "idle_seconds": 1.0}

@@ -17,7 +17,7 @@ from rayfuse.storage.store import LocalStore, Store, check_store, open_store
 
 
 def make_data_in(store: Store) -> DataSet:
-    data = DataSet(store, "corpus/f00d", "f00d")
+    data = DataSet(store, "corpus", "", "f00d")
     data.claim({"recipe": {}})
     return data
 
@@ -70,7 +70,7 @@ def test_creating_a_file_again_with_the_same_bytes_is_known_as_ours(tmp_path):
 def test_a_shard_of_another_data_set_or_another_number_is_refused(tmp_path):
     data = make_data(tmp_path)
     first, second = (data.write_shard(shard, make_table(), tokens=1) for shard in (0, 1))
-    other = DataSet(data.store, "corpus/beef", "beef").write_shard(0, make_table(), tokens=1)
+    other = DataSet(data.store, "corpus", "", "beef").write_shard(0, make_table(), tokens=1)
     os.replace(tmp_path / "corpus/beef" / other.file, tmp_path / data.folder / first.file)
     with pytest.raises(ShardError, match="is shard 0 of the data set beef, not shard 0 of f00d"):
         data.read_shard(replace(other, file=first.file))
@@ -165,7 +165,9 @@ def test_a_folder_of_many_shards_is_listed_once_or_by_first_digits_where_that_co
 
 def test_a_folder_of_another_fingerprint_is_refused(tmp_path):
     data = make_data(tmp_path)
-    other = DataSet(data.store, data.folder, "beef")
+    other = DataSet(data.store, "corpus", "", "beef")
+    store = data.store
+    store.write(f"{other.folder}/run.json", store.read(f"{data.folder}/run.json"))
     with pytest.raises(ValueError, match="fingerprint f00d, not beef"):
         other.claim({})
 

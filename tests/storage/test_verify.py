@@ -59,7 +59,7 @@ def swap_records(data: DataSet) -> None:
 
 def put_another_models_shard(data: DataSet) -> None:
     """File and record both: only what the file says of itself tells."""
-    other = DataSet(data.store, "captured/other-beef", "beef")
+    other = DataSet(data.store, "captured", "other", "beef")
     commit = other.write_shard(1, make_table(2), tokens=2)
     folder = Path(data.store.root, data.folder)
     shutil.copy(Path(data.store.root, other.folder, commit.file), folder / commit.file)
@@ -166,7 +166,7 @@ def test_verifying_reads_each_record_once_and_lists_each_folder_once(data):
 
 
 def test_rows_that_are_not_the_corpus_own_are_damage(data, tmp_path):
-    captured = DataSet(LocalStore(str(tmp_path)), "captured/a-f00f", "f00f")
+    captured = DataSet(LocalStore(str(tmp_path)), "captured", "a", "f00f")
     captured.claim({})
     captured.write_shard(0, make_table(1), tokens=1)
     captured.write_shard(1, make_table(3), tokens=1)

@@ -26,7 +26,7 @@ def write_data(
     store = LocalStore(str(folder))
     random = np.random.default_rng(0)
     names = ("corpus", *sources)
-    data = {name: DataSet(store, name, name) for name in names}
+    data = {name: DataSet(store, name, "", name) for name in names}
     for name in names:
         data[name].claim({})
         for shard, each in enumerate(lengths):
