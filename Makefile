@@ -35,6 +35,7 @@ format: .venv/.dev
 
 schema: .venv/.installed
 	$(BIN)/python -m rayfuse.config.load > recipes/schema.json
+	$(BIN)/python -m docs.recipe_table
 
 clean:
 	rm -rf .venv demo-run build *.egg-info

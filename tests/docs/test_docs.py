@@ -1,0 +1,178 @@
+"""Every command, path, setting, link and code block of the documentation is true of the code."""
+
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+import yaml
+
+from docs.recipe_table import PAGE, insert_settings
+from rayfuse.cli import app
+from rayfuse.config.load import read_values
+from rayfuse.config.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+
+FENCE = re.compile(r"^(?P<indent> *)```(?P<kind>\w*)\n(?P<body>.*?)^(?P=indent)```$", re.M | re.S)
+LINK = re.compile(r"\[[^]]+\]\(([^)\s]+)\)")
+CODE = re.compile(r"`([^`\n]+)`")
+REPO_PATH = re.compile(
+    r"(?:rayfuse|tests|recipes|cluster|benchmarks|docs|\.ci)/[\w./-]*\w/?|[A-Z]+\.md"
+)
+TEST = re.compile(r"(tests/[\w/]+\.py)(?: -k ([\w]+))?")
+PLACEHOLDERS = re.compile(r"[A-Z]{2,}|…|\.\.\.")
+MINIMAL = {
+    "storage": "s3://bucket/run",
+    "corpus": {"documents": "text.jsonl"},
+    "target": {"model": "target"},
+    "sources": [{"name": "a", "model": "source"}],
+}
+
+
+def find_blocks(*kinds: str) -> list[object]:
+    """List the fenced blocks of some kinds, each named by its page and line."""
+    found: list[object] = []
+    for page, name in zip(PAGES, NAMES, strict=True):
+        text = page.read_text()
+        for match in FENCE.finditer(text):
+            if match["kind"] in kinds:
+                line = text.count("\n", 0, match.start()) + 1
+                found.append(pytest.param(match["body"], id=f"{name}:{line}"))
+    return found
+
+
+def list_commands() -> list[object]:
+    """List the lines of every shell block, joined where they end with a backslash."""
+    found: list[object] = []
+    for block in find_blocks("sh"):
+        body, name = block.values[0], block.id
+        for line in body.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                found.append(pytest.param(words, id=f"{name} {' '.join(words)[:40]}"))
+    return found
+
+
+def prose_of(page: Path) -> str:
+    """Read a page without its fenced blocks."""
+    return FENCE.sub("", page.read_text())
+
+
+def match_names(file: str, part: str) -> bool:
+    """Check that pytest's `-k` finds a test in a file."""
+    tests = re.findall(r"^def (test_\w+)", (ROOT / file).read_text(), re.M)
+    return any(part in name for name in tests)
+
+
+def split_command(words: list[str]) -> list[str]:
+    """Strip variables, `ray job submit` and the path of an interpreter from a command."""
+    while words and re.fullmatch(r"\w+=\S*", words[0]):
+        words = words[1:]
+    if words[:3] == ["ray", "job", "submit"]:
+        words = words[words.index("--") + 1 :]
+    if Path(words[0]).name == "python" and words[1] == "-m":
+        words = words[2:]
+    return [Path(words[0]).name, *words[1:]] if words[0].startswith(".venv/") else words
+
+
+def check_rayfuse(arguments: list[str]) -> None:
+    """Parse a rayfuse command, without running it."""
+    if ">" in arguments:
+        arguments = arguments[: arguments.index(">")]
+    group: Any = typer.main.get_command(app)
+    name, *rest = arguments
+    command = group.get_command(group.make_context("rayfuse", [], resilient_parsing=True), name)
+    assert command is not None, f"rayfuse has no command {name}"
+    command.make_context(name, rest)
+
+
+@pytest.mark.parametrize("words", list_commands())
+def test_a_command_of_a_shell_block_exists_with_its_options_and_files(words: list[str]):
+    name, *arguments = split_command(words)
+    if name == "rayfuse":
+        check_rayfuse(arguments)
+    elif name == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+        assert set(arguments) <= set(targets)
+    elif name == "python":
+        assert (ROOT / arguments[0]).is_file()
+    elif name == "pytest":
+        assert all((ROOT / word).exists() for word in arguments if word.startswith("tests/"))
+    elif "." in name:
+        assert importlib.util.find_spec(name) is not None
+    else:
+        assert name in ("pip", "cd", "export"), f"teach this test to check {name!r}"
+    for word in arguments:
+        if REPO_PATH.fullmatch(word) and "my." not in word:
+            assert (ROOT / word).exists(), word
+
+
+@pytest.mark.parametrize("body", find_blocks("yaml"))
+def test_a_yaml_block_is_a_recipe_or_a_part_of_one_or_a_task(body: str):
+    values = yaml.safe_load(body.replace("!function", ""))
+    if "task" in values:
+        assert {"output_type", "doc_to_text", "doc_to_target"} <= set(values)
+    else:
+        read_values({**MINIMAL, **values}, [])
+
+
+@pytest.mark.parametrize("body", find_blocks("python"))
+def test_a_python_block_runs(body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(body, "block", "exec"), {"__name__": "block"})
+
+
+def list_anchors(page: Path) -> set[str]:
+    """List the anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_link_leads_to_a_file_and_a_heading(page: Path):
+    for link in LINK.findall(prose_of(page)):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in list_anchors(target / "README.md" if target.is_dir() else target)
+
+
+def list_settings(model: object = None, prefix: str = "") -> Iterator[str]:
+    """Yield the names of all settings, such as `train.lambda`."""
+    schema = Recipe.model_json_schema(by_alias=True)
+    for section, value in schema["properties"].items():
+        yield section
+        names = re.findall(r"#/\$defs/(\w+)", str(value))
+        for name in names:
+            yield from (f"{section}.{key}" for key in schema["$defs"][name]["properties"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_path_test_and_setting_in_the_prose_exists(page: Path):
+    settings = set(list_settings())
+    sections = {name.partition(".")[0] for name in settings}
+    for code in CODE.findall(prose_of(page)):
+        first = code.split()[0]
+        if REPO_PATH.fullmatch(first) and not PLACEHOLDERS.search(first.replace("README", "")):
+            assert (ROOT / first).exists() or (page.parent / first).exists(), code
+        if match := TEST.match(code):
+            assert match[2] is None or match_names(match[1], match[2]), code
+        if (match := re.fullmatch(r"(\w+)\.(\w+)", code)) and match[1] in sections:
+            assert code in settings or match[2] in ("py", "json", "yaml"), code
+
+
+def test_the_settings_of_the_recipe_page_are_current():
+    assert PAGE.read_text() == insert_settings(PAGE.read_text()), "run `make schema`"
+
+
+def test_the_readme_fits_150_lines():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
