@@ -25,7 +25,6 @@ from rayfuse.storage.dataset import RECORDS, DataSet, list_missing, split_shards
 BAR_SECONDS, BAR_GIB = 30.0, 1.0
 PAGE_SECONDS, PAGE_NAMES = 0.1, 1000
 """A page of a listing: between asking for it and having it, and the names on it."""
-MAX_BLOCKS = 4096
 ATTEMPT = "0123456789ab"
 
 
@@ -117,7 +116,7 @@ def measure(store: SimulatedStore) -> dict[str, float]:
     missing = list_missing(captured, manifest.num_shards)
     assert len(missing) == manifest.num_shards // 2
     resumed = time.monotonic()
-    blocks = split_shards(missing, MAX_BLOCKS)
+    blocks = split_shards(missing)
     assert sum(block.num_rows for block in blocks) == len(missing)
     return {
         "corpus_found_whole": found_whole - began,

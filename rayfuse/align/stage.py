@@ -20,9 +20,6 @@ from rayfuse.runtime.progress import Progress
 from rayfuse.runtime.resources import TASK_RETRIES, limit_cpu_tasks
 from rayfuse.storage.dataset import DataSet, list_missing, split_shards
 
-MAX_BLOCKS = 4096
-"""Blocks of shard numbers: the driver holds an object for each."""
-
 MINED_CHUNK = 2048
 """Source tokens whose nearest target tokens one task finds: about a second of one core."""
 
@@ -49,7 +46,7 @@ def align_sources(recipe: Recipe, layout: Layout, progress: Progress) -> None:
         todo = list_missing(aligned, num_shards)
         task = plan_task(recipe, layout, source)
         if todo:
-            rows = ray.data.from_arrow(split_shards(todo, MAX_BLOCKS)).map_batches(
+            rows = ray.data.from_arrow(split_shards(todo)).map_batches(
                 partial(align_batch, task=task),
                 batch_size=1,
                 batch_format="pyarrow",

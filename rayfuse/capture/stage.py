@@ -41,14 +41,17 @@ from rayfuse.run.layout import Layout
 from rayfuse.run.segmentation import write_segmentation
 from rayfuse.runtime.connect import find_root_cause, on_driver_node
 from rayfuse.runtime.progress import Progress
-from rayfuse.runtime.resources import count_actor_gpus, count_reachable, gpu_options
+from rayfuse.runtime.resources import (
+    REPORT_WAIT_SECONDS,
+    count_actor_gpus,
+    count_reachable,
+    describe_needs,
+    gpu_options,
+)
 from rayfuse.storage.dataset import DataSet, list_missing, split_shards
 
 CALLS_PER_ACTOR = 3
 """Shards in one actor at a time: one is read, one scored, one written."""
-
-MAX_BLOCKS = 4096
-"""Blocks of shard numbers: the driver holds an object for each."""
 
 MAX_DEATHS = 5
 """Deaths in a row before an actor's first shard that are put up with: spot machines do go away."""
@@ -61,9 +64,6 @@ NO_PROGRESS_SECONDS = 86_400
 
 METRICS_SECONDS = 15.0
 """Between two lines of metrics.jsonl."""
-
-WAITING_SECONDS = 60.0
-"""Without an actor, until it is said what is waited for."""
 
 ALIGN_CPUS = 0.5
 
@@ -178,11 +178,13 @@ def capture_sources(
 
     def tell_waiting(each: SourceWork) -> None:
         if not ray.get(lives.has_begun.remote(each.source.name)):
-            note = f"waits for a machine with {_describe_needs(each)}"
+            source = each.source
+            needs = describe_needs({"CPU": source.cpus, "GPU": each.gpus}, source.accelerator_type)
+            note = f"waits for a node with {needs} free"
             progress(f"capture {each.source.name}", 0, 0, note=note)
 
     def run(each: SourceWork) -> None:
-        waiting = threading.Timer(WAITING_SECONDS, tell_waiting, (each,))
+        waiting = threading.Timer(REPORT_WAIT_SECONDS, tell_waiting, (each,))
         waiting.daemon = True
         waiting.start()
         try:
@@ -351,7 +353,7 @@ def _describe_deaths(source: SourceSettings, deaths: int) -> str:
 def _build_stream(work: SourceWork, load_engine: LoadEngine, lives: Any) -> ray.data.Dataset:
     source, task = work.source, work.task
     return (
-        ray.data.from_arrow(split_shards(work.shards, MAX_BLOCKS))
+        ray.data.from_arrow(split_shards(work.shards))
         .map_batches(
             CaptureActor,
             fn_constructor_args=(
@@ -410,10 +412,3 @@ def _align_behind(batch: pa.Table, task: AlignTask) -> pa.Table:
         if not task.aligned.is_committed(shard):
             align_committed(task, shard)
     return batch
-
-
-def _describe_needs(work: SourceWork) -> str:
-    """Return what one actor needs, in words."""
-    kind = work.source.accelerator_type
-    needs = [f"{work.source.cpus:g} CPUs free", *([f"{work.gpus:g} GPUs"] if work.gpus else [])]
-    return ", ".join(needs) + (f" of kind {kind}" if kind else "")

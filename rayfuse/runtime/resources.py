@@ -27,6 +27,9 @@ TASK_RETRIES = 20
 """How often a task whose process died is begun again. Ray's own 3 are few where machines are taken
 at will; without a limit a task that kills its own process would never fail."""
 
+REPORT_WAIT_SECONDS = 60.0
+"""Without an actor or a worker, until a note reports which resources are waited for."""
+
 
 def count_reachable(resource: str, accelerator_type: str | None = None) -> float:
     """Return how much of a resource the cluster has, or may have once its autoscaler has grown it.
@@ -110,6 +113,17 @@ def gpu_options(gpus: float, accelerator_type: str | None) -> dict[str, Any]:
     """Return what Ray is asked for of GPUs, for one actor or task."""
     options: dict[str, Any] = {"num_gpus": gpus} if gpus else {}
     return options if accelerator_type is None else options | {"accelerator_type": accelerator_type}
+
+
+def describe_needs(resources: Bundle, accelerator_type: str | None) -> str:
+    """Describe what one actor or worker needs, such as `1 CPU, 1 GPU (L4)`.
+
+    Args:
+        resources: Amounts by resource; those of 0 are skipped.
+        accelerator_type: The kind of GPU, as Ray names it; None for any.
+    """
+    needs = ", ".join(f"{amount:g} {name}" for name, amount in resources.items() if amount)
+    return needs if accelerator_type is None else f"{needs} ({accelerator_type})"
 
 
 def list_bundles(source: SourceSettings) -> list[Bundle]:

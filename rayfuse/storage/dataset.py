@@ -24,6 +24,9 @@ NUM_READERS = 32
 
 MANY_SHARDS = 20_000
 
+MAX_BLOCKS = 4096
+"""Blocks of shard numbers in a Ray Data stream: the driver holds one object per block."""
+
 
 class ShardError(ValueError):
     """A shard is missing or is not what its commit record says."""
@@ -408,8 +411,13 @@ def list_missing(data: DataSet, num_shards: int) -> list[int]:
     return [shard for shard in range(num_shards) if shard not in done]
 
 
-def split_shards(shards: Sequence[int], max_blocks: int) -> list[pa.Table]:
-    """Return shard numbers as tables of a column `shard`: what Ray hands out piece by piece."""
+def split_shards(shards: Sequence[int], max_blocks: int = MAX_BLOCKS) -> list[pa.Table]:
+    """Split shard numbers into tables of one column `shard`, the blocks of a Ray Data stream.
+
+    Args:
+        shards: The shard numbers.
+        max_blocks: Blocks at most; fewer where there are fewer shards.
+    """
     numbers = pa.table({"shard": pa.array(shards, pa.int64())})
     num_blocks = min(len(shards), max_blocks)
     cuts = [len(shards) * block // num_blocks for block in range(num_blocks + 1)]

@@ -15,7 +15,12 @@ from rayfuse.fuse.source_filter import select_active_sources
 from rayfuse.run.layout import Layout, TrainRun
 from rayfuse.runtime.connect import on_driver_node
 from rayfuse.runtime.progress import Progress
-from rayfuse.runtime.resources import count_default_gpus, count_reachable
+from rayfuse.runtime.resources import (
+    REPORT_WAIT_SECONDS,
+    count_default_gpus,
+    count_reachable,
+    describe_needs,
+)
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.lease import Lease
 from rayfuse.storage.store import Store
@@ -32,9 +37,6 @@ NOISE = (
 
 START_SECONDS = "3600"
 """An hour for the workers' machines to come, then they are asked for anew; Ray gives a minute."""
-
-WAITING_SECONDS = 60.0
-"""Without a worker, until it is said what is waited for."""
 
 RESIZE_SECONDS = 30.0
 """Between two looks whether there is room for more workers."""
@@ -180,7 +182,7 @@ class RunMonitor:
 
     def expect(self, tasks: list[WorkerTask]) -> None:
         """Note runs that start now, to tell what is waited for if their workers do not come."""
-        until = time.monotonic() + WAITING_SECONDS
+        until = time.monotonic() + REPORT_WAIT_SECONDS
         self.expected |= {task.run.name: (until, _describe_needs(task)) for task in tasks}
 
     def look(self, states: dict[str, RunState]) -> None:
@@ -194,7 +196,7 @@ class RunMonitor:
                 del self.expected[name]
             elif time.monotonic() > until:
                 del self.expected[name]
-                self.progress(f"train {name}", 0, 0, note=f"waits for machines: {needs}")
+                self.progress(f"train {name}", 0, 0, note=f"waits for nodes with {needs}")
         for name, state in states.items():
             for text in state.told[self.told.get(name, 0) :]:
                 self.progress(f"train {name}", 0, 0, note=text)
@@ -250,11 +252,10 @@ def _worker_resources(task: WorkerTask) -> dict[str, float]:
 
 
 def _describe_needs(task: WorkerTask) -> str:
-    """Return what all workers need, in words."""
+    """Describe what all workers need, for the progress note."""
     settings = task.recipe.train
-    kind = f" of kind {settings.accelerator_type}" if settings.accelerator_type else ""
-    each = ", ".join(f"{number:g} {what}" for what, number in _worker_resources(task).items())
-    return f"{settings.num_workers} workers, each {each}{kind}"
+    needs = describe_needs(_worker_resources(task), settings.accelerator_type)
+    return f"{needs} free for each of {settings.num_workers} workers"
 
 
 def _plan_run(recipe: Recipe, layout: Layout, run: TrainRun, board: Any, job: str) -> WorkerTask:
