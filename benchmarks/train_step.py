@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rayfuse.config.train import TrainSettings
 from rayfuse.fuse.reader import FusedRows
-from rayfuse.fuse.rules import FusedRow
+from rayfuse.fuse.rules import make_empty
 from rayfuse.models.causal_lm import split_head
+from rayfuse.storage.codec import TopK
 from rayfuse.train.batches import Packing, Step, build_micro_batches
 from rayfuse.train.loop import Objective, train_steps
 from rayfuse.train.model import FusionModel, build_engine
@@ -49,14 +50,15 @@ def make_rows(tokens: int, vocab: int, *, is_fused: bool) -> FusedRows:
     total = int(lengths.sum())
     token_ids = random.integers(0, vocab, total).astype(np.int32)
     if not is_fused:
-        return FusedRows(token_ids, lengths, FusedRow.of_nothing(total))
+        selected = np.full(total, -1, dtype=np.int16)
+        return FusedRows(token_ids, lengths, make_empty(total), selected)
     part = vocab // ENTRIES
     ids = random.integers(0, part, (total, ENTRIES)) + np.arange(ENTRIES) * part
     probs = random.dirichlet(np.ones(ENTRIES + 1), total).astype(np.float32)
     has_signal = random.random(total) < 0.85
-    winners = np.where(has_signal, random.integers(3, size=total), -1)
-    fused = FusedRow(has_signal, ids.astype(np.int32), probs[:, :-1], probs[:, -1], winners)
-    return FusedRows(token_ids, lengths, fused)
+    selected = np.where(has_signal, random.integers(3, size=total), -1)
+    top = TopK(ids.astype(np.int32), probs[:, :-1], probs[:, -1])
+    return FusedRows(token_ids, lengths, top, selected)
 
 
 def build(size: tuple[int, int, int], settings: TrainSettings, device: str) -> Any:

@@ -19,7 +19,7 @@ from rayfuse.align.token_spans import PlacedTokens, place_tokens
 from rayfuse.fuse.reader import FusedRows, ShardReader
 from rayfuse.models.batching import pad_rows
 from rayfuse.models.causal_lm import CausalLM
-from rayfuse.storage.codec import flatten_column
+from rayfuse.storage.codec import TopK, flatten_column
 from rayfuse.train.batches import MicroBatch, build_micro_batches
 from rayfuse.train.order import count_steps, order_rows
 
@@ -128,13 +128,10 @@ def _widen(
     probs = np.zeros((num_tokens, vocab_size + 1), dtype=np.float32)
     ends = np.cumsum(rows.lengths)
     for row, start, stop in zip(numbers.tolist(), ends - rows.lengths, ends, strict=True):
-        winners = rows.fused.winners[start:stop]
+        selected = rows.selected[start:stop]
         for number, source in enumerate(sources):
-            here = np.flatnonzero(winners == number)
+            here = np.flatnonzero(selected == number)
             if len(here):
                 probs[start + here] = source.read(target.offsets[row] + here, row).cpu().numpy()
     ids = np.broadcast_to(np.arange(vocab_size, dtype=np.int32), (num_tokens, vocab_size))
-    fused = replace(
-        rows.fused, top_ids=ids, top_probs=probs[:, :-1], tail_probs=probs[:, -1].copy()
-    )
-    return replace(rows, fused=fused)
+    return replace(rows, top=TopK(ids, probs[:, :-1], probs[:, -1].copy()))

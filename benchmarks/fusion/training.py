@@ -8,7 +8,7 @@ from jaxtyping import Int
 
 from rayfuse.config.train import TrainSettings
 from rayfuse.fuse.reader import FusedRows
-from rayfuse.fuse.rules import FusedRow
+from rayfuse.fuse.rules import make_empty
 from rayfuse.models.causal_lm import CausalLM
 from rayfuse.train.batches import MicroBatch, Packing, build_micro_batches
 from rayfuse.train.loop import Objective
@@ -76,5 +76,6 @@ def lay_out_text(
     for part in rows.split(rows_per_step):
         ids = part.numpy().astype(np.int32)
         lengths = np.full(len(ids), ids.shape[1])
-        nothing = FusedRow.of_nothing(ids.size)
-        yield build_micro_batches(FusedRows(ids.reshape(-1), lengths, nothing), PACKING)
+        selected = np.full(ids.size, -1, dtype=np.int16)
+        text = FusedRows(ids.reshape(-1), lengths, make_empty(ids.size), selected)
+        yield build_micro_batches(text, PACKING)

@@ -1,172 +1,176 @@
-"""Several aligned sources -> one distribution per target position, for one row.
+"""Fusion rules: several aligned sources -> one distribution per target position.
 
-The choice or the weights go by each source's cross-entropy, at each position over the text that it
-is made for (`costs.py`): the same bytes for every source, so tokenizers compare (FuseLLM, arXiv
-2401.10491, section 3.3, with bytes for tokens).
+Every rule compares sources by their cross-entropy, at each position over the text that the choice
+is made for (`nll.py`): the same bytes for every source, so that tokenizers compare (FuseLLM, arXiv
+2401.10491, section 3.3, with bytes for tokens). A rule is a function listed in
+`rayfuse.config.fuse.RULES`.
+
+Mass is conserved: `decode` scales each source's head to one minus its tail, a selected source is
+copied, a mean has weights that sum to 1, and `_add_equal_ids` adds what it merges.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import no_type_check
 
+import numba
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from rayfuse.config.fuse import FuseSettings
+from rayfuse.storage.codec import PROB_OF_CODE, EncodedTopK, TopK, decode_probs
 
 
 @dataclass(frozen=True)
-class AlignedRow:
-    """What one source says of a row, in the target's tokens."""
+class OpenSource:
+    """One source's aligned distributions of a shard, as stored, and its cross-entropy there."""
 
-    has_signal: Bool[np.ndarray, " seq_len"]
-    top_ids: Int[np.ndarray, "seq_len top_k"]
-    top_probs: Float[np.ndarray, "seq_len top_k"]
-    tail_probs: Float[np.ndarray, " seq_len"]
-    costs: Float[np.ndarray, " seq_len"]
-    """Cross-entropy over the text that the choice at each position is made for; where infinite, the
-    source has nothing to say of it and is not heard, whatever `has_signal` says."""
+    top: EncodedTopK
+    nll: Float[np.ndarray, " tokens"]
+    """Cross-entropy over the text that the choice at each position is made for; infinite where the
+    source is not active: it has no signal there, or it rejected the row."""
     weight: float = 1.0
-    """Its share of a mean is multiplied by it; 0 leaves it out."""
+    """Multiplies the source's share of a mean; above 0."""
+
+    def read(self, at: Int[np.ndarray, " positions"], settings: FuseSettings) -> TopK:
+        """Decode the distributions of some positions."""
+        ids, tail_logprobs = self.top.ids.take(at, axis=0), self.read_tail(at, settings)
+        codes = self.top.codes.take(at, axis=0)
+        return TopK(ids, decode_probs(codes.reshape(-1), ids, tail_logprobs), np.exp(tail_logprobs))
+
+    def read_tail(
+        self, at: Int[np.ndarray, " positions"], settings: FuseSettings
+    ) -> Float[np.ndarray, " positions"]:
+        """Return the log of the mass outside the head as fusion uses it.
+
+        The setting `tail: renormalise` empties the tail here, and nowhere else: decoding scales
+        every head to the mass that the tail does not have.
+        """
+        if settings.tail == "renormalise":
+            return np.full(len(at), -np.inf, dtype=np.float32)
+        return self.top.tail_logprobs.take(at).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class FusedRow:
-    """One distribution per position: entries of distinct tokens, and the rest."""
+FusionRule = Callable[
+    [
+        Sequence[OpenSource],
+        Int[np.ndarray, " positions"],
+        Int[np.ndarray, " positions"],
+        FuseSettings,
+    ],
+    TopK,
+]
+"""Fuses the active sources at some positions of a shard.
 
-    has_signal: Bool[np.ndarray, " seq_len"]
-    top_ids: Int[np.ndarray, "seq_len entries"]
-    """-1 where there is no entry; no token twice."""
-    top_probs: Float[np.ndarray, "seq_len entries"]
-    """0 where there is no entry; with the tail they sum to 1 where there is a signal."""
-    tail_probs: Float[np.ndarray, " seq_len"]
-    winners: Int[np.ndarray, " seq_len"]
-    """The number of the source with the lowest cost of those heard; -1 where none is."""
-
-    @staticmethod
-    def of_nothing(seq_len: int) -> "FusedRow":
-        """Return positions at which no source says anything."""
-        return FusedRow(
-            has_signal=np.zeros(seq_len, dtype=bool),
-            top_ids=np.zeros((seq_len, 0), dtype=np.int32),
-            top_probs=np.zeros((seq_len, 0), dtype=np.float32),
-            tail_probs=np.zeros(seq_len, dtype=np.float32),
-            winners=np.full(seq_len, -1, dtype=np.int16),
-        )
-
-    def widen(self, entries: int) -> "FusedRow":
-        """Return the same with room for as many entries."""
-        missing = entries - self.top_ids.shape[1]
-        if not missing:
-            return self
-        room = ((0, 0), (0, missing))
-        return replace(
-            self,
-            top_ids=np.pad(self.top_ids, room, constant_values=-1),
-            top_probs=np.pad(self.top_probs, room),
-        )
+Its arguments: the sources, the position numbers, the number of the source with the lowest
+cross-entropy at each of them (-1 where none is active), and the settings. In its result no token
+has two entries at one position, and positions without an active source are empty, tail 0."""
 
 
-def fuse_row(sources: Sequence[AlignedRow], settings: FuseSettings) -> FusedRow:
-    """Return one distribution per position from the sources that are heard there.
+def take_selected(
+    sources: Sequence[OpenSource],
+    at: Int[np.ndarray, " positions"],
+    selected: Int[np.ndarray, " positions"],
+    settings: FuseSettings,
+) -> TopK:
+    """Take at each position the distribution of the selected source (`min_ce`, FuseLLM's MinCE).
 
-    A source is heard where it has a signal at a finite cost: an infinite one never wins against a
-    finite one, has no share of a mean, and where no source has another there is no signal.
-
-    Args:
-        sources: All of the same row.
-        settings: The method, its temperature, and what becomes of the tail.
+    Only that source is decoded, straight to its place in the result. tests/fuse/oracle.py is the
+    readable form, which decodes all sources and then chooses.
     """
-    heard = [source for source in sources if source.weight > 0]
-    if not heard:
-        return FusedRow.of_nothing(len(sources[0].has_signal))
-    if settings.tail == "renormalise":
-        heard = [_drop_tail(source) for source in heard]
-    if settings.method == "min_ce":
-        return _choose_source(heard)
-    return _average_sources(heard, settings.temperature)
+    entries = max((source.top.ids.shape[1] for source in sources), default=0)
+    fused = make_empty(len(at), entries)
+    for number, source in enumerate(sources):
+        own = np.flatnonzero(selected == number)
+        tail_logprobs = source.read_tail(at[own], settings)
+        fused.tail[own] = np.exp(tail_logprobs)
+        _decode_into(
+            *(at[own], own, source.top.ids, source.top.codes, -np.expm1(tail_logprobs)),
+            *(PROB_OF_CODE, fused.ids, fused.probs),
+        )
+    return fused
 
 
-def _drop_tail(source: AlignedRow) -> AlignedRow:
-    """Return a source whose head alone sums to 1; without a head there is no signal."""
-    head = source.top_probs.sum(axis=1)
-    scale = np.divide(1.0, head, out=np.zeros_like(head), where=head > 0)
-    return AlignedRow(
-        has_signal=source.has_signal & (head > 0),
-        top_ids=source.top_ids,
-        top_probs=source.top_probs * scale[:, None],
-        tail_probs=np.zeros_like(source.tail_probs),
-        costs=source.costs,
-        weight=source.weight,
-    )
+def average(
+    sources: Sequence[OpenSource],
+    at: Int[np.ndarray, " positions"],
+    selected: Int[np.ndarray, " positions"],
+    settings: FuseSettings,
+) -> TopK:
+    """Take the mean of the active sources, weighted by their NLL (`avg_ce`, FuseLLM's AvgCE)."""
+    del selected  # every active source has a share
+    nll = np.stack([source.nll.take(at) for source in sources])
+    shares = np.array([source.weight for source in sources])
+    weights = weigh_by_nll(nll, shares, settings.temperature)
+    return mix([source.read(at, settings) for source in sources], weights)
 
 
-def _choose_source(sources: Sequence[AlignedRow]) -> FusedRow:
-    """Take at each position the source with the lowest cost of those heard there."""
-    winners = choose_cheapest(_stack_costs(sources))
-    best = sources[0]
-    ids, probs, tail = best.top_ids.copy(), best.top_probs.copy(), best.tail_probs.copy()
-    for number, source in enumerate(sources[1:], 1):
-        wins = winners == number
-        ids[wins], probs[wins] = source.top_ids[wins], source.top_probs[wins]
-        tail[wins] = source.tail_probs[wins]
-    return FusedRow(winners >= 0, ids, probs, tail, winners)
-
-
-def give_tail_to(next_ids: Int[np.ndarray, " seq_len"], fused: FusedRow) -> FusedRow:
-    """Return the same with the tail's mass added to the token that really comes next."""
-    is_next = (fused.top_ids == next_ids[:, None]) & fused.has_signal[:, None]
-    tail = fused.tail_probs * fused.has_signal
-    is_new = fused.has_signal & ~is_next.any(axis=1)
-    return replace(
-        fused,
-        top_ids=np.column_stack([fused.top_ids, np.where(is_new, next_ids, -1).astype(np.int32)]),
-        top_probs=np.column_stack(
-            [fused.top_probs + is_next * tail[:, None], np.where(is_new, tail, 0)]
-        ),
-        tail_probs=np.zeros_like(fused.tail_probs),
-    )
-
-
-def choose_cheapest(
-    costs: Float[np.ndarray, "sources seq_len"],
-) -> Int[np.ndarray, " seq_len"]:
-    """Return the number of the source with the lowest cost; -1 where all are infinite.
+def select_lowest(nll: Float[np.ndarray, "num_sources positions"]) -> Int[np.ndarray, " positions"]:
+    """Select the source with the lowest NLL at each position; -1 where all are infinite.
 
     Ties go to the source that stands first in the recipe.
     """
-    return np.where(np.isfinite(costs).any(axis=0), costs.argmin(axis=0), -1)
+    return np.where(np.isfinite(nll).any(axis=0), nll.argmin(axis=0), -1)
 
 
-def _stack_costs(sources: Sequence[AlignedRow]) -> Float[np.ndarray, "num_sources seq_len"]:
-    """Return the cost of each source at each position, infinite where it is not heard."""
-    return np.stack([np.where(each.has_signal, each.costs, np.inf) for each in sources])
+def weigh_by_nll(
+    nll: Float[np.ndarray, "num_sources positions"],
+    shares: Float[np.ndarray, " num_sources"],
+    temperature: float,
+) -> Float[np.ndarray, "num_sources positions"]:
+    """Weigh sources by share * softmax(-nll / temperature); weights sum to 1, or are all 0.
 
-
-def _average_sources(sources: Sequence[AlignedRow], temperature: float) -> FusedRow:
-    """Take the mean of the sources that are heard, weighted by softmax(-cost / temperature)."""
-    costs = _stack_costs(sources)
-    lowest = np.where(np.isfinite(costs).any(axis=0), costs.min(axis=0), 0.0)
-    scores = np.exp(-(costs - lowest) / temperature)
-    weights = scores * np.array([source.weight for source in sources])[:, None]
+    Args:
+        nll: In nats per byte or token; infinite where a source is not active.
+        shares: What each source's weight is multiplied by, above 0.
+        temperature: Above 0. The lower, the nearer to selecting the source with the lowest NLL.
+    """
+    lowest = np.where(np.isfinite(nll).any(axis=0), nll.min(axis=0), 0.0)
+    weights = np.exp(-(nll - lowest) / temperature) * shares[:, None]
     total = weights.sum(axis=0)
-    weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
-    ids = np.concatenate([source.top_ids for source in sources], axis=1)
-    probs = np.concatenate(
-        [
-            source.top_probs * weight[:, None]
-            for source, weight in zip(sources, weights, strict=True)
-        ],
-        axis=1,
-    )
-    tails = np.stack([source.tail_probs for source in sources])
+    return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+
+
+def mix(tops: Sequence[TopK], weights: Float[np.ndarray, "num_sources positions"]) -> TopK:
+    """Add up distributions times their weights, with one entry per token."""
+    ids = np.concatenate([top.ids for top in tops], axis=1)
+    weighted = [top.probs * weight[:, None] for top, weight in zip(tops, weights, strict=True)]
+    probs = np.concatenate(weighted, axis=1)
+    tails = np.stack([top.tail for top in tops])
     ids, probs = _add_equal_ids(np.where(probs > 0, ids, -1), probs)
-    return FusedRow(total > 0, ids, probs, (tails * weights).sum(axis=0), choose_cheapest(costs))
+    return TopK(ids, probs, (tails * weights).sum(axis=0))
+
+
+def give_tail_to(
+    next_ids: Int[np.ndarray, " positions"], top: TopK, has_signal: Bool[np.ndarray, " positions"]
+) -> TopK:
+    """Add the tail's mass to the token that really comes next (`tail: truth`); the tail is then 0.
+
+    The result has one entry more, used where that token has none yet.
+    """
+    is_next = (top.ids == next_ids[:, None]) & has_signal[:, None]
+    tail = top.tail * has_signal
+    is_new = has_signal & ~is_next.any(axis=1)
+    return TopK(
+        ids=np.column_stack([top.ids, np.where(is_new, next_ids, -1).astype(np.int32)]),
+        probs=np.column_stack([top.probs + is_next * tail[:, None], np.where(is_new, tail, 0)]),
+        tail=np.zeros_like(top.tail),
+    )
+
+
+def make_empty(positions: int, entries: int = 0) -> TopK:
+    """Make distributions without any mass, for positions without an active source."""
+    return TopK(
+        ids=np.full((positions, entries), -1, dtype=np.int32),
+        probs=np.zeros((positions, entries), dtype=np.float32),
+        tail=np.zeros(positions, dtype=np.float32),
+    )
 
 
 def _add_equal_ids(
-    ids: Int[np.ndarray, "seq_len entries"], probs: Float[np.ndarray, "seq_len entries"]
-) -> tuple[Int[np.ndarray, "seq_len entries"], Float[np.ndarray, "seq_len entries"]]:
-    """Return entries in which no token stands twice: the first has the sum, the others nothing."""
+    ids: Int[np.ndarray, "positions entries"], probs: Float[np.ndarray, "positions entries"]
+) -> tuple[Int[np.ndarray, "positions entries"], Float[np.ndarray, "positions entries"]]:
+    """Add up the entries of one token. The result is sorted by token, surplus entries are empty."""
     order = np.argsort(ids, axis=1, kind="stable")
     ids = np.take_along_axis(ids, order, axis=1)
     probs = np.take_along_axis(probs, order, axis=1)
@@ -177,3 +181,31 @@ def _add_equal_ids(
         sums[is_first] = np.add.reduceat(probs.reshape(-1), np.flatnonzero(is_first.reshape(-1)))
     ids = np.where(is_first & (sums > 0), ids, -1)
     return ids, sums
+
+
+@numba.njit(cache=True)
+@no_type_check
+def _decode_into(  # noqa: PLR0917 (compiled)
+    at, to, top_ids, codes, head_masses, prob_of_code, ids, probs
+):
+    """Decode the entries of the positions `at`, as `decode_probs` does, into the rows `to`.
+
+    One pass in place of the five of numpy, and without a copy of the codes. tests/fuse compares
+    the two: the sums of a head are formed in the same order, so they are equal to float32.
+    """
+    for place in range(len(at)):
+        position, row = at[place], to[place]
+        level, total = np.uint8(0), np.float32(0)
+        for entry in range(top_ids.shape[1]):
+            level = np.uint8(level + codes[position, entry])
+            token_id = top_ids[position, entry]
+            prob = prob_of_code[level] if token_id >= 0 else np.float32(0)
+            ids[row, entry], probs[row, entry] = token_id, prob
+            total += prob
+        scale = head_masses[place] / max(total, np.float32(1e-30))
+        for entry in range(top_ids.shape[1]):
+            probs[row, entry] *= scale
+
+
+RULES: dict[str, FusionRule] = {"min_ce": take_selected, "avg_ce": average}
+"""The fusion rules, as `fuse.method` names them."""

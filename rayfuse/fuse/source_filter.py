@@ -1,4 +1,4 @@
-"""Sources that know nothing: random weights, or another model's tokenizer."""
+"""Sources without signal: random weights, or weights with another model's tokenizer."""
 
 from collections.abc import Collection, Mapping
 
@@ -6,31 +6,44 @@ from rayfuse.config.fuse import FuseSettings
 from rayfuse.storage.dataset import Commit, DataSet
 
 NOISE_SHARE = 0.001
-"""Of the tokens: so few may be in rows that are predicted better than chance by luck."""
+"""Share of tokens in rows that a noise source may predict better than chance, by luck."""
 
 
 def is_noise(commits: Collection[Commit]) -> bool:
-    """Return whether a source predicts no row of the corpus better than chance, or hardly any.
+    """Check that a source predicts no row of the corpus better than chance, or hardly any.
 
-    Chance gives each token of its vocabulary the same probability. The mean over the corpus would
-    not do: a source that knows one domain alone may be worse than chance on the whole.
+    Chance gives each token of the vocabulary the same probability. Rows decide, not the mean over
+    the corpus: a source trained on a single domain may be worse than chance over all domains.
 
     Args:
-        commits: Of all its aligned shards. Where one does not tell, it is no noise.
+        commits: Of all its aligned shards. A source with a shard that lacks these sums is kept.
     """
-    told = [commit.stats for commit in commits if commit.rows]
-    if not all("known_tokens" in stats for stats in told):
+    stats_of_shards = [commit.stats for commit in commits if commit.rows]
+    if not all("known_tokens" in stats for stats in stats_of_shards):
         return False
-    scored = sum(stats["scored_tokens"] for stats in told)
-    return scored > 0 and sum(stats["known_tokens"] for stats in told) <= NOISE_SHARE * scored
+    scored = sum(stats["scored_tokens"] for stats in stats_of_shards)
+    known = sum(stats["known_tokens"] for stats in stats_of_shards)
+    return scored > 0 and known <= NOISE_SHARE * scored
 
 
 def select_active_sources(
     aligned: Mapping[str, DataSet], fuse: FuseSettings
 ) -> tuple[dict[str, dict[int, Commit]], tuple[str, ...]]:
-    """Return the commits of the sources that are heard, and the names of those that are noise."""
-    commits = {
+    """Select the sources that fusion uses, and name those that are skipped as noise.
+
+    Args:
+        aligned: The aligned data set of each source, by the source's name.
+        fuse: A source of weight 0 is not active; nor is noise, with `skip_noise`.
+
+    Returns:
+        The commits of each active source by its name, and the names of the noise sources.
+    """
+    commits_of = {
         name: data.commits() for name, data in aligned.items() if fuse.weights.get(name, 1.0) > 0
     }
-    noise = [name for name, each in commits.items() if fuse.skip_noise and is_noise(each.values())]
-    return {name: each for name, each in commits.items() if name not in noise}, tuple(noise)
+    noise = tuple(
+        name
+        for name, commits in commits_of.items()
+        if fuse.skip_noise and is_noise(commits.values())
+    )
+    return {name: commits for name, commits in commits_of.items() if name not in noise}, noise

@@ -144,21 +144,20 @@ def probe_training(recipe: Recipe, request: Request, deadline: float) -> Iterato
 def _make_rows(ids: list[np.ndarray], vocab: int, entries: int) -> Any:
     """Return rows whose positions all have a distribution, a random one."""
     from rayfuse.fuse.reader import FusedRows
-    from rayfuse.fuse.rules import FusedRow
+    from rayfuse.storage.codec import TopK
 
     random = np.random.default_rng(0)
     token_ids = np.concatenate(ids).astype(np.int32)
     total, part = len(token_ids), max(vocab // entries, 1)
     top_ids = random.integers(0, part, (total, entries)) + np.arange(entries) * part
     probs = random.dirichlet(np.ones(entries + 1), total).astype(np.float32)
-    fused = FusedRow(
-        has_signal=np.ones(total, dtype=bool),
-        top_ids=np.minimum(top_ids, vocab - 1).astype(np.int32),
-        top_probs=probs[:, :-1],
-        tail_probs=probs[:, -1],
-        winners=np.zeros(total, dtype=np.int64),
+    top = TopK(
+        ids=np.minimum(top_ids, vocab - 1).astype(np.int32),
+        probs=probs[:, :-1],
+        tail=probs[:, -1],
     )
-    return FusedRows(token_ids, np.array([len(row) for row in ids]), fused)
+    lengths = np.array([len(row) for row in ids])
+    return FusedRows(token_ids, lengths, top, selected=np.zeros(total, dtype=np.int64))
 
 
 @contextlib.contextmanager

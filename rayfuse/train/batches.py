@@ -137,17 +137,16 @@ def _lay_out(
     if position_ids is not None:
         position_ids.reshape(-1)[place] = _ranges(np.zeros_like(begins), lens)
     at = _ranges(starts[numbers], lens - 1)
-    fused = rows.fused
     return MicroBatch(
         token_ids=token_ids,
         position_ids=position_ids,
         positions=_ranges(begins, lens - 1),
         next_ids=rows.token_ids.take(at + 1),
-        has_signal=fused.has_signal.take(at),
-        sources=fused.winners.take(at),
-        top_ids=fused.top_ids.take(at, axis=0),
-        top_probs=fused.top_probs.take(at, axis=0),
-        tail_probs=fused.tail_probs.take(at),
+        has_signal=rows.has_signal.take(at),
+        sources=rows.selected.take(at),
+        top_ids=rows.top.ids.take(at, axis=0),
+        top_probs=rows.top.probs.take(at, axis=0),
+        tail_probs=rows.top.tail.take(at),
     )
 
 

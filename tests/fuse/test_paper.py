@@ -17,15 +17,15 @@ from rayfuse.align.vocab_map import PLAIN, build_maps, map_to_nearest, map_vocab
 from rayfuse.config.fuse import FuseSettings
 from rayfuse.config.load import parse_recipe
 from rayfuse.config.overrides import RecipeError
-from rayfuse.fuse.costs import cost_of_rows
+from rayfuse.fuse.nll import nll_of_rows
 from rayfuse.fuse.reader import ShardReader
-from rayfuse.fuse.rules import fuse_row
 from rayfuse.models.tokenizer import TextTokenizer, build_tokenizer
 from rayfuse.storage.codec import decode_probs, flatten_column
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import open_store
 from tests.fakes import SAMPLE, byte_level_tokenizer, sentencepiece_tokenizer
-from tests.fuse.test_fuse import random_source
+from tests.fuse.oracle import fuse_sources
+from tests.fuse.test_rules import random_source
 
 TOP_K = 10
 TARGET = build_tokenizer(sentencepiece_tokenizer(340).to_str(), start_id=1, eos_id=2)
@@ -77,7 +77,7 @@ def read_fused(corpus, captured, folder, fuse: FuseSettings, method: str):
         aligned[name] = keep(name, align_shard(corpus, captured[name], alignment)[0])
     reader = ShardReader(keep("corpus", corpus), aligned, fuse, TARGET.count_bytes())
     reader.keep({0})
-    rows = [reader.read_rows(np.array([[0, row]])).fused for row in range(corpus.num_rows)]
+    rows = [reader.read_rows(np.array([[0, row]])) for row in range(corpus.num_rows)]
     return rows, aligned
 
 
@@ -139,11 +139,11 @@ def test_the_preset_is_the_papers_formula(corpus, captured, tmp_path):
                 taken[t] = True
                 checked += 1
                 got = np.zeros(TARGET.vocab_size)
-                real = result.top_ids[t] >= 0
-                got[result.top_ids[t][real]] = result.top_probs[t][real]
+                real = result.top.ids[t] >= 0
+                got[result.top.ids[t][real]] = result.top.probs[t][real]
                 # One code of the 8-bit record is 1.4 percent of a probability.
                 np.testing.assert_allclose(got, expected[s], atol=0.012)
-                assert result.tail_probs[t] == 0
+                assert result.top.tail[t] == 0
         np.testing.assert_array_equal(result.has_signal, taken)
     assert checked > 100
 
@@ -195,7 +195,7 @@ def test_a_rejected_row_of_a_source_of_weight_0_changes_no_document(corpus, capt
     for ours, theirs in zip(whole, broken, strict=True):
         assert ours.has_signal.any()
         np.testing.assert_array_equal(ours.has_signal, theirs.has_signal)
-        np.testing.assert_array_equal(ours.top_probs, theirs.top_probs)
+        np.testing.assert_array_equal(ours.top.probs, theirs.top.probs)
 
 
 # What the published code does wrong, and the default does not. That vocabularies are padded hurts
@@ -211,15 +211,15 @@ def fused(corpus, captured, tmp_path_factory):
 def test_a_position_without_signal_teaches_nothing_and_not_its_own_token(fused, corpus):
     for row, result in enumerate(fused[0]):
         silent = ~result.has_signal
-        assert (result.top_ids[silent] == -1).all() or not silent.any()
-        assert not result.top_probs[silent].any(), row
+        assert (result.top.ids[silent] == -1).all() or not silent.any()
+        assert not result.top.probs[silent].any(), row
 
 
 def test_the_tail_is_kept(fused):
     for result in fused[0]:
-        total = result.top_probs.sum(axis=1) + result.tail_probs
+        total = result.top.probs.sum(axis=1) + result.top.tail
         np.testing.assert_allclose(total[result.has_signal], 1.0, atol=1e-3)
-        assert (result.tail_probs[result.has_signal] > 0).mean() > 0.9
+        assert (result.top.tail[result.has_signal] > 0).mean() > 0.9
 
 
 def test_tokens_that_meet_are_added(fused, corpus, captured):
@@ -268,14 +268,14 @@ def test_a_finer_tokenizer_is_not_cheaper_for_being_finer(fused, corpus):
         name: data.read_shard(data.read_commit(0))["num_tokens"].to_numpy()
         for name, data in fused[1].items()
     }
-    assert (cost_of_rows(nats, num_tokens["fine"]) < cost_of_rows(nats, num_tokens["coarse"])).all()
+    assert (nll_of_rows(nats, num_tokens["fine"]) < nll_of_rows(nats, num_tokens["coarse"])).all()
     assert FuseSettings().cost == "nats_per_byte"
 
 
 def test_gaps_of_a_hundredth_of_a_nat_do_not_tie():
     sizes = np.full(1000, 100)
     nats = np.random.default_rng(0).uniform(150, 300, 1000)
-    costs, dearer = cost_of_rows(nats, sizes), cost_of_rows(nats + 0.01 * sizes, sizes)
+    costs, dearer = nll_of_rows(nats, sizes), nll_of_rows(nats + 0.01 * sizes, sizes)
     assert (costs.astype(np.float32) < dearer.astype(np.float32)).all()
 
 
@@ -302,4 +302,4 @@ def test_newline_stays_newline_and_end_of_text_stays_the_end():
 def test_any_number_of_sources_can_be_fused():
     for count in (1, 2, 5, 9):
         sources = [random_source(seed, 0.5) for seed in range(count)]
-        assert fuse_row(sources, FuseSettings()).has_signal.any()
+        assert fuse_sources(sources, FuseSettings()).has_signal.any()

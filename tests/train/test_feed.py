@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from rayfuse.config.train import TrainSettings
 from rayfuse.fuse.reader import FusedRows, join_rows
-from rayfuse.fuse.rules import FusedRow
+from rayfuse.fuse.rules import make_empty
 from rayfuse.models.causal_lm import keeps_rows_apart, split_head
+from rayfuse.storage.codec import TopK
 from rayfuse.train.batches import Packing, build_micro_batches, empty_micro_batch, pack_rows
 from rayfuse.train.loss import LossWeights
 from rayfuse.train.model import FusionModel
@@ -38,9 +39,9 @@ def random_rows(num_rows: int, seed: int = 0) -> FusedRows:
     ids = np.stack([random.permutation(VOCAB)[:ENTRIES] for _ in range(total)]).astype(np.int32)
     probs = random.dirichlet(np.ones(ENTRIES + 1), size=total)
     has_signal = random.random(total) < 0.6
-    winners = np.where(has_signal, random.integers(2, size=total), -1)
-    fused = FusedRow(has_signal, ids, probs[:, :ENTRIES], probs[:, ENTRIES], winners)
-    return FusedRows(random.integers(0, VOCAB, total).astype(np.int32), lengths, fused)
+    selected = np.where(has_signal, random.integers(2, size=total), -1)
+    top = TopK(ids, probs[:, :ENTRIES], probs[:, ENTRIES])
+    return FusedRows(random.integers(0, VOCAB, total).astype(np.int32), lengths, top, selected)
 
 
 @pytest.mark.parametrize("is_packed", [True, False])
@@ -62,7 +63,7 @@ def test_micro_batches_hold_each_position_once_with_what_it_is_to_learn(is_packe
     for start, end in zip(ends - rows.lengths, ends, strict=True):
         for at in range(start, end - 1):
             pair = int(rows.token_ids[at]), int(rows.token_ids[at + 1])
-            expected.append((*pair, float(rows.fused.tail_probs[at])))
+            expected.append((*pair, float(rows.top.tail[at])))
     assert sorted(found) == sorted(expected)
 
 
@@ -98,7 +99,8 @@ def test_packing_changes_neither_the_loss_nor_its_gradients(family):
 
 def test_lambda_1_and_sources_without_a_word_are_plain_language_modelling_to_the_bit():
     rows = random_rows(9)
-    silent = replace(rows, fused=FusedRow.of_nothing(len(rows.token_ids)))
+    selected = np.full(len(rows.token_ids), -1, dtype=np.int16)
+    silent = replace(rows, top=make_empty(len(rows.token_ids)), selected=selected)
     results = []
     for given_rows, clm_weight in ((rows, 1.0), (silent, 0.3), (silent, 1.0)):
         model = make_model("llama")

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from rayfuse.config.train import TrainSettings
-from rayfuse.fuse.rules import FusedRow, give_tail_to
+from rayfuse.fuse.rules import give_tail_to
 from rayfuse.models.causal_lm import CausalLM, LogitTransform
+from rayfuse.storage.codec import TopK
 from rayfuse.train.loss import HeadLoss, LossTargets, LossWeights
 
 POSITIONS, WIDTH, VOCAB, ENTRIES, SOURCES = 11, 6, 13, 4, 3
@@ -36,17 +37,17 @@ def random_targets(tail: str = "bucket", seed: int = 0) -> LossTargets:
     probs /= probs.sum(1, keepdims=True)
     next_ids = random.integers(VOCAB, size=POSITIONS)
     next_ids[0] = ids[0, 1]  # a token of the head
-    winners = np.where(has_signal, random.integers(SOURCES, size=POSITIONS), -1)
-    fused = FusedRow(has_signal, ids, probs[:, :ENTRIES], probs[:, ENTRIES], winners)
+    selected = np.where(has_signal, random.integers(SOURCES, size=POSITIONS), -1)
+    top = TopK(ids, probs[:, :ENTRIES], probs[:, ENTRIES])
     if tail == "truth":
-        fused = give_tail_to(next_ids, fused)
+        top = give_tail_to(next_ids, top, has_signal)
     return LossTargets(
         next_ids=torch.tensor(next_ids),
-        has_signal=torch.tensor(fused.has_signal),
-        sources=torch.tensor(fused.winners),
-        top_ids=torch.tensor(fused.top_ids).long(),
-        top_probs=torch.tensor(fused.top_probs),
-        tail_probs=torch.tensor(fused.tail_probs),
+        has_signal=torch.tensor(has_signal),
+        sources=torch.tensor(selected),
+        top_ids=torch.tensor(top.ids).long(),
+        top_probs=torch.tensor(top.probs),
+        tail_probs=torch.tensor(top.tail),
     )
 
 

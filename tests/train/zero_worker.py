@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from rayfuse.config.train import TrainSettings
 from rayfuse.fuse.reader import FusedRows, join_rows
-from rayfuse.fuse.rules import FusedRow
 from rayfuse.models.causal_lm import split_head
+from rayfuse.storage.codec import TopK
 from rayfuse.train import engine as engine_module
 from rayfuse.train.batches import Packing, Step, build_micro_batches
 from rayfuse.train.checkpoint import Record
@@ -35,10 +35,10 @@ def random_row(random: np.random.Generator) -> FusedRows:
     ids = np.stack([random.permutation(VOCAB)[:5] for _ in range(length)]).astype(np.int32)
     probs = random.dirichlet(np.ones(6), size=length)
     has_signal = random.random(length) < 0.7
-    winners = np.where(has_signal, random.integers(2, size=length), -1)
-    fused = FusedRow(has_signal, ids, probs[:, :5], probs[:, 5], winners)
+    selected = np.where(has_signal, random.integers(2, size=length), -1)
+    top = TopK(ids, probs[:, :5], probs[:, 5])
     token_ids = random.integers(0, VOCAB, length).astype(np.int32)
-    return FusedRows(token_ids, np.array([length]), fused)
+    return FusedRows(token_ids, np.array([length]), top, selected)
 
 
 def deal_steps(rank: int, num_workers: int) -> list[Step]:

@@ -1,4 +1,4 @@
-"""A source that knows nothing is told from its sums, and not heard in training."""
+"""A noise source is found by its sums, and is not active in training."""
 
 import pytest
 
@@ -15,19 +15,19 @@ def commit(**stats: float) -> Commit:
 @pytest.mark.parametrize(
     ("known", "expected"), [([0, 0], True), ([0, 1], True), ([0, 30], False), ([1000, 1000], False)]
 )
-def test_a_source_that_knows_one_domain_alone_is_no_noise(known, expected):
-    commits = [commit(known_tokens=each, scored_tokens=1000.0) for each in map(float, known)]
+def test_a_source_trained_on_a_single_domain_is_not_noise(known, expected):
+    commits = [commit(known_tokens=tokens, scored_tokens=1000.0) for tokens in map(float, known)]
     assert is_noise(commits) == expected
 
 
-def test_who_has_not_counted_is_taken_for_better():
-    silent = commit(positions=10.0)
-    assert not is_noise([silent])
-    assert not is_noise([silent, commit(known_tokens=0.0, scored_tokens=9.0)])
+def test_a_source_without_noise_stats_is_kept():
+    uncounted = commit(positions=10.0)
+    assert not is_noise([uncounted])
+    assert not is_noise([uncounted, commit(known_tokens=0.0, scored_tokens=9.0)])
 
 
 @pytest.mark.parametrize("skips", [True, False])
-def test_it_is_not_heard_in_training_unless_it_is_asked_for(skips, tmp_path):
+def test_noise_is_not_active_in_training_unless_skip_noise_is_off(skips, tmp_path):
     stats = {
         "a": {"known_tokens": 0.0, "scored_tokens": 1000.0},
         "b": {"known_tokens": 900.0, "scored_tokens": 1000.0},
