@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from rayfuse.evaluate.scores import DocumentScore, Evaluation, bits_per_byte, compare
+from rayfuse.evaluate.scores import DocumentScore, Evaluation, bits_per_byte, compare_evaluations
 
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
 """97.5 % quantile by the number of seeds."""
@@ -51,7 +51,7 @@ def score_groups(nats: Float[np.ndarray, " documents"], documents: Documents) ->
 
 def compare_groups(a: Nats, b: Nats, documents: Documents) -> dict[str, Interval]:
     """Return by how much `a` pays more than `b`, in bits per byte, over all and by domain."""
-    pooled = compare(
+    pooled = compare_evaluations(
         _evaluation(a.mean(axis=0), documents),
         _evaluation(b.mean(axis=0), documents),
         samples=SAMPLES,

@@ -1,8 +1,7 @@
-"""Held-out rows, tasks and models in; what each pays for every document in bits per byte out, and
-what it scores at every question.
+"""Held-out rows, tasks and models in; bits per byte of every document and task scores out.
 
-What can go wrong: a model that is not trained yet or that has no start token (`ValueError`), a row
-whose log-probabilities are not finite (`ValueError` naming model and row), models that were scored
-on different documents or asked different questions (`ValueError` on comparing them), a task that is
-unknown, without its data or not allowed (`ValueError` before a cluster is asked for).
+What can go wrong, as `UserError`: a model that is not trained yet or has no start token, a row with
+a log-probability that is not finite (the message names model and row), models that were scored on
+different documents or questions, a task that is unknown, lacks its data or runs code that is not
+allowed (raised before any cluster resource is requested).
 """

@@ -1,4 +1,4 @@
-"""Held-out rows -> what one model pays for each."""
+"""Held-out rows -> the negative log-likelihood (NLL) of each under one model."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 
 from rayfuse.align.token_spans import list_token_bytes, place_tokens
+from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
 from rayfuse.evaluate.ensemble import TokenNLL
 from rayfuse.evaluate.scores import DocumentScore
@@ -16,17 +17,16 @@ from rayfuse.models.causal_lm import CausalLM, load_causal_lm, next_token_logpro
 from rayfuse.models.tokenizer import TextTokenizer
 
 CHUNK_POSITIONS = 1024
-"""Positions whose logits exist at a time: 0.5 GB at 128k tokens."""
+"""Positions with logits in memory at a time: 0.5 GB for a vocabulary of 128k."""
 
 
 def load_scored_model(settings: ModelSettings) -> CausalLM:
-    """Return a model on this process' GPU, or on its CPUs.
+    """Load a model on this process' GPU, or on its CPUs if it has none.
 
     Raises:
         ValueError: As for `load_causal_lm`.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_causal_lm(settings, device)
+    return load_causal_lm(settings, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def score_rows(
@@ -38,7 +38,7 @@ def score_rows(
     batch_tokens: int,
     context_tokens: int | None = None,
 ) -> Float[np.ndarray, " rows"]:
-    """Return what a model pays for the text of each row, in nats; see `score_tokens`."""
+    """Compute the NLL of each row's text, in nats; see `score_tokens`."""
     settings = {"name": name, "batch_tokens": batch_tokens, "context_tokens": context_tokens}
     return sum_rows(score_tokens(lm, tokenizer, rows, **settings))
 
@@ -52,55 +52,69 @@ def score_tokens(
     batch_tokens: int,
     context_tokens: int | None = None,
 ) -> list[TokenNLL]:
-    """Return what a model pays for the text of each row, token by token.
+    """Compute the NLL of each row's text, token by token.
 
-    The text is cut by the model's own tokenizer, with its start token before it. EOS is not there:
-    it spells no bytes.
+    The text is tokenized by the model's own tokenizer, after a start token. EOS is not scored: it
+    spells no bytes.
 
     Args:
         lm: The model.
-        tokenizer: The model's own.
-        rows: CORPUS columns; `row_id` and `text` are read.
-        name: What errors call the model.
-        batch_tokens: Tokens of one forward pass, padding counted.
-        context_tokens: The most tokens that the model takes; longer rows are scored in windows.
+        tokenizer: The model's own tokenizer.
+        rows: CORPUS columns, of which `row_id` and `text` are read.
+        name: The model's name in error messages.
+        batch_tokens: Tokens of one forward pass, padding included.
+        context_tokens: The model's context length; longer rows are scored in windows.
 
     Raises:
-        ValueError: The model has no start token, so that nothing would be paid for the first token;
-            or a row's log-probabilities are not finite.
+        UserError: The model has no start token, so the first token has no probability; or a row has
+            a log-probability that is not finite.
     """
     if tokenizer.start_id is None:
-        raise ValueError(
+        raise UserError(
             f"model {name} has neither BOS nor EOS, so its first token of a text cannot be scored; "
             "name one of them in its tokenizer_config.json"
         )
     texts: list[str] = rows["text"].to_pylist()
     token_rows = tokenizer.encode_rows(texts, [False] * len(texts))
-    cuts = [cut_windows(len(tokens), context_tokens) for tokens in token_rows]
-    windows = [(row, *each) for row, parts in enumerate(cuts) for each in parts]
-    token_windows = [token_rows[row][part] for row, part, _ in windows]
-    found: dict[int, Float[np.ndarray, " _"]] = {}
-    for batch in batch_by_tokens([len(tokens) for tokens in token_windows], batch_tokens):
-        scored = next_token_logprobs(lm, [token_windows[i] for i in batch], CHUNK_POSITIONS)
-        found |= {i: -scores[windows[i][2]] for i, scores in zip(batch, scored, strict=True)}
-    by_row: list[list[Float[np.ndarray, " _"]]] = [[] for _ in texts]
-    for i, (row, _, _) in enumerate(windows):
-        by_row[row].append(found[i])
-    nats = [np.concatenate(parts)[:-1] for parts in by_row]  # nothing comes after the last token
-    broken = [row for row, each in enumerate(nats) if not np.isfinite(each).all()]
+    nats = _score_in_windows(lm, token_rows, batch_tokens, context_tokens)
+    broken = [row for row, row_nats in enumerate(nats) if not np.isfinite(row_nats).all()]
     if broken:
-        raise ValueError(
+        raise UserError(
             f"model {name} gives row {rows['row_id'][broken[0]].as_py()!r} a log-probability "
             f"that is not finite ({len(broken)} of {len(texts)} rows); try dtype float32"
         )
     ends = _find_ends(token_rows, texts, tokenizer)
-    return [TokenNLL(*each) for each in zip(ends, nats, strict=True)]
+    return [TokenNLL(*row) for row in zip(ends, nats, strict=True)]
+
+
+def _score_in_windows(
+    lm: CausalLM,
+    token_rows: list[Int[np.ndarray, " _"]],
+    batch_tokens: int,
+    context_tokens: int | None,
+) -> list[Float[np.ndarray, " _"]]:
+    """Compute the NLL of each row's tokens but the first, the start token."""
+    # A window: its row, the part of the row that the model reads, the part of that which counts.
+    windows = [
+        (row, *window)
+        for row, tokens in enumerate(token_rows)
+        for window in cut_windows(len(tokens), context_tokens)
+    ]
+    token_windows = [token_rows[row][part] for row, part, _ in windows]
+    by_window: dict[int, Float[np.ndarray, " _"]] = {}
+    for batch in batch_by_tokens([len(tokens) for tokens in token_windows], batch_tokens):
+        scored = next_token_logprobs(lm, [token_windows[i] for i in batch], CHUNK_POSITIONS)
+        by_window |= {i: -scores[windows[i][2]] for i, scores in zip(batch, scored, strict=True)}
+    by_row: list[list[Float[np.ndarray, " _"]]] = [[] for _ in token_rows]
+    for i, (row, _, _) in enumerate(windows):
+        by_row[row].append(by_window[i])
+    return [np.concatenate(parts)[:-1] for parts in by_row]  # no token follows the last one
 
 
 def _find_ends(
     token_rows: list[Int[np.ndarray, " _"]], texts: list[str], tokenizer: TextTokenizer
 ) -> list[Int[np.ndarray, " _"]]:
-    """Return where each row's tokens end in its bytes, start token left out; see `TokenNLL`."""
+    """Find where each row's tokens end in its bytes, without the start token; see `TokenNLL`."""
     spelled = [text.encode() for text in texts]
     offsets = np.concatenate([[0], np.cumsum([len(tokens) for tokens in token_rows])])
     placed = place_tokens(
@@ -113,7 +127,7 @@ def _find_ends(
     starts = zip(offsets[:-1].tolist(), offsets[1:].tolist(), placed.row_starts, strict=True)
     ends = [placed.ends[start + 1 : stop] - byte for start, stop, byte in starts]
     for row, text in zip(ends, spelled, strict=True):
-        row[-1:] = len(text)  # a tokenizer may leave out the end of a text
+        row[-1:] = len(text)  # some tokenizers drop trailing characters of a text
     return ends
 
 
@@ -121,18 +135,18 @@ def _find_ends(
 def score_last(
     lm: CausalLM, rows: Sequence[Int[np.ndarray, " _"]], counts: Sequence[int]
 ) -> list[tuple[Float[np.ndarray, " _"], bool]]:
-    """Return the log-probabilities of each row's last tokens, and whether all are the likeliest.
+    """Compute the log-probabilities of each row's last tokens, and whether all are the argmax.
 
     Args:
         lm: The model.
         rows: Token ids, one batch.
-        counts: How many tokens at the end of each row are scored, fewer than it has.
+        counts: Number of tokens to score at the end of each row, fewer than the row has.
     """
     hidden = lm.hidden_states(pad_rows(list(rows)).to(lm.device))
     results: list[tuple[Float[np.ndarray, " _"], bool]] = []
     for row, hidden_row, count in zip(rows, hidden, counts, strict=True):
         following = torch.from_numpy(row[len(row) - count :].astype(np.int64)).to(lm.device)
-        states = hidden_row[len(row) - 1 - count : len(row) - 1]
+        states = hidden_row[len(row) - 1 - count : len(row) - 1]  # position t predicts token t + 1
         logprobs: list[np.ndarray] = [np.zeros(0)]
         is_greedy = True
         for part, ids in zip(
@@ -146,13 +160,13 @@ def score_last(
     return results
 
 
-def sum_rows(costs: Sequence[TokenNLL]) -> Float[np.ndarray, " rows"]:
-    """Return what is paid for each row, in nats."""
-    return np.array([row.nats.sum() for row in costs])
+def sum_rows(rows: Sequence[TokenNLL]) -> Float[np.ndarray, " rows"]:
+    """Add up the NLL of each row's tokens, in nats."""
+    return np.array([row.nats.sum() for row in rows])
 
 
 def score_documents(rows: pa.Table, nats: Float[np.ndarray, " rows"]) -> list[DocumentScore]:
-    """Return each row's score under its document's name."""
+    """Label each row's NLL with its document and domain."""
     columns = (rows[name].to_pylist() for name in ("doc_id", "domain", "num_bytes"))
     return [
         DocumentScore(doc_id, domain, num_bytes, float(row_nats))

@@ -1,14 +1,13 @@
-"""The ensemble of several sources on text: the mean of what they give to the same bytes.
+"""The ensemble of several sources on text: the mean of their probabilities of the same bytes.
 
-Sources cut a text into different tokens, so the mean is taken where all of them begin anew: at the
-bytes that all their tokenisations share. From one such byte to the next, each source's probability
-is the product over its own tokens (the chain probability of METHOD 3 and 4, exact, with nothing
-lost to a top k), and the ensemble's is the mean of these. Inside a source's token, where an aligned
-record has no signal, nothing is asked of it: its token is paid for whole. With one tokenizer for
-all this is the mean of the next-token distributions. A single source pays what it pays alone.
+Sources split a text into different tokens, so the mean is taken over chunks: the spans between
+bytes at which a token of every source ends. A source's probability of a chunk is the product over
+its own tokens (the chain rule, exact, without truncation to a top k), and the ensemble's is the
+mean of these. With one tokenizer for all sources this is the mean of the next-token distributions;
+for a single source it is that source.
 
-With several tokenizers the ensemble is told for nothing where the next joint boundary comes, which
-may depend on text behind it: an advantage over every single model, if a small one.
+With several tokenizers the ensemble has a small advantage over every single model: where the next
+common boundary comes may depend on the text after it, and the ensemble knows it for free.
 """
 
 import math
@@ -26,17 +25,17 @@ from rayfuse.storage.codec import build_list_column, flatten_column
 
 @dataclass(frozen=True)
 class TokenNLL:
-    """What one model pays for a row of text, token by token; neither start token nor EOS."""
+    """The NLL of a row of text under one model, token by token, without start token and EOS."""
 
     ends: Int[np.ndarray, " tokens"]
-    """The byte after the last one that each token spells, from the row's first; never decreases.
-    The last is the row's number of bytes."""
+    """End of each token, in bytes from the start of the row. Never decreases; the last one is the
+    row's number of bytes."""
     nats: Float[np.ndarray, " tokens"]
-    """-log of each token's probability, given those before."""
+    """-log of each token's probability given the tokens before it."""
 
 
 def find_joint_ends(sources: Sequence[TokenNLL]) -> Int[np.ndarray, " chunks"]:
-    """Return the bytes at which a token of every source ends, in order; the row's end is the last.
+    """Find the bytes at which a token of every source ends, in order; the row's end is the last.
 
     Raises:
         ValueError: The sources' tokens do not end at the same byte.
@@ -50,34 +49,35 @@ def find_joint_ends(sources: Sequence[TokenNLL]) -> Int[np.ndarray, " chunks"]:
 
 
 def average_sources(sources: Sequence[TokenNLL]) -> TokenNLL:
-    """Return what the ensemble pays, chunk by chunk: from one joint end to the next.
+    """Compute the ensemble's NLL, chunk by chunk.
 
     Args:
-        sources: All of the same row, at least one; each has the same say.
+        sources: The same row under each source, at least one; all have equal weight.
 
     Raises:
         ValueError: As for `find_joint_ends`.
     """
     joint_ends = find_joint_ends(sources)
-    costs = np.stack([_sum_chunks(source, joint_ends) for source in sources])
-    mean_logprobs = np.logaddexp.reduce(-costs, axis=0) - math.log(len(sources))
+    chunk_nats = np.stack([_sum_chunks(source, joint_ends) for source in sources])
+    mean_logprobs = np.logaddexp.reduce(-chunk_nats, axis=0) - math.log(len(sources))
     return TokenNLL(joint_ends, -mean_logprobs)
 
 
 def _sum_chunks(
     source: TokenNLL, joint_ends: Int[np.ndarray, " chunks"]
 ) -> Float[np.ndarray, " chunks"]:
-    """Return what a source pays from one joint end to the next, all tokens that end there within.
+    """Add up a source's NLL over each chunk.
 
-    A token that spells nothing the text has, as a blank put before it, belongs to the chunk that
-    ends where it does.
+    A token that spells no byte of the text, such as a prefix space, ends where the token before it
+    does. `side="right"` puts both into the same chunk.
     """
-    paid = np.concatenate([[0.0], np.cumsum(source.nats, dtype=np.float64)])
-    return np.diff(paid[np.searchsorted(source.ends, joint_ends, side="right")], prepend=0.0)
+    total_nats = np.concatenate([[0.0], np.cumsum(source.nats, dtype=np.float64)])
+    num_tokens = np.searchsorted(source.ends, joint_ends, side="right")
+    return np.diff(total_nats[num_tokens], prepend=0.0)
 
 
-def build_costs(row_ids: list[str], rows: Sequence[TokenNLL]) -> pa.Table:
-    """Return the TOKEN_NLL rows."""
+def build_nll_table(row_ids: list[str], rows: Sequence[TokenNLL]) -> pa.Table:
+    """Build the TOKEN_NLL rows."""
     offsets = np.concatenate([[0], np.cumsum([len(row.ends) for row in rows])]).astype(np.int64)
     ends = np.concatenate([np.zeros(0, np.int32), *(row.ends for row in rows)]).astype(np.int32)
     nats = np.concatenate([np.zeros(0), *(row.nats for row in rows)]).astype(np.float32)
@@ -89,8 +89,8 @@ def build_costs(row_ids: list[str], rows: Sequence[TokenNLL]) -> pa.Table:
     return pa.Table.from_pydict(columns, schema=TOKEN_NLL)
 
 
-def read_costs(table: pa.Table) -> list[TokenNLL]:
-    """Return what TOKEN_NLL rows hold."""
+def read_nll_table(table: pa.Table) -> list[TokenNLL]:
+    """Read TOKEN_NLL rows."""
     ends, offsets = flatten_column(table, "ends")
     nats = flatten_column(table, "nats")[0]
     cuts = offsets[1:-1]

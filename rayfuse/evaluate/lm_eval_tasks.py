@@ -1,27 +1,62 @@
-"""Tasks by name, through lm-eval: found, checked, asked."""
+"""Tasks of lm-eval: find and check them, and run them for a model or for the ensemble.
+
+lm-eval is an optional dependency: only code that runs tasks may import this module.
+"""
 
 import difflib
+import io
 import logging
 import random
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+
+from rayfuse.config.base import UserError
 from rayfuse.config.evaluate import EvaluateSettings, TasksSettings
+from rayfuse.config.models import ModelSettings
+from rayfuse.evaluate.bits_per_byte import load_scored_model
+from rayfuse.evaluate.ensemble import build_nll_table, read_nll_table
+from rayfuse.evaluate.lm_eval_model import EnsembleLM, TextLM
+from rayfuse.evaluate.model_loading import local_model
 from rayfuse.evaluate.sandbox import check_sandbox
-from rayfuse.evaluate.task_scores import SubtaskScore, read_samples
+from rayfuse.evaluate.task_scores import SubtaskScore, TaskScore, read_samples
+from rayfuse.models.files import load_recipe_tokenizer, read_model_files
+from rayfuse.storage.store import Store
 
 FEWSHOT_SEED = 1234
-"""Of the examples before a question, lm-eval's own default."""
+"""Seed of the few-shot examples: lm-eval's own default."""
+
+LOGLIKELIHOOD_TYPES = {"multiple_choice", "loglikelihood_rolling"}
 
 
-def open_manager(settings: TasksSettings) -> Any:
-    """Return lm-eval's manager of tasks; its own ten thousand are listed only if they are needed.
+@dataclass(frozen=True)
+class LmEvalJob:
+    """The tasks that one model, or the ensemble, has yet to run."""
+
+    name: str
+    """The model's name in tables."""
+    settings: EvaluateSettings
+    store: Store
+    score_files: dict[str, str]
+    """By task: the file of its score."""
+    nll_files: dict[str, str]
+    """By task: the file of a source's token NLL, from which the ensemble is computed."""
+
+
+def open_task_manager(settings: TasksSettings) -> Any:
+    """Open lm-eval's task manager on the recipe's folder.
+
+    lm-eval's own ten thousand definitions take half a minute to index, so they are indexed only if
+    the recipe names one that the folder does not have.
 
     Raises:
-        ValueError: A name is known to neither the folder nor lm-eval.
+        UserError: Neither the folder nor lm-eval has a task of some name.
     """
-    from lm_eval.tasks import TaskManager
-
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     options: dict[str, Any] = {
         "include_path": None if settings.folder is None else Path(settings.folder).expanduser(),
@@ -33,26 +68,26 @@ def open_manager(settings: TasksSettings) -> Any:
     local, manager = manager, TaskManager(**options)
     for name in settings.names:
         if name not in manager.task_index:
-            # Of the folder first: whoever has one most likely means its tasks.
+            # The folder's tasks come first: a recipe with a folder most likely means one of them.
             near = [
                 *difflib.get_close_matches(name, local.all_tasks, n=1),
                 *difflib.get_close_matches(name, manager.all_tasks, n=1),
             ]
             remedy = f"did you mean {near[0]!r}?" if near else "`lm-eval ls tasks` lists them"
-            raise ValueError(f"evaluate.tasks.names has {name!r}, which is no task; {remedy}")
+            raise UserError(f"evaluate.tasks.names has {name!r}, which is not a task; {remedy}")
     return manager
 
 
 def check_tasks(settings: EvaluateSettings) -> None:
-    """Load every task, so that what is wrong with one is known before a cluster is asked for.
+    """Load every task, so that a wrong one is reported before cluster resources are requested.
 
     Raises:
-        ValueError: A task is unknown, cannot be loaded, or runs code that models write where that
-            is not allowed.
+        UserError: A task is unknown, cannot be loaded, or runs model-written code where that is not
+            allowed.
     """
     if settings.tasks is None:
         return
-    manager = open_manager(settings.tasks)
+    manager = open_task_manager(settings.tasks)
     for name in settings.tasks.names:
         for subtask, task in load_tasks(manager, name).items():
             if getattr(task, "UNSAFE_CODE", False):
@@ -62,56 +97,54 @@ def check_tasks(settings: EvaluateSettings) -> None:
 def _check_code(
     name: str, subtask: str, settings: EvaluateSettings, metadata: dict[str, Any]
 ) -> None:
-    """Allow a task that runs code only where the recipe does, and in our sandbox alone."""
+    """Allow a task that runs code only where the recipe does, and only in rayfuse's sandbox."""
     if not settings.run_generated_code:
-        raise ValueError(
-            f"evaluate.tasks.names has {name!r}: {subtask} runs code that models write; "
+        raise UserError(
+            f"evaluate.tasks.names has {name!r}: {subtask} runs model-written code; "
             "set evaluate.run_generated_code: true, or remove the task"
         )
     if metadata.get("sandboxed") is not True:
-        raise ValueError(
-            f"evaluate.tasks.names has {name!r}: {subtask} runs code that models write outside "
-            "any sandbox; take a definition that uses rayfuse.evaluate.sandbox and says so "
-            "(metadata: {sandboxed: true}), as recipes/tasks/humaneval.yaml does"
+        raise UserError(
+            f"evaluate.tasks.names has {name!r}: {subtask} runs model-written code outside any "
+            "sandbox; use a definition that calls rayfuse.evaluate.sandbox and declares "
+            "metadata: {sandboxed: true}, such as recipes/tasks/humaneval.yaml"
         )
     check_sandbox()
 
 
 def load_tasks(manager: Any, name: str) -> dict[str, Any]:
-    """Return the tasks of one name: itself, or those of a group or a tag.
+    """Load the tasks of one name: the task itself, or those of a group or a tag.
 
     Raises:
-        ValueError: One cannot be loaded: its data is not there, or its definition is wrong.
+        UserError: One cannot be loaded: its data is missing, or its definition is wrong.
     """
     try:
         return manager.load([name])["tasks"]
-    except Exception as error:  # definitions are foreign code and data comes from anywhere
-        raise ValueError(
+    except Exception as error:  # a definition is the user's code and may raise anything
+        raise UserError(
             f"the task {name} cannot be loaded ({type(error).__name__}: {error}); check "
-            "evaluate.tasks.data, and that the machine reaches the hub if the set is there"
+            "evaluate.tasks.data, and that this machine reaches the hub if the data set is there"
         ) from error
 
 
-def ask_tasks(
+def run_tasks(
     model: Any, manager: Any, name: str, settings: EvaluateSettings
 ) -> list[SubtaskScore]:
-    """Return a model's scores at all tasks of one name.
+    """Score a model at all tasks of one name.
 
     Args:
         model: An `LM` of lm-eval.
-        manager: Of `open_manager`.
+        manager: The result of `open_task_manager`.
         name: A task, group or tag.
-        settings: How many examples and questions, and whether generated code may run.
+        settings: Numbers of few-shot examples and questions, and whether generated code may run.
     """
-    from lm_eval.evaluator import evaluate
-
-    assert settings.tasks is not None, "there are tasks to ask"
+    assert settings.tasks is not None, "there are no tasks to run"
     random.seed(0)
     tasks = load_tasks(manager, name)
     for task in tasks.values():
         own = task.get_config("num_fewshot")
         given = settings.tasks.num_fewshot
-        # A definition that says 0 has its reasons: lm-eval does not overrule it either.
+        # A definition with 0 examples is meant to have none: lm-eval does not overrule it either.
         number = own or 0 if given is None or own == 0 else given
         task.set_config(key="num_fewshot", value=number)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
@@ -134,7 +167,70 @@ def ask_tasks(
     ]
 
 
-def is_scored_by_loss(manager: Any, name: str) -> bool:
-    """Return whether a name's tasks ask for nothing but log-probabilities of texts."""
+def needs_only_logprobs(manager: Any, name: str) -> bool:
+    """Check that the tasks of a name request log-probabilities of texts and no generated text."""
     kinds = {task.OUTPUT_TYPE for task in load_tasks(manager, name).values()}
-    return kinds <= {"multiple_choice", "loglikelihood_rolling"}
+    return kinds <= LOGLIKELIHOOD_TYPES
+
+
+def run_model_job(job: LmEvalJob, model: ModelSettings, folder: str | None) -> int:
+    """Run a model's tasks, store each score, and return their number; a Ray task.
+
+    Args:
+        job: The tasks.
+        model: The model.
+        folder: Its folder in the store, if this run has made it; see `local_model`.
+
+    Raises:
+        ValueError: A task or the model cannot be used.
+    """
+    assert job.settings.tasks is not None, "there are no tasks to run"
+    manager = open_task_manager(job.settings.tasks)
+    with local_model(model, job.store, folder) as local:
+        lm, tokenizer = load_scored_model(local), load_recipe_tokenizer(local)
+        context_tokens = read_model_files(local.model, local.revision).context_tokens
+        for name, file in job.score_files.items():
+            began = time.monotonic()
+            text_lm = TextLM(
+                lm,
+                tokenizer,
+                batch_tokens=job.settings.batch_tokens,
+                context_tokens=context_tokens,
+            )
+            subtasks = tuple(run_tasks(text_lm, manager, name, job.settings))
+            if name in job.nll_files:
+                sink = io.BytesIO()
+                ids = [str(number) for number in range(len(text_lm.token_nll))]
+                table = build_nll_table(ids, text_lm.token_nll)
+                pq.write_table(table, sink, compression="zstd")
+                job.store.write(job.nll_files[name], sink.getvalue())
+            # The score is written last: its presence marks the task as complete.
+            score = TaskScore(job.name, name, subtasks, time.monotonic() - began)
+            job.store.write(file, score.to_json())
+    return len(job.score_files)
+
+
+def run_ensemble_job(job: LmEvalJob, sources: list[dict[str, str]]) -> int:
+    """Store the ensemble's score at each task, from its sources' token NLL; a Ray task.
+
+    Generation tasks are skipped and get an empty score: sources with different tokenizers cannot
+    generate one text together.
+
+    Args:
+        job: The tasks.
+        sources: The token NLL file of each source, by task.
+    """
+    assert job.settings.tasks is not None, "there are no tasks to run"
+    manager = open_task_manager(job.settings.tasks)
+    for name, file in job.score_files.items():
+        began = time.monotonic()
+        subtasks: list[SubtaskScore] = []
+        if needs_only_logprobs(manager, name):
+            token_nll = [
+                read_nll_table(pq.read_table(io.BytesIO(job.store.read(files[name]))))
+                for files in sources
+            ]
+            subtasks = run_tasks(EnsembleLM(token_nll), manager, name, job.settings)
+        score = TaskScore(job.name, name, tuple(subtasks), time.monotonic() - began)
+        job.store.write(file, score.to_json())
+    return len(job.score_files)

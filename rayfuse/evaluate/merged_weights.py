@@ -10,21 +10,22 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from rayfuse.config.base import UserError
 from rayfuse.models.files import PLAIN_FILES
 
 
 def average_weights(folders: Sequence[Path], merged: Path) -> None:
-    """Write the model whose every weight is the mean of the models', each with the same share.
+    """Write a model in which every weight is the plain mean over the given models.
 
-    One tensor of all models is in memory at a time, and one file of the result.
+    One tensor of every model and one file of the result are in memory at a time.
 
     Args:
-        folders: Model folders with safetensors; the first gives the result its files, its data
-            types, its config and its tokenizer.
+        folders: Model folders with safetensors. The result takes its files, dtypes, config and
+            tokenizer from the first.
         merged: An empty folder.
 
     Raises:
-        ValueError: A model lacks a tensor, has one more or one of another shape.
+        UserError: The models differ in the names or shapes of their tensors.
     """
     for pattern in PLAIN_FILES:
         for file in folders[0].glob(pattern):
@@ -50,21 +51,22 @@ def _open_files(folder: Path, stack: ExitStack) -> Iterator[Any]:
 
 def _check_names(differing: set[str], folder: Path, first: Path) -> None:
     if differing:
-        raise ValueError(
+        raise UserError(
             f"the weights of {folder} and {first} cannot be averaged: {sorted(differing)[0]!r} is "
             f"in one of them only ({len(differing)} such tensors)"
         )
 
 
 def _average(handles: Sequence[Any], name: str) -> torch.Tensor:
-    """Return the mean of a tensor over the models; what is no number of a weight is the first's."""
+    """Average a tensor over the models; integer buffers, which have no mean, are the first's."""
     tensors: list[torch.Tensor] = [handle.get_tensor(name) for handle in handles]
     first = tensors[0]
     if any(tensor.shape != first.shape for tensor in tensors):
         shapes = [list(tensor.shape) for tensor in tensors]
-        raise ValueError(f"the weights {name!r} cannot be averaged: their shapes are {shapes}")
+        raise UserError(f"the weights {name!r} cannot be averaged: their shapes are {shapes}")
     if not first.is_floating_point():
         return first
+    # In float64, so that the mean of equal bfloat16 weights is bit-identical to them.
     total = torch.zeros_like(first, dtype=torch.float64)
     for tensor in tensors:
         total += tensor

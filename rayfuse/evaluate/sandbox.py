@@ -1,8 +1,8 @@
-"""Programs that models wrote, run where they can do no harm: Linux namespaces by `unshare`.
+"""Run model-written programs where they can do no harm: in Linux namespaces made by `unshare`.
 
-A program sees the system's programs and libraries, read-only, an empty folder of its own in memory,
-and nothing else: no home, no data, no network, no other process. It holds no capability with which
-it could change that, and its time, memory, files and processes are bounded.
+A program sees the system's programs and libraries (read-only), an empty folder of its own in
+memory, and nothing else: no home, no data, no network, no other process. It holds no capability
+that could change this. Its CPU time, memory, file size and number of processes are limited.
 """
 
 import subprocess
@@ -12,16 +12,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-MEMORY_BYTES = 4 * 2**30
-FILE_BYTES = 64 * 2**20
-PROCESSES = 256
+from rayfuse.config.base import UserError
 
-CLOCK_OVER_PROCESSOR = 3
-"""Seconds by the clock for each of processor time: a busy machine takes them from a program."""
+MAX_MEMORY_BYTES = 4 * 2**30
+MAX_FILE_BYTES = 64 * 2**20
+MAX_PROCESSES = 256
+
+WALL_SECONDS_PER_CPU_SECOND = 3
+"""Wall-clock limit as a multiple of the CPU limit: on a busy node a program waits for a core."""
 
 PATH = "/usr/local/bin:/usr/bin:/bin"
-"""Where programs are found in the sandbox."""
+"""Where the sandbox looks for programs."""
 
+# Each mount is in a namespace of its own, so it vanishes with the sandbox. A bind mount takes its
+# read-only flag only from a second, remounting call. `chroot` comes last: setpriv then drops all
+# capabilities, without which no mount can be undone.
 ROOT_SCRIPT = r"""
 set -e
 root=$1; program=$2; path=$3; shift 3
@@ -46,52 +51,51 @@ exec chroot "$root" /usr/bin/env -i -C /work PATH="$path" HOME=/tmp \
     LANG=C.UTF-8 setpriv --no-new-privs --bounding-set=-all --inh-caps=-all -- "$@"
 """
 
+REFUSAL = (
+    "evaluate.run_generated_code is true, but this machine cannot sandbox programs (Linux with "
+    "unshare, setpriv, prlimit and user namespaces is needed); set it to false and remove the "
+    "tasks that run code"
+)
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a program."""
+    """The result of a program."""
 
     passed: bool
-    """It ended by itself, without an error."""
+    """It exited by itself with code 0."""
     output: str
-    """The end of what it printed."""
+    """The end of its output."""
 
 
 @lru_cache(maxsize=1)
 def check_sandbox() -> None:
-    """Check that programs can be shut in on this machine.
+    """Check that this machine can sandbox programs.
 
     Raises:
-        ValueError: They cannot; the message says why.
+        UserError: It cannot; the message gives the reason.
     """
     try:
         outcome = run_sandboxed({"main.py": "print(6 * 7)"}, [python(), "main.py"], seconds=30)
     except OSError as error:
-        raise ValueError(f"{REFUSAL}: {error}") from error
+        raise UserError(f"{REFUSAL}: {error}") from error
     if outcome.output.strip() != "42":
-        raise ValueError(f"{REFUSAL}: {outcome.output.strip()[-200:]}")
-
-
-REFUSAL = (
-    "evaluate.run_generated_code is true, but programs cannot be shut in here (Linux with unshare, "
-    "setpriv, prlimit and user namespaces is needed); set it to false and remove the tasks that "
-    "run code"
-)
+        raise UserError(f"{REFUSAL}: {outcome.output.strip()[-200:]}")
 
 
 def python() -> str:
-    """Return this Python, as a program in the sandbox finds it."""
+    """Locate this Python inside the sandbox."""
     return str(Path(sys.base_prefix) / "bin" / "python3")
 
 
 def run_sandboxed(files: dict[str, str], command: list[str], *, seconds: int) -> Outcome:
-    """Return what became of a command, run beside some files in a sandbox of its own.
+    """Run a command beside some files, in a sandbox of its own.
 
     Args:
         files: Text by name or relative path.
         command: The program and its arguments.
-        seconds: Of processor time, for each process; after `CLOCK_OVER_PROCESSOR` times as many by
-            the clock the command is killed with all that it started.
+        seconds: CPU time limit of each process. After `WALL_SECONDS_PER_CPU_SECOND` times as long
+            the command is killed with all processes that it started.
     """
     with tempfile.TemporaryDirectory(prefix="rayfuse-sandbox-") as folder:
         root, program = Path(folder, "root"), Path(folder, "work")
@@ -101,33 +105,37 @@ def run_sandboxed(files: dict[str, str], command: list[str], *, seconds: int) ->
             path = program / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8", errors="replace")
-        limits = [
-            f"--cpu={seconds}",
-            f"--as={MEMORY_BYTES}",
-            f"--fsize={FILE_BYTES}",
-            f"--nproc={PROCESSES}",
-            "--core=0",
-        ]
-        spaces = ["--user", "--map-root-user", "--mount", "--net", "--ipc", "--uts", "--pid"]
-        shut_in = ["unshare", *spaces, "--fork", "--kill-child", "--mount-proc"]
-        arguments = [str(root), str(program), PATH, sys.base_prefix]
-        script = ["sh", "-c", ROOT_SCRIPT, "sandbox", *arguments]
+        wall_seconds = WALL_SECONDS_PER_CPU_SECOND * seconds
         try:
             done = subprocess.run(
-                [*shut_in, *script, "prlimit", *limits, "--", *command],
+                _build_command(root, program, command, seconds),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                timeout=CLOCK_OVER_PROCESSOR * seconds,
+                timeout=wall_seconds,
                 check=False,
-                start_new_session=True,  # a signal to its process group ends at the sandbox
+                start_new_session=True,  # a signal to its process group stays in the sandbox
             )
         except subprocess.TimeoutExpired as error:
-            return Outcome(
-                False,
-                _end_of(error.stdout or b"") + f"\nkilled after {CLOCK_OVER_PROCESSOR * seconds} s",
-            )
+            output = _end_of(error.stdout or b"")
+            return Outcome(False, f"{output}\nkilled after {wall_seconds} s")
     return Outcome(done.returncode == 0, _end_of(done.stdout))
+
+
+def _build_command(root: Path, program: Path, command: list[str], seconds: int) -> list[str]:
+    limits = [
+        f"--cpu={seconds}",
+        f"--as={MAX_MEMORY_BYTES}",
+        f"--fsize={MAX_FILE_BYTES}",
+        f"--nproc={MAX_PROCESSES}",
+        "--core=0",
+    ]
+    namespaces = ["--user", "--map-root-user", "--mount", "--net", "--ipc", "--uts", "--pid"]
+    # --kill-child: process 1 of the namespace dies with unshare, and all others die with it.
+    unshare = ["unshare", *namespaces, "--fork", "--kill-child", "--mount-proc"]
+    arguments = [str(root), str(program), PATH, sys.base_prefix]
+    script = ["sh", "-c", ROOT_SCRIPT, "sandbox", *arguments]
+    return [*unshare, *script, "prlimit", *limits, "--", *command]
 
 
 def _end_of(output: bytes) -> str:

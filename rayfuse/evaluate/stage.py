@@ -9,12 +9,21 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+import torch
 from ray.exceptions import RayTaskError
 
+from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings, SourceSettings
 from rayfuse.config.recipe import Recipe, dump_recipe
-from rayfuse.evaluate.ask import LmEvalJob, ask_ensemble, ask_model
-from rayfuse.evaluate.model_loading import ScoringJob, local_model
+from rayfuse.evaluate.bits_per_byte import (
+    load_scored_model,
+    score_documents,
+    score_tokens,
+    sum_rows,
+)
+from rayfuse.evaluate.ensemble import average_sources, build_nll_table, read_nll_table
+from rayfuse.evaluate.merged_weights import average_weights
+from rayfuse.evaluate.model_loading import local_model
 from rayfuse.evaluate.scores import (
     DocumentScore,
     Evaluation,
@@ -40,47 +49,70 @@ ENSEMBLE, MERGED = "ensemble", "merged"
 
 
 @dataclass(frozen=True)
+class ScoringJob:
+    """Everything that a worker needs to score held-out rows with one model."""
+
+    name: str
+    """The model's name in tables."""
+    model: ModelSettings
+    held_out: DataSet
+    batch_tokens: int
+    own_folder: str | None
+    """The model's folder below the storage root; None for a model that this run has not made."""
+    token_nll: DataSet | None = None
+    """Where a source of the ensemble stores its token NLL."""
+
+
+@dataclass(frozen=True)
 class ScoredShards:
-    """What one task found."""
+    """The result of one task."""
 
     documents: list[DocumentScore]
     seconds: float
-    """Loading the model included."""
+    """Computing time, loading the model included."""
 
 
 def evaluate_models(recipe: Recipe, layout: Layout, progress: Progress) -> dict[str, Evaluation]:
-    """Score every model that is not scored yet, all at once, and return all results by name.
+    """Score every model that has no result yet, all in parallel, and read all results by name.
 
     Raises:
-        ValueError: The held-out rows are not whole or there are none, a model is not trained yet,
-            or a model cannot score a row.
+        UserError: The held-out rows are incomplete or empty, a model is not trained yet, or a model
+            or a task cannot be used.
     """
     names = [name for name in layout.evaluations if not _is_evaluated(layout, name)]
     if names:
         groups = _plan_groups(recipe, layout)
-        shards = {shard for group in groups for shard in group}
         if ENSEMBLE in names:
-            for name, costs in layout.token_nll.items():
-                costs.claim({"recipe": dump_recipe(recipe), "source": name})
-                if shards - costs.list_committed() and name not in names:
-                    names.append(name)
-        _score_models(
-            recipe, layout, [name for name in names if name != ENSEMBLE], groups, progress
-        )
+            names += _claim_token_nll(recipe, layout, groups, names)
+        models = [name for name in names if name != ENSEMBLE]
+        _score_models(recipe, layout, models, groups, progress)
         if ENSEMBLE in names:
-            _score_ensemble(recipe, layout, groups, progress)
+            _score_ensemble(layout, groups, progress)
     if recipe.evaluate.tasks is not None:
-        _ask_models(recipe, layout, progress)
+        _score_tasks(recipe, layout, progress)
     return {
         name: parse_evaluation(layout.store.read(file)) for name, file in layout.evaluations.items()
     }
 
 
-def group_shards(commits: Iterable[Commit], task_tokens: int) -> list[list[int]]:
-    """Return shards in runs of about `task_tokens`, one run a task; empty shards are left out.
+def _claim_token_nll(
+    recipe: Recipe, layout: Layout, groups: list[list[int]], names: list[str]
+) -> list[str]:
+    """Claim the sources' token NLL, and list the sources to score again because shards lack it."""
+    shards = {shard for group in groups for shard in group}
+    incomplete: list[str] = []
+    for name, token_nll in layout.token_nll.items():
+        token_nll.claim({"recipe": dump_recipe(recipe), "source": name})
+        if shards - token_nll.list_committed() and name not in names:
+            incomplete.append(name)
+    return incomplete
 
-    A corpus of many small files has many small held-out shards, and loading the model would cost
-    more than scoring one of them.
+
+def group_shards(commits: Iterable[Commit], task_tokens: int) -> list[list[int]]:
+    """Group shards into runs of about `task_tokens`, one run per task; empty shards are skipped.
+
+    A corpus of many small files has many small held-out shards, and loading the model would take
+    longer than scoring one of them.
     """
     groups: list[list[int]] = []
     room = 0
@@ -98,24 +130,22 @@ def group_shards(commits: Iterable[Commit], task_tokens: int) -> list[list[int]]
 def _score_models(
     recipe: Recipe, layout: Layout, names: list[str], groups: list[list[int]], progress: Progress
 ) -> None:
-    tasks = {name: _plan_task(recipe, layout, name) for name in names}
+    jobs = {name: _plan_job(recipe, layout, name) for name in names}
     pending: dict[Any, tuple[str, int]] = {}
-    for name, task in tasks.items():
-        made = _merge_models(recipe, layout) if name == MERGED else None
-        remote: Any = ray.remote(**_resource_options(task.model, recipe))(score_shards)
-        pending |= {remote.remote(task, each, made): (name, i) for i, each in enumerate(groups)}
+    for name, job in jobs.items():
+        merge = _start_merge(recipe, layout) if name == MERGED else None
+        remote: Any = ray.remote(**_resource_options(job.model, recipe))(score_shards)
+        pending |= {remote.remote(job, group, merge): (name, i) for i, group in enumerate(groups)}
     for name, parts in _gather(pending, groups, progress):
-        evaluation = _join_parts(name, tasks[name].model.model, parts)
+        evaluation = _join_parts(name, jobs[name].model.model, parts)
         layout.store.write(layout.evaluations[name], evaluation.to_json())
 
 
-def _score_ensemble(
-    recipe: Recipe, layout: Layout, groups: list[list[int]], progress: Progress
-) -> None:
+def _score_ensemble(layout: Layout, groups: list[list[int]], progress: Progress) -> None:
     average: Any = ray.remote(max_retries=TASK_RETRIES)(average_shards)
-    costs = list(layout.token_nll.values())
+    token_nll = list(layout.token_nll.values())
     pending = {
-        average.remote(layout.held_out, costs, group): (ENSEMBLE, i)
+        average.remote(layout.held_out, token_nll, group): (ENSEMBLE, i)
         for i, group in enumerate(groups)
     }
     for name, parts in _gather(pending, groups, progress):
@@ -126,7 +156,7 @@ def _score_ensemble(
 def _gather(
     pending: dict[Any, tuple[str, int]], groups: list[list[int]], progress: Progress
 ) -> Iterator[tuple[str, list[ScoredShards]]]:
-    """Yield each model's name and what its tasks found, as soon as all of them are done."""
+    """Yield each model's name and its tasks' results, as soon as all of its tasks are done."""
     num_shards = sum(len(group) for group in groups)
     found: dict[str, dict[int, ScoredShards]] = {name: {} for name, _ in pending.values()}
     try:
@@ -140,48 +170,48 @@ def _gather(
             if done == num_shards:
                 yield name, [found[name][i] for i in range(len(groups))]
     finally:
-        for reference in pending:  # after an error: what is still running would be lost anyhow
+        for reference in pending:  # after an error the results of running tasks would be lost
             ray.cancel(reference)
 
 
-def _ask_models(recipe: Recipe, layout: Layout, progress: Progress) -> None:
-    """Ask every model what it has no score at: one Ray task a model, the ensemble afterwards."""
-    ask: dict[str, LmEvalJob] = {}
+def _score_tasks(recipe: Recipe, layout: Layout, progress: Progress) -> None:
+    """Run the tasks without a score: one Ray task per model, then one for the ensemble."""
+    # lm-eval is an optional dependency (rayfuse[tasks]).
+    from rayfuse.evaluate.lm_eval_tasks import LmEvalJob, run_ensemble_job, run_model_job
+
     present = layout.store.sizes("evaluate")
-    for name, files in layout.task_scores.items():
-        costs = layout.task_costs.get(name, {})
-        wanted = {task: file for task, file in files.items() if _base(file) not in present}
+    jobs: dict[str, LmEvalJob] = {}
+    for name, score_files in layout.task_scores.items():
+        nll_files = layout.task_costs.get(name, {})
+        missing = {
+            task: file
+            for task, file in score_files.items()
+            if _base(file) not in present
+            or (task in nll_files and _base(nll_files[task]) not in present)
+        }
+        if missing:
+            jobs[name] = LmEvalJob(name, recipe.evaluate, layout.store, missing, nll_files)
+    pending: dict[Any, str] = {}
+    for name, job in jobs.items():
         if name != ENSEMBLE:
-            for task, file in costs.items():
-                if _base(file) not in present:
-                    wanted[task] = files[task]
-        if wanted:
-            ask[name] = LmEvalJob(name, recipe.evaluate, layout.store, wanted, costs)
-    _run_asked(
-        {
-            name: ray.remote(**_resource_options(describe_model(recipe, name, layout), recipe))(
-                ask_model
-            ).remote(task, _plan_task(recipe, layout, name))
-            for name, task in ask.items()
-            if name != ENSEMBLE
-        },
-        progress,
-    )
-    if ENSEMBLE in ask:
+            _check_trained(layout, name)
+            model = describe_model(recipe, name, layout)
+            remote: Any = ray.remote(**_resource_options(model, recipe))(run_model_job)
+            pending[remote.remote(job, model, find_own_folder(name, layout))] = name
+    _wait_for_jobs(pending, progress)
+    if ENSEMBLE in jobs:
         sources = list(layout.task_costs.values())
-        pending = ray.remote(max_retries=TASK_RETRIES)(ask_ensemble).remote(ask[ENSEMBLE], sources)
-        _run_asked({ENSEMBLE: pending}, progress)
+        remote = ray.remote(max_retries=TASK_RETRIES)(run_ensemble_job)
+        _wait_for_jobs({remote.remote(jobs[ENSEMBLE], sources): ENSEMBLE}, progress)
 
 
-def _run_asked(pending: dict[str, Any], progress: Progress) -> None:
-    """Wait for models that are asked tasks."""
-    names = {reference: name for name, reference in pending.items()}
+def _wait_for_jobs(names: dict[Any, str], progress: Progress) -> None:
     waiting = list(names)
     try:
         while waiting:
             (ready,), waiting = ray.wait(waiting, num_returns=1)
             number = _fetch(ready)
-            progress(f"ask {names[ready]}", number, number, "tasks")
+            progress(f"tasks of {names[ready]}", number, number, "tasks")
     finally:
         for reference in waiting:
             ray.cancel(reference)
@@ -191,10 +221,10 @@ def _base(file: str) -> str:
     return file.rpartition("/")[2]
 
 
-def _merge_models(recipe: Recipe, layout: Layout) -> Any:
-    """Begin to average the weights, unless they are there, and return what to wait for."""
+def _start_merge(recipe: Recipe, layout: Layout) -> Any:
+    """Start to average the weights, and return the task's reference; None where it is done."""
     folder = layout.merge.folder
-    assert folder is not None, "there is no model merged"
+    assert folder is not None, "no model is merged"
     if "done.json" in layout.store.sizes(folder):
         return None
     sources = [source for source in recipe.sources if source.name in layout.merge.sources]
@@ -204,25 +234,29 @@ def _merge_models(recipe: Recipe, layout: Layout) -> Any:
 
 def _plan_groups(recipe: Recipe, layout: Layout) -> list[list[int]]:
     if not layout.held_out.is_complete():
-        raise ValueError("the held-out rows are not whole; run `rayfuse corpus` first")
+        raise UserError("the held-out rows are incomplete; run `rayfuse corpus` first")
     groups = group_shards(layout.held_out.commits().values(), recipe.corpus.shard_tokens)
     if not groups:
-        raise ValueError("there are no held-out rows; raise evaluate.held_out_share")
+        raise UserError("there are no held-out rows; raise evaluate.held_out_share")
     return groups
 
 
-def _plan_task(recipe: Recipe, layout: Layout, name: str) -> ScoringJob:
-    for run in layout.runs:
-        if run.name == name and "done.json" not in layout.store.sizes(run.folder):
-            raise ValueError(f"the model {name} is not trained; run `rayfuse train` first")
+def _plan_job(recipe: Recipe, layout: Layout, name: str) -> ScoringJob:
+    _check_trained(layout, name)
     return ScoringJob(
         name=name,
         model=describe_model(recipe, name, layout),
         held_out=layout.held_out,
         batch_tokens=recipe.evaluate.batch_tokens,
         own_folder=find_own_folder(name, layout),
-        costs=layout.token_nll.get(name),
+        token_nll=layout.token_nll.get(name),
     )
+
+
+def _check_trained(layout: Layout, name: str) -> None:
+    for run in layout.runs:
+        if run.name == name and "done.json" not in layout.store.sizes(run.folder):
+            raise UserError(f"the model {name} is not trained; run `rayfuse train` first")
 
 
 def _is_evaluated(layout: Layout, name: str) -> bool:
@@ -237,7 +271,7 @@ def _join_parts(name: str, model: str, parts: list[ScoredShards]) -> Evaluation:
 
 
 def _fetch(reference: Any) -> Any:
-    """Return a task's result; its ValueError comes back as itself, without Ray's frame."""
+    """Fetch a task's result; a ValueError is raised as itself, without Ray's traceback."""
     try:
         return ray.get(reference)
     except RayTaskError as error:
@@ -247,7 +281,7 @@ def _fetch(reference: Any) -> Any:
 
 
 def _resource_options(model: ModelSettings, recipe: Recipe) -> dict[str, Any]:
-    """Return what a task asks of Ray: as its actors do for a source, else as a training worker."""
+    """Choose a task's resources: a source's are those of its actors, others' of a train worker."""
     if isinstance(model, SourceSettings):
         kind, cpus, gpus = model.accelerator_type, model.cpus, count_actor_gpus(model)
     else:
@@ -256,91 +290,78 @@ def _resource_options(model: ModelSettings, recipe: Recipe) -> dict[str, Any]:
     return {"num_cpus": cpus, "max_retries": TASK_RETRIES} | gpu_options(gpus, kind)
 
 
-def score_shards(task: ScoringJob, shards: list[int], made: object = None) -> ScoredShards:
-    """Score held-out shards with one model; run by Ray, which finds the function by this name.
+def score_shards(job: ScoringJob, shards: list[int], merge: object = None) -> ScoredShards:
+    """Score held-out shards with one model; a Ray task.
 
     Args:
-        task: The model.
+        job: The model.
         shards: Their numbers.
-        made: What makes the model first, for Ray to wait for.
+        merge: The result of the task that makes the model. It is unused: Ray starts a task only
+            once its arguments exist.
     """
-    import torch
-
-    from rayfuse.evaluate.bits_per_byte import (
-        load_scored_model,
-        score_documents,
-        score_tokens,
-        sum_rows,
-    )
-    from rayfuse.evaluate.ensemble import build_costs, read_costs
-
     began, num_rows, num_tokens = time.monotonic(), 0, 0
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     torch.set_num_threads(max(1, int(cpus)))
     documents: list[DocumentScore] = []
-    with local_model(task) as model:
+    with local_model(job.model, job.held_out.store, job.own_folder) as model:
         lm, tokenizer = load_scored_model(model), load_recipe_tokenizer(model)
         for shard in shards:
-            rows = task.held_out.read_shard(task.held_out.read_commit(shard))
-            if task.costs is not None and task.costs.is_committed(shard):
-                costs = read_costs(_read_alike(task.costs, shard, rows))
+            rows = job.held_out.read_shard(job.held_out.read_commit(shard))
+            if job.token_nll is not None and job.token_nll.is_committed(shard):
+                token_nll = read_nll_table(_read_same_rows(job.token_nll, shard, rows))
             else:
-                costs = score_tokens(
+                token_nll = score_tokens(
                     lm,
                     tokenizer,
                     rows,
-                    name=task.name,
-                    batch_tokens=task.batch_tokens,
+                    name=job.name,
+                    batch_tokens=job.batch_tokens,
                     context_tokens=read_model_files(model.model, model.revision).context_tokens,
                 )
-            if task.costs is not None:
-                table = build_costs(rows["row_id"].to_pylist(), costs)
-                task.costs.write_shard(shard, table, tokens=sum(len(row.ends) for row in costs))
-            documents += score_documents(rows, sum_rows(costs))
-            num_rows += len(costs)
-            num_tokens += sum(len(row.ends) for row in costs)
+            shard_tokens = sum(len(row.ends) for row in token_nll)
+            if job.token_nll is not None:
+                table = build_nll_table(rows["row_id"].to_pylist(), token_nll)
+                job.token_nll.write_shard(shard, table, tokens=shard_tokens)
+            documents += score_documents(rows, sum_rows(token_nll))
+            num_rows += len(token_nll)
+            num_tokens += shard_tokens
     seconds = time.monotonic() - began
-    count_work("evaluate", task.name, rows=num_rows, tokens=num_tokens, seconds=seconds)
-    run = task.held_out.store.root
-    log_event("scored", run=run, stage="evaluate", model=task.name, shards=len(shards))
+    count_work("evaluate", job.name, rows=num_rows, tokens=num_tokens, seconds=seconds)
+    run = job.held_out.store.root
+    log_event("scored", run=run, stage="evaluate", model=job.name, shards=len(shards))
     return ScoredShards(sum_documents(documents), seconds)
 
 
-def average_shards(held_out: DataSet, costs: list[DataSet], shards: list[int]) -> ScoredShards:
-    """Score held-out shards with the ensemble of models that have scored them; run by Ray."""
-    from rayfuse.evaluate.bits_per_byte import score_documents, sum_rows
-    from rayfuse.evaluate.ensemble import average_sources, read_costs
-
+def average_shards(held_out: DataSet, token_nll: list[DataSet], shards: list[int]) -> ScoredShards:
+    """Score held-out shards with the ensemble, from its sources' token NLL; a Ray task."""
     began = time.monotonic()
     documents: list[DocumentScore] = []
     for shard in shards:
         rows = held_out.read_shard(held_out.read_commit(shard))
-        sources = [read_costs(_read_alike(data, shard, rows)) for data in costs]
-        costs_of_rows = [average_sources(row) for row in zip(*sources, strict=True)]
-        documents += score_documents(rows, sum_rows(costs_of_rows))
+        sources = [read_nll_table(_read_same_rows(data, shard, rows)) for data in token_nll]
+        ensemble = [average_sources(row) for row in zip(*sources, strict=True)]
+        documents += score_documents(rows, sum_rows(ensemble))
     return ScoredShards(sum_documents(documents), time.monotonic() - began)
 
 
-def _read_alike(data: DataSet, shard: int, rows: pa.Table) -> pa.Table:
-    """Return a shard that holds the same rows as another table.
+def _read_same_rows(data: DataSet, shard: int, rows: pa.Table) -> pa.Table:
+    """Read a shard, and check that it holds the same rows as a table.
 
     Raises:
-        ShardError: It is missing or damaged.
-        ValueError: It holds other rows.
+        ShardError: It is missing or corrupt.
+        UserError: It holds other rows.
     """
     table = data.read_shard(data.read_commit(shard))
     if not table["row_id"].equals(rows["row_id"]):
-        raise ValueError(
+        raise UserError(
             f"{data.store.root}/{data.folder}: shard {shard} holds other rows than the held-out "
-            "text; remove the folder and evaluate again"
+            "text; remove the folder and run `rayfuse evaluate`"
         )
     return table
 
 
 def merge_models(models: list[ModelSettings], store: Store, folder: str) -> None:
-    """Put the model of averaged weights below a folder of a store, `done.json` last; run by Ray."""
-    from rayfuse.evaluate.merged_weights import average_weights
-
+    """Store the model of averaged weights below a folder, `done.json` last; a Ray task."""
     with tempfile.TemporaryDirectory(prefix="rayfuse-merged-") as merged:
         average_weights([find_folder(model) for model in models], Path(merged))
         for file in sorted(Path(merged).iterdir()):

@@ -1,4 +1,4 @@
-"""What models score at tasks, question by question, and how sure a difference is."""
+"""Scores of models at tasks, question by question, and their differences."""
 
 import json
 import math
@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from rayfuse.evaluate.scores import Difference, bootstrap
+from rayfuse.config.base import UserError
+from rayfuse.evaluate.bootstrap import Difference, bootstrap
 
 
 @dataclass(frozen=True)
@@ -17,59 +18,59 @@ class SubtaskScore:
 
     subtask: str
     metric: str
-    """As lm-eval names it, its filter behind it."""
+    """lm-eval's name of the metric, followed by its filter in brackets."""
     higher_is_better: bool
     value: float
-    """Over all questions, as lm-eval has it."""
+    """lm-eval's score over all questions."""
     questions: tuple[str, ...]
     """Hash of each question."""
     values: tuple[float, ...]
-    """Of each question; none where the metric is not made of questions' own."""
+    """Numerator of each question; empty where the score is not a ratio of sums over questions."""
     weights: tuple[float, ...]
-    """The score is sum(values) / sum(weights)."""
+    """Denominator of each question: the score is sum(values) / sum(weights)."""
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One model at one name of the recipe: a task, or a group of them."""
+    """One model at one entry of `evaluate.tasks.names`: a task, or a group of them."""
 
     name: str
-    """Of the model, as in tables."""
+    """The model's name in tables."""
     task: str
     subtasks: tuple[SubtaskScore, ...]
     """Every task and metric; a task's first metric comes first."""
     seconds: float
 
     def list_main(self) -> list[SubtaskScore]:
-        """Return each task's first metric."""
+        """List each task's first metric."""
         firsts: dict[str, SubtaskScore] = {}
-        for each in self.subtasks:
-            firsts.setdefault(each.subtask, each)
+        for score in self.subtasks:
+            firsts.setdefault(score.subtask, score)
         return list(firsts.values())
 
     @property
     def value(self) -> float:
-        """The mean of the tasks, by their first metric; NaN where the model was not asked."""
-        values = [each.value for each in self.list_main()]
+        """The mean over the tasks of their first metric; NaN where the model was not evaluated."""
+        values = [score.value for score in self.list_main()]
         return float(np.mean(values)) if values else math.nan
 
     @property
     def higher_is_better(self) -> bool:
-        """Which way the score is good."""
+        """Whether a larger value is the better one."""
         return self.list_main()[0].higher_is_better
 
     def to_json(self) -> bytes:
-        """Return the result file."""
+        """Encode the result file."""
         return json.dumps(asdict(self)).encode()
 
 
 def parse_task_score(data: bytes) -> TaskScore:
-    """Return the score that a result file holds."""
+    """Decode a result file."""
     record: dict[str, Any] = json.loads(data)
     lists = ("questions", "values", "weights")
     subtasks = [
-        SubtaskScore(**each | {name: tuple(each[name]) for name in lists})
-        for each in record["subtasks"]
+        SubtaskScore(**subtask | {name: tuple(subtask[name]) for name in lists})
+        for subtask in record["subtasks"]
     ]
     return TaskScore(record["name"], record["task"], tuple(subtasks), record["seconds"])
 
@@ -80,14 +81,14 @@ def read_samples(
     results: Mapping[str, Any],
     higher_is_better: Mapping[str, bool | None],
 ) -> list[SubtaskScore]:
-    """Return one task's scores from what lm-eval says of it, the definition's first metric first.
+    """Convert lm-eval's results of one task; the definition's first metric comes first.
 
-    A metric that is the mean of its questions is kept question by question. One over bytes or
-    words (`bits_per_byte`) is kept as lm-eval gives it, as pairs; others have no questions.
+    A metric that is the mean over its questions keeps a value per question, `bits_per_byte` keeps
+    its pairs of bits and bytes, and other metrics keep the total alone.
 
     Args:
         subtask: The task's name.
-        samples: lm-eval's samples, one a question and filter.
+        samples: lm-eval's samples, one per question and filter.
         results: lm-eval's results by `METRIC,FILTER`.
         higher_is_better: By metric, in the definition's order.
     """
@@ -97,8 +98,8 @@ def read_samples(
         metric, comma, filter_name = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        own = [each for each in samples if each["filter"] == filter_name and metric in each]
-        pairs = [_read_value(metric, each[metric]) for each in own]
+        own = [sample for sample in samples if sample["filter"] == filter_name and metric in sample]
+        pairs = [_read_value(metric, sample[metric]) for sample in own]
         known = [pair for pair in pairs if pair is not None]
         is_complete = bool(own) and len(known) == len(pairs)
         scores.append(
@@ -107,21 +108,21 @@ def read_samples(
                 metric if filter_name == "none" else f"{metric} ({filter_name})",
                 bool(higher_is_better.get(metric, True)),
                 float(value),
-                tuple(each["doc_hash"] for each in own),
+                tuple(sample["doc_hash"] for sample in own),
                 tuple(pair[0] for pair in known) if is_complete else (),
                 tuple(pair[1] for pair in known) if is_complete else (),
             )
         )
-    scores.sort(key=lambda each: _place(each.metric.partition(" ")[0], order))
-    return [_check_sum(each) for each in scores]
+    scores.sort(key=lambda score: _rank(score.metric.partition(" ")[0], order))
+    return [_check_sum(score) for score in scores]
 
 
-def _place(metric: str, order: Sequence[str]) -> int:
+def _rank(metric: str, order: Sequence[str]) -> int:
     return order.index(metric) if metric in order else len(order)
 
 
 def _read_value(metric: str, value: Any) -> tuple[float, float] | None:
-    """Return a question's value and weight."""
+    """Split a question's value into numerator and denominator, if it has them."""
     if isinstance(value, bool | int | float | np.number):
         return float(value), 1.0
     if metric == "bits_per_byte":
@@ -131,35 +132,35 @@ def _read_value(metric: str, value: Any) -> tuple[float, float] | None:
 
 
 def _check_sum(score: SubtaskScore) -> SubtaskScore:
-    """Drop the questions of a metric that is not their mean: no interval can be had from them."""
+    """Drop the questions of a metric that is not their mean: they give no interval of it."""
     mean = sum(score.values) / sum(score.weights) if score.values else math.nan
     is_mean = math.isclose(mean, score.value, rel_tol=1e-6, abs_tol=1e-9)
     return score if is_mean else replace(score, values=(), weights=())
 
 
 def compare_tasks(a: TaskScore, b: TaskScore, *, samples: int, seed: int) -> Difference:
-    """Return by how much `a` scores more than `b`, with the interval of a paired bootstrap.
+    """Compute by how much `a` scores more than `b`, with the interval of a paired bootstrap.
 
-    Questions are drawn with replacement, those of all tasks of a group together; each task weighs
-    the same. Without questions of their own metrics have no interval.
+    The questions of all tasks of a group are resampled together, and every task has the same
+    weight. A metric without a value per question has no interval.
 
     Raises:
-        ValueError: The models were asked different questions.
+        UserError: The models answered different questions.
     """
     values: list[np.ndarray] = []
     weights: list[np.ndarray] = []
     for ours, theirs in zip(a.list_main(), b.list_main(), strict=True):
         if ours.questions != theirs.questions or ours.weights != theirs.weights:
-            raise ValueError(
-                f"{a.name} and {b.name} were asked different questions of {ours.subtask}; delete "
-                "both result files and evaluate again"
+            raise UserError(
+                f"{a.name} and {b.name} answered different questions of {ours.subtask}; delete "
+                "both result files and run `rayfuse evaluate`"
             )
         own = np.array(ours.weights, dtype=np.float64)
         share = own.sum() if len(own) else 1.0
         values.append((np.array(ours.values) - np.array(theirs.values)) / share)
         weights.append(own / share)
     all_values, all_weights = np.concatenate(values), np.concatenate(weights)
-    if not all(len(each) for each in values):
+    if not all(len(task_values) for task_values in values):
         number = len(all_values)
         return Difference(a.value - b.value, -math.inf, math.inf, number, a.higher_is_better)
     found = bootstrap(all_values, all_weights, samples=samples, seed=seed)

@@ -9,7 +9,8 @@ import pyarrow as pa
 from jaxtyping import Float, Int
 
 from rayfuse.config.recipe import Recipe
-from rayfuse.evaluate.scores import Difference, Evaluation, compare, parse_evaluation
+from rayfuse.evaluate.bootstrap import Difference
+from rayfuse.evaluate.scores import Evaluation, compare_evaluations, parse_evaluation
 from rayfuse.evaluate.task_scores import TaskScore, compare_tasks, parse_task_score
 from rayfuse.fuse.source_filter import is_noise
 from rayfuse.report.timeline import ShardSpan, read_spells
@@ -114,7 +115,9 @@ def gather_findings(recipe: Recipe, layout: Layout) -> Findings:
     evaluations = read_evaluations(layout)
     fused = evaluations["fused"]
     differences = {
-        name: compare(fused, other, samples=recipe.evaluate.bootstrap_samples, seed=recipe.seed)
+        name: compare_evaluations(
+            fused, other, samples=recipe.evaluate.bootstrap_samples, seed=recipe.seed
+        )
         for name, other in evaluations.items()
         if name != "fused"
     }

@@ -7,7 +7,8 @@ import math
 import yaml
 
 from rayfuse.config.recipe import Recipe, dump_recipe
-from rayfuse.evaluate.scores import ALL, Difference
+from rayfuse.evaluate.bootstrap import Difference
+from rayfuse.evaluate.scores import ALL
 from rayfuse.report.gather import Findings, SourceWins, StageCount
 from rayfuse.report.tables import TASK_NOTE, build_table, build_task_table, render_html
 from rayfuse.report.timeline import ShardSpan, share_waited, sum_busy

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
-from rayfuse.evaluate.scores import ALL, Difference, Evaluation, bits_per_byte, count_bytes
+from rayfuse.evaluate.bootstrap import Difference
+from rayfuse.evaluate.scores import ALL, Evaluation, bits_per_byte, count_bytes
 from rayfuse.report.gather import Curve, Findings, SourceSignal, SourceWins
 from rayfuse.report.style import (
     INK,

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from rayfuse.config.recipe import Recipe
-from rayfuse.evaluate.scores import Difference, bits_per_byte
+from rayfuse.evaluate.bootstrap import Difference
+from rayfuse.evaluate.scores import bits_per_byte
 from rayfuse.report.gather import Curve, Findings, gather_findings
 from rayfuse.report.model_card import build_model_card
 from rayfuse.report.page import build_page

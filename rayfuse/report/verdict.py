@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rayfuse.evaluate.scores import ALL, MIN_DOCUMENTS, Difference, bits_per_byte
+from rayfuse.evaluate.bootstrap import MIN_DOCUMENTS, Difference
+from rayfuse.evaluate.scores import ALL, bits_per_byte
 from rayfuse.report.gather import Findings, SourceSignal
 from rayfuse.run.layout import Merge
 

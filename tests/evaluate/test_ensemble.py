@@ -1,4 +1,4 @@
-"""The ensemble pays for the mean of what its sources give to the same bytes."""
+"""The ensemble is the mean of its sources' probabilities of the same bytes."""
 
 import math
 from collections.abc import Callable
@@ -20,13 +20,13 @@ from tests.fakes import byte_level_tokenizer, save_model, save_tokenizer, senten
 Model = tuple[CausalLM, TextTokenizer]
 
 
-def cost(ends: list[int], nats: list[float]) -> TokenNLL:
+def token_nll(ends: list[int], nats: list[float]) -> TokenNLL:
     return TokenNLL(np.array(ends), np.array(nats))
 
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Model]:
-    """Return a function that makes a random model of a family, seed and kind of tokenizer."""
+    """Provide a function that makes a random model of a family, seed and kind of tokenizer."""
 
     def make(family: str, seed: int, kind: str = "bytes", vocab_size: int = 257) -> Model:
         folder = tmp_path_factory.mktemp(f"{family}-{seed}")
@@ -60,7 +60,7 @@ def next_probs(model: Model, text: str) -> tuple[np.ndarray, list[int]]:
 
 def test_with_one_tokenizer_it_is_the_mean_of_the_dense_distributions(load, rows):
     models = [load("llama", 1), load("gpt_neox", 2), load("gpt2", 3)]
-    found = [average_sources(each) for each in zip(*(score(m, rows) for m in models), strict=True)]
+    found = [average_sources(row) for row in zip(*(score(m, rows) for m in models), strict=True)]
     for text, ensemble in zip(rows["text"].to_pylist(), found, strict=True):
         dense = [next_probs(model, text) for model in models]
         mean = np.mean([probs for probs, _ in dense], axis=0)
@@ -75,14 +75,14 @@ def test_with_several_tokenizers_it_is_the_mean_over_joint_chunks_of_dense_produ
         load("gpt_neox", 5, vocab_size=320),
         load("mistral", 6, kind="sentencepiece", vocab_size=300),
     ]
-    found = [average_sources(each) for each in zip(*(score(m, rows) for m in models), strict=True)]
+    found = [average_sources(row) for row in zip(*(score(m, rows) for m in models), strict=True)]
     for text, ensemble in zip(rows["text"].to_pylist(), found, strict=True):
         spans, products = [], []
         for model in models:
             probs, ids = next_probs(model, text)
-            # Brute force: where each token stops, by spelling all tokens up to it.
+            # Brute force: the end of each token, by spelling all tokens up to it.
             spelled = [model[1].token_bytes[token_id] or b"" for token_id in ids]
-            extra = len(b"".join(spelled)) - len(text.encode())  # a blank put before the text
+            extra = len(b"".join(spelled)) - len(text.encode())  # a prefix space
             stops = [max(0, len(b"".join(spelled[: i + 1])) - extra) for i in range(len(ids))]
             spans.append(stops)
             products.append([probs[i, token_id] for i, token_id in enumerate(ids)])
@@ -90,8 +90,8 @@ def test_with_several_tokenizers_it_is_the_mean_over_joint_chunks_of_dense_produ
         total, start = 0.0, -1
         for stop in joint:
             chances = [
-                math.prod(p for p, end in zip(each, ends, strict=True) if start < end <= stop)
-                for each, ends in zip(products, spans, strict=True)
+                math.prod(p for p, end in zip(probs, ends, strict=True) if start < end <= stop)
+                for probs, ends in zip(products, spans, strict=True)
             ]
             total -= math.log(sum(chances) / len(chances))
             start = stop
@@ -99,33 +99,33 @@ def test_with_several_tokenizers_it_is_the_mean_over_joint_chunks_of_dense_produ
         assert ensemble.ends.tolist() == joint
 
 
-def test_tokens_pay_together_what_the_row_pays(load, rows):
+def test_the_nll_of_tokens_adds_up_to_that_of_the_row(load, rows):
     model = load("llama", 7)
     windowed = score_tokens(*model, rows, name="tiny", batch_tokens=40, context_tokens=8)
-    whole = score_rows(*model, rows, name="tiny", batch_tokens=40, context_tokens=8)
-    np.testing.assert_allclose([each.nats.sum() for each in windowed], whole)
-    for each, text in zip(windowed, rows["text"].to_pylist(), strict=True):
-        assert each.ends.tolist() == list(range(1, len(text.encode()) + 1))  # a byte a token
-        assert len(each.nats) == len(each.ends)
+    row_nats = score_rows(*model, rows, name="tiny", batch_tokens=40, context_tokens=8)
+    np.testing.assert_allclose([row.nats.sum() for row in windowed], row_nats)
+    for row, text in zip(windowed, rows["text"].to_pylist(), strict=True):
+        assert row.ends.tolist() == list(range(1, len(text.encode()) + 1))  # a byte a token
+        assert len(row.nats) == len(row.ends)
 
 
 def test_by_hand_two_sources_meet_where_both_tokens_end():
-    a = cost([2, 5], [math.log(2), math.log(4)])  # 1/2, 1/4
-    b = cost([3, 5], [math.log(4), math.log(4)])  # 1/4, 1/4: they meet at 5 alone
+    a = token_nll([2, 5], [math.log(2), math.log(4)])  # 1/2, 1/4
+    b = token_nll([3, 5], [math.log(4), math.log(4)])  # 1/4, 1/4: they meet at 5 alone
     ensemble = average_sources([a, b])
     assert ensemble.ends.tolist() == [5]
     assert ensemble.nats.tolist() == pytest.approx([-math.log((1 / 8 + 1 / 16) / 2)])
 
 
-def test_a_blank_before_the_text_is_paid_with_the_bytes_it_stands_at():
-    a = cost([0, 3], [1.0, 2.0])  # a token that is nothing but the blank put before
-    b = cost([3], [3.0])
+def test_a_prefix_space_belongs_to_the_chunk_of_the_bytes_after_it():
+    a = token_nll([0, 3], [1.0, 2.0])  # the first token is a prefix space alone
+    b = token_nll([3], [3.0])
     assert average_sources([a, b]).nats.tolist() == pytest.approx([3.0])
 
 
 def test_sources_of_other_texts_are_refused():
     with pytest.raises(ValueError, match=r"spell \[3, 4\] bytes of one row"):
-        find_joint_ends([cost([3], [1.0]), cost([2, 4], [1.0, 1.0])])
+        find_joint_ends([token_nll([3], [1.0]), token_nll([2, 4], [1.0, 1.0])])
 
 
 LENGTHS = st.lists(st.integers(1, 4), min_size=1, max_size=12)
@@ -139,24 +139,25 @@ def sources_of_one_row(draw: st.DrawFn) -> list[TokenNLL]:
         inner = draw(st.sets(st.integers(1, num_bytes)))
         ends = sorted(inner | {num_bytes})
         nats = draw(st.lists(st.floats(0, 30), min_size=len(ends), max_size=len(ends)))
-        found.append(cost(ends, nats))
+        found.append(token_nll(ends, nats))
     return found
 
 
 @given(sources_of_one_row())
-def test_one_source_or_equal_ones_pay_what_one_pays_alone(sources: list[TokenNLL]):
-    for each in sources:
+def test_one_source_or_copies_of_it_have_the_nll_of_that_source(sources: list[TokenNLL]):
+    for source in sources:
         for copies in (1, 3):
-            assert average_sources([each] * copies).nats.sum() == pytest.approx(each.nats.sum())
+            ensemble = average_sources([source] * copies)
+            assert ensemble.nats.sum() == pytest.approx(source.nats.sum())
 
 
 @given(sources_of_one_row())
-def test_no_chunk_costs_more_than_the_mean_or_much_less_than_the_best(sources: list[TokenNLL]):
+def test_the_nll_of_a_chunk_lies_between_the_best_source_and_the_mean(sources: list[TokenNLL]):
     ensemble = average_sources(sources)
     totals = [source.nats.sum() for source in sources]
     assert ensemble.nats.sum() <= np.mean(totals) + 1e-9  # Jensen, chunk by chunk
-    most = average_sources(sources[::-1])
-    np.testing.assert_allclose(most.nats, ensemble.nats)  # in whatever order
+    reordered = average_sources(sources[::-1])
+    np.testing.assert_allclose(reordered.nats, ensemble.nats)
     assert (
         ensemble.nats.sum()
         >= sum(

@@ -1,11 +1,11 @@
-"""Models of a run are each scored once, on all held-out shards."""
+"""Every model of a run is scored once, on all held-out shards."""
 
 import json
 import os
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from rayfuse.evaluate.bits_per_byte import (
     score_tokens,
 )
 from rayfuse.evaluate.ensemble import TokenNLL, average_sources
-from rayfuse.evaluate.model_loading import ScoringJob, copy_folder, local_model
+from rayfuse.evaluate.model_loading import local_model
 from rayfuse.evaluate.scores import bits_per_byte, sum_documents
 from rayfuse.evaluate.stage import _resource_options, evaluate_models, group_shards
 from rayfuse.evaluate.task_scores import parse_task_score
@@ -32,11 +32,12 @@ from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.run.layout import Layout, Merge, TrainRun
 from rayfuse.run.segmentation import Segmentation
 from rayfuse.storage.dataset import Commit, DataSet
+from rayfuse.storage.object_store import ObjectStore
 from rayfuse.storage.store import LocalStore, open_store
 from tests.evaluate.test_tasks import make_tasks
 
 KILLS = 4
-"""More than the 3 that Ray forgives by itself."""
+"""More than the 3 retries of a task that Ray makes by default."""
 
 WRITE = {
     "output_type": "generate_until",
@@ -58,29 +59,33 @@ def test_small_shards_share_a_task_and_empty_ones_need_none():
     assert group_shards([], task_tokens=100) == []
 
 
-def test_a_trained_model_is_copied_out_of_a_store_whole(tmp_path: Path):
-    store = LocalStore(str(tmp_path / "store"))
-    store.write("train/x/model/config.json", b"{}")
-    store.write("train/x/model/model.safetensors", b"weights")
-    (tmp_path / "copy").mkdir()
-    copy_folder(store, "train/x/model", tmp_path / "copy")
-    found = {path.name: path.read_bytes() for path in (tmp_path / "copy").iterdir()}
-    assert found == {"config.json": b"{}", "model.safetensors": b"weights"}
+@dataclass(frozen=True)
+class NoReadStore(ObjectStore):
+    """Object storage in which reading a file into memory is an error."""
+
+    def read(self, name: str) -> bytes:
+        raise AssertionError(f"{name} was read into memory")
 
 
-@pytest.mark.parametrize("is_trained", [True, False])
-def test_only_a_model_trained_into_object_storage_is_held_in_a_local_copy(is_trained: bool):
-    store = open_store("memory://bucket/run")
-    store.write("train/x/model/config.json", b"{}")
-    model = ModelSettings(model="memory://bucket/run/train/x/model" if is_trained else "some/model")
-    folder = "train/x/model" if is_trained else None
-    task = ScoringJob("x", model, DataSet(store, "corpus", "", "0"), 100, folder)
-    with local_model(task) as held:
-        if is_trained:
-            assert Path(held.model, "config.json").read_bytes() == b"{}"
-        else:
-            assert held == model
-    assert not Path(held.model).exists()
+def test_a_model_in_object_storage_is_streamed_to_disk_and_removed_afterwards():
+    store = NoReadStore("memory://bucket/run")
+    files = {"config.json": b"{}", "model.safetensors": b"weights"}
+    for name, data in files.items():
+        store.write(f"train/x/model/{name}", data)
+    model = ModelSettings(model=f"{store.root}/train/x/model", dtype="bfloat16")
+    with local_model(model, store, "train/x/model") as local:
+        found = {path.name: path.read_bytes() for path in Path(local.model).iterdir()}
+        assert found == files
+        assert local.dtype == "bfloat16"
+    assert not Path(local.model).exists()
+
+
+def test_a_local_model_or_one_of_the_hub_is_not_copied(tmp_path: Path):
+    model = ModelSettings(model="some/model")
+    with local_model(model, NoReadStore("memory://bucket/run"), None) as local:
+        assert local == model
+    with local_model(model, LocalStore(str(tmp_path)), "train/x/model") as local:
+        assert local == model
 
 
 @pytest.fixture
@@ -112,8 +117,8 @@ def layout(recipe: Recipe, rows: pa.Table) -> Layout:
     evaluations = {name: f"evaluate/{name}-0.json" for name in names}
     cut = Segmentation("0", "corpus/held-out-segmentation-0.json", (), (), is_reused=False)
     plain = Layout(store, held_out, held_out, {}, {}, {}, (run,), evaluations, cut, cut)
-    costs = {n: DataSet(store, "evaluate", f"tokens-{n}", f"{n}0") for n in ("small", "other")}
-    return replace(plain, token_nll=costs, merge=Merge("evaluate/merged-model-0", ("other",)))
+    token_nll = {n: DataSet(store, "evaluate", f"tokens-{n}", f"{n}0") for n in ("small", "other")}
+    return replace(plain, token_nll=token_nll, merge=Merge("evaluate/merged-model-0", ("other",)))
 
 
 def score_source(model: str, rows: pa.Table) -> list[TokenNLL]:
@@ -122,7 +127,7 @@ def score_source(model: str, rows: pa.Table) -> list[TokenNLL]:
 
 
 class Notes:
-    """Remembers what progress was told."""
+    """Records the calls of progress."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, float, float]] = []
@@ -138,7 +143,7 @@ def test_every_model_is_scored_once_on_all_held_out_rows(
     layout.store.write("train/fused-0/done.json", b"{}")
     notes = Notes()
     found = evaluate_models(recipe, layout, notes)
-    assert {name: each.role for name, each in found.items()} == {
+    assert {name: evaluation.role for name, evaluation in found.items()} == {
         "small": "source",
         "other": "source",
         "target": "target",
@@ -172,8 +177,8 @@ def test_every_model_is_scored_once_on_all_held_out_rows(
     assert evaluate_models(recipe, layout, again) == found
     assert again.calls == []
 
-    # Without its result the ensemble is made anew from what the sources have left, and no model
-    # is loaded for that.
+    # Without its result the ensemble is computed again from the stored token NLL; no model is
+    # loaded for that.
     layout.store.remove("evaluate/ensemble-0.json")
     assert (
         evaluate_models(recipe, layout, again)["ensemble"].documents == found["ensemble"].documents
@@ -182,7 +187,7 @@ def test_every_model_is_scored_once_on_all_held_out_rows(
 
 
 @pytest.mark.ray
-def test_fault_1_a_scoring_task_outlives_more_losses_than_ray_forgives(
+def test_fault_1_a_scoring_task_survives_more_losses_than_ray_retries_by_default(
     ray_cluster: Any, recipe: Recipe, tmp_path: Path
 ):
     import ray
@@ -199,7 +204,7 @@ def test_fault_1_a_scoring_task_outlives_more_losses_than_ray_forgives(
 
 
 @pytest.mark.ray
-def test_every_model_is_asked_every_task_once(
+def test_every_model_runs_every_task_once(
     ray_cluster: Any, recipe: Recipe, layout: Layout, tmp_path: Path
 ):
     layout.store.write("train/fused-0/done.json", b"{}")
@@ -227,13 +232,13 @@ def test_every_model_is_asked_every_task_once(
         found["small"]["choose"].subtasks[0].questions
     )
     assert found["small"]["write"].subtasks
-    assert not found["ensemble"]["write"].subtasks  # sources cannot write together
+    assert not found["ensemble"]["write"].subtasks  # sources cannot generate together
 
     again = Notes()
     layout.store.remove(files["small"]["choose"])
     layout.store.remove(files["ensemble"]["choose"])
     evaluate_models(recipe, layout, again)
-    assert [title for title, *_ in again.calls] == ["ask small", "ask ensemble"]
+    assert [title for title, *_ in again.calls] == ["tasks of small", "tasks of ensemble"]
     assert parse_task_score(layout.store.read(files["small"]["choose"])).subtasks == (
         found["small"]["choose"].subtasks
     )
@@ -246,7 +251,7 @@ def test_a_model_that_is_not_trained_yet_is_named(ray_cluster: Any, recipe: Reci
 
 
 @pytest.mark.ray
-def test_what_goes_wrong_in_a_task_is_said_as_plainly_as_here(
+def test_an_error_in_a_ray_task_is_raised_as_itself(
     ray_cluster: Any, recipe: Recipe, layout: Layout
 ):
     layout.store.write("train/fused-0/done.json", b"{}")

@@ -42,7 +42,7 @@ def test_every_weight_is_the_mean_and_the_model_loads(tmp_path: Path, tied: bool
     assert own == load_tokenizer(str(folders[0])).content_hash
 
 
-def test_a_model_averaged_with_itself_is_itself_to_the_bit_in_bfloat16(tmp_path: Path):
+def test_a_bfloat16_model_averaged_with_itself_is_bit_identical(tmp_path: Path):
     folder = make_model(tmp_path / "a", 1)
     path = folder / "model.safetensors"
     weights = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
@@ -55,7 +55,7 @@ def test_a_model_averaged_with_itself_is_itself_to_the_bit_in_bfloat16(tmp_path:
 
 
 def test_a_model_in_several_files_is_averaged_with_one_in_a_single_file(tmp_path: Path):
-    whole, parts = make_model(tmp_path / "a", 1), make_model(tmp_path / "b", 2)
+    single, parts = make_model(tmp_path / "a", 1), make_model(tmp_path / "b", 2)
     weights = load_file(parts / "model.safetensors")
     names = sorted(weights)
     (parts / "model.safetensors").unlink()
@@ -67,10 +67,10 @@ def test_a_model_in_several_files_is_averaged_with_one_in_a_single_file(tmp_path
         json.dumps({"metadata": {}, "weight_map": index})
     )
     (tmp_path / "merged").mkdir()
-    average_weights([parts, whole], tmp_path / "merged")
+    average_weights([parts, single], tmp_path / "merged")
     assert sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors")) == [*files]
     merged = load_scored_model(ModelSettings(model=str(tmp_path / "merged"))).model.state_dict()
-    for name, tensor in load_file(whole / "model.safetensors").items():
+    for name, tensor in load_file(single / "model.safetensors").items():
         torch.testing.assert_close(merged[name], (tensor + weights[name]) / 2)
 
 

@@ -1,4 +1,4 @@
-"""What a model writes can be run, and can do nothing but end."""
+"""Model-written programs run isolated from files, network and other processes."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from rayfuse.evaluate.sandbox import Outcome, check_sandbox, python, run_sandbox
 
 
 @pytest.fixture(autouse=True)
-def can_shut_in() -> None:
+def needs_sandbox() -> None:
     try:
         check_sandbox()
     except ValueError as error:
@@ -21,7 +21,7 @@ def run(code: str, seconds: int = 10) -> Outcome:
     return run_sandboxed({"main.py": code}, [python(), "main.py"], seconds=seconds)
 
 
-def test_a_program_that_ends_well_passes_and_one_that_fails_does_not():
+def test_a_program_passes_if_and_only_if_it_exits_with_0():
     assert run("open('own', 'w').write('x'); print(open('own').read())") == Outcome(True, "x\n")
     assert not run("assert 1 == 2").passed
     assert not run("import sys; sys.exit(3)").passed
@@ -42,14 +42,14 @@ def test_a_program_that_ends_well_passes_and_one_that_fails_does_not():
         ("import os; os.setuid(1)", "not permitted|Invalid argument"),
     ],
 )
-def test_what_would_do_harm_fails(code: str, reason: str):
+def test_a_harmful_program_fails(code: str, reason: str):
     outcome = run(code)
     assert any(word in outcome.output for word in reason.split("|"))
     assert not outcome.passed
     assert not os.path.exists("/usr/mark")
 
 
-def test_files_and_processes_outside_are_not_seen(tmp_path: Path):
+def test_files_and_processes_outside_are_invisible(tmp_path: Path):
     secret = tmp_path / "secret"
     secret.write_text("x")
     assert "No such file" in run(f"open({str(secret)!r})").output
@@ -60,15 +60,15 @@ def test_files_and_processes_outside_are_not_seen(tmp_path: Path):
     assert int(capabilities.output, 16) == 0
 
 
-def test_a_program_that_does_not_end_is_ended_with_all_it_started():
+def test_a_program_that_does_not_end_is_killed_with_its_children():
     outcome = run("import os, time\nos.fork()\ntime.sleep(60)", seconds=1)
     assert not outcome.passed
     assert outcome.output.endswith("killed after 3 s")
 
 
-def test_a_machine_that_cannot_shut_in_is_told(monkeypatch: pytest.MonkeyPatch):
+def test_a_machine_without_namespaces_is_refused(monkeypatch: pytest.MonkeyPatch):
     check_sandbox.cache_clear()
     monkeypatch.setattr(sandbox, "run_sandboxed", lambda *args, **more: Outcome(False, "no user"))
-    with pytest.raises(ValueError, match=r"cannot be shut in here .* remove the tasks.*: no user"):
+    with pytest.raises(ValueError, match=r"cannot sandbox programs .* remove the tasks.*: no user"):
         check_sandbox()
     check_sandbox.cache_clear()

@@ -1,4 +1,4 @@
-"""What models pay in bits per byte, and what may be said of a difference."""
+"""Bits per byte of models, and the confidence intervals of their differences."""
 
 import math
 from dataclasses import replace
@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from rayfuse.config.models import RESERVED_NAMES
+from rayfuse.evaluate.bootstrap import Difference
 from rayfuse.evaluate.scores import (
     OWN_ROLES,
-    Difference,
     DocumentScore,
     Evaluation,
     bits_per_byte,
-    compare,
+    compare_evaluations,
     count_bytes,
     find_role,
     parse_evaluation,
@@ -45,7 +45,7 @@ def test_bits_per_byte_weighs_documents_by_their_bytes():
     assert count_bytes(scores) == {"all": 50, "code": 40, "wiki": 10}
 
 
-def test_a_domain_called_all_does_not_hide_the_total():
+def test_a_domain_named_all_does_not_hide_the_total():
     scores = [DocumentScore("a", "all", 10, 10 * LN2), DocumentScore("b", "wiki", 10, 30 * LN2)]
     assert bits_per_byte(scores)["all"] == pytest.approx(2.0)
 
@@ -67,12 +67,12 @@ def test_rows_of_one_document_add_up():
     ]
 
 
-def test_an_evaluation_comes_back_from_its_file_as_it_was():
+def test_an_evaluation_survives_a_round_trip_through_its_file():
     evaluation = evaluate(random_nats(5, seed=0))
     assert parse_evaluation(evaluation.to_json()) == evaluation
 
 
-def test_every_name_that_is_not_the_runs_own_is_a_source():
+def test_every_name_that_is_not_reserved_is_a_source():
     own = ["target", "clm", "fused", "ensemble", "merged"]
     assert [find_role(name) for name in ["mpt", *own]] == ["source", *own]
     assert set(OWN_ROLES) < set(RESERVED_NAMES)
@@ -80,17 +80,17 @@ def test_every_name_that_is_not_the_runs_own_is_a_source():
 
 def test_a_model_does_not_differ_from_itself():
     model = evaluate(random_nats(40, seed=1))
-    found = compare(model, replace(model, name="clm"), samples=200, seed=0)
+    found = compare_evaluations(model, replace(model, name="clm"), samples=200, seed=0)
     assert set(found) == {"all", "a", "b"}
-    for each in found.values():
-        assert (each.difference, each.low, each.high) == (0.0, 0.0, 0.0)
-        assert each.outcome == "unclear"
+    for gap in found.values():
+        assert (gap.difference, gap.low, gap.high) == (0.0, 0.0, 0.0)
+        assert gap.outcome == "unclear"
 
 
 def test_swapping_two_models_mirrors_the_difference():
     a, b = evaluate(random_nats(40, seed=1)), evaluate(random_nats(40, seed=2), name="clm")
-    there = compare(a, b, samples=500, seed=3)["all"]
-    back = compare(b, a, samples=500, seed=3)["all"]
+    there = compare_evaluations(a, b, samples=500, seed=3)["all"]
+    back = compare_evaluations(b, a, samples=500, seed=3)["all"]
     assert there.difference == pytest.approx(-back.difference)
     assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
 
@@ -98,17 +98,17 @@ def test_swapping_two_models_mirrors_the_difference():
 def test_a_gain_on_every_document_is_better_and_a_loss_worse():
     nats = random_nats(40, seed=1)
     a, b = evaluate([value - 5.0 for value in nats]), evaluate(nats, name="clm")
-    gain = compare(a, b, samples=500, seed=0)["all"]
+    gain = compare_evaluations(a, b, samples=500, seed=0)["all"]
     assert gain.outcome == "better"
     assert gain.low <= gain.difference <= gain.high < 0
     assert gain.difference == pytest.approx(-5 * 40 / LN2 / sum(range(100, 140)))
-    assert compare(b, a, samples=500, seed=0)["all"].outcome == "worse"
+    assert compare_evaluations(b, a, samples=500, seed=0)["all"].outcome == "worse"
 
 
 def test_pairing_finds_a_gain_far_smaller_than_the_spread_of_documents():
     nats = random_nats(40, seed=1)
     a, b = evaluate([value * 0.999 for value in nats]), evaluate(nats, name="clm")
-    assert compare(a, b, samples=500, seed=0)["all"].outcome == "better"
+    assert compare_evaluations(a, b, samples=500, seed=0)["all"].outcome == "better"
 
 
 def test_the_interval_has_the_width_that_theory_gives_it():
@@ -119,20 +119,21 @@ def test_the_interval_has_the_width_that_theory_gives_it():
     b = Evaluation("clm", "clm", "folder", documents, 0.0)
     noisy = [replace(d, nats=d.nats + float(n)) for d, n in zip(documents, noise, strict=True)]
     a = replace(b, documents=noisy)
-    found = compare(a, b, samples=2000, seed=0)["all"]
+    found = compare_evaluations(a, b, samples=2000, seed=0)["all"]
     expected = 2 * 1.96 * 10.0 / LN2 / 100 / math.sqrt(2000)
     assert found.high - found.low == pytest.approx(expected, rel=0.1)
 
 
 def test_the_same_seed_gives_the_same_interval():
     a, b = evaluate(random_nats(40, seed=1)), evaluate(random_nats(40, seed=2), name="clm")
-    assert compare(a, b, samples=300, seed=7) == compare(a, b, samples=300, seed=7)
-    assert compare(a, b, samples=300, seed=7) != compare(a, b, samples=300, seed=8)
+    first, same, other = (compare_evaluations(a, b, samples=300, seed=seed) for seed in (7, 7, 8))
+    assert first == same
+    assert first != other
 
 
-def test_too_few_documents_are_no_ground_for_a_claim():
+def test_too_few_documents_give_no_interval():
     a, b = evaluate([1.0] * 5), evaluate([90.0] * 5, name="clm")
-    found = compare(a, b, samples=100, seed=0)["all"]
+    found = compare_evaluations(a, b, samples=100, seed=0)["all"]
     assert found.difference < 0
     assert (found.low, found.high, found.outcome) == (-math.inf, math.inf, "unclear")
 
@@ -141,7 +142,7 @@ def test_models_scored_on_different_documents_are_not_compared():
     a = evaluate(random_nats(8, seed=1))
     b = replace(a, name="clm", documents=a.documents[:-1])
     with pytest.raises(ValueError, match=r"fused and clm were scored on different documents"):
-        compare(a, b, samples=10, seed=0)
+        compare_evaluations(a, b, samples=10, seed=0)
 
 
 def test_an_interval_that_touches_zero_is_unclear():

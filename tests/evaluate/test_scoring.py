@@ -1,4 +1,4 @@
-"""Rows scored in batches pay what the model itself says."""
+"""The NLL of rows scored in batches equals that of the model's own logits."""
 
 import math
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def score(lm: CausalLM, tokenizer: TextTokenizer, rows: pa.Table, tokens: int) -
     return score_rows(lm, tokenizer, rows, name="tiny", batch_tokens=tokens)
 
 
-def test_rows_pay_what_the_models_own_logits_say(lm, tokenizer, rows):
+def test_the_nll_of_rows_is_that_of_the_models_own_logits(lm, tokenizer, rows):
     expected = []
     for text in rows["text"].to_pylist():
         ids = torch.tensor([[tokenizer.start_id, *tokenizer.encode([text])[0]]])
@@ -54,7 +54,7 @@ def test_batches_and_padding_do_not_change_a_score(lm, tokenizer, rows, batch_to
     np.testing.assert_allclose(together, alone, rtol=1e-5)
 
 
-def test_every_byte_is_paid_for_and_nothing_else(lm, tokenizer, rows):
+def test_every_byte_is_scored_and_nothing_else(lm, tokenizer, rows):
     with torch.no_grad():
         uniform = replace(lm, head=torch.nn.Linear(32, lm.head.out_features, bias=False))
         uniform.head.weight.zero_()
@@ -85,7 +85,7 @@ def test_each_row_is_scored_under_its_document(rows):
     ]
 
 
-def test_a_story_costs_a_story_model_fewer_bits_than_code(rows, shared_data: Path):
+def test_a_story_model_needs_fewer_bits_for_a_story_than_for_code(rows, shared_data: Path):
     folder = str(shared_data / "models" / "stories260k")
     lm = load_scored_model(ModelSettings(model=folder, dtype="float32"))
     texts = ["Once upon a time, there was a little girl named Lily.", "x = {k: v[1:] for k in z}"]

@@ -1,4 +1,4 @@
-"""What may be said of two models at a task."""
+"""Task scores of two models and the confidence interval of their difference."""
 
 import math
 from dataclasses import replace
@@ -36,7 +36,7 @@ def draws(chance: float, number: int, seed: int) -> list[float]:
     return np.random.default_rng(seed).binomial(1, chance, number).astype(float).tolist()
 
 
-def test_a_score_comes_back_from_its_file_as_it_was():
+def test_a_score_survives_a_round_trip_through_its_file():
     own = score("fused", [1.0, 0.0], [1.0])
     assert parse_task_score(own.to_json()) == own
 
@@ -57,7 +57,7 @@ def test_the_interval_of_an_accuracy_has_the_width_of_its_binomial():
     assert found.outcome == "better"
 
 
-def test_which_way_is_good_decides_what_better_means():
+def test_the_direction_of_the_metric_decides_which_model_is_better():
     low, high = [0.1, 0.2] * 20, [0.3, 0.5] * 20
     for higher_is_better, outcome in ((True, "worse"), (False, "better")):
         a, b = (
@@ -73,9 +73,9 @@ def test_equal_answers_are_unclear():
     assert (found.difference, found.low, found.high, found.outcome) == (0.0, 0.0, 0.0, "unclear")
 
 
-def test_models_that_were_asked_different_questions_are_not_compared():
+def test_models_that_answered_different_questions_are_not_compared():
     a, b = score("fused", [1.0, 0.0]), score("clm", [1.0])
-    with pytest.raises(ValueError, match="fused and clm were asked different questions of t0"):
+    with pytest.raises(ValueError, match="fused and clm answered different questions of t0"):
         compare_tasks(a, b, samples=10, seed=0)
 
 
@@ -91,7 +91,7 @@ def test_a_metric_without_questions_of_its_own_has_no_interval():
     assert compare_tasks(ours, theirs, samples=10, seed=0).outcome == "unclear"
 
 
-def test_a_metric_that_is_no_mean_of_its_questions_has_no_interval():
+def test_a_metric_that_is_not_the_mean_of_its_questions_has_no_interval():
     samples = [{"filter": "none", "doc_hash": str(i), "odd": float(i)} for i in range(8)]
     (odd,) = read_samples("t", samples, {"odd,none": 99.0}, {"odd": True})
     assert (odd.value, odd.values) == (99.0, ())

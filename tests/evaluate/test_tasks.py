@@ -1,4 +1,4 @@
-"""Tasks of lm-eval ask models as they were trained, and what is wrong with one is said at once."""
+"""lm-eval tasks score models as they were trained, and a wrong task is reported at once."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from rayfuse.config.models import ModelSettings
 from rayfuse.config.overrides import RecipeError
 from rayfuse.evaluate.bits_per_byte import load_scored_model
 from rayfuse.evaluate.lm_eval_model import EnsembleLM, TextLM
-from rayfuse.evaluate.lm_eval_tasks import ask_tasks, check_tasks, open_manager
+from rayfuse.evaluate.lm_eval_tasks import check_tasks, open_task_manager, run_tasks
 from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.run.tasks import describe_tasks
 
@@ -73,7 +73,7 @@ def model(stories: str) -> TextLM:
 
 
 def logprob_by_hand(stories: str, text: str, num_scored: int | None) -> tuple[float, bool]:
-    """Return what the model gives to the last tokens of a text, from its own full logits."""
+    """Compute the log-probability of the last tokens of a text from the model's full logits."""
     ids = [1, *load_tokenizer(stories).encode([text])[0].tolist()]  # BOS is 1
     network = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float64)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def logprob_by_hand(stories: str, text: str, num_scored: int | None) -> tuple[fl
     return sum(chosen), all(logprobs[at - 1].argmax().item() == ids[at] for at in places)
 
 
-def test_continuations_have_the_log_likelihood_worked_out_by_hand(model: TextLM, stories: str):
+def test_continuations_have_the_log_likelihood_computed_by_hand(model: TextLM, stories: str):
     asked = [(f"{question}", f" {choice}") for question, choices, _ in ITEMS for choice in choices]
     found = model.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in asked])
     encode = load_tokenizer(stories).encode
@@ -95,14 +95,12 @@ def test_continuations_have_the_log_likelihood_worked_out_by_hand(model: TextLM,
     assert any(is_greedy for _, is_greedy in found) != all(is_greedy for _, is_greedy in found)
 
 
-def test_a_text_without_context_and_a_whole_text_begin_with_the_start_token(
-    model: TextLM, stories: str
-):
+def test_a_text_without_context_begins_with_the_start_token(model: TextLM, stories: str):
     text = "Once upon a time, there was a little girl named Lily."
     expected, _ = logprob_by_hand(stories, text, None)
     ((alone, _),) = model.loglikelihood([Instance("loglikelihood", {}, ("", text), 0)])
-    (whole,) = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
-    assert (alone, whole) == pytest.approx((expected, expected), rel=1e-4)
+    (rolling,) = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
+    assert (alone, rolling) == pytest.approx((expected, expected), rel=1e-4)
 
 
 def test_control_tokens_in_a_text_are_text(model: TextLM):
@@ -110,16 +108,18 @@ def test_control_tokens_in_a_text_are_text(model: TextLM):
     assert len(model.tok_encode("</s>")) > 1
 
 
-def test_of_a_long_context_the_end_counts(model: TextLM):
+def test_a_long_context_is_truncated_at_its_start(model: TextLM):
     long = "Tom and Lily went home. " * 200
     pair = (long + "They were very", " happy.")
     ((logprob, _),) = model.loglikelihood([Instance("loglikelihood", {}, pair, 0)])
     assert math.isfinite(logprob)
-    with pytest.raises(ValueError, match="tokens does not fit the model's 512"):
+    with pytest.raises(ValueError, match="tokens does not fit into the model's context of 512"):
         model.loglikelihood([Instance("loglikelihood", {}, ("a", " " + long), 0)])
 
 
-def test_the_model_writes_what_it_writes_alone_up_to_the_first_stop(model: TextLM, stories: str):
+def test_batched_generation_equals_greedy_decoding_up_to_the_first_stop(
+    model: TextLM, stories: str
+):
     prompts = ["Once upon a time", "Lily", "Tom saw a big red ball. He"]
     asked = {"until": ["was", "were not"], "max_gen_toks": 12}
     request = [Instance("generate_until", {}, (prompt, asked), 0) for prompt in prompts]
@@ -142,24 +142,24 @@ def test_the_model_writes_what_it_writes_alone_up_to_the_first_stop(model: TextL
     assert any(stopped) != all(stopped)
 
 
-def test_a_task_scores_what_its_log_likelihoods_say(model: TextLM, stories: str, tmp_path: Path):
+def test_a_task_score_follows_from_its_log_likelihoods(model: TextLM, stories: str, tmp_path: Path):
     own = settings(make_tasks(tmp_path / "tasks"), "choose")
-    first, second = ask_tasks(model, open_manager(own.tasks), "choose", own)
+    first, second = run_tasks(model, open_task_manager(own.tasks), "choose", own)
     assert (first.metric, second.metric) == ("acc_norm", "acc")  # in the definition's order
     encode = load_tokenizer(stories).encode
     hits, hits_norm = [], []
     for question, choices, answer in ITEMS:
         scores = []
         for choice in choices:
-            whole = f"{question} {choice}"
-            number = len(encode([whole])[0]) - len(encode([question])[0])
-            scores.append(logprob_by_hand(stories, whole, number)[0])
+            text = f"{question} {choice}"
+            number = len(encode([text])[0]) - len(encode([question])[0])
+            scores.append(logprob_by_hand(stories, text, number)[0])
         lengths = [len(choice) for choice in choices]
         hits.append(float(np.argmax(scores) == answer))
         hits_norm.append(float(np.argmax(np.array(scores) / lengths) == answer))
     assert (second.values, second.value) == (tuple(hits), pytest.approx(np.mean(hits)))
     assert first.values == tuple(hits_norm)
-    assert 0 < second.value < 1  # neither all nor none: the test could tell
+    assert 0 < second.value < 1  # neither all nor none: the test can fail
 
 
 def test_bits_per_byte_of_a_task_are_those_of_the_texts(
@@ -177,7 +177,7 @@ def test_bits_per_byte_of_a_task_are_those_of_the_texts(
         ],
     )
     own = settings(folder, "loss")
-    (score,) = ask_tasks(model, open_manager(own.tasks), "loss", own)
+    (score,) = run_tasks(model, open_task_manager(own.tasks), "loss", own)
     nats = [-logprob_by_hand(stories, question, None)[0] for question, *_ in ITEMS]
     num_bytes = [len(question) for question, *_ in ITEMS]
     assert score.value == pytest.approx(sum(nats) / math.log(2) / sum(num_bytes), rel=1e-4)
@@ -185,20 +185,20 @@ def test_bits_per_byte_of_a_task_are_those_of_the_texts(
     assert not score.higher_is_better
 
 
-def test_the_ensemble_of_a_model_with_itself_answers_as_it_does(model: TextLM, tmp_path: Path):
+def test_the_ensemble_of_a_model_with_itself_scores_as_the_model(model: TextLM, tmp_path: Path):
     own = settings(make_tasks(tmp_path / "tasks"), "choose")
-    manager = open_manager(own.tasks)
-    alone = ask_tasks(model, manager, "choose", own)
-    asked = [Instance("loglikelihood", {}, ("a", " b"), 0)] * len(model.costs)
-    ensemble = EnsembleLM([model.costs] * 3)
+    manager = open_task_manager(own.tasks)
+    alone = run_tasks(model, manager, "choose", own)
+    asked = [Instance("loglikelihood", {}, ("a", " b"), 0)] * len(model.token_nll)
+    ensemble = EnsembleLM([model.token_nll] * 3)
     answers = ensemble.loglikelihood(asked)
     assert [logprob for logprob, _ in answers] == pytest.approx(
-        [-row.nats.sum() for row in model.costs]
+        [-row.nats.sum() for row in model.token_nll]
     )
-    assert ask_tasks(ensemble, manager, "choose", own) == alone
+    assert run_tasks(ensemble, manager, "choose", own) == alone
 
 
-def test_few_shots_and_a_limit_change_what_is_asked(
+def test_few_shots_and_a_limit_change_the_requests(
     model: TextLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     folder = make_tasks(tmp_path / "tasks", fewshot_split="test")
@@ -211,17 +211,17 @@ def test_few_shots_and_a_limit_change_what_is_asked(
 
     monkeypatch.setattr(model, "_encode_pair", note)
     plain = settings(folder, "choose", limit=2)
-    manager = open_manager(plain.tasks)
-    assert len(ask_tasks(model, manager, "choose", plain)[0].questions) == 2
+    manager = open_task_manager(plain.tasks)
+    assert len(run_tasks(model, manager, "choose", plain)[0].questions) == 2
     assert contexts == [question for question, *_ in ITEMS[:2] for _ in range(2)]
     contexts.clear()
-    ask_tasks(model, manager, "choose", settings(folder, "choose", num_fewshot=1))
+    run_tasks(model, manager, "choose", settings(folder, "choose", num_fewshot=1))
     examples = [f"{question} {choices[answer]}\n\n" for question, choices, answer in ITEMS]
     assert len(contexts) == 6
     assert all(context.startswith(tuple(examples)) for context in contexts)
 
 
-def test_what_is_asked_is_known_by_definitions_data_and_settings(tmp_path: Path):
+def test_tasks_are_identified_by_definitions_data_and_settings(tmp_path: Path):
     folder = make_tasks(tmp_path / "tasks")
     before = describe_tasks(settings(folder, "choose").tasks)
     assert describe_tasks(settings(folder, "choose").tasks) == before
@@ -233,13 +233,13 @@ def test_what_is_asked_is_known_by_definitions_data_and_settings(tmp_path: Path)
     assert describe_tasks(settings(folder, "choose").tasks) != before
 
 
-def test_a_task_that_cannot_be_asked_is_named_with_the_remedy(
+def test_a_task_that_cannot_run_is_named_with_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     folder = make_tasks(tmp_path / "tasks", unsafe_code=True)
-    with pytest.raises(ValueError, match=r"choose runs code .* evaluate.run_generated_code: true"):
+    with pytest.raises(ValueError, match=r"choose runs .* evaluate.run_generated_code: true"):
         check_tasks(settings(folder, "choose"))
-    with pytest.raises(ValueError, match=r"choose runs code .* outside any sandbox"):
+    with pytest.raises(ValueError, match=r"choose runs model-written code outside any sandbox"):
         check_tasks(settings(folder, "choose", run_generated_code=True))
     make_tasks(folder, unsafe_code=False)
     check_tasks(settings(folder, "choose"))
@@ -258,11 +258,13 @@ def test_an_unknown_task_is_named_with_the_nearest(tmp_path: Path, monkeypatch: 
     folder = make_tasks(tmp_path / "tasks")
     few = make_tasks(tmp_path / "few", task="arc_easy")  # lm-eval's own take half a minute to list
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(few / "manager.py"))
-    assert "arc_easy" in open_manager(settings(folder, "arc_easy").tasks).task_index
-    with pytest.raises(ValueError, match=r"has 'chose', which is no task; did you mean 'choose'\?"):
-        open_manager(settings(folder, "chose").tasks)
-    with pytest.raises(ValueError, match=r"which is no task; did you mean 'arc_easy'\?"):
-        open_manager(settings(folder, "arc_eazy").tasks)
+    assert "arc_easy" in open_task_manager(settings(folder, "arc_easy").tasks).task_index
+    with pytest.raises(
+        ValueError, match=r"has 'chose', which is not a task; did you mean 'choose'\?"
+    ):
+        open_task_manager(settings(folder, "chose").tasks)
+    with pytest.raises(ValueError, match=r"which is not a task; did you mean 'arc_easy'\?"):
+        open_task_manager(settings(folder, "arc_eazy").tasks)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +289,7 @@ def test_names_of_tasks_are_checked_with_the_recipe(names: list[str], message: s
 
 def test_every_local_task_finds_its_set(shared_data: Path):
     tasks = TasksSettings(names=("local_bbh",), folder=str(LOCAL), data=str(shared_data / "eval"))
-    manager = open_manager(tasks)
+    manager = open_task_manager(tasks)
     sizes = {
         name: len(task.eval_docs)
         for entry in manager.all_tasks
@@ -319,7 +321,7 @@ def test_the_solutions_of_humaneval_pass_and_other_code_does_not(shared_data: Pa
         data=str(shared_data / "eval"),
     )
     check_tasks(EvaluateSettings(tasks=tasks, run_generated_code=True))
-    manager = open_manager(tasks)
+    manager = open_task_manager(tasks)
     task = manager.load(["local_humaneval"])["tasks"]["local_humaneval"]
     for doc in list(task.eval_docs)[:3]:
         assert task.process_results(doc, [doc["canonical_solution"]]) == {"pass_at_1": 1.0}
@@ -339,10 +341,10 @@ def test_the_solutions_of_humaneval_pass_and_other_code_does_not(shared_data: Pa
         }
 
 
-def test_a_pair_of_java_is_there(shared_data: Path):
+def test_the_java_pair_class_is_available(shared_data: Path):
     name = "local_multipl_e_java"
     tasks = TasksSettings(names=(name,), folder=str(LOCAL), data=str(shared_data / "eval"))
-    task = open_manager(tasks).load([name])["tasks"][name]
+    task = open_task_manager(tasks).load([name])["tasks"][name]
     doc = next(doc for doc in task.eval_docs if "even_odd_palindrome" in doc["name"])
     count = """
         long odd = 0, even = 0;

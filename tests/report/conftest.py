@@ -8,7 +8,7 @@ import pytest
 
 from rayfuse.config.load import parse_recipe
 from rayfuse.config.recipe import Recipe
-from rayfuse.evaluate.scores import DocumentScore, Evaluation, compare, find_role
+from rayfuse.evaluate.scores import DocumentScore, Evaluation, compare_evaluations, find_role
 from rayfuse.evaluate.task_scores import SubtaskScore, TaskScore, compare_tasks
 from rayfuse.report.gather import Curve, Findings, SourceSignal, SourceWins, StageCount
 from rayfuse.report.timeline import ShardSpan
@@ -102,7 +102,7 @@ def findings() -> Findings:
     return Findings(
         evaluations=evaluations,
         differences={
-            name: compare(fused, other, samples=300, seed=0)
+            name: compare_evaluations(fused, other, samples=300, seed=0)
             for name, other in evaluations.items()
             if name != "fused"
         },

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rayfuse.evaluate.scores import Difference, DocumentScore
+from rayfuse.evaluate.bootstrap import Difference
+from rayfuse.evaluate.scores import DocumentScore
 from rayfuse.report.gather import Findings, SourceWins
 from rayfuse.report.plots import (
     draw_alignment,

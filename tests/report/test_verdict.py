@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from rayfuse.evaluate.scores import Difference
+from rayfuse.evaluate.bootstrap import Difference
 from rayfuse.report.gather import Findings
 from rayfuse.report.verdict import NO_BASELINE, join_names, judge, note_tasks, sign
 from rayfuse.run.layout import Merge
