@@ -18,7 +18,6 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray._private.state import state as cluster_state  # no public way to ask who drains
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayActorError
 from ray.util.metrics import Counter
@@ -41,6 +40,7 @@ from rayfuse.run.layout import Layout
 from rayfuse.run.segmentation import write_segmentation
 from rayfuse.runtime.connect import find_root_cause, on_driver_node
 from rayfuse.runtime.progress import Progress
+from rayfuse.runtime.ray_internals import list_draining_nodes
 from rayfuse.runtime.resources import (
     REPORT_WAIT_SECONDS,
     count_actor_gpus,
@@ -127,7 +127,7 @@ class CaptureActor:
         starts again, on another machine.
         """
         node = ray.get_runtime_context().get_node_id()
-        while node not in cluster_state.get_draining_nodes():
+        while node not in list_draining_nodes():
             time.sleep(DRAIN_SECONDS)
         for _ in range(CALLS_PER_ACTOR):
             self.calls.acquire()

@@ -5,8 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray._private.authentication.authentication_utils import is_token_auth_enabled
-from ray._private.worker import get_dashboard_url
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -22,6 +20,7 @@ from rayfuse.doctor.facts import (
 from rayfuse.plan.estimate import size_checkpoint
 from rayfuse.plan.model_size import size_from_files
 from rayfuse.runtime.autoscaler import HEAD
+from rayfuse.runtime.ray_internals import find_dashboard_port, is_token_auth_enabled
 from rayfuse.runtime.resources import read_autoscaler
 
 ANSWER_SECONDS = 120.0
@@ -79,8 +78,7 @@ def _ask_node(node: dict[str, Any], questions: Questions) -> Any:
     if not resources.get("CPU"):
         questions = replace(questions, models=())  # no model runs there
     if HEAD in resources:
-        port = (get_dashboard_url() or "").rpartition(":")[2]
-        questions = replace(questions, dashboard_port=int(port) if port.isdigit() else None)
+        questions = replace(questions, dashboard_port=find_dashboard_port())
     options: dict[str, Any] = {
         "num_cpus": 0,
         "max_retries": 0,

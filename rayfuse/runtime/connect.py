@@ -141,12 +141,9 @@ def _quieten_ray_data() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # else its message does not reach the driver
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # It warns that progress bars are off.
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    # It warns of every actor that asks for a GPU and CPUs, as all of ours on GPUs do.
-    operators = logging.getLogger("ray.data._internal.execution.operators.map_operator")
-    operators.addFilter(lambda record: "num_cpus and num_gpus" not in record.getMessage())
+    from rayfuse.runtime.ray_internals import quiet_data_loggers
+
+    quiet_data_loggers()
 
 
 def worker_env() -> dict[str, str]:

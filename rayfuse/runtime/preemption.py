@@ -1,12 +1,10 @@
 """Watch for spot preemption and drain the node in Ray: `python -m rayfuse.runtime.preemption`.
 
-Ray 2.60 asks no cloud, so that a spot machine would be lost without a word. When a node is drained
-captures finish the shards in hand, training makes a checkpoint, and both go on elsewhere. This runs
-beside `ray start` on each machine of AWS and Google Cloud, and ends with its node.
+Ray 2.60 does not poll the clouds for preemption notices, so a spot node would be lost without
+warning. When a node is drained, captures finish their current shards, training writes a
+checkpoint, and both resume on other nodes. This process runs beside `ray start` on each node of
+AWS and Google Cloud, and exits with its node.
 """
-
-# pyright: reportAttributeAccessIssue=false
-# (compiled parts of Ray, which have no types)
 
 import argparse
 import json
@@ -17,64 +15,64 @@ import urllib.request
 from collections.abc import Callable
 from datetime import datetime
 from http.client import HTTPException
-from typing import Any
 
-from ray._private.services import get_node_ip_address
-from ray._raylet import GcsClient
-from ray.core.generated.autoscaler_pb2 import DrainNodeReason
-from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest
+from rayfuse.runtime.ray_internals import (
+    connect_gcs,
+    drain_node,
+    find_node_id,
+    find_node_ip_address,
+)
 
 METADATA_URL = "http://169.254.169.254"
-"""Where a machine of either cloud asks about itself."""
+"""Address of the metadata service in both clouds."""
 
-LOOK_SECONDS = 3.0
-"""Between two looks: Google gives notice of 30 seconds, Amazon of two minutes."""
+POLL_SECONDS = 3.0
+"""Between two polls: Google gives notice of 30 seconds, Amazon of two minutes."""
 
-GOOGLE_SECONDS = 25.0
-"""Left once a notice of Google's is seen, which does not say until when."""
+GCP_NOTICE_SECONDS = 25.0
+"""Time that is left when a poll sees Google's notice, which carries no deadline."""
 
-ANSWER_SECONDS = 5.0
-HEAD_SECONDS = 60.0
-"""For the metadata service to answer, and for the head: a node itself gives up then."""
+REQUEST_TIMEOUT_SECONDS = 5.0
+"""Timeout of a request to the metadata service."""
 
 _LOGGER = logging.getLogger("rayfuse.runtime.preemption")
-# A proxy to the internet knows nothing of this machine.
+# The metadata service is link-local: a proxy to the internet cannot reach it.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def poll_aws(url: str) -> float | None:
-    """Return when Amazon takes this machine away, in Unix seconds; None without a notice.
+    """Read the time at which Amazon reclaims this instance, in Unix seconds; None without a notice.
 
     Raises:
-        OSError, HTTPException, ValueError: The metadata service fails, or answers something else.
+        OSError, HTTPException, ValueError: The metadata service fails or its reply is malformed.
     """
-    # A new token for each look: none to keep, none that expires.
+    # IMDSv2 needs a token. Fetching one for each poll means that none can expire.
     token = _fetch(f"{url}/latest/api/token", "PUT", {"X-aws-ec2-metadata-token-ttl-seconds": "60"})
     name = f"{url}/latest/meta-data/spot/instance-action"
     try:
-        answer = _fetch(name, "GET", {"X-aws-ec2-metadata-token": token})
+        reply = _fetch(name, "GET", {"X-aws-ec2-metadata-token": token})
     except urllib.error.HTTPError as error:
-        if error.code == 404:
+        if error.code == 404:  # no notice
             return None
         raise
-    match json.loads(answer):
-        case {"time": str(told)}:
-            return datetime.fromisoformat(told.replace("Z", "+00:00")).timestamp()
+    match json.loads(reply):
+        case {"time": str(time_text)}:
+            return datetime.fromisoformat(time_text.replace("Z", "+00:00")).timestamp()
         case _:
-            raise ValueError(f"{name} says {answer!r}, and no time")
+            raise ValueError(f"{name} is {reply!r}, which has no time")
 
 
 def poll_gcp(url: str) -> float | None:
-    """Return when Google takes this machine away, in Unix seconds; None without a notice.
+    """Estimate when Google reclaims this instance, in Unix seconds; None without a notice.
 
     Raises:
-        OSError, HTTPException, ValueError: As `poll_aws`.
+        OSError, HTTPException, ValueError: The metadata service fails or its reply is malformed.
     """
     name = f"{url}/computeMetadata/v1/instance/preempted"
-    answer = _fetch(name, "GET", {"Metadata-Flavor": "Google"}).strip()
-    if answer not in ("TRUE", "FALSE"):
-        raise ValueError(f"{name} says {answer!r}, neither TRUE nor FALSE")
-    return time.time() + GOOGLE_SECONDS if answer == "TRUE" else None
+    reply = _fetch(name, "GET", {"Metadata-Flavor": "Google"}).strip()
+    if reply not in ("TRUE", "FALSE"):
+        raise ValueError(f"{name} is {reply!r}, neither TRUE nor FALSE")
+    return time.time() + GCP_NOTICE_SECONDS if reply == "TRUE" else None
 
 
 CLOUDS: dict[str, Callable[[str], float | None]] = {"aws": poll_aws, "gcp": poll_gcp}
@@ -82,73 +80,62 @@ CLOUDS: dict[str, Callable[[str], float | None]] = {"aws": poll_aws, "gcp": poll
 
 def _fetch(url: str, method: str, headers: dict[str, str]) -> str:
     request = urllib.request.Request(url, headers=headers, method=method)
-    with _OPENER.open(request, timeout=ANSWER_SECONDS) as answer:
-        return answer.read().decode()
+    with _OPENER.open(request, timeout=REQUEST_TIMEOUT_SECONDS) as reply:
+        return reply.read().decode()
 
 
-def find_node(gcs: GcsClient, ip_address: str) -> str | None:
-    """Return the id of the node that lives at an address: of two, one is dead and not yet missed.
-
-    Raises:
-        RpcError: The head has not answered for a minute.
-    """
-    here = GetAllNodeInfoRequest.NodeSelector(node_ip_address=ip_address)
-    nodes: dict[Any, Any] = gcs.get_all_node_info(timeout=HEAD_SECONDS, node_selectors=[here])
-    alive = [node for node in nodes.values() if node.state == node.ALIVE]
-    newest = max(alive, key=lambda node: node.start_time_ms, default=None)
-    return None if newest is None else newest.node_id.hex()
-
-
-def watch_for_preemption(
-    ask: Callable[[], float | None], is_there: Callable[[], bool]
+def wait_for_notice(
+    poll: Callable[[], float | None], is_node_alive: Callable[[], bool]
 ) -> float | None:
-    """Return when this machine will be taken away, once that is known; None if its node is gone.
+    """Poll until a preemption notice comes, and return its deadline in Unix seconds.
 
-    A metadata service that fails is asked again; each new fault is logged.
+    A poll that fails is retried; each new error is logged once.
+
+    Returns:
+        None if the node died without a notice.
     """
-    fault = ""
-    while is_there():
+    last_error = ""
+    while is_node_alive():
         try:
-            deadline = ask()
+            deadline = poll()
             if deadline is not None:
                 return deadline
         except (OSError, HTTPException, ValueError) as error:
-            if fault != str(error):
-                fault = str(error)
-                _LOGGER.warning("the metadata service is asked again: %s", fault)
-        time.sleep(LOOK_SECONDS)
+            if last_error != str(error):
+                last_error = str(error)
+                _LOGGER.warning("metadata service failed, retrying: %s", last_error)
+        time.sleep(POLL_SECONDS)
     return None
 
 
 def main() -> None:
-    """Wait for the cloud's notice that it takes this machine away, and hand it on to Ray."""
+    """Wait for the cloud's preemption notice for this node, then drain the node in Ray."""
     parser = argparse.ArgumentParser(
         prog="python -m rayfuse.runtime.preemption", description=main.__doc__
     )
     parser.add_argument("--cloud", required=True, choices=CLOUDS)
-    parser.add_argument("--address", required=True, help="HOST:PORT, as `ray start` has it")
-    parser.add_argument("--node-ip-address", help="as `ray start` has it, if it has one")
+    parser.add_argument("--address", required=True, help="HOST:PORT, as given to `ray start`")
+    parser.add_argument("--node-ip-address", help="as given to `ray start`, if it was")
     parser.add_argument("--metadata-url", default=METADATA_URL)
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    address = given.node_ip_address or get_node_ip_address(given.address)
-    gcs = GcsClient(address=given.address)
-    node = find_node(gcs, address)
+    ip_address = given.node_ip_address or find_node_ip_address(given.address)
+    gcs = connect_gcs(given.address)
+    node = find_node_id(gcs, ip_address)
     if node is None:
-        parser.error(f"no node of {given.address} has the address {address}")
-    _LOGGER.info("node %s at %s asks %s for a notice", node, address, given.cloud)
-    deadline = watch_for_preemption(
-        lambda: CLOUDS[given.cloud](given.metadata_url), lambda: find_node(gcs, address) == node
+        parser.error(f"no live node of {given.address} has the address {ip_address}")
+    _LOGGER.info("node %s at %s: polling %s for a preemption notice", node, ip_address, given.cloud)
+    deadline = wait_for_notice(
+        lambda: CLOUDS[given.cloud](given.metadata_url),
+        lambda: find_node_id(gcs, ip_address) == node,
     )
     if deadline is None:
-        _LOGGER.info("node %s is gone", node)
+        _LOGGER.info("node %s is dead", node)
         return
-    is_accepted, refusal = gcs.drain_node(
-        node, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "spot", int(deadline * 1000)
-    )
-    if not is_accepted:
-        parser.exit(1, f"Ray does not drain node {node}: {refusal}\n")
-    _LOGGER.info("node %s goes in %.0f s: Ray was told", node, deadline - time.time())
+    refusal = drain_node(gcs, node, deadline)
+    if refusal is not None:
+        parser.exit(1, f"Ray refused to drain node {node}: {refusal}\n")
+    _LOGGER.info("node %s ends in %.0f s: draining", node, deadline - time.time())
 
 
 if __name__ == "__main__":

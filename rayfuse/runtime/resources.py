@@ -7,7 +7,6 @@ from functools import cache
 from typing import Any
 
 import ray
-from ray._private.state import state as cluster_state  # no public way to ask what may come
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -19,6 +18,7 @@ from rayfuse.runtime.autoscaler import (
     limit_cpus,
     read_node_kinds,
 )
+from rayfuse.runtime.ray_internals import has_autoscaler_v2, read_node_groups
 
 Bundle = dict[str, float]
 """What one actor asks of Ray, by resource."""
@@ -67,13 +67,9 @@ def _list_here() -> list[NodeKind]:
 
 def read_autoscaler() -> tuple[bool, tuple[NodeKind, ...] | None]:
     """Return whether the cluster grows by itself, and what may come, as far as it can be read."""
-    config = cluster_state.get_cluster_config()  # some clouds tell it
-    if config is not None and config.node_group_configs:
-        kinds = [
-            NodeKind({k: float(v) for k, v in group.resources.items()}, group.max_count)
-            for group in config.node_group_configs
-        ]
-        return True, tuple(kinds)
+    groups = read_node_groups()
+    if groups is not None:
+        return True, tuple(NodeKind(resources, most) for resources, most in groups)
     alive = [node for node in ray.nodes() if node["Alive"]]
     head = next((node for node in alive if HEAD in node["Resources"]), alive[0])
     options: dict[str, Any] = {
@@ -84,9 +80,7 @@ def read_autoscaler() -> tuple[bool, tuple[NodeKind, ...] | None]:
     text = ray.get(ray.remote(**options)(find_autoscaling_config).remote(gcs))
     if text:
         return True, read_node_kinds(text)
-    from ray.autoscaler.v2.utils import is_autoscaler_v2
-
-    return bool(is_autoscaler_v2()), None
+    return has_autoscaler_v2(), None
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Notices of the clouds, as their metadata services speak, and what Ray then knows of its nodes."""
+"""Preemption notices of each cloud's metadata service, and the drained node in Ray."""
 
 import json
 import secrets
@@ -20,7 +20,7 @@ from ray.autoscaler._private.command_runner import _with_environment_variables, 
 from ray.autoscaler._private.docker import with_docker_exec
 from ray.autoscaler._private.util import with_head_node_ip
 
-from rayfuse.runtime import preemption as notice
+from rayfuse.runtime import preemption
 from tests.cluster.checks import ROOT
 from tests.local_cluster import LocalCluster
 
@@ -28,15 +28,14 @@ AMAZON, GOOGLE = "/latest/meta-data/spot/instance-action", "/computeMetadata/v1/
 
 
 class Metadata(ThreadingHTTPServer):
-    """The metadata services of both clouds: IMDSv2 alone, and Google's."""
+    """Fake metadata services of both clouds: Amazon's IMDSv2 and Google's."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.notices: dict[str, str] = {GOOGLE: "FALSE"}
-        self.tokens: dict[str, float] = {}  # until when each is good
-        self.faults: list[str] = []  # of the next requests: a status, or another way to fail
-        self.asked: list[str] = []
+        self.tokens: dict[str, float] = {}  # expiry of each, in Unix seconds
+        self.faults: list[str] = []  # of the next requests: an HTTP status or another failure
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
@@ -53,7 +52,6 @@ class Answer(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         server, path = self.server, self.path
-        server.asked.append(path)
         fault = server.faults.pop(0) if server.faults else ""
         if fault == "expired":
             server.tokens.clear()
@@ -89,50 +87,50 @@ def metadata() -> Iterator[Metadata]:
     server.server_close()
 
 
-def tell_amazon(deadline: float) -> str:
-    told = datetime.fromtimestamp(deadline, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return json.dumps({"action": "terminate", "time": told})
+def aws_notice(deadline: float) -> str:
+    time_text = datetime.fromtimestamp(deadline, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return json.dumps({"action": "terminate", "time": time_text})
 
 
-def look(metadata: Metadata, ask: Callable[[str], float | None], looks: int) -> float | None:
-    """Return what is known after so many looks, on a node that is there that long."""
-    left = iter([True] * looks)
-    return notice.watch_for_preemption(partial(ask, metadata.url), lambda: next(left, False))
+def poll_times(metadata: Metadata, poll: Callable[[str], float | None], polls: int) -> float | None:
+    """Poll a number of times, after which the node is dead, and return the deadline seen."""
+    left = iter([True] * polls)
+    return preemption.wait_for_notice(partial(poll, metadata.url), lambda: next(left, False))
 
 
 FAULTS = ["503", "reset", "garbage", "500"]
 
 
 @pytest.mark.parametrize(("cloud", "faults"), [("aws", ["expired", *FAULTS]), ("gcp", FAULTS)])
-def test_a_notice_is_heard_however_the_service_fails_before(
+def test_a_notice_is_seen_after_any_failure_of_the_metadata_service(
     cloud, faults, metadata, monkeypatch, caplog
 ):
-    monkeypatch.setattr(notice, "LOOK_SECONDS", 0.01)
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nothing of this machine is there
-    ask = notice.CLOUDS[cloud]
-    assert look(metadata, ask, looks=3) is None
+    monkeypatch.setattr(preemption, "POLL_SECONDS", 0.01)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # must not be used
+    poll = preemption.CLOUDS[cloud]
+    assert poll_times(metadata, poll, polls=3) is None
     assert caplog.messages == []
     now = int(time.time())
-    metadata.notices |= {AMAZON: tell_amazon(now + 120), GOOGLE: "TRUE"}
+    metadata.notices |= {AMAZON: aws_notice(now + 120), GOOGLE: "TRUE"}
     metadata.faults += faults
-    deadline = look(metadata, ask, looks=len(faults) + 1)
+    deadline = poll_times(metadata, poll, polls=len(faults) + 1)
     expected = now + 120 if cloud == "aws" else pytest.approx(now + 25, abs=5)
     assert deadline == expected
     assert len(caplog.messages) == len(faults)
 
 
-def test_a_service_that_always_fails_is_told_once_and_a_node_that_is_gone_ends_it(
+def test_a_repeated_failure_is_logged_once_and_a_dead_node_ends_the_polling(
     metadata, monkeypatch, caplog
 ):
-    monkeypatch.setattr(notice, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(preemption, "POLL_SECONDS", 0.01)
     metadata.faults += ["403"] * 5
-    assert look(metadata, notice.poll_aws, looks=5) is None
-    assert caplog.messages == ["the metadata service is asked again: HTTP Error 403: Forbidden"]
+    assert poll_times(metadata, preemption.poll_aws, polls=5) is None
+    assert caplog.messages == ["metadata service failed, retrying: HTTP Error 403: Forbidden"]
 
 
-@pytest.mark.parametrize("cloud", notice.CLOUDS)
-def test_ray_up_starts_a_watch_that_outlives_the_shell_it_was_started_in(cloud, tmp_path):
-    """As Ray's autoscaler does it: a login shell with a terminal, by ssh and `docker exec`."""
+@pytest.mark.parametrize("cloud", preemption.CLOUDS)
+def test_ray_up_starts_a_watcher_that_outlives_its_shell(cloud, tmp_path):
+    """Start it as Ray's autoscaler does: by ssh and `docker exec`, in a login shell."""
     config = yaml.safe_load((ROOT / f"cluster/{cloud}.yaml").read_text())
     watch = config["worker_start_ray_commands"][-1].replace("/tmp/ray", str(tmp_path))
     (command,) = with_head_node_ip([watch], "192.0.2.7")
@@ -148,7 +146,7 @@ def test_ray_up_starts_a_watch_that_outlives_the_shell_it_was_started_in(cloud, 
         if log.exists() and log.read_text():
             break
         time.sleep(0.25)
-    time.sleep(0.5)  # what would end it has had the time to
+    time.sleep(0.5)  # a hang-up of the shell would have killed it by now
     number, *started = log.read_text().split()
     process = psutil.Process(int(number))
     assert process.status() == psutil.STATUS_SLEEPING
@@ -165,7 +163,7 @@ def write_script(path: Path, text: str) -> None:
 WORK = """
 import json, os, time
 import ray
-from ray._private.state import state
+from rayfuse.runtime.ray_internals import list_draining_nodes
 ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
 
 @ray.remote(num_cpus=1)
@@ -177,7 +175,7 @@ class Work:
 work = Work.remote()
 print(json.dumps(ray.get(work.find.remote())), flush=True)
 while True:
-    print(json.dumps(state.get_draining_nodes()), flush=True)
+    print(json.dumps(list_draining_nodes()), flush=True)
     time.sleep(0.3)
 """
 
@@ -192,7 +190,7 @@ def cluster(tmp_path) -> Iterator[LocalCluster]:
 
 @pytest.fixture
 def start(cluster) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Yield what starts Python on the cluster, and ends it after the test."""
+    """Yield a function that starts Python on the cluster; its processes end after the test."""
     started: list[subprocess.Popen[str]] = []
     env = cluster.env | {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}", "PYTHONPATH": str(ROOT)}
 
@@ -209,7 +207,7 @@ def start(cluster) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 @pytest.mark.ray
-def test_ray_drains_the_node_that_has_notice_until_its_time(start, cluster, metadata):
+def test_ray_drains_a_node_with_a_notice_until_its_deadline(start, cluster, metadata):
     work = start("-c", WORK)
     address, node = json.loads(work.stdout.readline())
 
@@ -217,23 +215,21 @@ def test_ray_drains_the_node_that_has_notice_until_its_time(start, cluster, meta
         where = (f"--address=127.0.0.1:{cluster.port}", f"--node-ip-address={address}")
         service = (f"--cloud={cloud}", f"--metadata-url={metadata.url}")
         process = start("-m", "rayfuse.runtime.preemption", *where, *service)
-        assert f"node {node} at {address} asks {cloud}" in process.stdout.readline()
+        assert f"node {node} at {address}: polling {cloud}" in process.stdout.readline()
         return process
 
     on_amazon, on_google = watch("aws"), watch("gcp")
     assert json.loads(work.stdout.readline()) == {}
     metadata.faults += ["500", "500", "500"]
     deadline = int(time.time()) + 90
-    metadata.notices[AMAZON] = tell_amazon(deadline)
-    said, _ = on_amazon.communicate(timeout=60)
-    assert "Ray was told" in said
+    metadata.notices[AMAZON] = aws_notice(deadline)
+    output, _ = on_amazon.communicate(timeout=60)
+    assert "draining" in output
     while not (draining := json.loads(work.stdout.readline())):
         pass
     assert draining == {node: deadline * 1000}
-    assert (
-        on_google.poll() is None
-    )  # a machine without notice is watched for as long as it is there
-    work.kill()  # a node that is drained goes once nothing is left to do
-    said, _ = on_google.communicate(timeout=60)
-    assert f"node {node} is gone" in said
+    assert on_google.poll() is None  # no notice, so it polls as long as the node lives
+    work.kill()  # a drained node ends once nothing runs on it
+    output, _ = on_google.communicate(timeout=60)
+    assert f"node {node} is dead" in output
     assert (on_amazon.returncode, on_google.returncode) == (0, 0)
