@@ -30,7 +30,7 @@ from rayfuse.fuse.reader import ShardReader
 from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import LocalStore
-from rayfuse.train.batches import Packing, Plan, iterate_steps
+from rayfuse.train.batches import Packing, StepPlan, iterate_steps
 
 TARGET, SOURCES = "open-llama-3b", ("gpt-neox-20b", "gpt2", "phi-3-mini")
 MIN_RATE = 1_000_000
@@ -78,7 +78,7 @@ def measure(sets: dict[str, DataSet], fuse: FuseSettings, token_bytes: np.ndarra
     aligned = {name: sets[name] for name in SOURCES}
     began = time.process_time()
     reader = ShardReader(sets["corpus"], aligned, fuse, token_bytes)
-    plan = Plan(seed=0, epochs=1, rows_per_step=128)
+    plan = StepPlan(seed=0, epochs=1, rows_per_step=128)
     steps = iterate_steps(reader, Packing(MAX_TOKENS, 1, True), plan, rank=0, num_workers=1)
     tokens = sum(len(batch.positions) for step in steps for batch in step.batches)
     return tokens / (time.process_time() - began)

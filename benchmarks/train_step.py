@@ -30,8 +30,9 @@ from rayfuse.fuse.rules import make_empty
 from rayfuse.models.causal_lm import split_head
 from rayfuse.storage.codec import TopK
 from rayfuse.train.batches import Packing, Step, build_micro_batches
+from rayfuse.train.deepspeed_engine import build_engine
 from rayfuse.train.loop import Objective, train_steps
-from rayfuse.train.model import FusionModel, build_engine
+from rayfuse.train.model import FusionModel
 
 MOST = 1.05
 SIZES = {

@@ -11,8 +11,9 @@ from rayfuse.fuse.reader import FusedRows
 from rayfuse.fuse.rules import make_empty
 from rayfuse.models.causal_lm import CausalLM
 from rayfuse.train.batches import MicroBatch, Packing, build_micro_batches
+from rayfuse.train.deepspeed_engine import group_parameters, learning_rate_share
 from rayfuse.train.loop import Objective
-from rayfuse.train.model import FusionModel, group_parameters, learning_rate_share
+from rayfuse.train.model import FusionModel
 
 PACKING = Packing(sequence_tokens=1, sequences=64, is_packed=False)
 """Every row is a sequence of its own: MPT's attention cannot tell packed rows apart."""

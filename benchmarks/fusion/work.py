@@ -54,7 +54,7 @@ from rayfuse.models.causal_lm import CausalLM, load_causal_lm, split_head
 from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import LocalStore
-from rayfuse.train.batches import MicroBatch, Plan, iterate_steps
+from rayfuse.train.batches import MicroBatch, StepPlan, iterate_steps
 from rayfuse.train.order import count_steps
 
 COUNTED_DOCUMENTS = 200
@@ -255,7 +255,7 @@ def _train(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
         ]
         steps = iterate_full_steps(reader, sources, seed=seed, rows_per_step=rows_per_step)
     else:
-        steps = _iterate_batches(reader, Plan(seed, 1, rows_per_step))
+        steps = _iterate_batches(reader, StepPlan(seed, 1, rows_per_step))
     lm = _load(unit.needs["start"], out)
     losses = train_lm(
         lm,
@@ -269,7 +269,7 @@ def _train(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     return {"losses": losses} | _score_lm(lm, tokenizer, unit.needs["held_out"], out)
 
 
-def _iterate_batches(reader: ShardReader, plan: Plan) -> Iterator[list[MicroBatch]]:
+def _iterate_batches(reader: ShardReader, plan: StepPlan) -> Iterator[list[MicroBatch]]:
     for step in iterate_steps(reader, PACKING, plan, rank=0, num_workers=1):
         yield step.batches
 

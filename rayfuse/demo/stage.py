@@ -74,17 +74,17 @@ def _pretrain_all(
     todo = [spec for spec in specs if not _is_done(folder / spec.name, fingerprints[spec.name])]
     if not todo:
         return
-    board: Any = ray.remote(num_cpus=0)(RunStatus).remote()
+    status: Any = ray.remote(num_cpus=0)(RunStatus).remote()
     stored = ray.put(documents)
     train: Any = ray.remote(num_cpus=_cpus_per_task(), max_retries=0)(_pretrain)
     pending = [
-        train.remote(spec, stored, folder / spec.name, seed, fingerprints[spec.name], board)
+        train.remote(spec, stored, folder / spec.name, seed, fingerprints[spec.name], status)
         for spec in todo
     ]
     while pending:
         ready, pending = ray.wait(pending, timeout=POLL_SECONDS)
         ray.get(ready)
-        states: dict[str, RunState] = ray.get(board.read.remote())
+        states: dict[str, RunState] = ray.get(status.read.remote())
         for name, state in states.items():
             report_progress(f"pretrain {name}", state.step, state.num_steps, "steps")
 
@@ -100,7 +100,7 @@ def _pretrain(
     folder: Path,
     seed: int,
     fingerprint: str,
-    board: Any,
+    status: Any,
 ) -> None:
     """Train one model on one thread; `done.json` is written last."""
     import torch
@@ -111,11 +111,11 @@ def _pretrain(
 
     def on_step(step: int, num_steps: int, loss: float) -> None:
         if step % STEPS_BETWEEN_REPORTS == 0 or step == num_steps:
-            board.write.remote(spec.name, step, num_steps)
+            status.record_step.remote(spec.name, step, num_steps)
 
     (folder / "done.json").unlink(missing_ok=True)
     pretrain(spec, documents, folder, seed=seed, on_step=on_step)
-    ray.get(board.write.remote(spec.name, spec.steps, spec.steps))
+    ray.get(status.record_step.remote(spec.name, spec.steps, spec.steps))
     (folder / "done.json").write_text(json.dumps({"fingerprint": fingerprint}))
 
 

@@ -100,8 +100,9 @@ def probe_training(recipe: Recipe, request: Request, deadline: float) -> Iterato
     from rayfuse.models.causal_lm import keeps_rows_apart, load_causal_lm
     from rayfuse.models.files import load_recipe_tokenizer
     from rayfuse.train.batches import Packing, Step, build_micro_batches
+    from rayfuse.train.deepspeed_engine import build_engine
     from rayfuse.train.loop import Objective, train_steps
-    from rayfuse.train.model import FusionModel, build_engine
+    from rayfuse.train.model import FusionModel
 
     target, settings = recipe.target, recipe.train
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""FusedRows of a step -> micro-batches: read, fused, packed into sequences, put side by side."""
+"""The fused rows of a step -> micro-batches: rows packed into sequences, sequences stacked."""
 
 import hashlib
 from collections import deque
@@ -13,20 +13,20 @@ from rayfuse.fuse.reader import FusedRows, ShardReader
 from rayfuse.train.order import count_steps, order_rows
 
 PREFETCH_STEPS = 2
-"""Steps whose micro-batches are built before they are needed; as many more have shards read."""
+"""Steps that are built in the background; for as many more, shards are read."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences side by side, and what each position that has a next token is to learn."""
+    """Stacked sequences, and the training targets of each position that has a next token."""
 
     token_ids: Int[np.ndarray, "batch seq_len"]
     """Padded on the right with id 0."""
     position_ids: Int[np.ndarray, "batch seq_len"] | None
-    """Each token's place in its row, by which attention tells packed rows apart; None where every
-    sequence is one row."""
+    """Each token's position in its row, from which attention sees the boundaries of packed rows;
+    None if every sequence is one row."""
     positions: Int[np.ndarray, " positions"]
-    """Where those positions are in the flattened batch."""
+    """Their indices in the flattened batch."""
     next_ids: Int[np.ndarray, " positions"]
     has_signal: Bool[np.ndarray, " positions"]
     sources: Int[np.ndarray, " positions"]
@@ -37,36 +37,36 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Packing:
-    """How rows become sequences and micro-batches."""
+    """How rows are put into sequences and micro-batches."""
 
     sequence_tokens: int
     sequences: int
-    """Of a micro-batch."""
+    """Sequences of a micro-batch."""
     is_packed: bool
-    """Several rows may share a sequence."""
+    """Whether several rows may share a sequence."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Which rows come when."""
+class StepPlan:
+    """How the rows of the corpus are divided into steps."""
 
     seed: int
     epochs: int
     rows_per_step: int
-    """Over all workers."""
+    """Rows of all workers."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One worker's part of an optimiser step."""
+    """One worker's part of an optimizer step."""
 
     batches: list[MicroBatch]
     batch_id: str
-    """Of all workers' rows together: equal steps have equal ids."""
+    """A hash of the rows of all workers: equal steps have equal ids."""
 
 
 def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Return the rows of each sequence: longest first, each into the first that has room.
+    """Pack rows into sequences by first-fit decreasing, and return the rows of each sequence.
 
     Args:
         lengths: Tokens of each row; a row longer than a sequence has one for itself.
@@ -75,34 +75,33 @@ def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     sequences: list[list[int]] = []
     room: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        for number, free in enumerate(room):
-            if lengths[row] <= free:
-                sequences[number].append(row)
-                room[number] -= lengths[row]
-                break
-        else:
-            sequences.append([row])
-            room.append(capacity - lengths[row])
+        fits = (number for number, free in enumerate(room) if lengths[row] <= free)
+        number = next(fits, len(sequences))
+        if number == len(sequences):
+            sequences.append([])
+            room.append(capacity)
+        sequences[number].append(row)
+        room[number] -= lengths[row]
     return sequences
 
 
 def build_micro_batches(rows: FusedRows, packing: Packing) -> list[MicroBatch]:
-    """Return a worker's micro-batches of a step."""
+    """Build a worker's micro-batches of a step."""
     lengths = rows.lengths.tolist()
     capacity = packing.sequence_tokens if packing.is_packed else 0
     sequences = pack_rows(lengths, capacity)
     starts = np.cumsum(rows.lengths) - rows.lengths
     return [
-        _lay_out(rows, starts, sequences[first : first + packing.sequences], packing)
+        _stack(rows, starts, sequences[first : first + packing.sequences], packing)
         for first in range(0, len(sequences), packing.sequences)
     ]
 
 
 def empty_micro_batch(like: MicroBatch | None = None) -> MicroBatch:
-    """Return a micro-batch of one token that teaches nothing, for a worker that has no rows left.
+    """Build a micro-batch of one token and no targets, for a worker that has no rows left.
 
     Args:
-        like: Another one, whose number of entries and kind of sequence it shall have.
+        like: A micro-batch with the number of entries and the kind of sequence to imitate.
     """
     one = np.zeros((1, 1), dtype=np.int32)
     entries = 0 if like is None else like.top_ids.shape[1]
@@ -119,28 +118,38 @@ def empty_micro_batch(like: MicroBatch | None = None) -> MicroBatch:
     )
 
 
-def _lay_out(
+def _stack(
     rows: FusedRows, starts: Int[np.ndarray, " rows"], sequences: list[list[int]], packing: Packing
 ) -> MicroBatch:
+    """Build one micro-batch by gathering tokens and targets with index arrays.
+
+    Args:
+        rows: The rows of the step.
+        starts: Where each row starts in the flat arrays of `rows`.
+        sequences: The rows of each sequence.
+        packing: Whether positions are needed.
+    """
     lengths = [rows.lengths[sequence] for sequence in sequences]
-    seq_len = max(int(each.sum()) for each in lengths)
-    places = [
-        number * seq_len + np.cumsum(each) - each  # where each row begins in the flat batch
-        for number, each in enumerate(lengths)
+    seq_len = max(int(row_lengths.sum()) for row_lengths in lengths)
+    offsets = [
+        number * seq_len + np.cumsum(row_lengths) - row_lengths  # of each row in the flat batch
+        for number, row_lengths in enumerate(lengths)
     ]
     numbers = np.concatenate(sequences)
-    lens, begins = rows.lengths[numbers], np.concatenate(places)
-    source, place = _ranges(starts[numbers], lens), _ranges(begins, lens)
+    row_lengths, row_offsets = rows.lengths[numbers], np.concatenate(offsets)
+    source = _ranges(starts[numbers], row_lengths)
+    destination = _ranges(row_offsets, row_lengths)
     token_ids = np.zeros((len(sequences), seq_len), dtype=np.int32)
-    token_ids.reshape(-1)[place] = rows.token_ids[source]
+    token_ids.reshape(-1)[destination] = rows.token_ids[source]
     position_ids = np.zeros_like(token_ids) if packing.is_packed else None
     if position_ids is not None:
-        position_ids.reshape(-1)[place] = _ranges(np.zeros_like(begins), lens)
-    at = _ranges(starts[numbers], lens - 1)
+        position_ids.reshape(-1)[destination] = _ranges(np.zeros_like(row_offsets), row_lengths)
+    # The last token of a row has no next one: what follows is another row.
+    at = _ranges(starts[numbers], row_lengths - 1)
     return MicroBatch(
         token_ids=token_ids,
         position_ids=position_ids,
-        positions=_ranges(begins, lens - 1),
+        positions=_ranges(row_offsets, row_lengths - 1),
         next_ids=rows.token_ids.take(at + 1),
         has_signal=rows.has_signal.take(at),
         sources=rows.selected.take(at),
@@ -153,7 +162,7 @@ def _lay_out(
 def _ranges(
     starts: Int[np.ndarray, " ranges"], lengths: Int[np.ndarray, " ranges"]
 ) -> Int[np.ndarray, " total"]:
-    """Return start, start + 1, ... of each range, one after the other."""
+    """Concatenate the ranges start, start + 1, ..., start + length - 1."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
 
@@ -161,22 +170,35 @@ def _ranges(
 def iterate_steps(
     reader: ShardReader,
     packing: Packing,
-    plan: Plan,
+    plan: StepPlan,
     *,
     rank: int,
     num_workers: int,
     first_step: int = 0,
 ) -> Iterator[Step]:
-    """Yield one worker's steps from `first_step` on; the next ones are built in the background.
+    """Yield one worker's steps, and build the next ones in the background.
 
     Workers may have different numbers of micro-batches in a step.
+
+    Args:
+        reader: Reads and fuses the rows.
+        packing: How rows are put into sequences.
+        plan: How rows are divided into steps.
+        rank: The worker's.
+        num_workers: Size of the process group.
+        first_step: Steps that are skipped, since a checkpoint has them.
+
+    Raises:
+        ShardError: A shard is missing or corrupt.
     """
 
     def build(window: list[tuple[str, Int[np.ndarray, "_ 2"]]]) -> Step:
-        reader.keep({int(shard) for _, rows in window for shard in np.unique(rows[:, 0])})
-        batch_id, mine = window[0]
-        return Step(build_micro_batches(reader.read_rows(mine), packing), batch_id)
+        reader.keep({int(shard) for _, share in window for shard in np.unique(share[:, 0])})
+        batch_id, rows = window[0]
+        return Step(build_micro_batches(reader.read_rows(rows), packing), batch_id)
 
+    # Two queues: the shards of the shares in `window` are being read, the steps in `pending` are
+    # being built from the shares before those.
     shares = _list_shares(reader.rows_per_shard, plan, rank, num_workers, first_step)
     window: deque[tuple[str, Int[np.ndarray, "rows 2"]]] = deque()
     pending: deque[Future[Step]] = deque()
@@ -200,9 +222,9 @@ def iterate_steps(
 
 
 def _list_shares(
-    rows_per_shard: Sequence[int], plan: Plan, rank: int, num_workers: int, first_step: int
+    rows_per_shard: Sequence[int], plan: StepPlan, rank: int, num_workers: int, first_step: int
 ) -> Iterator[tuple[str, Int[np.ndarray, "rows 2"]]]:
-    """Yield the id of each step's rows, and one worker's share of them."""
+    """Yield a hash of each step's rows, and one worker's share of them."""
     steps = count_steps(sum(rows_per_shard), plan.rows_per_step, 1)
     for epoch in range(first_step // max(steps, 1), plan.epochs):
         order = order_rows(rows_per_shard, seed=plan.seed, epoch=epoch)

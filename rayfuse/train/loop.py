@@ -1,4 +1,4 @@
-"""One worker's training loop, without Ray: steps, metrics, validation, what happens at each."""
+"""One worker's training loop, without Ray: steps, their metrics, and validation."""
 
 import math
 import time
@@ -17,28 +17,31 @@ from rayfuse.train.loss import LossWeights
 from rayfuse.train.throughput import ThroughputMeter
 
 MAX_SKIPPED_STEPS = 3
-"""Steps in a row whose loss or gradient is not finite before a training ends."""
+"""Consecutive steps with a loss or gradient that is not finite, after which training ends."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What the loss of each step weighs."""
+    """The weights of the losses over the course of a run."""
 
     clm_weight: Curve
     """lambda; 1 for a run without fusion."""
     temperature: Curve
+    """Of the divergence."""
     num_steps: int
-    """Of the whole run."""
+    """Steps of the entire run."""
     source_names: tuple[str, ...]
 
     def weights_at(self, step: int, positions: float, num_workers: int) -> LossWeights:
-        """Return the weights of a step.
+        """Compute the weights of a step.
 
         Args:
             step: Its number, from 1.
             positions: Next tokens learned in it, over all workers.
-            num_workers: DeepSpeed divides by them what the count has divided already.
+            num_workers: Size of the process group.
         """
+        # DeepSpeed averages gradients over the workers; `positions` counts all of theirs already,
+        # so the factor num_workers turns that mean back into a sum.
         done = (step - 1) / max(self.num_steps - 1, 1)
         return LossWeights(
             scale=num_workers / max(positions, 1),
@@ -49,20 +52,20 @@ class Objective:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one optimiser step was like, over all workers."""
+    """The metrics of one optimizer step, over all workers."""
 
     step: int
-    """Steps done, this one included."""
+    """Its number, from 1."""
     is_skipped: bool
-    """The loss or a gradient was not finite, so the weights are those of the step before."""
+    """The loss or a gradient was not finite, so the weights are unchanged."""
     loss: float | None
-    """Here and below: nothing where it is not finite."""
+    """None here and below: it is not finite."""
     clm_loss: float | None
     """Nats per target token."""
     fusion_loss: float | None
-    """Nats per position with a signal; nothing where no position has one."""
+    """Nats per position with a signal; None if no position has one."""
     source_losses: dict[str, float]
-    """The same over the positions of each source that was the likeliest there."""
+    """The same over the positions at which each source has the lowest cost."""
     tokens: int
     """Next tokens learned in this step."""
     clm_weight: float
@@ -70,22 +73,34 @@ class StepMetrics:
     learning_rate: float
     gradient_norm: float | None
     batch_id: str
-    """Of the rows of the step: equal in runs that train on the same rows."""
+    """A hash of the rows of the step: equal in runs that train on the same rows."""
     seconds: float
     wait_seconds: float
-    """Of them, waiting for data."""
+    """The part of `seconds` that went to waiting for data."""
     tokens_per_second: float
     flops_per_second: float
-    """Of each worker, as 6 a token and weight, attention besides."""
+    """Of each worker: 6 per token and weight, plus attention."""
     mfu: float | None
-    """Share of what the GPU can do in this type; nothing where that is not known."""
+    """Model FLOPs utilization, a share of the GPU's peak; None if the peak is unknown."""
     memory_gib: float
-    """The most that this process, or its GPU, has held."""
+    """Peak memory of this process, or of its GPU."""
     num_workers: int
 
     def to_record(self) -> dict[str, Any]:
-        """Return a line of metrics.jsonl."""
+        """Return the values of a line of metrics.jsonl."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """A worker's micro-batches of a step, and how much all workers have in it."""
+
+    batches: list[MicroBatch]
+    """As many on every worker."""
+    num_positions: float
+    """Next tokens of all workers."""
+    source_positions: list[float]
+    """Of them, those of each source's distributions."""
 
 
 def train_steps(
@@ -99,105 +114,143 @@ def train_steps(
     skipped_before: int = 0,
     seed: int = 0,
 ) -> None:
-    """Train on every step's micro-batches.
+    """Train on the micro-batches of every step.
 
     The loss of a step is a sum over its positions divided by their count over all micro-batches and
-    workers, so that how rows are dealt does not change it. A step whose loss or gradient is not
-    finite leaves the weights as they are; several such steps in a row end the training.
+    workers, so it does not depend on how the rows are divided among them. A step with a loss or
+    gradient that is not finite leaves the weights unchanged; several consecutive ones end the
+    training.
 
     Args:
-        engine: The engine; all workers must call.
-        steps: This worker's share of each.
-        objective: What the losses weigh.
+        engine: The DeepSpeed engine; all workers must call.
+        steps: This worker's share of each step.
+        objective: The weights of the losses.
         first_step: Steps done before.
         num_workers: Size of the process group.
         after_step: Called with each step's metrics.
-        skipped_before: Steps skipped in a row up to the first.
-        seed: Of what is drawn by chance in a step, such as dropout.
+        skipped_before: Consecutive steps that were skipped just before `first_step`.
+        seed: Seed of the randomness within steps, such as dropout.
 
     Raises:
-        FloatingPointError: `MAX_SKIPPED_STEPS` in a row were not finite.
+        FloatingPointError: `MAX_SKIPPED_STEPS` consecutive steps were not finite.
     """
     meter = ThroughputMeter(engine)
     num_sources = len(objective.source_names)
     step, skipped = first_step, skipped_before
     while True:
-        began = time.monotonic()
+        started = time.monotonic()
         part = next(steps, None)
         if part is None:
             return
-        waited = time.monotonic() - began
+        wait_seconds = time.monotonic() - started
         step += 1
         seed_dropout(seed, step, engine.global_rank)
-        positions, signals, batches = share_out(part.batches, num_sources, engine.device)
-        weights = objective.weights_at(step, positions, num_workers)
-        sums = torch.zeros(2 + num_sources, dtype=torch.float64, device=engine.device)
-        learning_rate = engine.optimizer.param_groups[0]["lr"]
-        for number, batch in enumerate(batches, 1):
-            is_last = number == len(batches)
-            engine.set_gradient_accumulation_boundary(is_last)
-            loss, batch_sums = engine(batch, weights)
-            # Times 1, or times NaN where it is not finite: no worker then has a gradient to use.
-            engine.backward(loss * (1 + 0 * loss.detach()))
-            sums[0] += loss.detach()
-            sums[1:] += batch_sums
-            if not is_last:
-                engine.step()
-        scaled_loss, clm, *by_source = sum_over_workers(sums, engine.device)
+        inputs = equalize_batches(part.batches, num_sources, engine.device)
+        weights = objective.weights_at(step, inputs.num_positions, num_workers)
+        learning_rate = engine.optimizer.param_groups[0]["lr"]  # take_step moves it on
+        sums = _accumulate_gradients(engine, inputs.batches, weights, num_sources)
+        totals = sum_over_workers(sums, engine.device)
         is_taken = take_step(engine)
         skipped = 0 if is_taken else skipped + 1
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - started
         after_step(
             StepMetrics(
                 step=step,
                 is_skipped=not is_taken,
-                loss=_if_finite(scaled_loss / num_workers),
-                clm_loss=_if_finite(clm / max(positions, 1)),
-                fusion_loss=_if_finite(sum(by_source) / sum(signals)) if sum(signals) else None,
-                source_losses={
-                    name: nats / count
-                    for name, nats, count in zip(
-                        objective.source_names, by_source, signals, strict=True
-                    )
-                    if count and math.isfinite(nats)
-                },
-                tokens=int(positions),
+                **_average_losses(totals, inputs, objective.source_names, num_workers),
+                tokens=int(inputs.num_positions),
                 clm_weight=weights.clm,
                 temperature=weights.temperature,
                 learning_rate=learning_rate,
                 gradient_norm=float(engine.get_global_grad_norm() or 0.0) if is_taken else None,
                 batch_id=part.batch_id,
                 seconds=seconds,
-                wait_seconds=waited,
+                wait_seconds=wait_seconds,
                 num_workers=num_workers,
-                **meter.measure(part.batches, positions, seconds),
+                **meter.measure(part.batches, inputs.num_positions, seconds),
             )
         )
-        if skipped == MAX_SKIPPED_STEPS:
-            raise FloatingPointError(
-                f"the losses or gradients of steps {step - skipped + 1} to {step} are not finite; "
-                "the last checkpoint is kept. Lower train.learning_rate, or train.gradient_clipping"
-            )
+        _check_skipped(step, skipped)
+
+
+def _accumulate_gradients(
+    engine: Any, batches: list[MicroBatch], weights: LossWeights, num_sources: int
+) -> Float[torch.Tensor, " sums"]:
+    """Run forward and backward over all micro-batches of a step, without the optimizer's step.
+
+    Returns:
+        This worker's sums: the scaled loss, CLM in nats, and the divergence in nats by source.
+    """
+    sums = torch.zeros(2 + num_sources, dtype=torch.float64, device=engine.device)
+    for number, batch in enumerate(batches, 1):
+        is_last = number == len(batches)
+        # DeepSpeed reduces the gradients over the workers in the backward pass of the last one.
+        engine.set_gradient_accumulation_boundary(is_last)
+        loss, batch_sums = engine(batch, weights)
+        # A factor of 1; of NaN if the loss is not finite. An infinite loss can have finite
+        # gradients, and NaN reaches every worker with the reduction: all of them skip the step.
+        engine.backward(loss * (1 + 0 * loss.detach()))
+        sums[0] += loss.detach()
+        sums[1:] += batch_sums
+        if not is_last:
+            engine.step()  # counts the micro-batch; the weights stay
+    return sums
+
+
+def _average_losses(
+    totals: list[float], inputs: StepInputs, source_names: tuple[str, ...], num_workers: int
+) -> dict[str, Any]:
+    """Turn a step's sums over all workers into the losses of its metrics.
+
+    Args:
+        totals: The scaled loss, CLM in nats, and the divergence in nats by source.
+        inputs: The counts to divide by.
+        source_names: The names of the sources.
+        num_workers: The factor in the scaled loss.
+    """
+    scaled_loss, clm, *by_source = totals
+    counts = inputs.source_positions
+    return {
+        "loss": _if_finite(scaled_loss / num_workers),
+        "clm_loss": _if_finite(clm / max(inputs.num_positions, 1)),
+        "fusion_loss": _if_finite(sum(by_source) / sum(counts)) if sum(counts) else None,
+        "source_losses": {
+            name: nats / count
+            for name, nats, count in zip(source_names, by_source, counts, strict=True)
+            if count and math.isfinite(nats)
+        },
+    }
+
+
+def _check_skipped(step: int, skipped: int) -> None:
+    if skipped == MAX_SKIPPED_STEPS:
+        raise FloatingPointError(
+            f"the losses or gradients of steps {step - skipped + 1} to {step} are not finite; "
+            "the last checkpoint is kept. Lower train.learning_rate, or train.gradient_clipping"
+        )
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Make chance in a step a function of these alone: a run that goes on repeats no other's."""
+    """Seed torch by the step, so that a resumed run draws the numbers of an uninterrupted one."""
     torch.manual_seed(int(np.random.default_rng([seed, step, rank]).integers(2**63)))
 
 
 def take_step(engine: Any) -> bool:
-    """Take the optimiser's step unless a gradient is not finite; return whether it was taken.
+    """Take the optimizer's step unless a gradient is not finite.
 
-    DeepSpeed looks at the norm of the gradients itself, but for plain AdamW (ZeRO-0 in float32).
+    Returns:
+        Whether the weights were updated.
     """
     if hasattr(engine.optimizer, "overflow"):
         engine.step()
         is_taken = engine.was_step_applied()
     else:
-        grads = [each.grad for each in engine.module.parameters() if each.grad is not None]
+        # DeepSpeed's own optimizers check the gradient norm. It uses plain AdamW for ZeRO-0 in
+        # float32, without that check.
+        grads = [weight.grad for weight in engine.module.parameters() if weight.grad is not None]
         is_taken = bool(torch.nn.utils.get_total_norm(grads).isfinite())
         engine.step() if is_taken else engine.zero_grad()
-    if not is_taken:  # the schedule goes by the step's number all the same
+    if not is_taken:  # the schedule is a function of the step's number: it moves on all the same
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             engine.lr_scheduler.step()
@@ -208,36 +261,34 @@ def _if_finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def share_out(
-    batches: list[MicroBatch], num_sources: int, device: Any
-) -> tuple[float, list[float], list[MicroBatch]]:
-    """Return what all workers have in a step, and this one's micro-batches, as many as any has.
+def equalize_batches(batches: list[MicroBatch], num_sources: int, device: Any) -> StepInputs:
+    """Count the positions of all workers, and pad each worker's micro-batches to equal numbers.
+
+    Every forward and backward pass is collective under ZeRO: a worker with fewer micro-batches than
+    another must run empty ones, or the others would wait for it forever.
 
     Args:
-        batches: This worker's own.
-        num_sources: Sources that a position may be booked under.
-        device: Where the process group adds up.
-
-    Returns:
-        Next tokens of all workers; how many of them each source speaks of; the micro-batches.
+        batches: This worker's micro-batches.
+        num_sources: Sources by which positions are counted.
+        device: The device of the process group's collectives.
     """
-    speakers = np.concatenate([np.zeros(0, np.int64), *(batch.sources for batch in batches)])
-    by_source = np.bincount(speakers[speakers >= 0], minlength=num_sources)
+    sources = np.concatenate([np.zeros(0, np.int64), *(batch.sources for batch in batches)])
+    by_source = np.bincount(sources[sources >= 0], minlength=num_sources)
     positions = sum(len(batch.positions) for batch in batches)
-    total, *signals = sum_over_workers(
+    num_positions, *source_positions = sum_over_workers(
         torch.tensor([positions, *by_source.tolist()], dtype=torch.float64), device
     )
-    most = torch.tensor(len(batches), device=device)
+    num_batches = torch.tensor(len(batches), device=device)
     if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(num_batches, torch.distributed.ReduceOp.MAX)
     padded = [*batches]
-    while len(padded) < int(most):
+    while len(padded) < int(num_batches):
         padded.append(empty_micro_batch(batches[0] if batches else None))
-    return total, signals, padded
+    return StepInputs(padded, num_positions, source_positions)
 
 
 def sum_over_workers(values: Float[torch.Tensor, " values"], device: Any) -> list[float]:
-    """Return the sums of some numbers over all workers."""
+    """Sum each of some numbers over all workers."""
     total = values.to(device)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
@@ -248,19 +299,19 @@ def sum_over_workers(values: Float[torch.Tensor, " values"], device: Any) -> lis
 def measure_bits_per_byte(
     engine: Any, batches: list[MicroBatch], token_bytes: Int[np.ndarray, " vocab"]
 ) -> float:
-    """Return the target's bits per byte over the rows of all workers' micro-batches.
+    """Measure the target's bits per byte over the micro-batches of all workers.
 
     Args:
-        engine: The engine; all workers must call.
-        batches: This worker's.
-        token_bytes: How many bytes each target token spells.
+        engine: The DeepSpeed engine; all workers must call.
+        batches: This worker's micro-batches.
+        token_bytes: The number of bytes of each target token.
     """
-    positions, _, batches = share_out(batches, 0, engine.device)
-    weights = LossWeights(scale=1 / max(positions, 1), clm=1.0)
+    inputs = equalize_batches(batches, 0, engine.device)
+    weights = LossWeights(scale=1 / max(inputs.num_positions, 1), clm=1.0)
     engine.eval()
     nats = torch.zeros((), dtype=torch.float64, device=engine.device)
     num_bytes = 0
-    for batch in batches:
+    for batch in inputs.batches:
         nats += engine(batch, weights)[1][0]
         num_bytes += int(token_bytes[batch.next_ids].sum())
     engine.train()

@@ -1,9 +1,8 @@
-"""The loss, from hidden states: the full logits exist for a chunk of positions at a time.
+"""The loss, from hidden states: full logits exist for one chunk of positions at a time.
 
 L = lambda * CLM + (1 - lambda) * D(fused || target) where a source has a signal, and CLM elsewhere
-(FuseLLM, arXiv 2401.10491, equation 5, with the tail that the paper leaves out). Gradients are
-formed in the same pass as the loss, so nothing of size [positions, vocabulary] is kept for the
-backward pass.
+(FuseLLM, arXiv 2401.10491, equation 5; the paper has no tail). The gradients are computed in the
+forward pass, chunk by chunk, so nothing of size [positions, vocab] is kept for the backward pass.
 """
 
 from dataclasses import dataclass, fields
@@ -17,51 +16,51 @@ from rayfuse.config.train import TrainSettings
 from rayfuse.models.causal_lm import CausalLM
 from rayfuse.train.divergence import LOWEST, diverge
 
-MIN_TAIL = 1e-30
-"""What the target's own tail counts as at least where its log or inverse is taken."""
+MIN_TARGET_TAIL = 1e-30
+"""Lower bound of the target's tail probability, of which the log and the inverse are taken."""
 
 CPU_LOGITS, GPU_LOGITS = 2**24, 2**26
-"""Logits of a chunk: 64 and 256 MiB in float32."""
+"""Logits per chunk: 64 and 256 MiB in float32."""
 
 
 @dataclass(frozen=True)
 class LossTargets:
-    """What the positions of a micro-batch are to learn."""
+    """The training targets of the positions of a micro-batch."""
 
     next_ids: Int[torch.Tensor, " positions"]
-    """The token that really comes next."""
+    """The actual next token."""
     has_signal: Bool[torch.Tensor, " positions"]
-    """Some source says something here; elsewhere only the text is learned."""
+    """Whether a source has a distribution here; elsewhere the loss is CLM alone."""
     sources: Int[torch.Tensor, " positions"]
-    """The number of the source that the loss is booked under; -1 where there is no signal."""
+    """The number of the source that the divergence is reported for; -1 without a signal."""
     top_ids: Int[torch.Tensor, "positions entries"]
-    """Tokens of the fused head, none twice; -1 where there is no entry. No entries at all: CLM."""
+    """Distinct tokens of the fused head; -1 where there is no entry. With 0 entries: CLM."""
     top_probs: Float[torch.Tensor, "positions entries"]
     tail_probs: Float[torch.Tensor, " positions"]
-    """With the head they sum to 1 where there is a signal."""
+    """They sum to 1 with the head where there is a signal."""
 
     def take(self, part: slice) -> "LossTargets":
-        """Return some of the positions."""
+        """Select some of the positions."""
         return LossTargets(*(getattr(self, field.name)[part] for field in fields(self)))
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """What each position's parts are multiplied with in one step."""
+    """The factors of a position's losses in one step."""
 
     scale: float
-    """1 over the positions of the whole step."""
+    """1 / the positions of the entire step."""
     clm: float
-    """lambda, of the text's share where there is a signal; it is 1 elsewhere."""
+    """lambda, the share of CLM where there is a signal; it is 1 elsewhere."""
     temperature: float = 1.0
     """Of the divergence."""
 
 
 class HeadLoss(nn.Module):
-    """The head's weight, and the loss of hidden states under it.
+    """The loss of hidden states under a target's head.
 
-    It holds the head's own parameter, so that ZeRO-3 gathers it here and sharing it with the
-    embedding stays sharing.
+    It holds the head's own parameter, not a copy: ZeRO-3 then gathers the weight for this module,
+    and a weight that is tied to the embedding stays tied.
     """
 
     def __init__(
@@ -72,14 +71,14 @@ class HeadLoss(nn.Module):
         num_sources: int,
         chunk_positions: int | None = None,
     ) -> None:
-        """Take a target's head.
+        """Share a target's head.
 
         Args:
             lm: The target.
             divergence: D of the loss.
-            num_sources: How many sources the loss is booked under.
-            chunk_positions: Positions whose logits exist at a time; by default as many as have
-                `CPU_LOGITS` or `GPU_LOGITS`.
+            num_sources: Sources by which the divergence is reported.
+            chunk_positions: Positions per chunk; by default as many as have `CPU_LOGITS` or
+                `GPU_LOGITS` logits.
         """
         super().__init__()
         self.weight, self.bias = lm.head.weight, lm.head.bias
@@ -93,7 +92,7 @@ class HeadLoss(nn.Module):
         targets: LossTargets,
         weights: LossWeights,
     ) -> tuple[Float[torch.Tensor, ""], Float[torch.Tensor, " parts"]]:
-        """Return the scaled loss, and the plain sums in nats: CLM, then D by source."""
+        """Compute the scaled loss, and unscaled sums in nats: CLM, then D by source."""
         loss, sums = _ChunkedLoss.apply(hidden, self.weight, self.bias, targets, weights, self)
         return loss, sums
 
@@ -113,7 +112,7 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         exact = torch.promote_types(hidden.dtype, torch.float32)  # float64 stays float64
         grad_hidden = torch.empty_like(hidden)
-        is_trained = ctx.needs_input_grad[1]  # not so where adapters are
+        is_trained = ctx.needs_input_grad[1]  # False with LoRA
         grad_weight = torch.zeros_like(weight, dtype=exact) if is_trained else None
         grad_bias = None if bias is None or not is_trained else torch.zeros_like(bias, dtype=exact)
         sums = torch.zeros(1 + head.num_sources, dtype=exact, device=hidden.device)
@@ -131,11 +130,12 @@ class _ChunkedLoss(torch.autograd.Function):
             torch.mm(low, weight, out=grad_hidden[part])
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
+            # The sum over chunks is float32: a long sum in bfloat16 loses what is added last.
             if grad_weight is not None and low.dtype == exact:
                 grad_weight.addmm_(low.T, hidden[part])
             elif grad_weight is not None:
                 grad_weight += low.T @ hidden[part]
-            del raw, logits, slope, chunk, grad, low  # before the next chunk's are made
+            del raw, logits, slope, chunk, grad, low  # or two chunks would be alive at a time
         ctx.save_for_backward(
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -147,8 +147,8 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_loss = grad_outputs[0]
-        # In place: a copy of the weight's gradient would be the largest thing there is. Torch then
-        # refuses a second backward pass of the same loss.
+        # In place: a second [vocab, width] gradient could be the largest tensor of the step. As
+        # saved tensors are changed, torch refuses a second backward pass of the same loss.
         grads = (
             None if grad is None else grad.mul_(grad_loss.to(grad.dtype))
             for grad in ctx.saved_tensors
@@ -169,11 +169,11 @@ def _differentiate_chunk(
     weights: LossWeights,
     head: HeadLoss,
 ) -> _Chunk:
-    """Return the loss of a chunk of positions and its gradient by the logits, which are used up.
+    """Compute the loss of a chunk and its gradient by the logits, in the memory of the logits.
 
-    With q = softmax(logits), a head H and the target's tail Q = 1 - sum of q on H, a divergence D
-    of (log q on H, log Q) that a common shift does not change has the gradient dD / dlog q_i on H
-    and q dD / dlog Q / Q elsewhere.
+    With q = softmax(logits), a head H and the target's tail Q = 1 - sum of q on H, a divergence
+    D(log q on H, log Q) that is invariant to a common shift of its arguments has the gradient
+    dD / dlog q_i for i on H, and q_i / Q * dD / dlog Q elsewhere.
     """
     if not targets.top_ids.shape[1]:
         return _differentiate_text(logits, targets.next_ids[:, None], weights, head)
@@ -181,8 +181,9 @@ def _differentiate_chunk(
     next_logits = logits.gather(1, next_ids)
     highest = logits.amax(1, keepdim=True)
     is_entry = (targets.top_ids >= 0) & targets.has_signal[:, None]
-    # Empty entries repeat a real one: writing one value twice is harmless. A position without any
-    # entry repeats token 0, which then counts as the tail it is.
+    # Every row of a scatter has the same length, so empty entries point at a real one: writing the
+    # same value twice is harmless. A position without any entry points at token 0, which is added
+    # back to the tail.
     real_at = is_entry.int().argmax(1, keepdim=True)
     is_bare = ~is_entry.gather(1, real_at)
     ids = torch.where(is_entry, targets.top_ids, targets.top_ids.gather(1, real_at).clamp(min=0))
@@ -190,13 +191,14 @@ def _differentiate_chunk(
     exps = logits.sub_(highest).exp_()
     head_exps = exps.gather(1, ids)
     exps.scatter_(1, ids, 0.0)
+    # The tail is summed without the head: 1 - sum(head) would cancel where the head has it all.
     tail_exps = exps.sum(1, keepdim=True) + head_exps[:, :1] * is_bare
     total = tail_exps + (head_exps * is_entry).sum(1, keepdim=True)
-    normaliser = highest + total.log()
+    normaliser = highest + total.log()  # log-sum-exp, stable as no exponent is above 0
     clm = (normaliser - next_logits)[:, 0]
 
     log_q = (head_logits - normaliser).clamp(min=LOWEST).masked_fill(~is_entry, LOWEST)
-    tail_q = (tail_exps / total).clamp(min=MIN_TAIL)
+    tail_q = (tail_exps / total).clamp(min=MIN_TARGET_TAIL)
     nats, slopes = _differentiate_outcomes(
         targets, is_entry, torch.cat([log_q, tail_q.log()], 1), weights, head
     )
@@ -216,7 +218,8 @@ def _differentiate_chunk(
 
     sums = torch.zeros(2 + head.num_sources, dtype=clm.dtype, device=clm.device)
     sums[0] = clm.sum()
-    sums.index_add_(0, targets.sources + 2, nats * signal)  # without a signal: row 1, dropped
+    # Source -1, no signal, lands in element 1, which is dropped: no boolean index, no GPU sync.
+    sums.index_add_(0, targets.sources + 2, nats * signal)
     loss = (clm * clm_weight).sum() + (nats * fusion_weight).sum()
     return _Chunk(loss, torch.cat([sums[:1], sums[2:]]), grad)
 
@@ -227,7 +230,7 @@ def _differentiate_text(
     weights: LossWeights,
     head: HeadLoss,
 ) -> _Chunk:
-    """Return the same where no source is heard: plain cross-entropy."""
+    """Compute the same for targets without entries: plain cross-entropy."""
     next_logits = logits.gather(1, next_ids)
     highest = logits.amax(1, keepdim=True)
     exps = logits.sub_(highest).exp_()
@@ -247,9 +250,9 @@ def _differentiate_outcomes(
     weights: LossWeights,
     head: HeadLoss,
 ) -> tuple[Float[torch.Tensor, " positions"], Float[torch.Tensor, "positions outcomes"]]:
-    """Return the divergence of each position, and its gradient by the target's log-probabilities.
+    """Compute the divergence of each position, and its gradient by the target's log-probabilities.
 
-    A position without a signal has some number there, which counts for nothing.
+    A position without a signal has an arbitrary finite value; its weight is 0.
     """
     probs = torch.cat([targets.top_probs * is_entry, targets.tail_probs[:, None]], 1)
     with torch.enable_grad():

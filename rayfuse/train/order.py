@@ -1,4 +1,4 @@
-"""Which rows each step trains on: a function of seed and epoch alone, never of the workers."""
+"""The order of rows: a function of the seed and the epoch, never of the number of workers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,57 +7,63 @@ import numpy as np
 from jaxtyping import Int
 
 SHUFFLE_STREAMS = 8
-"""Shards that rows are drawn from at a time: so many are open, not the whole corpus."""
+"""Shards from which rows are drawn at a time: only these are open, not all of the corpus."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """Every row of an epoch once."""
+    """Rows in the order in which they are trained on."""
 
     rows: Int[np.ndarray, "rows 2"]
-    """(shard, row in shard)."""
-    lanes: Int[np.ndarray, " rows"]
-    """Which lane each comes from: a lane opens its shards one after the other."""
+    """(shard, row in shard); every row of an epoch once."""
+    streams: Int[np.ndarray, " rows"]
+    """The shuffle stream of each row; a stream reads its shards one after the other."""
 
     def step(self, step: int, rows_per_step: int) -> "Order":
-        """Return the rows of a step of the epoch, over all workers."""
+        """Select the rows of one step of the epoch, over all workers."""
         part = slice(step * rows_per_step, (step + 1) * rows_per_step)
-        return Order(self.rows[part], self.lanes[part])
+        return Order(self.rows[part], self.streams[part])
 
     def share(self, rank: int, num_workers: int) -> Int[np.ndarray, "worker_rows 2"]:
-        """Return one worker's rows of a step: those of its lanes, as far as shares are equal."""
-        by_lane = self.rows[np.argsort(self.lanes, kind="stable")]
-        return np.array_split(by_lane, num_workers)[rank]
+        """Select one worker's rows of a step.
+
+        Shares have equal sizes (or differ by 1). A worker gets the rows of as few streams as
+        that allows, so that it opens few of the shards.
+        """
+        by_stream = self.rows[np.argsort(self.streams, kind="stable")]
+        return np.array_split(by_stream, num_workers)[rank]
 
 
 def order_rows(rows_per_shard: Sequence[int], *, seed: int, epoch: int) -> Order:
-    """Return an epoch's order.
+    """Shuffle the rows of an epoch without opening more than `SHUFFLE_STREAMS` shards at a time.
 
-    Shards are shuffled and dealt to `SHUFFLE_STREAMS` lanes; the rows of each shard are shuffled.
-    All lanes begin and end together: a row's place is its share of the way through its lane.
+    The shards are shuffled and dealt to the streams; the rows of each shard are shuffled. The
+    streams are then merged by relative position, so that all start and end together: a row comes
+    at the fraction of the epoch at which it stands in its stream.
     """
     random = np.random.default_rng([seed, epoch])
     shards = random.permutation(len(rows_per_shard))
-    num_lanes = max(1, min(SHUFFLE_STREAMS, len(shards)))
+    num_streams = max(1, min(SHUFFLE_STREAMS, len(shards)))
     rows: list[np.ndarray] = [np.zeros((0, 2), dtype=np.int64)]
-    lanes: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
-    places: list[np.ndarray] = [np.zeros(0)]
-    for lane in range(num_lanes):
-        mine = [
+    streams: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
+    fractions: list[np.ndarray] = [np.zeros(0)]
+    for stream in range(num_streams):
+        stream_rows = [
             np.stack([np.full(num_rows, shard), random.permutation(num_rows)], axis=1)
-            for shard in shards[lane::num_lanes]
+            for shard in shards[stream::num_streams]
             if (num_rows := rows_per_shard[shard])
         ]
-        num_rows = sum(map(len, mine))
-        rows += mine
-        lanes.append(np.full(num_rows, lane))
-        places.append((np.arange(num_rows) + random.random()) / max(num_rows, 1))
-    order = np.argsort(np.concatenate(places), kind="stable")
-    return Order(np.concatenate(rows)[order], np.concatenate(lanes)[order])
+        num_rows = sum(map(len, stream_rows))
+        rows += stream_rows
+        streams.append(np.full(num_rows, stream))
+        # A random offset, else streams of equal length would always come in the same turn.
+        fractions.append((np.arange(num_rows) + random.random()) / max(num_rows, 1))
+    order = np.argsort(np.concatenate(fractions), kind="stable")
+    return Order(np.concatenate(rows)[order], np.concatenate(streams)[order])
 
 
 def draw_rows(rows_per_shard: Sequence[int], count: int, *, seed: int) -> Int[np.ndarray, "rows 2"]:
-    """Return some rows of all, each once, as (shard, row in shard); all if there are fewer."""
+    """Draw distinct rows of all shards, as (shard, row in shard); all if there are fewer."""
     ends = np.cumsum(np.asarray(rows_per_shard, dtype=np.int64))
     total = int(ends[-1]) if len(ends) else 0
     chosen = np.random.default_rng(seed).choice(total, min(count, total), replace=False)
@@ -67,5 +73,5 @@ def draw_rows(rows_per_shard: Sequence[int], count: int, *, seed: int) -> Int[np
 
 
 def count_steps(num_rows: int, rows_per_step: int, epochs: int) -> int:
-    """Return the optimiser steps of a run; the last of each epoch may have fewer rows."""
+    """Count the optimizer steps of a run; the last one of each epoch may have fewer rows."""
     return epochs * -(-num_rows // rows_per_step)

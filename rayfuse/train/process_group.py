@@ -1,4 +1,4 @@
-"""The workers of a training, and what they tell one another."""
+"""The workers of one run: their ranks, their collectives, and each node's scratch folder."""
 
 import shutil
 from dataclasses import dataclass
@@ -9,51 +9,54 @@ import torch
 
 
 @dataclass(frozen=True)
-class Peers:
-    """Which of all workers this one is, and what its machine's workers share."""
+class ProcessGroup:
+    """One worker's view of all workers; `torch.distributed` must be initialised."""
 
     rank: int
     num_workers: int
     local_rank: int
-    """Among the workers of its machine."""
+    """The rank among the workers of the same node."""
     scratch: Path
-    """A folder of the machine for local files."""
+    """A local folder that the workers of a node share."""
 
     @property
     def is_rank_zero(self) -> bool:
-        """Whether it speaks for all workers."""
+        """Whether this worker acts for all workers."""
         return self.rank == 0
 
     @property
-    def is_first_here(self) -> bool:
-        """Whether it speaks for its machine's workers."""
+    def is_local_rank_zero(self) -> bool:
+        """Whether this worker acts for the workers of its node."""
         return self.local_rank == 0
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank 0's value on every worker."""
-        held = [value]
-        torch.distributed.broadcast_object_list(held)
-        return held[0]
+        """Return rank 0's value on every worker; all must call."""
+        values = [value]
+        torch.distributed.broadcast_object_list(values)
+        return values[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Return every worker's value."""
+        """Return the values of all workers by rank, on every worker; all must call."""
         values: list[Any] = [None] * self.num_workers
         torch.distributed.all_gather_object(values, value)
         return values
 
     def barrier(self) -> None:
-        """Return once every worker has called."""
+        """Wait until every worker has called."""
         self.gather(None)
 
-    def renew_scratch(self) -> None:
-        """Make the machine's folder anew, without what workers that were killed have left."""
-        if self.is_first_here:
+    def reset_scratch(self) -> None:
+        """Create the node's scratch folder, without files of an earlier attempt; all must call.
+
+        Workers that were killed could not remove theirs.
+        """
+        if self.is_local_rank_zero:
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.scratch.mkdir(mode=0o700)
         self.barrier()
 
-    def remove(self, folder: Path) -> None:
-        """Delete a folder of the machine once no worker needs it."""
+    def remove_folder(self, folder: Path) -> None:
+        """Delete a folder of the node once no worker needs it; all must call."""
         self.barrier()
-        if self.is_first_here:
+        if self.is_local_rank_zero:
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A training goes on from its newest checkpoint that is whole and undamaged."""
+"""Resuming a run from its newest checkpoint that is complete and not corrupt."""
 
 import contextlib
 import json
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayfuse.train.checkpoint import Checkpoints, Record
-from rayfuse.train.process_group import Peers
+from rayfuse.train.checkpoint import CheckpointRecord, Checkpoints
+from rayfuse.train.process_group import ProcessGroup
 
 TAG = "ds"
 """The folder of DeepSpeed's files within a checkpoint."""
@@ -19,11 +19,11 @@ UNIVERSAL = "universal"
 
 
 @dataclass(frozen=True)
-class Found:
-    """A checkpoint on this machine."""
+class LocalCheckpoint:
+    """A checkpoint on the local disk of a node."""
 
     folder: Path
-    record: Record
+    record: CheckpointRecord
 
     @property
     def is_universal(self) -> bool:
@@ -31,14 +31,15 @@ class Found:
         return (self.folder / UNIVERSAL).is_dir()
 
     def load(self, engine: Any) -> None:
-        """Put it into the engine; all workers must call."""
+        """Load it into the engine; all workers must call."""
         decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
         tag = UNIVERSAL if self.is_universal else TAG
         loaded, _ = engine.load_checkpoint(str(self.folder), tag=tag)
-        assert loaded, "DeepSpeed has not loaded a checkpoint that is whole"
+        assert loaded, "DeepSpeed has not loaded a complete checkpoint"
         if self.is_universal:
-            # With ZeRO 3 all groups have got the first one's settings, and their states share one
-            # count of steps, which each of them raises (DeepSpeed 0.19.8).
+            # DeepSpeed 0.19.8 with ZeRO-3 gives every parameter group the settings of the first
+            # one, and lets the states of all groups share one step counter, which the optimizer
+            # would then increment once per group.
             for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
                 group["weight_decay"] = decay
             for state in engine.optimizer.optimizer.state.values():
@@ -52,48 +53,61 @@ class Found:
 
 @contextlib.contextmanager
 def fetch_newest(
-    checkpoints: Checkpoints, peers: Peers, tell: Callable[[str], None]
-) -> Iterator[Found | None]:
-    """Give the newest checkpoint that can be used, if there is one; each machine fetches it once.
+    checkpoints: Checkpoints, group: ProcessGroup, log: Callable[[str], None]
+) -> Iterator[LocalCheckpoint | None]:
+    """Download the newest usable checkpoint, once per node, and delete the copy in the end.
 
     Args:
-        checkpoints: The training's own.
-        peers: All of them must call.
-        tell: Called with what the user should know.
+        checkpoints: The run's.
+        group: All of its workers must call.
+        log: Called with messages for the user.
+
+    Yields:
+        The checkpoint; None if there is none that can be used.
     """
-    whole = checkpoints.list_complete() if peers.is_rank_zero else {}
-    cut_off = checkpoints.list_incomplete() if peers.is_rank_zero else []
-    for records in reversed(peers.broadcast(list(whole.values()))):
-        first: Record = records[0]
-        found = Found(peers.scratch / first.name, first)
-        is_good = not peers.is_first_here or checkpoints.download(records, found.folder)
-        if all(peers.gather(is_good)):
-            is_other = first.num_workers != peers.num_workers
-            if is_other and peers.is_first_here and has_parts(found.folder):
-                convert_checkpoint(found.folder)
-            peers.barrier()
-            is_last = not any(name > first.name for name in cut_off)
-            was = f" (of {first.num_workers} workers)" if is_other else ""
-            lost = "" if is_last else "; a later checkpoint was cut off"
-            tell(f"goes on from the checkpoint of step {first.step}{was}{lost}")
-            yield found
-            peers.remove(found.folder)
-            return
-        tell(f"the checkpoint of step {first.step} is damaged, so not used")
-        peers.remove(found.folder)
+    # Rank 0 lists, and all use its list: listings of two workers may differ.
+    complete = checkpoints.list_complete() if group.is_rank_zero else {}
+    incomplete = checkpoints.list_incomplete() if group.is_rank_zero else []
+    for records in reversed(group.broadcast(list(complete.values()))):
+        first: CheckpointRecord = records[0]
+        found = LocalCheckpoint(group.scratch / first.name, first)
+        is_intact = not group.is_local_rank_zero or checkpoints.download(records, found.folder)
+        if not all(group.gather(is_intact)):
+            log(f"the checkpoint of step {first.step} is corrupt and not used")
+            group.remove_folder(found.folder)
+            continue
+        is_resized = first.num_workers != group.num_workers
+        if is_resized and group.is_local_rank_zero and has_parts(found.folder):
+            convert_checkpoint(found.folder)
+        group.barrier()
+        is_last = not any(name > first.name for name in incomplete)
+        workers = f" (of {first.num_workers} workers)" if is_resized else ""
+        lost = "" if is_last else "; a later checkpoint is incomplete"
+        log(f"resuming from the checkpoint of step {first.step}{workers}{lost}")
+        yield found
+        group.remove_folder(found.folder)
+        return
     yield None
 
 
 def has_parts(folder: Path) -> bool:
-    """Return whether each worker has written its part of the optimiser: not so with ZeRO 0."""
+    """Check whether each worker has written its part of the optimizer, as all but ZeRO-0 do."""
     return any((folder / TAG).glob("*zero_pp_rank_*_optim_states.pt"))
 
 
 def convert_checkpoint(folder: Path) -> None:
-    """Make DeepSpeed's universal format of a checkpoint, beside it, for any number of workers."""
+    """Convert a checkpoint to DeepSpeed's universal format, which any number of workers can load.
+
+    Args:
+        folder: The checkpoint; the result is put beside its files.
+    """
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
     command += ["--input_folder", str(folder / TAG), "--output_folder", str(folder / UNIVERSAL)]
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"the checkpoint cannot be converted: {done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"cannot convert the checkpoint {folder.name} to another number of workers: set "
+            "train.num_workers as it was, or delete the checkpoint; ds_to_universal reports "
+            f"{done.stderr[-2000:]}"
+        )

@@ -10,13 +10,13 @@ import ray.train
 from ray.exceptions import RayTaskError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from rayfuse.config.base import UserError
 from rayfuse.config.recipe import Recipe
 from rayfuse.fuse.source_filter import select_active_sources
 from rayfuse.run.layout import Layout, TrainRun
 from rayfuse.runtime.connect import on_driver_node
 from rayfuse.runtime.progress import Progress
 from rayfuse.runtime.resources import (
-    REPORT_WAIT_SECONDS,
     count_default_gpus,
     count_reachable,
     describe_needs,
@@ -24,57 +24,58 @@ from rayfuse.runtime.resources import (
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.lease import Lease
 from rayfuse.storage.store import Store
-from rayfuse.train.monitor import RunState, RunStatus
+from rayfuse.train.monitor import RunControl, RunMonitor, RunStatus
 from rayfuse.train.trackers import check_trackers
 from rayfuse.train.worker import WorkerTask, run_worker
 
 POLL_SECONDS = 0.5
 
 NOISE = (
-    "left out: it predicts no row better than chance; see that its weights and tokenizer "
+    "skipped: it predicts no row better than chance; check that its weights and tokenizer "
     "belong together, or set fuse.skip_noise: false"
 )
 
-START_SECONDS = "3600"
-"""An hour for the workers' machines to come, then they are asked for anew; Ray gives a minute."""
+WORKER_START_SECONDS = "3600"
+"""Ray Train's timeout until all workers have started. Its default of a minute is shorter than an
+autoscaler needs for a node."""
 
 RESIZE_SECONDS = 30.0
-"""Between two looks whether there is room for more workers."""
+"""Between two checks whether an elastic run can have more workers."""
 
 
 def is_trained(run: TrainRun, store: Store) -> bool:
-    """Return whether a run's model is complete."""
+    """Check whether a run's model is complete."""
     return "done.json" in store.sizes(run.folder)
 
 
 def check_data(*data_sets: DataSet) -> None:
-    """Raise unless all data sets are whole and hold rows.
+    """Check that every data set is complete and holds rows.
 
     Raises:
-        ValueError: One is not.
+        UserError: One does not.
     """
     for data in data_sets:
         if not data.is_complete():
-            raise ValueError(
-                f"{data.folder} is not whole; run `rayfuse corpus`, `capture` and `align` first"
+            raise UserError(
+                f"{data.folder} is incomplete; run `rayfuse corpus`, `capture` and `align` first"
             )
         manifest = data.read_manifest()
         if manifest is None or not manifest.rows:
-            raise ValueError(
-                f"{data.folder} has no rows to train on; `rayfuse status` says why documents were "
+            raise UserError(
+                f"{data.folder} has no rows to train on; `rayfuse status` shows why documents were "
                 "rejected"
             )
 
 
 def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
-    """Train every run that is not done yet, all at once if there is room.
+    """Train every run that is not trained yet, in parallel if the cluster has room.
 
     Raises:
-        ValueError: A data set is not whole or has no rows, no source knows anything, or a tracker
-            is not installed.
-        ShardError: A shard is missing or damaged.
-        FloatingPointError: Losses or gradients of several steps in a row are not finite.
-        StorageUnavailableError: The storage does not answer any more.
+        UserError: A data set is incomplete or has no rows, every source is noise, a tracker is not
+            installed, or one sequence does not fit the memory.
+        ShardError: A shard is missing or corrupt.
+        FloatingPointError: Losses or gradients of several consecutive steps are not finite.
+        StorageUnavailableError: The storage has failed for longer than the retries last.
     """
     runs = [run for run in layout.runs if not is_trained(run, layout.store)]
     if not runs:
@@ -83,167 +84,119 @@ def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     check_data(layout.corpus, *layout.aligned.values())
     if any(run.is_fused for run in runs):
         _check_sources(recipe, layout, progress)
-    board: Any = ray.remote(**on_driver_node())(RunStatus).remote()
+    status: Any = ray.remote(**on_driver_node())(RunStatus).remote()
+    control: Any = ray.remote(**on_driver_node())(RunControl).remote()
+    # The controller of Ray Train sets signal handlers, so each run has a process of its own.
     fit: Any = ray.remote(**on_driver_node(), max_retries=0)(_fit)
     job = uuid.uuid4().hex
-    tasks = [_plan_run(recipe, layout, run, board, job) for run in runs]
-    at_once = _count_runs_at_once(tasks)
-    watch = RunMonitor(progress)
-    queue = RunScheduler(tasks, job, watch)
+    tasks = [_plan_run(recipe, layout, run, status, control, job) for run in runs]
+    max_running = _count_runs_at_once(tasks)
+    monitor = RunMonitor(progress)
+    scheduler = RunScheduler(tasks, job, monitor)
     running: list[Any] = []
     try:
-        while queue.waiting or running:
-            taken = queue.take(at_once - len(running))
-            watch.expect(taken)
-            running += [fit.remote(task) for task in taken]
-            ready, running = _wait(running)
-            watch.look(ray.get(board.read.remote()))
-            queue.renew()
-            _end_runs(ready, board)
+        while scheduler.waiting or running:
+            started = scheduler.take(max_running - len(running))
+            monitor.expect({task.run.name: _describe_needs(task) for task in started})
+            running += [fit.remote(task) for task in started]
+            ended, running = _wait(running)
+            monitor.report(ray.get(status.read.remote()))
+            _raise_recorded(control)
+            scheduler.renew()
+            _check_ended(ended, control)
     finally:
-        for each in running:
-            ray.cancel(each, force=True)
-        queue.release()
+        for run in running:
+            ray.cancel(run, force=True)
+        scheduler.release()
 
 
 def _check_sources(recipe: Recipe, layout: Layout, progress: Progress) -> None:
-    """Tell which sources are not heard, and raise where that leaves none."""
-    heard, noise = select_active_sources(layout.aligned, recipe.fuse)
-    if noise and not heard:
-        raise ValueError(f"every source of the fusion, {', '.join(noise)}, is {NOISE}")
+    """Report the sources that are noise.
+
+    Raises:
+        UserError: No other source is left.
+    """
+    active, noise = select_active_sources(layout.aligned, recipe.fuse)
+    if noise and not active:
+        raise UserError(f"every source of the fusion, {', '.join(noise)}, is {NOISE}")
     for name in noise:
         progress(f"source {name}", 0, 0, note=NOISE)
 
 
 def _wait(running: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Return the runs that have ended, and the others, after a while."""
+    """Wait for `POLL_SECONDS` at most; return the runs that have ended, and the others."""
     if not running:
         time.sleep(POLL_SECONDS)
         return [], []
     return ray.wait(running, timeout=POLL_SECONDS)
 
 
-def _end_runs(ready: list[Any], board: Any) -> None:
+def _raise_recorded(control: Any) -> None:
+    """Raise the first non-retryable error that a worker has recorded, as it was."""
+    for error in ray.get(control.read_errors.remote()):
+        raise error from None
+
+
+def _check_ended(ended: list[Any], control: Any) -> None:
+    """Raise the error of a run that has failed; a recorded one names the cause better."""
     try:
-        ray.get(ready)
+        ray.get(ended)
     except RayTaskError:
-        states: dict[str, RunState] = ray.get(board.read.remote())
-        for state in states.values():
-            if state.fault is not None:
-                raise state.fault from None
+        _raise_recorded(control)
         raise
 
 
 class RunScheduler:
-    """Runs that wait for room, or for another job that trains them."""
+    """The runs that wait for room in the cluster, or for another job that trains them."""
 
-    def __init__(self, tasks: list[WorkerTask], job: str, watch: "RunMonitor") -> None:
-        self.waiting, self.watch = [*tasks], watch
-        self.holds = {
+    def __init__(self, tasks: list[WorkerTask], job: str, monitor: RunMonitor) -> None:
+        self.waiting, self.monitor = [*tasks], monitor
+        self.leases = {
             task.run.name: Lease(task.store, f"{task.run.folder}/lease.json", job) for task in tasks
         }
 
     def take(self, room: int) -> list[WorkerTask]:
-        """Return those that are to start now; what another job has done is dropped."""
+        """Return up to `room` runs to start now, and drop those that another job has trained."""
         taken: list[WorkerTask] = []
         for task in [*self.waiting]:
             if len(taken) == room:
                 break
-            hold = self.holds[task.run.name]
+            lease = self.leases[task.run.name]
             if is_trained(task.run, task.store):
                 self.waiting.remove(task)
-            elif hold.take():
+            elif lease.take():
                 self.waiting.remove(task)
                 taken.append(task)
             else:
-                self.watch.tell_held(task.run.name, hold.holder)
+                self.monitor.report_waiting(task.run.name, lease.holder)
         return taken
 
     def renew(self) -> None:
-        """Say that we train what we have taken."""
-        for hold in self.holds.values():
-            hold.renew()
+        """Renew the leases of the runs that this job trains."""
+        for lease in self.leases.values():
+            lease.renew()
 
     def release(self) -> None:
-        """Let other jobs have what we had taken."""
-        for hold in self.holds.values():
-            hold.release()
-
-
-class RunMonitor:
-    """Tells what is new on the board."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.told: dict[str, int] = {}
-        self.held: set[str] = set()
-        self.has_warned = False
-        self.expected: dict[str, tuple[float, str]] = {}
-
-    def expect(self, tasks: list[WorkerTask]) -> None:
-        """Note runs that start now, to tell what is waited for if their workers do not come."""
-        until = time.monotonic() + REPORT_WAIT_SECONDS
-        self.expected |= {task.run.name: (until, _describe_needs(task)) for task in tasks}
-
-    def look(self, states: dict[str, RunState]) -> None:
-        """Report each run's step and what it has told since, and compare validations.
-
-        Raises:
-            Exception: A run's fault that trying again would not mend.
-        """
-        for name, (until, needs) in [*self.expected.items()]:
-            if name in states:
-                del self.expected[name]
-            elif time.monotonic() > until:
-                del self.expected[name]
-                self.progress(f"train {name}", 0, 0, note=f"waits for nodes with {needs}")
-        for name, state in states.items():
-            for text in state.told[self.told.get(name, 0) :]:
-                self.progress(f"train {name}", 0, 0, note=text)
-            self.told[name] = len(state.told)
-            if state.num_steps:
-                title = f"train {name}"
-                self.progress(title, state.step, state.num_steps, "steps", state.note)
-            if state.fault is not None:
-                raise state.fault
-        if {"fused", "clm"} <= set(states):
-            self._compare(states["fused"], states["clm"])
-
-    def tell_held(self, name: str, holder: str) -> None:
-        """Say, once, that another job trains a run."""
-        if name not in self.held:
-            self.held.add(name)
-            note = f"{holder} trains it already; this job waits, and takes over if that one dies"
-            self.progress(f"train {name}", 0, 0, note=note)
-
-    def _compare(self, fused: RunState, clm: RunState) -> None:
-        """Warn early where fusion is worse than the same training without it."""
-        common = sorted(set(fused.validations) & set(clm.validations))
-        if self.has_warned or not common:
-            return
-        step = common[-1]
-        if fused.validations[step] > clm.validations[step]:
-            self.has_warned = True
-            text = (
-                f"warning: at step {step} fusion is worse on held-out rows, "
-                f"{fused.validations[step]:.4f} bits a byte against {clm.validations[step]:.4f} "
-                "without it; look at the sources' own scores, or raise train.lambda"
-            )
-            self.progress("train fused", 0, 0, note=text)
+        """Release the leases of the runs that this job trains."""
+        for lease in self.leases.values():
+            lease.release()
 
 
 def _count_runs_at_once(tasks: list[WorkerTask]) -> int:
-    """Return how many runs the cluster has or may have room for; others would time out."""
-    settings, most = tasks[0].recipe.train, len(tasks)
-    for kind, each in _worker_resources(tasks[0]).items():
+    """Count the runs for which the cluster has or may get room, 1 at least.
+
+    The workers of any more would time out.
+    """
+    settings, num_runs = tasks[0].recipe.train, len(tasks)
+    for kind, per_worker in _worker_resources(tasks[0]).items():
         room = count_reachable(kind, settings.accelerator_type)
-        needed = each * settings.num_workers
-        most = min(most, int(min(room, needed * most) // needed))
-    return max(1, most)
+        needed = per_worker * settings.num_workers
+        num_runs = min(num_runs, int(min(room, needed * num_runs) // needed))
+    return max(1, num_runs)
 
 
 def _worker_resources(task: WorkerTask) -> dict[str, float]:
-    """Return what one worker asks of Ray."""
+    """Return the Ray resources of one worker."""
     settings = task.recipe.train
     resources = {"CPU": settings.cpus_per_worker}
     if task.use_gpu:
@@ -252,13 +205,15 @@ def _worker_resources(task: WorkerTask) -> dict[str, float]:
 
 
 def _describe_needs(task: WorkerTask) -> str:
-    """Describe what all workers need, for the progress note."""
+    """Describe the resources of all workers, for the progress note."""
     settings = task.recipe.train
     needs = describe_needs(_worker_resources(task), settings.accelerator_type)
     return f"{needs} free for each of {settings.num_workers} workers"
 
 
-def _plan_run(recipe: Recipe, layout: Layout, run: TrainRun, board: Any, job: str) -> WorkerTask:
+def _plan_run(
+    recipe: Recipe, layout: Layout, run: TrainRun, status: Any, control: Any, job: str
+) -> WorkerTask:
     gpus = recipe.train.gpus_per_worker
     kind = recipe.train.accelerator_type
     use_gpu = (count_default_gpus(kind) if gpus is None else gpus) > 0
@@ -270,18 +225,19 @@ def _plan_run(recipe: Recipe, layout: Layout, run: TrainRun, board: Any, job: st
         aligned=layout.aligned if run.is_fused else {},
         held_out=layout.held_out,
         use_gpu=use_gpu,
-        board=board,
+        status=status,
+        control=control,
         job=job,
     )
 
 
 def _fit(task: WorkerTask) -> None:
-    """Run one training to its end; in a process of its own, as Ray Train sets signal handlers."""
+    """Run one training to its end, retries included."""
     settings = task.recipe.train
     workers = settings.num_workers
     is_elastic = settings.min_workers not in (None, workers)
-    if not is_elastic:  # else it is to look again soon whether there are more, or fewer
-        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = START_SECONDS
+    if not is_elastic:  # an elastic run would rather start soon with fewer workers
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = WORKER_START_SECONDS
     trainer = TorchTrainer(
         run_worker,
         train_loop_config={"task": task},

@@ -1,4 +1,4 @@
-"""How fast a step was, what share of the device it used, and how much memory."""
+"""The throughput, model FLOPs utilization (MFU) and peak memory of a training step."""
 
 import resource
 from collections.abc import Sequence
@@ -21,20 +21,20 @@ PEAK_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
 }
-"""Dense matrix products a second in 16 bits, by what is in a GPU's name (makers' data sheets)."""
+"""Dense 16-bit FLOP/s by a part of the GPU's name (from the vendors' data sheets)."""
 
 
 class ThroughputMeter:
-    """Knows a model's size and its device's peak."""
+    """Measures steps of one worker against its model's size and its device's peak."""
 
     def __init__(self, engine: Any) -> None:
         model = engine.module.lm[0].model
         config = model.config.get_text_config()
         embedding = model.get_input_embeddings().weight
-        sizes = {id(each): _count_elements(each) for each in model.parameters()}
+        sizes = {id(weight): _count_elements(weight) for weight in model.parameters()}
         head = engine.module.head_loss.weight
         self.weights = sum(sizes.values())
-        if embedding is not head:  # it is looked up, not multiplied
+        if embedding is not head:  # an input embedding is looked up, not multiplied
             self.weights -= sizes.get(id(embedding), 0)
         self.attention = config.num_hidden_layers * config.hidden_size
         self.device: torch.device = engine.device
@@ -46,19 +46,22 @@ class ThroughputMeter:
     def measure(
         self, batches: Sequence[MicroBatch], tokens: float, seconds: float
     ) -> dict[str, Any]:
-        """Return the measures of a step of this worker.
+        """Measure a step: throughput of all workers, FLOP/s, MFU and memory of this one.
+
+        FLOPs are the model's own (PaLM, arXiv 2204.02311, appendix B, with causal attention as half
+        a square): activations that gradient checkpointing computes again do not count.
 
         Args:
-            batches: Its micro-batches.
-            tokens: Next tokens learned, of all workers.
-            seconds: Of the step.
+            batches: This worker's micro-batches.
+            tokens: Next tokens learned by all workers.
+            seconds: Duration of the step.
         """
-        mine = sum(len(batch.positions) for batch in batches)
+        positions = sum(len(batch.positions) for batch in batches)
         squares = sum(map(_sum_row_squares, batches))
-        # A token costs 2 products a weight forward and 4 backward; attention over half a square.
-        flops = 6 * self.weights * mine + 6 * self.attention * squares
+        # 2 FLOPs per weight and token forward, 4 backward.
+        flops = 6 * self.weights * positions + 6 * self.attention * squares
         on_gpu = self.device.type == "cuda"
-        held = (
+        peak_bytes = (
             torch.cuda.max_memory_allocated(self.device)
             if on_gpu
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -67,17 +70,17 @@ class ThroughputMeter:
             "tokens_per_second": tokens / seconds,
             "flops_per_second": flops / seconds,
             "mfu": flops / seconds / self.peak if self.peak else None,
-            "memory_gib": held / 2**30,
+            "memory_gib": peak_bytes / 2**30,
         }
 
 
 def _count_elements(parameter: Any) -> int:
-    """Return a parameter's size, whole even where ZeRO-3 has put its parts elsewhere."""
+    """Return the full size of a parameter, also where ZeRO-3 has partitioned it."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _sum_row_squares(batch: MicroBatch) -> int:
     if batch.position_ids is None:
         return batch.token_ids.shape[0] * batch.token_ids.shape[1] ** 2
-    # The places of a row are 0, 1, ...: their doubled sum is its length squared, less its length.
+    # Row positions count 0, 1, ..., n - 1; they sum to (n^2 - n) / 2, so n^2 = 2 * sum + n.
     return int(2 * batch.position_ids.sum(dtype=np.int64) + batch.position_ids.size)

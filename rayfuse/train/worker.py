@@ -1,12 +1,11 @@
-"""What each Ray Train worker does: load, go on from the last checkpoint, train, publish."""
+"""What each Ray Train worker does: load, resume from the newest checkpoint, train, publish."""
 
 import errno
 import json
-import logging
 import tempfile
 import time
 import uuid
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from typing import Any
 import numpy as np
 import ray.train
 import torch
+from transformers import AutoTokenizer
 
+from rayfuse.config.base import UserError
 from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.fuse.reader import ShardReader
 from rayfuse.models.causal_lm import (
@@ -24,146 +25,154 @@ from rayfuse.models.causal_lm import (
 )
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.run.layout import TrainRun
-from rayfuse.runtime.metrics import count_work
 from rayfuse.storage.dataset import DataSet, ShardError
 from rayfuse.storage.object_store import StorageUnavailableError
 from rayfuse.storage.store import Store
-from rayfuse.train.batches import MicroBatch, Packing, Plan, build_micro_batches, iterate_steps
-from rayfuse.train.checkpoint import Checkpoints, Record, name_checkpoint
+from rayfuse.train.batches import (
+    MicroBatch,
+    Packing,
+    StepPlan,
+    build_micro_batches,
+    iterate_steps,
+)
+from rayfuse.train.checkpoint import CheckpointRecord, Checkpoints, name_checkpoint
+from rayfuse.train.deepspeed_engine import build_engine, save_model
 from rayfuse.train.loop import Objective, StepMetrics, measure_bits_per_byte, train_steps
-from rayfuse.train.model import FusionModel, build_engine, save_model
-from rayfuse.train.monitor import RunState
+from rayfuse.train.model import FusionModel
 from rayfuse.train.order import count_steps, draw_rows
-from rayfuse.train.process_group import Peers
+from rayfuse.train.process_group import ProcessGroup
+from rayfuse.train.recorder import MetricsRecorder
 from rayfuse.train.resume import TAG, fetch_newest
 from rayfuse.train.trackers import Trackers
 
-FINAL_ERRORS = (ShardError, StorageUnavailableError, FloatingPointError, ValueError)
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-
-logger = logging.getLogger(__name__)
+NON_RETRYABLE_ERRORS = (ShardError, StorageUnavailableError, FloatingPointError, ValueError)
+FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
 class WorkerTask:
-    """All that a worker needs to train its share of a run."""
+    """Everything that a worker needs to train its share of a run."""
 
     recipe: Recipe
     run: TrainRun
     store: Store
     corpus: DataSet
     aligned: dict[str, DataSet]
-    """Empty for the run without fusion."""
+    """By source; empty for the run without fusion."""
     held_out: DataSet
     use_gpu: bool
-    board: Any
-    """The actor that hears of steps."""
+    status: Any
+    """The `RunStatus` actor."""
+    control: Any
+    """The `RunControl` actor."""
     job: str
-    """An id of this call of `train_runs`, by which local folders are told apart."""
+    """An id of this call of `train_runs`; it keeps the local folders of two jobs apart."""
 
 
 def run_worker(config: dict[str, Any]) -> None:
-    """Train one worker's share of a run; a fault that is final is told to the board, too."""
+    """Train one worker's share of a run, and record an error that a retry would not fix.
+
+    Args:
+        config: The `WorkerTask` as `task`, as Ray Train passes it.
+    """
     task: WorkerTask = config["task"]
-    task.board.begin.remote(task.run.name)
+    task.status.start.remote(task.run.name)
     try:
-        trainer = Trainer(task)
+        trainer = Trainer(task, join_group(task))
+        trainer.open()
         try:
             trainer.train()
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 trainer.halve_micro_batches()
             raise
+        # Not in a `finally`: close() waits for all workers, and those of a failed attempt may
+        # never come. The next attempt clears the scratch folder and continues the trackers' runs.
+        trainer.close()
     except Exception as error:
-        if _is_final(error):
-            ray.get(task.board.fail.remote(task.run.name, error))
+        if _is_non_retryable(error):
+            # Ray Train retries every exception, so the driver cancels the run for this one. It
+            # must be recorded before the worker ends, so this call is waited for.
+            ray.get(task.control.set_error.remote(task.run.name, error))
         raise
 
 
-def _is_final(error: Exception) -> bool:
-    """Return whether trying again would not mend it."""
-    is_full = isinstance(error, OSError) and error.errno in FULL_DISK
-    return is_full or isinstance(error, FINAL_ERRORS)
+def join_group(task: WorkerTask) -> ProcessGroup:
+    """Return this worker's place among the workers that Ray Train has started."""
+    context = ray.train.get_context()
+    return ProcessGroup(
+        rank=context.get_world_rank(),
+        num_workers=context.get_world_size(),
+        local_rank=context.get_local_rank(),
+        scratch=Path(tempfile.gettempdir(), f"rayfuse-{task.run.fingerprint}-{task.job}"),
+    )
 
 
-@dataclass
+def _is_non_retryable(error: Exception) -> bool:
+    """Decide whether a retry would raise the same error."""
+    is_full = isinstance(error, OSError) and error.errno in FULL_DISK_ERRNOS
+    return is_full or isinstance(error, NON_RETRYABLE_ERRORS)
+
+
 class Trainer:
-    """One worker's share of a run."""
+    """Trains one worker's share of a run: `open`, `train`, and after success `close`."""
 
-    task: WorkerTask
-    records: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    """metrics.jsonl so far."""
-    bits_per_byte: float | None = None
-    """On validation, where it was measured last."""
-    is_on_notice: bool = False
-    """A worker's machine is about to be taken away, and a checkpoint was made."""
-
-    def __post_init__(self) -> None:
-        task, context = self.task, ray.train.get_context()
-        self.settings = task.recipe.train
+    def __init__(self, task: WorkerTask, group: ProcessGroup) -> None:
+        self.task, self.group, self.settings = task, group, task.recipe.train
         self.device = "cuda" if task.use_gpu else "cpu"
-        self.peers = Peers(
-            rank=context.get_world_rank(),
-            num_workers=context.get_world_size(),
-            local_rank=context.get_local_rank(),
-            scratch=Path(tempfile.gettempdir(), f"rayfuse-{task.run.fingerprint}-{task.job}"),
-        )
-        self.peers.renew_scratch()
+        self.sequences = self.settings.micro_batch_sequences
+        self.is_preempted = False
         self.checkpoints = Checkpoints(task.store, task.run.folder)
-        self.trackers = Trackers(task.recipe, task.run, is_on=self.peers.is_rank_zero)
-        states: dict[str, RunState] = ray.get(task.board.read.remote())
-        limit = states.get(task.run.name, RunState()).max_sequences
-        self.sequences: int = self.peers.broadcast(limit or self.settings.micro_batch_sequences)
+        self.trackers = Trackers(task.recipe, task.run, is_on=group.is_rank_zero)
+        self.recorder = MetricsRecorder(task.run, task.store, task.status, self.trackers, group)
+
+    def open(self) -> None:
+        """Prepare the node's scratch folder, the trackers and the micro-batch size."""
+        self.group.reset_scratch()
+        self.trackers.open()
+        limit = ray.get(self.task.control.read_max_sequences.remote(self.task.run.name))
+        # Rank 0 decides: another worker may already have read a newer limit.
+        self.sequences = self.group.broadcast(limit or self.sequences)
+
+    def close(self) -> None:
+        """Remove the scratch folder and finish the trackers; all workers must call."""
+        self.group.remove_folder(self.group.scratch)
+        self.trackers.close()
 
     def halve_micro_batches(self) -> None:
-        """Let the next attempt have micro-batches of half as many sequences.
+        """Let the next attempt run with half as many sequences per micro-batch.
 
         Raises:
-            ValueError: They have one.
+            UserError: A micro-batch is one sequence already.
         """
         if self.sequences == 1:
-            raise ValueError(
+            raise UserError(
                 "out of memory with micro-batches of one sequence; lower train.sequence_tokens or "
                 "corpus.max_tokens, or set train.gradient_checkpointing, train.offload, "
                 "train.zero_stage=3 or more train.num_workers"
             )
         half = self.sequences // 2
-        ray.get(self.task.board.limit.remote(self.task.run.name, half))
-        text = (
-            f"out of memory with {self.sequences} sequences a micro-batch; tried again with {half}"
+        name = self.task.run.name
+        ray.get(self.task.control.set_max_sequences.remote(name, half))
+        message = (
+            f"out of memory with {self.sequences} sequences per micro-batch; retrying with {half}"
         )
-        ray.get(self.task.board.tell.remote(self.task.run.name, text))
+        ray.get(self.task.status.log.remote(name, message))
 
     def train(self) -> None:
-        """Train to the end and publish the model."""
+        """Train from the newest usable checkpoint to the last step, and publish the model."""
         task, settings = self.task, self.settings
         reader = self._open_reader(task.corpus, task.aligned)
         num_steps = count_steps(sum(reader.rows_per_shard), settings.rows_per_step, settings.epochs)
-        with fetch_newest(self.checkpoints, self.peers, self._tell) as found:
-            is_universal = found is not None and found.is_universal
-            engine, packing = self._build(num_steps, len(reader.names), is_universal)
-            if found is not None:
-                found.load(engine)
-                self.records = found.read_metrics()
-                self.bits_per_byte = found.record.bits_per_byte
+        engine, packing = self._restore_engine(num_steps, len(reader.names))
         validation = self._read_validation(packing)
-        first_step = len(self.records)
-
-        def after_step(metrics: StepMetrics) -> None:
-            self._note(metrics, num_steps)
-            is_end = metrics.step == num_steps
-            if validation and (metrics.step % settings.validate_every_steps == 0 or is_end):
-                self._validate(engine, validation, metrics.step, reader.token_bytes)
-            is_due = metrics.step % settings.checkpoint_every_steps == 0
-            if (self._is_first_notice() or is_due) and not is_end:
-                self._save(engine, metrics.step)
-
+        first_step = len(self.recorder.records)
         steps = iterate_steps(
             reader,
             packing,
-            Plan(task.recipe.seed, settings.epochs, settings.rows_per_step),
-            rank=self.peers.rank,
-            num_workers=self.peers.num_workers,
+            StepPlan(task.recipe.seed, settings.epochs, settings.rows_per_step),
+            rank=self.group.rank,
+            num_workers=self.group.num_workers,
             first_step=first_step,
         )
         objective = Objective(
@@ -177,18 +186,26 @@ class Trainer:
             steps,
             objective,
             first_step=first_step,
-            num_workers=self.peers.num_workers,
-            after_step=after_step,
-            skipped_before=_count_last_skipped(self.records),
+            num_workers=self.group.num_workers,
+            after_step=lambda metrics: self._after_step(engine, validation, metrics, num_steps),
+            skipped_before=self.recorder.num_skipped,
             seed=task.recipe.seed,
         )
         self.checkpoints.wait()
-        with tempfile.TemporaryDirectory(dir=self.peers.scratch) as folder:
-            save_model(engine, folder, rank=self.peers.rank)
-            if self.peers.is_rank_zero:
-                self._publish(Path(folder))
-        self.peers.remove(self.peers.scratch)
-        self.trackers.close()
+        self._publish(engine)
+
+    def _after_step(
+        self, engine: Any, validation: list[MicroBatch], metrics: StepMetrics, num_steps: int
+    ) -> None:
+        """Record a step, and validate and save a checkpoint where they are due."""
+        self.recorder.record_step(metrics, num_steps)
+        step, is_last = metrics.step, metrics.step == num_steps
+        if validation and (step % self.settings.validate_every_steps == 0 or is_last):
+            bits = measure_bits_per_byte(engine, validation, self._token_bytes)
+            self.recorder.record_validation(step, bits)
+        is_due = step % self.settings.checkpoint_every_steps == 0
+        if (self._is_newly_preempted() or is_due) and not is_last:
+            self._save(engine, step)
 
     def _open_reader(self, corpus: DataSet, aligned: dict[str, DataSet]) -> ShardReader:
         return ShardReader(corpus, aligned, self.task.recipe.fuse, self._token_bytes)
@@ -197,8 +214,18 @@ class Trainer:
     def _token_bytes(self) -> np.ndarray:
         return load_recipe_tokenizer(self.task.recipe.target).count_bytes()
 
+    def _restore_engine(self, num_steps: int, num_sources: int) -> tuple[Any, Packing]:
+        """Build the engine, and load the newest usable checkpoint into it if there is one."""
+        with fetch_newest(self.checkpoints, self.group, self.recorder.log) as found:
+            is_universal = found is not None and found.is_universal
+            engine, packing = self._build(num_steps, num_sources, is_universal)
+            if found is not None:
+                found.load(engine)
+                self.recorder.restore(found.read_metrics(), found.record.bits_per_byte)
+        return engine, packing
+
     def _build(self, num_steps: int, num_sources: int, is_universal: bool) -> tuple[Any, Packing]:
-        """Return the engine, before any checkpoint is loaded, and how rows are laid out."""
+        """Build the engine with the target's original weights, and choose how rows are packed."""
         recipe, settings = self.task.recipe, self.settings
         lm = load_causal_lm(recipe.target, self.device)
         packing = Packing(
@@ -207,93 +234,70 @@ class Trainer:
             is_packed=settings.pack and keeps_rows_apart(lm),
         )
         lm.model.train()
-        torch.manual_seed(recipe.seed)  # adapters begin at random
+        torch.manual_seed(recipe.seed)  # LoRA adapters are initialised at random
         engine = build_engine(
             FusionModel(lm, settings, num_sources=num_sources),
             settings,
             num_steps=num_steps,
-            num_workers=self.peers.num_workers,
+            num_workers=self.group.num_workers,
             device=self.device,
             load_universal=is_universal,
         )
         return engine, packing
 
     def _read_validation(self, packing: Packing) -> list[MicroBatch]:
-        """Return this worker's micro-batches of the held-out rows that are measured."""
+        """Read this worker's micro-batches of the held-out rows for validation."""
         count = self.settings.validation_rows
         if not count or not self.task.held_out.is_complete():
             return []
         reader = self._open_reader(self.task.held_out, {})
         chosen = draw_rows(reader.rows_per_shard, count, seed=0)
-        mine = np.array_split(chosen, self.peers.num_workers)[self.peers.rank]
-        reader.keep(set(mine[:, 0].tolist()))
-        rows = reader.read_rows(mine)
+        share = np.array_split(chosen, self.group.num_workers)[self.group.rank]
+        reader.keep(set(share[:, 0].tolist()))
+        rows = reader.read_rows(share)
         reader.keep(set())
         return build_micro_batches(rows, packing)
 
-    def _note(self, metrics: StepMetrics, num_steps: int) -> None:
-        tokens_before = self.records[-1]["tokens"] if self.records else 0
-        self.records.append(replace(metrics, tokens=tokens_before + metrics.tokens).to_record())
-        if not self.peers.is_rank_zero:
-            return
-        if metrics.is_skipped:
-            self._tell(
-                f"step {metrics.step} left the weights as they were: its loss or gradient is not "
-                f"finite (rows {metrics.batch_id})"
-            )
-        loss = "not finite" if metrics.loss is None else f"{metrics.loss:.3f}"
-        note = f"loss {loss}, {metrics.tokens_per_second:,.0f} tokens/s"
-        if self.peers.num_workers > 1:
-            note += f" on {self.peers.num_workers}"
-        if metrics.wait_seconds > 0.1 * metrics.seconds:
-            note += f", waits {metrics.wait_seconds / metrics.seconds:.0%} for data"
-        if self.bits_per_byte is not None:
-            note += f", held-out {self.bits_per_byte:.4f} bits a byte"
-        self.task.board.write.remote(self.task.run.name, metrics.step, num_steps, note)
-        self.trackers.log(self.records[-1])
-        count_work("train", self.task.run.name, tokens=metrics.tokens, seconds=metrics.seconds)
-
-    def _validate(
-        self, engine: Any, batches: list[MicroBatch], step: int, token_bytes: np.ndarray
-    ) -> None:
-        self.bits_per_byte = measure_bits_per_byte(engine, batches, token_bytes)
-        self.records[-1]["bits_per_byte"] = self.bits_per_byte
-        if self.peers.is_rank_zero:
-            self.task.board.validate.remote(self.task.run.name, step, self.bits_per_byte)
-            self.trackers.log({"step": step, "bits_per_byte": self.bits_per_byte})
-
-    def _is_first_notice(self) -> bool:
-        """Return whether it is new that a worker's machine is about to be taken away; all
-        broadcast."""
-        if self.is_on_notice or ray.train.get_preemption_info() is None:
+    def _is_newly_preempted(self) -> bool:
+        """Report, once, that a node is about to be preempted; all workers get the same answer."""
+        if self.is_preempted or ray.train.get_preemption_info() is None:
             return False
-        self.is_on_notice = True
-        self._tell("a machine is about to be taken away: a checkpoint is made")
+        self.is_preempted = True
+        self.recorder.log("a node is about to be preempted: saving a checkpoint")
         return True
 
     def _save(self, engine: Any, step: int) -> None:
-        """Save the engine and the metrics so far, and upload them meanwhile; all must call."""
-        attempt = self.peers.broadcast(uuid.uuid4().hex[:8])
+        """Save a checkpoint, and upload it in the background; all workers must call."""
+        # The attempt's id keeps the files of two attempts at one step apart: a checkpoint is never
+        # a mixture of them.
+        attempt = self.group.broadcast(uuid.uuid4().hex[:8])
         name = name_checkpoint(step, attempt)
-        local = tempfile.TemporaryDirectory(dir=self.peers.scratch)
+        local = tempfile.TemporaryDirectory(dir=self.group.scratch)
         engine.save_checkpoint(local.name, tag=TAG, save_latest=False)
-        if self.peers.is_rank_zero:
-            Path(local.name, "metrics.jsonl").write_text(_to_lines(self.records))
-            self.checkpoints.begin(name)
-            self._write_metrics()
-        record = Record(name, step, self.peers.num_workers, {}, self.bits_per_byte)
-        self.checkpoints.upload(local, record, self.peers.rank)
-        if self.peers.is_rank_zero:
+        if self.group.is_rank_zero:
+            Path(local.name, "metrics.jsonl").write_text(self.recorder.to_lines())
+            self.checkpoints.mark_started(name)
+            self.recorder.upload()
+        record = CheckpointRecord(
+            name, step, self.group.num_workers, {}, self.recorder.bits_per_byte
+        )
+        self.checkpoints.upload(local, record, self.group.rank)
+        if self.group.is_rank_zero:
             self.checkpoints.retain(self.settings.keep_checkpoints)
 
-    def _tell(self, text: str) -> None:
-        if self.peers.is_rank_zero:
-            self.task.board.tell.remote(self.task.run.name, text)
+    def _publish(self, engine: Any) -> None:
+        """Write the trained model to the store; all workers must call."""
+        with tempfile.TemporaryDirectory(dir=self.group.scratch) as folder:
+            save_model(engine, folder, rank=self.group.rank)
+            if self.group.is_rank_zero:
+                self._upload_model(Path(folder))
 
-    def _publish(self, folder: Path) -> None:
-        """Put the model, its tokenizer and the metrics into the store; `done.json` comes last."""
-        from transformers import AutoTokenizer
+    def _upload_model(self, folder: Path) -> None:
+        """Upload the model, its tokenizer and the metrics; `done.json` commits them, so it is last.
 
+        Args:
+            folder: Holds the model; the tokenizer is added to it.
+        """
         task = self.task
         target = task.recipe.target
         tokenizer = AutoTokenizer.from_pretrained(
@@ -302,26 +306,11 @@ class Trainer:
         tokenizer.save_pretrained(folder)
         for file in sorted(folder.iterdir()):
             task.store.upload(str(file), f"{task.run.folder}/model/{file.name}")
-        self._write_metrics()
+        self.recorder.upload()
         done = {
             "fingerprint": task.run.fingerprint,
             "finished": time.time(),
             "recipe": dump_recipe(task.recipe),
-            "steps": len(self.records),
+            "steps": len(self.recorder.records),
         }
         task.store.write(f"{task.run.folder}/done.json", json.dumps(done, indent=1).encode())
-
-    def _write_metrics(self) -> None:
-        lines = _to_lines(self.records).encode()
-        self.task.store.write(f"{self.task.run.folder}/metrics.jsonl", lines)
-        self.trackers.upload(self.task.store)
-
-
-def _count_last_skipped(records: list[dict[str, Any]]) -> int:
-    """Return how many steps in a row, up to the last, left the weights as they were."""
-    taken = [number for number, record in enumerate(records, 1) if not record["is_skipped"]]
-    return len(records) - max(taken, default=0)
-
-
-def _to_lines(records: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)

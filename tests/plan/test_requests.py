@@ -24,7 +24,7 @@ from rayfuse.plan.work import Requests
 from rayfuse.run.layout import Layout, plan_layout
 from rayfuse.storage.dataset import list_missing
 from rayfuse.storage.store import open_store
-from rayfuse.train.batches import Packing, Plan, iterate_steps
+from rayfuse.train.batches import Packing, StepPlan, iterate_steps
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 from tests.s3 import FaultProxy
 from tests.train.data import open_reader, write_data
@@ -145,7 +145,7 @@ def test_training_reads_each_shard_no_more_often_than_planned(workers, s3_proxy,
         reader = open_reader(corpus, dict(zip("ab", heard, strict=True)))
         list(
             iterate_steps(
-                reader, Packing(16, 2, True), Plan(3, 1, 32), rank=rank, num_workers=workers
+                reader, Packing(16, 2, True), StepPlan(3, 1, 32), rank=rank, num_workers=workers
             )
         )
     reads = sum("/data/" in path for _, path, _ in s3_proxy.log)

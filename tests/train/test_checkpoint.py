@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not used, undamaged or not used, kept as long as they are worth it."""
+"""Checkpoints: used only when complete and intact, and retained by age and validation."""
 
 import hashlib
 import pickle
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from rayfuse.storage.store import LocalStore
-from rayfuse.train.checkpoint import Checkpoints, Record, name_checkpoint
-from rayfuse.train.process_group import Peers
+from rayfuse.train.checkpoint import CheckpointRecord, Checkpoints, name_checkpoint
+from rayfuse.train.process_group import ProcessGroup
 from rayfuse.train.resume import fetch_newest
 
 
@@ -28,12 +28,12 @@ def save(
     attempt: str = "a",
 ) -> str:
     name = name_checkpoint(step, attempt)
-    checkpoints.begin(name)
+    checkpoints.mark_started(name)
     for rank in ranks:
         local = tempfile.TemporaryDirectory()
         Path(local.name, "ds").mkdir()
         Path(local.name, "ds", f"part_{rank}.pt").write_bytes(b"%d of %d" % (rank, step))
-        checkpoints.upload(local, Record(name, step, 2, {}, bits), rank)
+        checkpoints.upload(local, CheckpointRecord(name, step, 2, {}, bits), rank)
         checkpoints.wait()
         assert not Path(local.name).exists()
     return name
@@ -48,10 +48,10 @@ def test_a_checkpoint_comes_back_as_it_was(checkpoints, tmp_path):
     assert (tmp_path / "back/ds/part_1.pt").read_bytes() == b"1 of 5"
 
 
-def test_one_that_was_cut_off_is_not_used_and_is_known(checkpoints):
-    whole, cut = save(checkpoints, 5), save(checkpoints, 10, ranks=(0,))
-    assert list(checkpoints.list_complete()) == [whole]
-    assert checkpoints.list_incomplete() == [cut]
+def test_an_incomplete_checkpoint_is_not_used_and_is_listed(checkpoints):
+    complete, incomplete = save(checkpoints, 5), save(checkpoints, 10, ranks=(0,))
+    assert list(checkpoints.list_complete()) == [complete]
+    assert checkpoints.list_incomplete() == [incomplete]
 
 
 def test_two_attempts_at_one_step_are_not_mixed(checkpoints):
@@ -61,7 +61,7 @@ def test_two_attempts_at_one_step_are_not_mixed(checkpoints):
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_damage_is_found_before_anything_is_loaded(damage, checkpoints, tmp_path):
+def test_a_corrupt_file_is_found_before_anything_is_loaded(damage, checkpoints, tmp_path):
     name = save(checkpoints, 5)
     path = tmp_path / "train/fused-x/checkpoints" / name / "ds/part_1.pt"
     if damage == "remove":
@@ -74,20 +74,20 @@ def test_damage_is_found_before_anything_is_loaded(damage, checkpoints, tmp_path
 
 def test_the_newest_and_the_best_are_kept(checkpoints, tmp_path):
     bits = {1: 2.0, 2: 1.5, 3: 1.7, 4: 1.8, 5: 1.9}
-    for step, each in bits.items():
-        save(checkpoints, step, bits=each)
+    for step, value in bits.items():
+        save(checkpoints, step, bits=value)
     cut = save(checkpoints, 3, ranks=(0,), attempt="cut")
-    making = save(checkpoints, 6, ranks=(0,))
+    uploading = save(checkpoints, 6, ranks=(0,))
     checkpoints.retain(2)
     assert [name[5:13] for name in checkpoints.list_complete()] == [
         "00000002",
         "00000004",
         "00000005",
     ]
-    assert checkpoints.list_incomplete() == [making]
+    assert checkpoints.list_incomplete() == [uploading]
     folder = tmp_path / "train/fused-x/checkpoints"
     assert not list(folder.glob(f"{cut}/ds/*"))
-    assert list(folder.glob(f"{making}/ds/*"))
+    assert list(folder.glob(f"{uploading}/ds/*"))
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,14 @@ class Bomb:
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"name": "step_0000', b"[]", b"{}", b"\xff\x00", b"null"])
-def test_a_torn_record_makes_its_checkpoint_one_that_was_cut_off(torn, checkpoints, tmp_path):
+def test_a_torn_record_makes_its_checkpoint_incomplete(torn, checkpoints, tmp_path):
     before, name = save(checkpoints, 5), save(checkpoints, 10)
     (tmp_path / f"train/fused-x/checkpoints/records/{name}-1.json").write_bytes(torn)
     assert list(checkpoints.list_complete()) == [before]
     assert checkpoints.list_incomplete() == [name]
 
 
-def test_foreign_files_among_the_records_are_not_looked_at_and_not_removed(checkpoints, tmp_path):
+def test_foreign_files_among_the_records_are_neither_read_nor_removed(checkpoints, tmp_path):
     names = [save(checkpoints, step) for step in (1, 2, 3)]
     folder = tmp_path / "train/fused-x/checkpoints"
     foreign = [folder / "records" / name for name in (".DS_Store", "notes.json", "step_1-0.json")]
@@ -136,16 +136,16 @@ def test_fault_25_a_pickle_in_place_of_a_checkpoints_file_is_never_read(
     process_group, checkpoints, tmp_path
 ):
     name = save(checkpoints, 5)
-    peers = Peers(rank=0, num_workers=1, local_rank=0, scratch=tmp_path / "scratch")
-    peers.renew_scratch()
-    said: list[str] = []
+    group = ProcessGroup(rank=0, num_workers=1, local_rank=0, scratch=tmp_path / "scratch")
+    group.reset_scratch()
+    messages: list[str] = []
     marker = tmp_path / "marker"
     path = tmp_path / "train/fused-x/checkpoints" / name / "ds/part_1.pt"
     path.write_bytes(pickle.dumps(Bomb(str(marker))))
-    with fetch_newest(checkpoints, peers, said.append) as found:
+    with fetch_newest(checkpoints, group, messages.append) as found:
         assert found is None
-    assert not any(peers.scratch.iterdir())
-    assert said == ["the checkpoint of step 5 is damaged, so not used"]
+    assert not any(group.scratch.iterdir())
+    assert messages == ["the checkpoint of step 5 is corrupt and not used"]
     assert not marker.exists()
     pickle.loads(path.read_bytes())  # it would have gone off
     assert marker.exists()
@@ -156,8 +156,8 @@ def test_fault_14_a_full_disk_is_named_and_leaves_the_checkpoint_before(small_di
     before = save(checkpoints, 5)
     local = tempfile.TemporaryDirectory()
     Path(local.name, "weights.pt").write_bytes(bytes(2**20))
-    record = Record(name_checkpoint(10, "a"), 10, 1, {}, None)
-    checkpoints.begin(record.name)
+    record = CheckpointRecord(name_checkpoint(10, "a"), 10, 1, {}, None)
+    checkpoints.mark_started(record.name)
     checkpoints.upload(local, record, 0)
     with pytest.raises(OSError, match="No space left on device") as error:
         checkpoints.wait()

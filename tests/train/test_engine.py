@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 from rayfuse.config.train import LoraSettings, TrainSettings
 from rayfuse.models.causal_lm import LogitTransform, split_head
 from rayfuse.train.batches import Packing, Step, build_micro_batches
+from rayfuse.train.deepspeed_engine import build_engine, save_model
 from rayfuse.train.loop import Objective, StepMetrics, measure_bits_per_byte, train_steps
-from rayfuse.train.model import FusionModel, build_engine, save_model
+from rayfuse.train.model import FusionModel
 from rayfuse.train.throughput import ThroughputMeter
 from tests.fakes import tiny_config
-from tests.train.test_feed import VOCAB, random_rows
+from tests.train.test_batches import VOCAB, random_rows
 
 of_zero_3 = pytest.mark.filterwarnings("ignore:.*torch.distributed.* is deprecated:FutureWarning")
 

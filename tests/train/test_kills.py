@@ -111,7 +111,7 @@ def test_fault_1_a_killed_worker_changes_no_bit_of_the_curve_or_the_model(
     time.sleep(chance.uniform(0, 2))
     chance.choice(cluster.find_workers("RayTrainWorker")).kill()
     said = finish(process)
-    assert "goes on from the checkpoint of step" in said
+    assert "resuming from the checkpoint of step" in said
     assert read_run(captured / name) == calm
 
 
@@ -122,7 +122,7 @@ def test_fault_5_a_killed_driver_changes_nothing_either(cluster, captured, calm)
     process.kill()
     process.communicate()
     said = finish(start(cluster, "train", captured / "recipe.yaml", storage, *SETTINGS))
-    assert "goes on from the checkpoint of step" in said
+    assert "resuming from the checkpoint of step" in said
     assert read_run(captured / "driver") == calm
 
 
@@ -167,7 +167,7 @@ def test_fault_7_8_a_checkpoint_cut_off_on_bad_s3_is_not_used_and_said_to_be(
     assert "run the same command again once the storage is back" in said
     s3_proxy.rules = []
     said = finish(start(cluster, "train", captured / "recipe.yaml", storage, *SETTINGS))
-    assert "goes on from the checkpoint of step 5; a later checkpoint was cut off" in said
+    assert "resuming from the checkpoint of step 5; a later checkpoint is incomplete" in said
     s3_proxy.heal()
     assert read_run_on_s3(s3_root, tmp_path) == calm
     assert sum(done is not None for _, _, done in s3_proxy.log) > 5
@@ -180,7 +180,7 @@ def test_fault_11_two_identical_jobs_train_once_and_the_second_says_who_does(
     settings = ["train", captured / "recipe.yaml", make_storage(captured, "twice"), *SETTINGS]
     jobs = [start(cluster, *settings) for _ in range(2)]
     said = [finish(job) for job in jobs]
-    waited = ["trains it already; this job waits" in text for text in said]
+    waited = ["trains this run already; this job waits" in text for text in said]
     assert sorted(waited) == [False, True]
     assert f"process {jobs[waited.index(False)].pid} of" in said[waited.index(True)]
     assert read_run(captured / "twice") == calm
@@ -218,7 +218,7 @@ def start_narrow(cluster: LocalCluster, captured: Path, most: int) -> subprocess
 def test_fault_15_micro_batches_that_do_not_fit_the_memory_are_halved(cluster, captured, calm):
     said = finish(start_narrow(cluster, captured, 2))
     for sequences in (8, 4):
-        assert f"out of memory with {sequences} sequences a micro-batch" in said
+        assert f"out of memory with {sequences} sequences per micro-batch" in said
     assert "out of memory with 2 sequences" not in said
     found, _ = read_run(captured / "storage-narrow2")
     assert [each["batch_id"] for each in found] == [each["batch_id"] for each in calm[0]]
@@ -264,12 +264,12 @@ def test_fault_4_on_notice_a_checkpoint_is_made_and_nothing_before_it_is_done_ag
         said = finish(process)
     finally:
         head.stop()
-    assert "a machine is about to be taken away: a checkpoint is made" in said
+    assert "a node is about to be preempted: saving a checkpoint" in said
     found, _ = read_run(tmp_path / "spot")
     assert [each["step"] for each in found] == list(range(1, len(found) + 1))
     saved = sum(each["num_workers"] == 2 for each in found)
     assert saved > 0
-    assert f"goes on from the checkpoint of step {saved} (of 2 workers)" in said
+    assert f"resuming from the checkpoint of step {saved} (of 2 workers)" in said
     assert {each["num_workers"] for each in found[saved:]} == {1}
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rayfuse.config.train import Ramp, TrainSettings, value_at
-from rayfuse.train.model import learning_rate_share
+from rayfuse.train.deepspeed_engine import learning_rate_share
 from rayfuse.train.order import SHUFFLE_STREAMS, count_steps, draw_rows, order_rows
 
 SHARDS = [5, 0, 7, 3] * 6
@@ -28,9 +28,9 @@ def test_few_shards_are_needed_at_a_time():
         assert sum(first <= start < last for first, last in runs) <= SHUFFLE_STREAMS
 
 
-def test_all_lanes_end_together():
+def test_all_shuffle_streams_end_together():
     order = order_rows([50, 3, 40, 41, 39, 44, 60, 20, 10, 33] * 3, seed=3, epoch=0)
-    tenth = order.lanes[-len(order.lanes) // 10 :]
+    tenth = order.streams[-len(order.streams) // 10 :]
     assert set(tenth.tolist()) == set(range(SHUFFLE_STREAMS))
 
 
@@ -49,7 +49,7 @@ def test_a_worker_of_many_reads_few_of_the_shards():
     order = order_rows([40] * 32, seed=5, epoch=0)
     steps = [order.step(number, 16) for number in range(80)]
     mine = {int(shard) for step in steps for shard in step.share(3, 8)[:, 0]}
-    assert len(mine) <= 12  # of 32; 4 of its lane, and those it shares with its neighbours'
+    assert len(mine) <= 12  # of 32; 4 of its stream, and those it shares with its neighbours'
 
 
 @pytest.mark.parametrize("count", [0, 1, 9, 90, 1000])

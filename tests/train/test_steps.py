@@ -7,13 +7,13 @@ import pytest
 
 from rayfuse.config.fuse import FuseSettings
 from rayfuse.storage.dataset import DataSet
-from rayfuse.train.batches import Packing, Plan, Step, iterate_steps
+from rayfuse.train.batches import Packing, Step, StepPlan, iterate_steps
 from rayfuse.train.stage import check_data
 from tests.train.data import open_reader, write_data
 
 LENGTHS = [[5, 9, 2], [], [7], [3, 3, 3, 8, 1]]
 Data = tuple[DataSet, dict[str, DataSet]]
-PLAN = Plan(seed=3, epochs=2, rows_per_step=4)
+PLAN = StepPlan(seed=3, epochs=2, rows_per_step=4)
 
 
 @pytest.fixture
@@ -73,13 +73,13 @@ def test_any_number_of_workers_trains_on_the_same_steps(workers, data):
 
 
 @pytest.mark.parametrize("first_step", [1, 3, 5, 6])
-def test_steps_go_on_from_any_step_as_they_would_have(first_step, data):
-    (whole,) = list_steps(data)
+def test_steps_resumed_at_any_step_are_those_of_an_uninterrupted_run(first_step, data):
+    (expected,) = list_steps(data)
     (rest,) = list_steps(data, first_step=first_step)
-    assert_equal(rest, whole[first_step:])
+    assert_equal(rest, expected[first_step:])
 
 
-def test_a_row_longer_than_a_sequence_is_whole_in_one_of_its_own(data):
+def test_a_row_longer_than_a_sequence_is_not_split(data):
     (short,) = list_steps(data, tokens=4)
     (long,) = list_steps(data, tokens=64)
     assert count_positions(short) == count_positions(long)
@@ -93,14 +93,14 @@ def test_no_rows_at_all_make_no_steps(tmp_path):
         assert not list(iterate_steps(reader, Packing(8, 1, True), PLAN, rank=0, num_workers=2))
 
 
-def test_training_does_not_begin_on_no_rows_or_on_data_that_is_not_whole(data, tmp_path):
+def test_training_does_not_begin_on_no_rows_or_on_incomplete_data(data, tmp_path):
     corpus, aligned = data
     check_data(corpus, *aligned.values())
     empty, _ = write_data(tmp_path / "empty", [[], []])
     with pytest.raises(ValueError, match="corpus has no rows to train on"):
         check_data(empty, *aligned.values())
     aligned["b"].drop_manifest()
-    with pytest.raises(ValueError, match="b is not whole; run `rayfuse corpus`"):
+    with pytest.raises(ValueError, match="b is incomplete; run `rayfuse corpus`"):
         check_data(corpus, *aligned.values())
 
 

@@ -49,6 +49,7 @@ def test_tensorboards_files_lie_in_the_store_and_hold_every_number(tmp_path):
 
     store = LocalStore(str(tmp_path))
     trackers = Trackers(make_recipe("tensorboard"), RUN, is_on=True)
+    trackers.open()
     for step in (3, 4):
         trackers.log(RECORD | {"step": step})
     trackers.log({"step": 4, "bits_per_byte": 2.5})
@@ -58,13 +59,14 @@ def test_tensorboards_files_lie_in_the_store_and_hold_every_number(tmp_path):
     found.Reload()
     for name, value in NUMBERS.items():
         scalars = found.Scalars(f"train/{name}")
-        assert [(each.step, each.value) for each in scalars] == [(3, value), (4, value)]
+        assert [(scalar.step, scalar.value) for scalar in scalars] == [(3, value), (4, value)]
     (bits,) = found.Scalars("train/bits_per_byte")
     assert (bits.step, bits.value) == (4, 2.5)
 
 
 def test_other_workers_write_nothing(tmp_path):
     trackers = Trackers(make_recipe("tensorboard"), RUN, is_on=False)
+    trackers.open()
     trackers.log(RECORD)
     trackers.upload(LocalStore(str(tmp_path)))
     trackers.close()
@@ -77,6 +79,7 @@ def test_mlflow_goes_on_with_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     for step in (3, 4):  # the second one as after a restart
         trackers = Trackers(make_recipe("mlflow"), RUN, is_on=True)
+        trackers.open()
         trackers.log(RECORD | {"step": step})
         trackers.close()
     client = mlflow.MlflowClient()
@@ -85,7 +88,7 @@ def test_mlflow_goes_on_with_the_same_run(tmp_path, monkeypatch):
     assert run.info.run_name == "fused-x"
     for name, value in NUMBERS.items():
         history = client.get_metric_history(run.info.run_id, name)
-        assert [(each.step, each.value) for each in history] == [(3, value), (4, value)]
+        assert [(scalar.step, scalar.value) for scalar in history] == [(3, value), (4, value)]
 
 
 def test_weights_and_biases_goes_on_with_the_same_run(tmp_path, monkeypatch):
@@ -94,6 +97,7 @@ def test_weights_and_biases_goes_on_with_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     for step in (3, 4):
         trackers = Trackers(make_recipe("wandb"), RUN, is_on=True)
+        trackers.open()
         trackers.log(RECORD | {"step": step})
         trackers.close()
     files = [path.name for path in Path(tmp_path).rglob("run-*.wandb")]

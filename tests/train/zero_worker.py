@@ -18,16 +18,17 @@ from rayfuse.config.train import TrainSettings
 from rayfuse.fuse.reader import FusedRows, join_rows
 from rayfuse.models.causal_lm import split_head
 from rayfuse.storage.codec import TopK
-from rayfuse.train import engine as engine_module
+from rayfuse.train import deepspeed_engine
 from rayfuse.train.batches import Packing, Step, build_micro_batches
-from rayfuse.train.checkpoint import Record
+from rayfuse.train.checkpoint import CheckpointRecord
+from rayfuse.train.deepspeed_engine import build_engine, save_model
 from rayfuse.train.loop import Objective, StepMetrics, train_steps
-from rayfuse.train.model import FusionModel, build_engine, save_model
-from rayfuse.train.resume import TAG, Found, convert_checkpoint, has_parts
+from rayfuse.train.model import FusionModel
+from rayfuse.train.resume import TAG, LocalCheckpoint, convert_checkpoint, has_parts
 from tests.fakes import tiny_config
 
 VOCAB, STEPS, ROWS, CHECKPOINT = 97, 4, 8, 2
-RECORD = Record("step_2-x", CHECKPOINT, 2, {}, None)
+RECORD = CheckpointRecord("step_2-x", CHECKPOINT, 2, {}, None)
 
 
 def random_row(random: np.random.Generator) -> FusedRows:
@@ -67,7 +68,7 @@ def train_once(
         chunk_positions=7,
     )
     root = Path(os.environ["MODEL_FOLDER"])
-    found = Found(root / f"checkpoint-{family}-{stage}", RECORD)
+    found = LocalCheckpoint(root / f"checkpoint-{family}-{stage}", RECORD)
     if start and has_parts(found.folder):
         convert_checkpoint(found.folder)
     engine = build_engine(
@@ -105,15 +106,15 @@ def train_once(
 
 
 def shard_even_tiny_weights() -> None:
-    """Let ZeRO-3 partition every parameter; by default it leaves those of a tiny model whole."""
-    plain = engine_module.deepspeed_config
+    """Let ZeRO-3 partition every parameter; by default it keeps small ones complete."""
+    plain = deepspeed_engine.deepspeed_config
 
     def with_threshold(*args: Any) -> dict[str, Any]:
         config = plain(*args)
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return config
 
-    engine_module.deepspeed_config = with_threshold
+    deepspeed_engine.deepspeed_config = with_threshold
 
 
 def main() -> None:
