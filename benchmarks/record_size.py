@@ -30,7 +30,8 @@ import torch
 from align import DOMAINS, read_texts
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from rayfuse.capture.engines.transformers_engine import Failure, TransformersEngine
+from rayfuse.capture.engines.base import Failure
+from rayfuse.capture.engines.transformers_engine import TransformersEngine
 from rayfuse.capture.rows import build_captured, tokenise_rows
 from rayfuse.capture.top_k import TopLogprobs
 from rayfuse.config.capture import CaptureSettings

@@ -34,7 +34,8 @@ from rayfuse.align.vocab_map import (
     map_to_nearest,
     map_vocabulary,
 )
-from rayfuse.capture.engines.transformers_engine import Failure, TransformersEngine
+from rayfuse.capture.engines.base import Failure
+from rayfuse.capture.engines.transformers_engine import TransformersEngine
 from rayfuse.capture.rows import build_captured, tokenise_rows
 from rayfuse.capture.top_k import TopLogprobs
 from rayfuse.config.capture import CaptureSettings

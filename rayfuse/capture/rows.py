@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
-from rayfuse.capture.engines.transformers_engine import Failure
+from rayfuse.capture.engines.base import Failure
 from rayfuse.capture.top_k import TopLogprobs
 from rayfuse.models.tokenizer import TextTokenizer
 from rayfuse.schema import CAPTURED, codes, halfs, ints

@@ -7,7 +7,7 @@ import time
 import uuid
 from dataclasses import dataclass
 
-from rayfuse.capture.engines.transformers_engine import Engine
+from rayfuse.capture.engines.base import Engine
 from rayfuse.capture.rows import build_captured, tokenise_rows
 from rayfuse.models.tokenizer import TextTokenizer
 from rayfuse.storage.dataset import Commit, DataSet

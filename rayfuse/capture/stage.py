@@ -24,11 +24,8 @@ from ray.util.metrics import Counter
 
 from rayfuse.align.task import AlignTask, align_committed, plan_task
 from rayfuse.capture.actor import CrashCounter
-from rayfuse.capture.engines.transformers_engine import (
-    LoadEngine,
-    check_backend,
-    load_recipe_engine,
-)
+from rayfuse.capture.engines.base import LoadEngine
+from rayfuse.capture.engines.load import check_backend, load_recipe_engine
 from rayfuse.capture.scheduling import allocate_actors
 from rayfuse.capture.shard import ShardCapturer, ShardNumbers
 from rayfuse.capture.stats import LiveNumbers, to_line

@@ -1,6 +1,7 @@
 """The models of a run: the target and the sources."""
 
 import re
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import (
@@ -14,6 +15,24 @@ from pydantic import (
 from rayfuse.config.base import Settings
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+BackendName = Literal["transformers", "vllm"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a capture engine can do, as far as a recipe must fit it."""
+
+    uses_several_gpus: bool
+    """One actor can spread a model over any whole number of GPUs."""
+    makes_draws: bool
+    """It can sample from the distribution, as `capture.signal` may demand."""
+
+
+BACKENDS: dict[BackendName, Backend] = {
+    "transformers": Backend(uses_several_gpus=False, makes_draws=True),
+    "vllm": Backend(uses_several_gpus=True, makes_draws=False),
+}
+"""By name; the engines themselves are in `rayfuse.capture.engines.load.ENGINES`."""
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 RESERVED_NAMES = ("target", "clm", "fused", "ensemble", "merged", "all")
@@ -37,7 +56,7 @@ class SourceSettings(ModelSettings):
 
     name: str
     """What the source is called in folders and tables."""
-    backend: Literal["transformers", "vllm"] = "transformers"
+    backend: BackendName = "transformers"
     """What runs the model. `vllm`, an extra of its own, spreads a model over all GPUs of an actor;
     it gives the likeliest tokens only, no draws."""
     gpus: NonNegativeFloat | None = None
@@ -77,9 +96,14 @@ class SourceSettings(ModelSettings):
     @model_validator(mode="after")
     def _check_gpus(self) -> "SourceSettings":
         gpus = self.gpus or 0.0
-        if gpus > 1 and (self.backend != "vllm" or gpus != int(gpus)):
+        if gpus > 1 and not BACKENDS[self.backend].uses_several_gpus:
+            others = [name for name, backend in BACKENDS.items() if backend.uses_several_gpus]
             raise ValueError(
-                f"gpus is {self.gpus}; backend transformers uses one GPU or a part of it, backend "
-                "vllm any whole number of them"
+                f"gpus is {self.gpus}; backend {self.backend} uses one GPU or a part of it; use at "
+                f"most 1, or a backend that uses several: {', '.join(others)}"
+            )
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError(
+                f"gpus is {self.gpus}; backend {self.backend} uses any whole number of GPUs"
             )
         return self

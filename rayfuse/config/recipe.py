@@ -16,7 +16,7 @@ from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.corpus import CorpusSettings
 from rayfuse.config.evaluate import EvaluateSettings
 from rayfuse.config.fuse import FuseSettings
-from rayfuse.config.models import ModelSettings, SourceSettings
+from rayfuse.config.models import BACKENDS, ModelSettings, SourceSettings
 from rayfuse.config.plan import PlanSettings
 from rayfuse.config.train import TrainSettings
 
@@ -89,9 +89,9 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _check_backends(self) -> "Recipe":
         for source in self.sources:
-            if source.backend == "vllm" and self.capture.num_draws:
+            if self.capture.num_draws and not BACKENDS[source.backend].makes_draws:
                 raise ValueError(
-                    f"source {source.name} has backend vllm, which makes no draws, but "
+                    f"source {source.name} has backend {source.backend}, which makes no draws, but "
                     f"capture.signal is {self.capture.signal}; use backend transformers, or signal "
                     "top_k"
                 )

@@ -75,7 +75,7 @@ def probe_source(
     recipe: Recipe, source: SourceSettings, request: Request, deadline: float
 ) -> Iterator[Measured]:
     """Yield how fast a source scores rows for each of its GPUs, with the engine that captures."""
-    from rayfuse.capture.engines.transformers_engine import load_recipe_engine
+    from rayfuse.capture.engines.load import load_recipe_engine
     from rayfuse.models.files import load_recipe_tokenizer
 
     settings = recipe.capture.model_copy(

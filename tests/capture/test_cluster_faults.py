@@ -18,12 +18,8 @@ import s3fs
 import torch
 import yaml
 
-from rayfuse.capture.engines.transformers_engine import (
-    Engine,
-    Failure,
-    TokenRows,
-    TransformersEngine,
-)
+from rayfuse.capture.engines.base import Engine, Failure, TokenRows
+from rayfuse.capture.engines.transformers_engine import TransformersEngine
 from rayfuse.capture.rows import NOT_FINITE, tokenise_rows
 from rayfuse.capture.stage import MAX_DEATHS, capture_sources, plan_work, settle_dtype
 from rayfuse.capture.top_k import TopLogprobs

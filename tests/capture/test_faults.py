@@ -18,12 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from rayfuse.capture.engines.transformers_engine import (
-    MEMORY_PAUSES,
-    EngineMemoryError,
-    Failure,
-    TransformersEngine,
-)
+from rayfuse.capture.engines.base import EngineMemoryError, Failure
+from rayfuse.capture.engines.memory import RETRY_SECONDS
+from rayfuse.capture.engines.transformers_engine import TransformersEngine
 from rayfuse.capture.rows import NOT_FINITE
 from rayfuse.capture.shard import ShardCapturer, ShardNumbers
 from rayfuse.capture.stats import LiveNumbers
@@ -152,9 +149,11 @@ def test_fault_15_a_batch_beyond_the_memory_is_halved_until_it_fits(model, tmp_p
 import resource, sys, logging
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
 import torch; torch.set_num_threads(1)
-from rayfuse.capture.engine import TransformersEngine, Failure
-from rayfuse.recipe import CaptureSettings, ModelSettings
-from rayfuse.model_files import load_recipe_tokenizer
+from rayfuse.capture.engines.base import Failure
+from rayfuse.capture.engines.transformers_engine import TransformersEngine
+from rayfuse.config.capture import CaptureSettings
+from rayfuse.config.models import ModelSettings
+from rayfuse.models.files import load_recipe_tokenizer
 import numpy as np
 model = ModelSettings(model={model.model!r})
 engine = TransformersEngine(
@@ -182,21 +181,21 @@ print("batch", engine.batch_tokens)
 
 def limit_memory(engine: TransformersEngine, find_limit: Callable[[], int]) -> None:
     """Let batches of more tokens run out of memory."""
-    whole = engine._score_batch
+    whole = engine.batches.score_batch
 
     def limited(rows):
         if sum(len(row) for row in rows) > find_limit():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
         return whole(rows)
 
-    engine._score_batch = limited
+    engine.batches.score_batch = limited
 
 
 @pytest.fixture
 def pauses(monkeypatch) -> list[float]:
     """Return the seconds that would have been waited for memory."""
     slept: list[float] = []
-    monkeypatch.setattr("rayfuse.capture.engines.transformers_engine.time.sleep", slept.append)
+    monkeypatch.setattr("rayfuse.capture.engines.memory.time.sleep", slept.append)
     return slept
 
 
@@ -209,7 +208,7 @@ def test_fault_15_a_row_beyond_the_memory_is_rejected_and_its_neighbours_are_not
         assert records[1] == Failure("out of memory")
         assert [len(records[i].next_logprobs) for i in (0, 2, 3)] == [50, 30, 40]
         assert engine.batch_tokens < 1000
-        assert pauses == list(MEMORY_PAUSES)  # once: later rows of this length are not waited for
+        assert pauses == list(RETRY_SECONDS)  # once: later rows of this length are not waited for
 
 
 def test_fault_15_no_row_is_lost_to_a_shortage_that_passes(model, pauses):
@@ -218,7 +217,7 @@ def test_fault_15_no_row_is_lost_to_a_shortage_that_passes(model, pauses):
     alone = engine.score_rows(rows)
     limit_memory(engine, lambda: 35 if len(pauses) < 2 else 1000)
     records = engine.score_rows(rows)
-    assert pauses == list(MEMORY_PAUSES[:2])
+    assert pauses == list(RETRY_SECONDS[:2])
     for record, expected in zip(records, alone, strict=True):
         np.testing.assert_allclose(record.next_logprobs, expected.next_logprobs, atol=1e-5)
     assert engine.batch_tokens == 1000
@@ -238,14 +237,14 @@ def test_fault_15_a_shortage_that_stays_commits_nothing_and_stops_the_run(model,
 
 def test_fault_15_many_batches_beyond_the_memory_are_all_cut_to_what_fits(model):
     engine = TransformersEngine(model, CaptureSettings(top_k=4, batch_tokens=100))
-    whole = engine._score_batch
+    whole = engine.batches.score_batch
 
     def limited(rows):
         if sum(len(row) for row in rows) > 60:
             raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling it")
         return whole(rows)
 
-    engine._score_batch = limited
+    engine.batches.score_batch = limited
     records = engine.score_rows([np.arange(10) + 1] * 80)
     assert not any(isinstance(record, Failure) for record in records)
     assert engine.batch_tokens == 50

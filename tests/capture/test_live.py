@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 import ray
 
-from rayfuse.capture import live as live_module
+from rayfuse.capture import stats as stats_module
 from rayfuse.capture.actor import CrashCounter
-from rayfuse.capture.engines.transformers_engine import load_recipe_engine
+from rayfuse.capture.engines.load import load_recipe_engine
 from rayfuse.capture.scheduling import allocate_actors
 from rayfuse.capture.shard import ShardNumbers
 from rayfuse.capture.stage import CaptureActor, plan_work
@@ -38,7 +38,7 @@ DONE = ShardNumbers(
 
 def test_numbers_add_up_and_the_rest_is_told_in_time_and_money(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(live_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(stats_module.time, "monotonic", lambda: now[0])
     live = LiveNumbers("s", 10, 2, batch_tokens=64, dollars_per_hour=3600.0, began=0.0)
     for shard in range(4):
         now[0] += 5.0

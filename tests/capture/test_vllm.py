@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rayfuse.capture.engines.transformers_engine import check_backend
+from rayfuse.capture.engines.load import check_backend
 from rayfuse.config.models import SourceSettings
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 
@@ -26,9 +26,10 @@ def test_a_backend_that_is_not_installed_is_refused_with_the_remedy():
 PROGRAM = """
 import json, sys
 import numpy as np
-from rayfuse.capture.engine import load_recipe_engine
-from rayfuse.model_files import load_recipe_tokenizer
-from rayfuse.recipe import CaptureSettings, SourceSettings
+from rayfuse.capture.engines.load import load_recipe_engine
+from rayfuse.models.files import load_recipe_tokenizer
+from rayfuse.config.capture import CaptureSettings
+from rayfuse.config.models import SourceSettings
 
 if __name__ == "__main__":  # vllm may start processes that read this again
     model, texts = sys.argv[1], json.loads(sys.argv[2])

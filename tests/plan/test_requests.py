@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rayfuse.align.task import align_committed, plan_task
-from rayfuse.capture.engines.transformers_engine import load_recipe_engine
+from rayfuse.capture.engines.load import load_recipe_engine
 from rayfuse.capture.shard import ShardCapturer
 from rayfuse.config.load import parse_recipe
 from rayfuse.config.recipe import Recipe

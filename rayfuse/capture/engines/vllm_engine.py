@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from rayfuse.capture.engines.transformers_engine import (
+from rayfuse.capture.engines.base import (
     EngineMemoryError,
     Failure,
     TokenRows,
