@@ -20,7 +20,9 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayfuse.storage.dataset import RECORDS, DataSet, list_missing, split_shards
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.manifest import RECORDS
+from rayfuse.storage.todo import list_missing, split_shards
 
 BAR_SECONDS, BAR_GIB = 30.0, 1.0
 PAGE_SECONDS, PAGE_NAMES = 0.1, 1000

@@ -189,16 +189,16 @@ def verify(
     recipe: RecipePath,
     overrides: Overrides = None,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Make again what is damaged; remove leftovers.")
+        bool, typer.Option("--repair", help="Write corrupt shards again; remove orphans.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Read every shard and check it; needs no cluster, but for --repair. Exit code 1 if damaged."""
+    """Read and check every shard; only --repair needs a cluster. Exit code 1 if one is corrupt."""
     stdout = _claim_stdout() if as_json else sys.stdout
     from rayfuse.config.load import read_recipe
     from rayfuse.run.layout import plan_layout
     from rayfuse.runtime.console import ProgressBars, open_console
-    from rayfuse.status import forget_all_damages, list_numbers, print_verified, verify_layout
+    from rayfuse.status import list_numbers, print_verified, repair_layout, verify_layout
 
     console = open_console(to_stderr=as_json)
     settings = read_recipe(recipe, overrides)
@@ -206,15 +206,15 @@ def verify(
     with ProgressBars(console) as bars:
         found = verify_layout(layout, bars)
     print_verified(found, console)
-    is_damaged = any(each.damages for each in found.values())
+    is_corrupt = any(each.corrupt for each in found.values())
     if repair:
-        stages = forget_all_damages(settings, layout, found)
+        stages = repair_layout(settings, layout, found)
         if stages:
             _run_recipe(recipe, overrides, tuple(stages), False, console)
     if as_json:
         print(json.dumps({"data_sets": list_numbers(found), "repaired": repair}), file=stdout)
-    if is_damaged and not repair:
-        _fail(f"shards are damaged: rayfuse verify {recipe} --repair makes them again", FAILED)
+    if is_corrupt and not repair:
+        _fail(f"shards are corrupt: rayfuse verify {recipe} --repair writes them again", FAILED)
 
 
 @app.command()

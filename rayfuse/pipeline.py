@@ -52,7 +52,7 @@ def run_stages(
 
     Raises:
         ValueError: The input of a stage is missing or cannot be used.
-        ShardError: A shard that is read is missing or damaged.
+        ShardError: A shard that is read is missing or corrupt.
     """
     for stage in stages:
         began = time.monotonic()

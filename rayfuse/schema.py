@@ -1,17 +1,18 @@
-"""The Arrow columns of every data set between two stages, and the one codec of log-probabilities.
+"""The Arrow columns of the data sets between the stages.
 
-Length words: T, the tokens of the row (its start token and, where the document ends, its EOS
-included); k, `capture.top_k`, none for `signal: sampled`; m, `capture.draws`, none for `signal:
-top_k`. Position t of a row always speaks of token t+1.
+Lengths: T, the tokens of the row, including its start token and, at the document's end, its EOS; k,
+`capture.top_k`, 0 with `signal: sampled`; m, `capture.draws`, 0 with `signal: top_k`. Position t of
+a row predicts token t+1.
 """
 
 import pyarrow as pa
 
 SCHEMA_VERSION = 5
+"""Of everything on disk. A change of names or columns needs a step in `storage/migrate.py`."""
 
 
 def _list_of(kind: pa.DataType) -> pa.DataType:
-    """Return the type of lists without gaps: a third less time to read than of lists with."""
+    """Build a list type without nulls, which takes a third less time to read."""
     return pa.list_(pa.field("element", kind, nullable=False))
 
 
@@ -23,9 +24,9 @@ floats = _list_of(pa.float32())
 
 CORPUS = pa.schema(
     {
-        "row_id": pa.string(),  # DOC_ID#PLACE, the row's place in its document
+        "row_id": pa.string(),  # DOC_ID#INDEX, the row's index in its document
         "doc_id": pa.string(),
-        "domain": pa.string(),  # "" where the documents name none
+        "domain": pa.string(),  # "" without one
         "text": pa.string(),
         "num_bytes": pa.int32(),  # of the text in UTF-8
         "ends_document": pa.bool_(),  # the document's last row: its tokens end with EOS
@@ -40,30 +41,30 @@ CAPTURED = pa.schema(
         "top_ids": ints,  # T*k, flat: likeliest first; -1 beyond the vocabulary
         "top_logprobs": codes,  # T*k, flat: encode_logprobs; natural log, whole vocabulary
         "tail_logprobs": halfs,  # T: log of the mass outside the top k
-        "draw_ids": ints,  # T*m, flat: tokens drawn from that mass, each once; -1 beyond them
-        "draw_counts": codes,  # T*m, flat: how often each was drawn, m in all: mass / m each time
-        "next_logprobs": halfs,  # T: of the token that really comes next; 0 at the last
-        "nats": pa.float32(),  # -sum of next_logprobs over the text, EOS left out; inf if rejected
+        "draw_ids": ints,  # T*m, flat: distinct tokens sampled from that mass; -1 beyond them
+        "draw_counts": codes,  # T*m, flat: how often each was sampled, m in all; mass / m a sample
+        "next_logprobs": halfs,  # T: of the actual next token; 0 at the last position
+        "nats": pa.float32(),  # -sum of next_logprobs over the text, without EOS; inf if rejected
     }
 )
 
 ALIGNED = pa.schema(
     {
         "row_id": pa.string(),
-        "has_signal": flags,  # T, in the target's tokens: the source says something here
+        "has_signal": flags,  # T, in the target's tokens: the source has a distribution here
         "top_ids": ints,  # T*(k+m), flat, target tokens: likeliest first, -1 beyond them
         "top_logprobs": codes,  # T*(k+m), flat
         "tail_logprobs": halfs,  # T
-        "nats_per_byte": halfs,  # T: the source's cost of token t+1's bytes, per byte
+        "nats_per_byte": halfs,  # T: the source's NLL of token t+1's bytes, per byte
         "nats": pa.float32(),  # as captured
-        "num_tokens": pa.int32(),  # the source's own tokens of the row's text, EOS left out
+        "num_tokens": pa.int32(),  # the source's own tokens of the row's text, without EOS
     }
 )
 
 TOKEN_NLL = pa.schema(
     {
         "row_id": pa.string(),  # as in the held-out rows, same order
-        "ends": ints,  # the byte of the text after each token: start token and EOS left out
+        "ends": ints,  # the byte of the text after each token, without start token and EOS
         "nats": floats,  # of each of these tokens: -log of its probability
     }
 )

@@ -1,4 +1,4 @@
-"""`rayfuse status` and `rayfuse verify`: what a run holds, and whether it is sound."""
+"""`rayfuse status` and `rayfuse verify`: the progress of a run, and the integrity of its data."""
 
 import time
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.verify import (
     Status,
     Verified,
-    forget_damages,
     read_status,
+    repair_data_set,
     to_json,
     verify_data_set,
 )
@@ -30,7 +30,7 @@ class RunDataSet:
     """As in `STAGES`."""
     data: DataSet
     corpus: DataSet | None = None
-    """The data set whose rows it must hold, in the same order."""
+    """The corpus that it must have the rows of, in the same order."""
 
     @property
     def label(self) -> str:
@@ -51,10 +51,11 @@ def list_data_sets(layout: Layout) -> list[RunDataSet]:
 
 
 def read_statuses(layout: Layout) -> dict[str, Status]:
-    """Return how far each data set is.
+    """Read the progress of each data set, by its label.
 
     Raises:
-        ShardError: A record is damaged.
+        ShardError: A record is corrupt.
+        UserError: The store has another schema version.
     """
     manifest = layout.corpus.read_manifest()
     num_shards = manifest.num_shards if manifest else None
@@ -65,7 +66,7 @@ def read_statuses(layout: Layout) -> dict[str, Status]:
 
 
 def print_status(layout: Layout, statuses: dict[str, Status], console: Console) -> None:
-    """Print a table of the data sets, and which stages are done."""
+    """Print a table of the data sets, and the state of the other stages."""
     table = Table("data set", "shards", "rows", "tokens", "rejected", "state")
     for name, status in statuses.items():
         total = "?" if status.num_shards is None else f"{status.num_shards}"
@@ -79,55 +80,65 @@ def print_status(layout: Layout, statuses: dict[str, Status], console: Console) 
         )
     console.print(table)
     for stage in STAGES[3:]:
-        console.print(f"{stage:<9} {'done' if is_stage_done(stage, layout) else 'not done'}")
+        console.print(f"{stage:<9} {'complete' if is_stage_done(stage, layout) else 'incomplete'}")
 
 
 def _describe_state(status: Status) -> str:
     if status.is_complete:
-        return "whole"
+        return "complete"
     if status.last_metrics is None:
-        return "begun" if status.shards else "not begun"
+        return "incomplete" if status.shards else "not started"
     ago = max(time.time() - status.last_metrics["time"], 0)
     rate = status.last_metrics["tokens_per_second"]
-    return f"{rate:,.0f} tokens/s, heard of {ago:,.0f} s ago"
+    return f"incomplete: {rate:,.0f} tokens/s, {ago:,.0f} s ago"
 
 
 def verify_layout(layout: Layout, progress: Progress) -> dict[str, Verified]:
-    """Read every shard of a run, and return what is wrong with each data set."""
+    """Read and check every shard of a run; return the result of each data set, by its label.
+
+    Raises:
+        UserError: The store has another schema version.
+    """
     found: dict[str, Verified] = {}
     for part in list_data_sets(layout):
 
-        def tell(done: int, total: int, label: str = part.label) -> None:
+        def report(done: int, total: int, label: str = part.label) -> None:
             progress(f"verify {label}", done, total, "shards")
 
-        found[part.label] = verify_data_set(part.data, part.corpus, tell)
+        found[part.label] = verify_data_set(part.data, part.corpus, report)
     return found
 
 
-def forget_all_damages(recipe: Recipe, layout: Layout, found: dict[str, Verified]) -> list[str]:
-    """Take away what is damaged, and return the stages that make it again."""
+def repair_layout(recipe: Recipe, layout: Layout, found: dict[str, Verified]) -> list[str]:
+    """Remove corrupt files, and return the stages that write them again.
+
+    Args:
+        recipe: The recipe, for run records that are corrupt.
+        layout: The run.
+        found: The results of `verify_layout`.
+    """
     stages: list[str] = []
     for part in list_data_sets(layout):
         run: dict[str, Any] = {"recipe": dump_recipe(recipe)}
         if part.corpus is not None:
             run["source"] = part.data.name
-        forget_damages(part.data, found[part.label], run)
-        if found[part.label].damages:
+        repair_data_set(part.data, found[part.label], run)
+        if found[part.label].corrupt:
             stages.append(part.stage)
     return [stage for stage in STAGES if stage in stages]
 
 
 def print_verified(found: dict[str, Verified], console: Console) -> None:
-    """Print what was checked, and each thing that is wrong."""
+    """Print the result of each data set, and each corrupt file."""
     for name, verified in found.items():
-        state = f"{len(verified.damages)} DAMAGED" if verified.damages else "sound"
+        state = f"{len(verified.corrupt)} CORRUPT" if verified.corrupt else "intact"
         left = f", {len(verified.orphans)} leftover files" if verified.orphans else ""
         checked = f"{verified.shards_checked} shards checked"
         console.print(f"{name:<24} {checked}, {state}{left}", highlight=False)
-        for damage in verified.damages:
-            console.print(f"  {damage.file}: {damage.reason}", highlight=False, style="red")
+        for fault in verified.corrupt:
+            console.print(f"  {fault.file}: {fault.reason}", highlight=False, style="red")
 
 
 def list_numbers(found: dict[str, Verified] | dict[str, Status]) -> dict[str, Any]:
-    """Return plain values by data set."""
-    return {name: to_json(each) for name, each in found.items()}
+    """Convert the results to plain values, by data set."""
+    return {label: to_json(result) for label, result in found.items()}

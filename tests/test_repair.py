@@ -8,7 +8,7 @@ from rayfuse.config.recipe import Recipe
 from rayfuse.pipeline import prepare_run, run_stages
 from rayfuse.run.layout import Layout
 from rayfuse.runtime.progress import report_nothing
-from rayfuse.status import forget_all_damages, verify_layout
+from rayfuse.status import repair_layout, verify_layout
 from rayfuse.storage.dataset import DataSet
 from tests.run.test_segmentation import folder, write_recipe
 from tests.storage.test_verify import (
@@ -65,12 +65,12 @@ def test_fault_12_training_refuses_and_repair_heals(damage, recipe):
         run(recipe, "train")
     assert layout.aligned["a"].folder in str(error.value)
     found = verify_layout(layout, report_nothing)
-    assert {name for name, each in found.items() if each.damages} == {"align a"}
-    assert {each.shard for each in found["align a"].damages} == DAMAGES[damage]
-    stages = forget_all_damages(recipe, layout, found)
+    assert {name for name, each in found.items() if each.corrupt} == {"align a"}
+    assert {each.shard for each in found["align a"].corrupt} == DAMAGES[damage]
+    stages = repair_layout(recipe, layout, found)
     assert stages == ["align"]
     run(recipe, *stages)
-    assert not any(each.damages for each in verify_layout(layout, report_nothing).values())
+    assert not any(each.corrupt for each in verify_layout(layout, report_nothing).values())
     assert read_all(layout) == sound
 
 
@@ -86,10 +86,10 @@ def test_fault_12_repair_makes_exactly_the_damaged_shards_again(stage, damage, r
     made = {shard: commit.attempt for shard, commit in data.commits().items()}
     damage(data)
     found = verify_layout(layout, report_nothing)
-    (name,) = (name for name, each in found.items() if each.damages)
+    (name,) = (name for name, each in found.items() if each.corrupt)
     assert name == {"corpus": "corpus", "capture": "capture a"}[stage]
-    assert {each.shard for each in found[name].damages} == DAMAGES[damage]
-    run(recipe, *forget_all_damages(recipe, layout, found))
+    assert {each.shard for each in found[name].corrupt} == DAMAGES[damage]
+    run(recipe, *repair_layout(recipe, layout, found))
     assert read_all(layout) == sound
     again = {shard for shard, commit in data.commits().items() if commit.attempt != made[shard]}
     assert again == DAMAGES[damage]
@@ -99,6 +99,6 @@ def test_a_bad_shard_is_named_by_its_path(recipe):
     layout = prepare_run(recipe)
     flip_a_bit(layout.captured["b"])
     found = verify_layout(layout, report_nothing)
-    (damage,) = found["capture b"].damages
+    (damage,) = found["capture b"].corrupt
     assert Path(layout.store.root, damage.file) == path_of(layout.captured["b"], 1)
-    run(recipe, *forget_all_damages(recipe, layout, found))
+    run(recipe, *repair_layout(recipe, layout, found))

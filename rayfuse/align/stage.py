@@ -18,7 +18,8 @@ from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.run.layout import Layout
 from rayfuse.runtime.progress import Progress
 from rayfuse.runtime.resources import TASK_RETRIES, limit_cpu_tasks
-from rayfuse.storage.dataset import DataSet, list_missing, split_shards
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.todo import list_missing, split_shards
 
 MINED_CHUNK = 2048
 """Source tokens whose nearest target tokens one task finds: about a second of one core."""

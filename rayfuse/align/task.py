@@ -19,7 +19,8 @@ from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.models.tokenizer import TextTokenizer
 from rayfuse.run.layout import Layout
 from rayfuse.runtime.metrics import count_work
-from rayfuse.storage.dataset import Commit, DataSet
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.manifest import Commit
 from rayfuse.storage.store import Store
 
 
@@ -59,7 +60,7 @@ def align_committed(task: AlignTask, shard: int) -> Commit:
     """Align a captured shard, store the result and return its commit.
 
     Raises:
-        ShardError: A shard that is read is missing or damaged.
+        ShardError: A shard that is read is missing or corrupt.
         ValueError: As for `align_captured`.
     """
     began = time.monotonic()
@@ -75,7 +76,7 @@ def align_captured(task: AlignTask, shard: int) -> tuple[pa.Table, dict[str, flo
     """Return a captured shard's ALIGNED rows and their sums.
 
     Raises:
-        ShardError: A shard that is read is missing or damaged.
+        ShardError: A shard that is read is missing or corrupt.
         ValueError: The captured shard does not belong to the corpus shard; the message names the
             shard, the row and, where it can, the position.
     """

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from rayfuse.capture.engines.base import Engine
 from rayfuse.capture.rows import build_captured, tokenise_rows
 from rayfuse.models.tokenizer import TextTokenizer
-from rayfuse.storage.dataset import Commit, DataSet
-from rayfuse.storage.object_store import NUM_RETRIES
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.manifest import Commit
+from rayfuse.storage.retry import NUM_RETRIES
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class ShardCapturer:
         """Capture a shard, unless it is committed already, and return its numbers.
 
         Raises:
-            ShardError: The corpus shard is missing or damaged.
+            ShardError: The corpus shard is missing or corrupt.
         """
         if self.captured.is_committed(shard):
             return self._describe(self.captured.read_commit(shard))

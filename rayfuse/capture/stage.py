@@ -45,7 +45,8 @@ from rayfuse.runtime.resources import (
     describe_needs,
     gpu_options,
 )
-from rayfuse.storage.dataset import DataSet, list_missing, split_shards
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.todo import list_missing, split_shards
 
 CALLS_PER_ACTOR = 3
 """Shards in one actor at a time: one is read, one scored, one written."""

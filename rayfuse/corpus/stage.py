@@ -33,7 +33,8 @@ from rayfuse.runtime.metrics import count_work
 from rayfuse.runtime.progress import Progress
 from rayfuse.runtime.resources import limit_cpu_tasks
 from rayfuse.storage.codec import flatten_column
-from rayfuse.storage.dataset import Commit, DataSet
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.manifest import Commit
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def build_corpus(recipe: Recipe, task: CutTask, progress: Progress, title: str) 
         return
     task.rows.check_tokenizers()
     data.claim({"recipe": dump_recipe(recipe)})
-    data.drop_lost_shards()
+    data.drop_missing_shards()
     counts = _count_shards(task)
     starts = [sum(counts[:group]) for group in range(len(groups))]
     committed = data.list_committed()

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rayfuse.config.models import ModelSettings
-from rayfuse.storage.store import LocalStore, Store
+from rayfuse.storage.store import Store
 
 
 @contextmanager
@@ -19,7 +19,7 @@ def local_model(model: ModelSettings, store: Store, folder: str | None) -> Itera
         folder: Where this run has stored the model, below the storage root. None for a model that
             this run has not made: transformers finds it by its path or hub id.
     """
-    if folder is None or isinstance(store, LocalStore):
+    if folder is None or store.is_local:
         yield model
         return
     with tempfile.TemporaryDirectory(prefix="rayfuse-model-") as local:

@@ -42,7 +42,8 @@ from rayfuse.runtime.resources import (
     count_default_gpus,
     gpu_options,
 )
-from rayfuse.storage.dataset import Commit, DataSet
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.manifest import Commit, ShardError
 from rayfuse.storage.store import Store
 
 ENSEMBLE, MERGED = "ensemble", "merged"
@@ -271,11 +272,11 @@ def _join_parts(name: str, model: str, parts: list[ScoredShards]) -> Evaluation:
 
 
 def _fetch(reference: Any) -> Any:
-    """Fetch a task's result; a ValueError is raised as itself, without Ray's traceback."""
+    """Fetch a task's result; raise its ValueError or ShardError without Ray's traceback."""
     try:
         return ray.get(reference)
     except RayTaskError as error:
-        if isinstance(error.cause, ValueError):
+        if isinstance(error.cause, ValueError | ShardError):
             raise error.cause from error
         raise
 

@@ -13,7 +13,8 @@ from rayfuse.fuse.nll import nll_of_documents, nll_of_positions, nll_of_rows
 from rayfuse.fuse.rules import RULES, OpenSource, give_tail_to, make_empty, select_lowest
 from rayfuse.fuse.source_filter import select_active_sources
 from rayfuse.storage.codec import EncodedTopK, TopK, flatten_column
-from rayfuse.storage.dataset import DataSet, ShardError
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.manifest import ShardError
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from collections.abc import Collection, Mapping
 
 from rayfuse.config.fuse import FuseSettings
-from rayfuse.storage.dataset import Commit, DataSet
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.manifest import Commit
 
 NOISE_SHARE = 0.001
 """Share of tokens in rows that a noise source may predict better than chance, by luck."""

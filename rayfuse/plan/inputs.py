@@ -20,7 +20,7 @@ from rayfuse.plan.model_size import ModelSize, size_from_files, size_from_settin
 from rayfuse.run.inputs import InputFile, list_inputs
 from rayfuse.run.layout import Layout, plan_layout
 from rayfuse.status import list_data_sets
-from rayfuse.storage.dataset import Manifest
+from rayfuse.storage.manifest import Manifest
 
 TARGET = "target"
 

@@ -15,7 +15,8 @@ from rayfuse.evaluate.task_scores import TaskScore, compare_tasks, parse_task_sc
 from rayfuse.fuse.source_filter import is_noise
 from rayfuse.report.timeline import ShardSpan, read_spells
 from rayfuse.run.layout import Layout, Merge, TrainRun
-from rayfuse.storage.dataset import Commit, DataSet
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.manifest import Commit
 from rayfuse.storage.store import Store
 
 MAX_SHARDS = 64
@@ -110,7 +111,7 @@ def gather_findings(recipe: Recipe, layout: Layout) -> Findings:
 
     Raises:
         ValueError: A model is not evaluated, or not on the same documents as another.
-        ShardError: A shard is missing or damaged.
+        ShardError: A shard is missing or corrupt.
     """
     evaluations = read_evaluations(layout)
     fused = evaluations["fused"]
@@ -217,7 +218,7 @@ def count_wins(corpus: DataSet, aligned: dict[str, DataSet]) -> SourceWins:
 
     Raises:
         ValueError: A shard holds other rows than the corpus.
-        ShardError: A shard is missing or damaged.
+        ShardError: A shard is missing or corrupt.
     """
     commits = corpus.commits()
     shards = sorted(commits)[:MAX_SHARDS]

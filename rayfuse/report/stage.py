@@ -29,7 +29,7 @@ def write_report(recipe: Recipe, layout: Layout) -> str:
 
     Raises:
         ValueError: A model is not evaluated, or not on the same documents as another.
-        ShardError: A shard is missing or damaged.
+        ShardError: A shard is missing or corrupt.
     """
     from rayfuse.report.plots import draw_plots  # a second of imports that `status` can do without
 

@@ -35,18 +35,19 @@ class EncodedTopK:
 _DEEPEST = 20.0
 _SCALE = np.log1p(_DEEPEST)
 PROB_OF_CODE = np.exp(-np.expm1(np.arange(256) / 255 * _SCALE)).astype(np.float32)
-"""What each code stands for, before a head is scaled to its mass."""
+"""The probability of each code, before the entries of a position are scaled to their mass."""
 
 LOWEST_LOGPROB = -_DEEPEST
-"""What a log-probability is cut to in storage: 2e-9."""
+"""Lower bound of stored log-probabilities: p = 2e-9."""
 
-# A float32 read as an integer grows with its value, and all but its last 12 bits, 2,048 steps to
-# each factor of two, are enough to tell its code: one look-up in place of two logarithms.
+# The bits of a positive float32, read as an integer, grow with its value. Without the last 12 bits
+# there are 2,048 steps to each factor of two, which determine the code: one look-up replaces two
+# logarithms.
 _DROPPED_BITS = np.uint32(12)
 
 
 def _tabulate_codes() -> UInt8[np.ndarray, " steps"]:
-    """Return the code of the probabilities in each step: round(255 ln(1 - ln p) / ln 21)."""
+    """Tabulate the code of the probabilities in each step: round(255 ln(1 - ln p) / ln 21)."""
     steps = np.arange((np.float32(1).view(np.uint32) >> _DROPPED_BITS) + 1, dtype=np.uint32)
     middles = (steps << _DROPPED_BITS) + (1 << (_DROPPED_BITS - np.uint32(1)))
     logs = np.log(middles.view(np.float32).astype(np.float64))
@@ -58,10 +59,10 @@ _CODE_OF_STEP = _tabulate_codes()
 
 
 def encode_probs(probs: Float[np.ndarray, "positions top_k"]) -> UInt8[np.ndarray, " flat"]:
-    """Return sorted probabilities as one byte each: the first code, then differences.
+    """Encode sorted probabilities as one byte each: the first code, then differences.
 
-    The codes of a row never decrease, so that the differences are never negative. Probabilities
-    below 2e-9, and entries that are not there, cost the highest code.
+    The codes of a position never decrease, so the differences are never negative. Probabilities
+    below 2e-9, and missing entries, have the highest code.
 
     Args:
         probs: Each row descending.
@@ -79,15 +80,15 @@ def decode_probs(
     top_ids: Int[np.ndarray, "positions top_k"],
     tail_logprobs: Float[np.ndarray, " positions"],
 ) -> Float[np.ndarray, "positions top_k"]:
-    """Return the float32 probabilities that `encode_probs` stored, summing to 1 with the tail.
+    """Decode the float32 probabilities that `encode_probs` stored; they sum to 1 with the tail.
 
-    Each row's head is scaled to 1 - exp(tail), so the codec's rounding cannot make or lose mass.
-    The result's columns lie contiguous in memory, one entry of all positions after the other.
+    The entries of each position are scaled to 1 - exp(tail), so the codec's rounding neither adds
+    nor loses mass. The result is column-major: all positions of an entry are contiguous.
 
     Args:
         differences: The stored bytes, positions * top_k of them.
         top_ids: The ids stored beside them; where one is -1 the result is 0.
-        tail_logprobs: Natural log of the mass outside the head.
+        tail_logprobs: Natural log of the mass outside the entries.
     """
     levels = differences.reshape(top_ids.shape).T.copy()
     for entry in range(1, len(levels)):
@@ -102,7 +103,7 @@ def decode_probs(
 def flatten_column(
     table: pa.Table, name: str
 ) -> tuple[np.ndarray, Int[np.ndarray, " rows_plus_1"]]:
-    """Return a list column's flat values and the offsets of its rows, without Python lists."""
+    """Flatten a list column to its values and the offsets of its rows, without Python lists."""
     column = table.column(name).combine_chunks()
     if isinstance(column, pa.ChunkedArray):  # no rows at all
         column = pa.array([], type=table.schema.field(name).type)
@@ -114,6 +115,6 @@ def flatten_column(
 def build_list_column(
     values: np.ndarray, offsets: Int[np.ndarray, " rows_plus_1"], list_type: pa.DataType
 ) -> pa.ListArray:
-    """Return a list column from flat values and row offsets."""
+    """Build a list column from flat values and row offsets."""
     flat = pa.array(values, type=list_type.value_type)
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), flat, type=list_type)

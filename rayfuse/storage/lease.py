@@ -1,6 +1,6 @@
-"""One job at a time trains a run: a second one says who does, and waits.
+"""A lease in the store: one job at a time trains a run or migrates a store; others wait.
 
-Nothing would break if both did, but all the work would be done twice.
+Two holders would corrupt nothing, since commits are atomic, but they would do the work twice.
 """
 
 import json
@@ -11,82 +11,91 @@ from dataclasses import dataclass
 
 from rayfuse.storage.store import Store
 
-BEAT_SECONDS = 10.0
-"""How often the one who trains says so."""
+RENEW_SECONDS = 10.0
+"""How often the holder renews its lease."""
 
-STALE_SECONDS = 45.0
-"""Without a word for so long it counts as dead; at once where its process is known to be gone."""
+TIMEOUT_SECONDS = 45.0
+"""A holder that has not renewed for this long is presumed dead. A dead process of this machine is
+detected at once."""
 
 
 @dataclass
 class Lease:
-    """A file in the store that says who trains a run."""
+    """A file in the store that names the process that holds it."""
 
     store: Store
-    name: str
-    """Of the file."""
+    file: str
+    """Its name below the storage root."""
     job: str
-    """Ours."""
-    is_ours: bool = False
-    beats: int = 0
-    said_at: float = 0.0
-    heard: bytes | None = None
-    """What another job has said last."""
-    heard_at: float = 0.0
+    """Name of the job that wants it."""
+    is_held: bool = False
+    """By this job."""
+    num_renewals: int = 0
+    renewed_at: float = 0.0
+    """Monotonic time of this job's last renewal, in seconds."""
+    last_record: bytes | None = None
+    """The file's content when another holder last changed it."""
+    last_seen: float = 0.0
+    """Monotonic time at which that content was first read, in seconds."""
 
-    def take(self) -> bool:
-        """Return whether it is ours, or has become so."""
-        if not self.is_ours and self._is_free():
-            self.is_ours = self.store.create(self.name, self._say())
-        return self.is_ours
+    def acquire(self) -> bool:
+        """Acquire the lease if it is free; return True if this job holds it."""
+        if not self.is_held and self._is_free():
+            self.is_held = self.store.create(self.file, self._encode_record())
+        return self.is_held
 
     def renew(self) -> None:
-        """Say, from time to time, that we still train."""
-        if self.is_ours and time.monotonic() - self.said_at > BEAT_SECONDS:
-            self.store.write(self.name, self._say())
+        """Renew the lease, if this job holds it and `RENEW_SECONDS` have passed."""
+        if self.is_held and time.monotonic() - self.renewed_at > RENEW_SECONDS:
+            self.store.write(self.file, self._encode_record())
 
     def release(self) -> None:
-        """Let others have it."""
-        if self.is_ours:
-            self.store.remove(self.name)
-            self.is_ours = False
+        """Release the lease, if this job holds it."""
+        if self.is_held:
+            self.store.remove(self.file)
+            self.is_held = False
 
     @property
     def holder(self) -> str:
-        """Who it belongs to, if not to us."""
+        """Describe the other process that holds the lease."""
         try:
-            said = json.loads(self.heard or b"")
-            return f"process {said['pid']} of {said['host']}"
+            record = json.loads(self.last_record or b"")
+            return f"process {record['pid']} of {record['host']}"
         except (ValueError, KeyError, TypeError):
             return "another process"
 
-    def _say(self) -> bytes:
-        self.beats += 1
-        self.said_at = time.monotonic()
-        who = {"job": self.job, "host": socket.gethostname(), "pid": os.getpid()}
-        return json.dumps(who | {"beats": self.beats}).encode()
+    def _encode_record(self) -> bytes:
+        """Encode a record that differs from all earlier ones, so that others see the renewal."""
+        self.num_renewals += 1
+        self.renewed_at = time.monotonic()
+        owner = {"job": self.job, "host": socket.gethostname(), "pid": os.getpid()}
+        return json.dumps(owner | {"renewals": self.num_renewals}).encode()
 
     def _is_free(self) -> bool:
-        """Return whether nobody has it; the file of a job that is dead is removed."""
+        """Check whether there is no holder; the file of a dead holder is removed.
+
+        Clocks of two nodes may differ, so age is measured from when this process first read the
+        content, never from a time in the file.
+        """
         try:
-            said = self.store.read(self.name)
+            record = self.store.read(self.file)
         except FileNotFoundError:
             return True
-        if said != self.heard:
-            self.heard, self.heard_at = said, time.monotonic()
-        if time.monotonic() - self.heard_at < STALE_SECONDS and not _is_gone(said):
+        if record != self.last_record:
+            self.last_record, self.last_seen = record, time.monotonic()
+        if time.monotonic() - self.last_seen < TIMEOUT_SECONDS and not _has_died_here(record):
             return False
-        self.store.remove(self.name)
+        self.store.remove(self.file)
         return True
 
 
-def _is_gone(said: bytes) -> bool:
-    """Return whether the process that said something was one of this machine, and is no more."""
+def _has_died_here(record: bytes) -> bool:
+    """Check whether the holder was a process of this machine that has ended."""
     try:
-        who = json.loads(said)
-        if who["host"] != socket.gethostname():
+        owner = json.loads(record)
+        if owner["host"] != socket.gethostname():
             return False
-        os.kill(who["pid"], 0)
+        os.kill(owner["pid"], 0)
     except ProcessLookupError:
         return True
     except (ValueError, KeyError, TypeError, PermissionError):

@@ -1,115 +1,20 @@
-"""A prefix in a bucket, through fsspec (`s3://` by s3fs), and patience with it."""
+"""A prefix in a bucket, through fsspec (`s3://` by s3fs); every request is retried."""
 
 import contextlib
-import functools
 import posixpath
-import random
-import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
-Given = ParamSpec("Given")
-Answer = TypeVar("Answer")
-
-RETRY_SECONDS = 300.0
-"""How long one request may fail again and again before the storage counts as gone."""
-
-LONGEST_PAUSE_SECONDS = 20.0
+from rayfuse.storage.retry import RETRY_SECONDS, retry_transient
 
 S3 = ("s3", "s3a")
 
 ONE_PUT_BYTES = 2**32
-"""s3fs sends anything shorter than this as one PUT: an object is whole or not there."""
+"""s3fs sends anything shorter than this as one PUT, so that the object appears atomically."""
 
 PARTS_AT_ONCE = 10
-"""Of a large file that goes up or comes down."""
-
-CLIENT_ERRORS = ("aiohttp", "botocore", "urllib3")
-"""Packages below fsspec whose errors are the network's or the store's."""
-
-FINAL_ERRORS = (
-    *("FileNotFoundError", "FileExistsError", "PermissionError", "IsADirectoryError"),
-    *("NotADirectoryError", "NoCredentialsError", "PartialCredentialsError"),
-    *("ParamValidationError", "UnknownServiceError", "ProfileNotFound", "NoRegionError"),
-)
-"""Asking again gets the same answer."""
-
-
-class Tally:
-    """A count that several threads add to."""
-
-    def __init__(self) -> None:
-        self.count, self.lock = 0, threading.Lock()
-
-    def add(self) -> None:
-        """Count one more."""
-        with self.lock:
-            self.count += 1
-
-
-NUM_RETRIES = Tally()
-"""Requests of this process that failed and were asked again."""
-
-
-class StorageUnavailableError(OSError):
-    """The storage has not answered for as long as it is waited for."""
-
-
-def retry_transient(
-    method: Callable[Concatenate["ObjectStore", Given], Answer],
-) -> Callable[Concatenate["ObjectStore", Given], Answer]:
-    """Repeat a request that fails for reasons that pass: 5xx, resets, time-outs, cut answers.
-
-    Pauses grow to 20 s, each drawn at random up to its bound ("full jitter"), so that a thousand
-    workers do not come back at once. Each try has a new connection and credentials fetched anew:
-    those that have expired are not always called so.
-    """
-
-    @functools.wraps(method)
-    def ask(store: "ObjectStore", /, *args: Given.args, **kwargs: Given.kwargs) -> Answer:
-        began, tries = time.monotonic(), 0
-        has_renewed = False
-        while True:
-            try:
-                return method(store, *args, **kwargs)
-            except Exception as error:
-                if _has_expired(error) and not has_renewed:
-                    has_renewed = True
-                    store.reconnect()
-                    continue
-                if not is_transient(error):
-                    raise
-                waited = time.monotonic() - began
-                if waited >= store.retry_seconds:
-                    raise StorageUnavailableError(
-                        f"storage {store.root} has failed for {waited:.0f} s, the last time with "
-                        f"{type(error).__name__}: {error}; what is done is kept: run the same "
-                        "command again once the storage is back"
-                    ) from error
-                bound = min(0.1 * 2**tries, LONGEST_PAUSE_SECONDS)
-                time.sleep(min(random.uniform(0, bound), store.retry_seconds - waited))
-                tries += 1
-                NUM_RETRIES.add()
-                store.reconnect()
-
-    return ask
-
-
-def is_transient(error: BaseException) -> bool:
-    """Return whether the same request may succeed later."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    if kinds & set(FINAL_ERRORS):
-        return False
-    is_clients = type(error).__module__.partition(".")[0] in CLIENT_ERRORS
-    return is_clients or isinstance(error, OSError | TimeoutError)
-
-
-def _has_expired(error: BaseException) -> bool:
-    response = getattr(error.__cause__, "response", None)
-    return isinstance(response, dict) and response["Error"].get("Code") == "ExpiredToken"
+"""Parts of a large file that are transferred concurrently."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +29,10 @@ class ObjectStore:
         import fsspec
 
         options: dict[str, Any] = {}
-        if self._is_s3:  # one patience, ours: the client's own would multiply it
+        if self._is_s3:  # `retry_transient` retries; the client's own retries would multiply its
             options["config_kwargs"] = {"retries": {"total_max_attempts": 1}}
-            options["max_concurrency"] = 1  # with more, each read first asks for the size
-        # Listings are asked for anew: another machine's commits must be seen.
+            options["max_concurrency"] = 1  # with more, each read first requests the size
+        # No cached listings: commits of other nodes must be seen.
         fs = fsspec.filesystem(
             self._protocol, use_listings_cache=False, skip_instance_cache=True, **options
         )
@@ -147,11 +52,15 @@ class ObjectStore:
         return self._protocol in S3
 
     @property
+    def is_local(self) -> bool:
+        return False
+
+    @property
     def lists_by_prefix(self) -> bool:
         return self._is_s3
 
     def reconnect(self) -> None:
-        """Forget the connection and its credentials; the next request makes both anew."""
+        """Drop the connection and its credentials; the next request opens and fetches them."""
         self.__dict__.pop("_fs", None)
 
     @retry_transient
@@ -164,7 +73,7 @@ class ObjectStore:
 
     @retry_transient
     def upload(self, path: str, name: str) -> None:
-        self._fs.put_file(path, self._path(name), **self._in_parts())  # seen when complete
+        self._fs.put_file(path, self._path(name), **self._in_parts())  # appears when complete
 
     @retry_transient
     def download(self, name: str, path: str) -> None:
@@ -175,7 +84,7 @@ class ObjectStore:
         try:
             self._fs.pipe_file(self._path(name), data, mode="create", **self._one_put())
         except FileExistsError:
-            # Perhaps by this very call: a client that lost the answer asks again by itself.
+            # This very call may have created it: a client that lost the answer retries by itself.
             return self._fs.cat_file(self._path(name)) == data
         return True
 

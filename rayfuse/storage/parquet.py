@@ -1,4 +1,4 @@
-"""A shard's table as Parquet bytes, which say what they are a shard of."""
+"""A shard's table as Parquet bytes, with its data set's fingerprint in the metadata."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ import pyarrow.parquet as pq
 
 from rayfuse.schema import SCHEMA_VERSION
 
-# Columns whose small, repeating values (differences of codes) a dictionary packs best; every other
-# list column is split into byte planes, which a dictionary left on would silently switch off.
+# Columns of small, repeating values (differences of codes), which a dictionary packs best. Every
+# other list column is split into byte planes, which pyarrow silently skips if a dictionary is on.
 DICTIONARY_COLUMNS = ("top_logprobs",)
 
 
 def encode_table(table: pa.Table, fingerprint: str, shard: int) -> bytes:
-    """Return a table as Parquet: byte planes for lists of numbers, zstd, page checksums."""
+    """Encode a table as Parquet: byte planes for lists of numbers, zstd, page checksums."""
     table = table.replace_schema_metadata(
         {
             "rayfuse.schema_version": str(SCHEMA_VERSION),
@@ -45,8 +45,9 @@ def encode_table(table: pa.Table, fingerprint: str, shard: int) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def decode_origin(data: bytes) -> tuple[str, int]:
-    """Return the fingerprint and the shard number that a shard's bytes say they are of."""
+def decode_origin(data: bytes) -> tuple[str, int, int]:
+    """Read the fingerprint, the shard number and the schema version from a shard's metadata."""
     metadata = pq.read_schema(pa.BufferReader(data)).metadata or {}
     fingerprint = metadata.get(b"rayfuse.fingerprint", b"").decode()
-    return fingerprint, int(metadata.get(b"rayfuse.shard", b"-1"))
+    shard = int(metadata.get(b"rayfuse.shard", b"-1"))
+    return fingerprint, shard, int(metadata.get(b"rayfuse.schema_version", b"-1"))

@@ -1,4 +1,4 @@
-"""Files under one root, local or object storage, seen as names and bytes."""
+"""Files under one root, on a local disk or in object storage, as names and bytes."""
 
 import os
 import shutil
@@ -8,20 +8,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from rayfuse.storage.object_store import RETRY_SECONDS, ObjectStore
+from rayfuse.config.base import UserError
+from rayfuse.storage.object_store import ObjectStore
+from rayfuse.storage.retry import RETRY_SECONDS
 
-ASIDE = ".aside-"
-"""Begins the names of files that are being written."""
+TEMPORARY_PREFIX = ".aside-"
+"""Begins the names of files that are being written; listings omit them."""
 
 NUM_RACERS = 4
+"""Concurrent writers of one file in the check for conditional writes."""
 
 PROBE_SECONDS = 30.0
-"""How long the first requests to a storage may fail before it counts as not to be had."""
+"""How long the first requests to a storage are retried before it counts as unusable."""
 
 
 @runtime_checkable
 class Store(Protocol):
-    """Names and bytes. Every write is whole or not there at all."""
+    """Names and bytes. Every write is atomic."""
 
     @property
     def root(self) -> str:
@@ -29,12 +32,17 @@ class Store(Protocol):
         ...
 
     @property
+    def is_local(self) -> bool:
+        """True for a folder that other libraries can open by its path."""
+        ...
+
+    @property
     def lists_by_prefix(self) -> bool:
-        """Whether a listing by prefix costs less than one of the whole folder."""
+        """True where a listing by prefix costs less than one of the entire folder."""
         ...
 
     def read(self, name: str) -> bytes:
-        """Return a file's bytes.
+        """Read a file's bytes.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -42,15 +50,20 @@ class Store(Protocol):
         ...
 
     def write(self, name: str, data: bytes) -> None:
-        """Put a file, over what was there."""
+        """Write a file, replacing an earlier one."""
         ...
 
     def upload(self, path: str, name: str) -> None:
-        """Put a local file of any size, over what was there."""
+        """Write a file from a local one of any size, replacing an earlier one.
+
+        It is streamed: memory use does not depend on its size.
+        """
         ...
 
     def download(self, name: str, path: str) -> None:
-        """Get a file of any size into a local one.
+        """Copy a file of any size into a local one.
+
+        It is streamed: memory use does not depend on its size.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -58,32 +71,37 @@ class Store(Protocol):
         ...
 
     def create(self, name: str, data: bytes) -> bool:
-        """Put a file if there is none, and return whether it now holds these bytes.
+        """Create a file if it is absent, and return True if it now holds these bytes.
 
-        Bytes that no other call puts, such as a record with an attempt's own name, thus tell who
-        won, even where the answer to the winning request was lost.
+        If no other call writes the same bytes, such as a record with its attempt's own name, then
+        exactly one of several concurrent calls returns True, even if the answer to the successful
+        request was lost and the client retried it.
         """
         ...
 
     def sizes(self, folder: str, prefix: str = "") -> dict[str, int]:
-        """Return the files right below a folder, by name within it, with their bytes.
+        """List the files directly in a folder: their size in bytes by their name within it.
 
         Args:
-            folder: The folder.
-            prefix: What their names begin with.
+            folder: The folder; one that does not exist has no files.
+            prefix: Only names that begin with this are listed.
         """
         ...
 
     def remove(self, name: str) -> None:
-        """Delete a file; one that is not there is no error."""
+        """Delete a file; a missing one is no error."""
         ...
 
 
 @dataclass(frozen=True)
 class LocalStore:
-    """A folder on a disk that all workers see."""
+    """A folder on a disk that all workers share."""
 
     root: str
+
+    @property
+    def is_local(self) -> bool:
+        return True
 
     @property
     def lists_by_prefix(self) -> bool:
@@ -93,29 +111,29 @@ class LocalStore:
         return self._path(name).read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
-        os.replace(self._write_aside(name, data), self._path(name))
+        os.replace(self._write_temporary(name, data), self._path(name))
 
     def upload(self, path: str, name: str) -> None:
         target = self._path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(ASIDE + uuid.uuid4().hex)
+        temporary = target.with_name(TEMPORARY_PREFIX + uuid.uuid4().hex)
         try:
-            shutil.copyfile(path, aside)
-            os.replace(aside, target)
+            shutil.copyfile(path, temporary)
+            os.replace(temporary, target)
         finally:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
     def download(self, name: str, path: str) -> None:
         shutil.copyfile(self._path(name), path)
 
     def create(self, name: str, data: bytes) -> bool:
-        aside = self._write_aside(name, data)
+        temporary = self._write_temporary(name, data)
         try:
-            os.link(aside, self._path(name))  # refuses to replace, unlike rename
+            os.link(temporary, self._path(name))  # atomic, and unlike rename never replaces
         except FileExistsError:
             return self.read(name) == data
         finally:
-            aside.unlink()
+            temporary.unlink()
         return True
 
     def sizes(self, folder: str, prefix: str = "") -> dict[str, int]:
@@ -128,7 +146,7 @@ class LocalStore:
             for entry in entries
             if entry.name.startswith(prefix)
             and entry.is_file()
-            and not entry.name.startswith(ASIDE)
+            and not entry.name.startswith(TEMPORARY_PREFIX)
         }
 
     def remove(self, name: str) -> None:
@@ -137,30 +155,31 @@ class LocalStore:
     def _path(self, name: str) -> Path:
         return Path(self.root, name)
 
-    def _write_aside(self, name: str, data: bytes) -> Path:
+    def _write_temporary(self, name: str, data: bytes) -> Path:
+        """Write a file beside its final name, on the disk itself, for an atomic rename."""
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(ASIDE + uuid.uuid4().hex)
+        temporary = path.with_name(TEMPORARY_PREFIX + uuid.uuid4().hex)
         try:
-            with open(aside, "xb") as file:
+            with open(temporary, "xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
         except BaseException as error:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             if isinstance(error, OSError):
                 reason = f"{error.strerror}, writing {len(data):,} bytes"
                 raise OSError(error.errno, reason, str(path)) from error
             raise
-        return aside
+        return temporary
 
 
 def open_store(uri: str, retry_seconds: float = RETRY_SECONDS) -> Store:
-    """Return the store of a folder or of an `s3://` (or other fsspec) prefix.
+    """Open a folder, or an `s3://` or other fsspec prefix, as a store.
 
     Args:
         uri: The folder or prefix.
-        retry_seconds: How long one request to object storage may fail again and again.
+        retry_seconds: How long one request to object storage is retried.
     """
     if "://" in uri and not uri.startswith("file://"):
         return ObjectStore(uri.rstrip("/"), retry_seconds)
@@ -168,31 +187,30 @@ def open_store(uri: str, retry_seconds: float = RETRY_SECONDS) -> Store:
 
 
 def check_store(store: Store) -> None:
-    """Try what shards rest on: a file is created by one writer only, and reads back.
+    """Check what commits rest on: exactly one of several writers creates a file, and it reads back.
 
     Raises:
-        ValueError: The store cannot be written, or lets several writers create one file.
+        UserError: The store cannot be written, or lets several writers create one file.
     """
     name = f".probe-{uuid.uuid4().hex}"
     if isinstance(store, ObjectStore):
         store = replace(store, retry_seconds=min(store.retry_seconds, PROBE_SECONDS))
     try:
         with ThreadPoolExecutor(NUM_RACERS) as racers:
-            made = list(
+            created = list(
                 racers.map(lambda i: store.create(name, b"racer %d" % i), range(NUM_RACERS))
             )
         is_late_refused = not store.create(name, b"late")
         content = store.read(name)
         store.remove(name)
     except (OSError, ImportError) as error:
-        raise ValueError(
+        raise UserError(
             f"storage is {store.root!r}, which cannot be written ({error}); "
-            "give a folder or bucket that every machine of the cluster may write"
+            "give a folder or bucket that every node of the cluster can write"
         ) from error
-    if sum(made) != 1 or not is_late_refused or content != b"racer %d" % made.index(True):
-        raise ValueError(
-            f"storage is {store.root!r}, which replaces files that it was asked to create only if "
-            f"absent ({sum(made)} of {NUM_RACERS} writers were told that they had made one file); "
-            "two jobs would overwrite one another: use a store with conditional writes "
-            "(If-None-Match)"
+    if sum(created) != 1 or not is_late_refused or content != b"racer %d" % created.index(True):
+        raise UserError(
+            f"storage is {store.root!r}, which ignores the condition to create a file only if "
+            f"it is absent ({sum(created)} of {NUM_RACERS} concurrent writers succeeded); two jobs "
+            "would overwrite each other: use a store with conditional writes (If-None-Match)"
         )

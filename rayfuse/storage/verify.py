@@ -1,4 +1,4 @@
-"""Every shard of a data set read and checked; what is damaged is named, and forgotten on demand."""
+"""Verify every shard of a data set, repair it by removing corrupt files, and read its status."""
 
 import json
 from collections import Counter
@@ -9,47 +9,50 @@ from typing import Any
 
 import pyarrow as pa
 
-from rayfuse.storage.dataset import Commit, DataSet, ShardError, shard_of
+from rayfuse.storage.dataset import DataSet, shard_of
+from rayfuse.storage.manifest import Commit, ShardError
 
 NUM_READERS = 8
-"""Shards read at a time: a gigabyte at most."""
+"""Shards that are read concurrently: a gigabyte at most."""
 
 NUM_RECORD_READERS = 32
-"""Commit records read at a time."""
+"""Commit records that are read concurrently."""
 
 
 @dataclass(frozen=True)
-class Damage:
-    """Something of a data set that is not what it should be."""
+class CorruptFile:
+    """A file of a data set that is missing or corrupt."""
 
     file: str
     """Below the storage root."""
     reason: str
     shard: int | None = None
-    """The shard to make again; without one, it is the manifest or the run record."""
+    """The shard to write again; None for the manifest and the run record."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What reading a data set whole has shown."""
+    """The result of verifying a data set."""
 
     folder: str
     shards_checked: int
-    damages: list[Damage]
+    corrupt: list[CorruptFile]
     orphans: list[str]
-    """Files below the root that count for nothing: left by attempts that lost or were killed."""
+    """Data files, below the root, of attempts that were killed or that lost the commit."""
 
 
 def verify_data_set(
-    data: DataSet, corpus: DataSet | None = None, tell: Callable[[int, int], None] | None = None
+    data: DataSet, corpus: DataSet | None = None, report: Callable[[int, int], None] | None = None
 ) -> Verified:
-    """Read every shard of a data set and check it against its record, and its rows against the
-    corpus.
+    """Read every shard and check it against its commit record, and its rows against the corpus.
 
     Args:
-        data: The data set; it need not be whole.
-        corpus: The data set whose rows it must hold, in the same order.
-        tell: Called with the shards checked so far and their number.
+        data: The data set; it may be incomplete.
+        corpus: The corpus that it must have the rows of, in the same order.
+        report: Called with the number of shards checked so far and of all shards.
+
+    Raises:
+        UserError: It has another schema version.
     """
     num_shards = _count_shards(data) or (_count_shards(corpus) if corpus else 0)
     shards = sorted(data.list_committed(num_shards))
@@ -57,23 +60,23 @@ def verify_data_set(
         found = readers.map(lambda shard: _read_record(data, shard), shards)
         records = dict(zip(shards, found, strict=True))
     commits = {s: record for s, record in records.items() if isinstance(record, Commit)}
-    damages = [record for record in records.values() if isinstance(record, Damage)]
-    damages += _check_records(data, records.keys(), commits)
-    bad_records = {damage.shard for damage in damages}
-    good = [commit for shard, commit in commits.items() if shard not in bad_records]
+    corrupt = [record for record in records.values() if isinstance(record, CorruptFile)]
+    corrupt += _check_records(data, records.keys(), commits)
+    bad_shards = {fault.shard for fault in corrupt}
+    good = [commit for shard, commit in commits.items() if shard not in bad_shards]
     checked = 0
     with ThreadPoolExecutor(NUM_READERS) as readers:
-        for damage in readers.map(lambda commit: _check_shard(data, commit, corpus), good):
+        for fault in readers.map(lambda commit: _check_shard(data, commit, corpus), good):
             checked += 1
-            damages += [damage] if damage else []
-            if tell:
-                tell(checked, len(good))
+            corrupt += [fault] if fault else []
+            if report:
+                report(checked, len(good))
     orphans = _find_orphans(data, {commit.shard: commit for commit in good}, num_shards)
-    return Verified(data.folder, len(shards), damages, orphans)
+    return Verified(data.folder, len(shards), corrupt, orphans)
 
 
 def _count_shards(data: DataSet) -> int:
-    """Return how many shards a data set has; 0 where its manifest does not say."""
+    """Read the number of shards from the manifest; 0 without a readable one."""
     try:
         manifest = data.read_manifest()
     except ShardError:
@@ -81,67 +84,69 @@ def _count_shards(data: DataSet) -> int:
     return manifest.num_shards if manifest else 0
 
 
-def _read_record(data: DataSet, shard: int) -> Commit | Damage:
+def _read_record(data: DataSet, shard: int) -> Commit | CorruptFile:
     try:
         return data.read_commit(shard)
     except ShardError as error:
-        return Damage(f"{data.folder}/commits/{shard:05d}.json", str(error), shard)
+        return CorruptFile(f"{data.folder}/commits/{shard:05d}.json", str(error), shard)
 
 
 def _check_records(
     data: DataSet, shards: Collection[int], commits: dict[int, Commit]
-) -> Iterator[Damage]:
-    """Yield what is wrong with the run record, with the manifest, and between it and the records.
+) -> Iterator[CorruptFile]:
+    """Yield faults of the run record, of the manifest, and between the manifest and the records.
 
     Args:
         data: The data set.
-        shards: Those that have a commit record.
-        commits: The records that can be read.
+        shards: The shards that have a commit record.
+        commits: The records that are not corrupt.
     """
     try:
         if shards and data.read_run().get("fingerprint") != data.fingerprint:
-            yield Damage(f"{data.folder}/run.json", "belongs to another run")
-    except (ValueError, FileNotFoundError) as error:
-        yield Damage(f"{data.folder}/run.json", f"is no run record: {error}")
+            yield CorruptFile(f"{data.folder}/run.json", "belongs to another run")
+    except FileNotFoundError:
+        yield CorruptFile(f"{data.folder}/run.json", "is missing")
+    except ShardError as error:
+        yield CorruptFile(f"{data.folder}/run.json", str(error))
     try:
         listed = data.commits() if data.read_manifest() else commits
     except ShardError as error:
-        yield Damage(f"{data.folder}/manifest.json", str(error))
+        yield CorruptFile(f"{data.folder}/manifest.json", str(error))
         return
     for shard in sorted(listed.keys() | commits.keys()):
         if shard in listed and shard not in shards:
-            yield Damage(f"{data.folder}/commits/{shard:05d}.json", "is gone", shard)
+            yield CorruptFile(f"{data.folder}/commits/{shard:05d}.json", "is missing", shard)
         elif shard in commits and listed.get(shard) != commits[shard]:
-            yield Damage(
+            yield CorruptFile(
                 f"{data.folder}/commits/{shard:05d}.json", "differs from the manifest", shard
             )
 
 
-def _check_shard(data: DataSet, commit: Commit, corpus: DataSet | None) -> Damage | None:
+def _check_shard(data: DataSet, commit: Commit, corpus: DataSet | None) -> CorruptFile | None:
     shard = commit.shard
     name = f"{data.folder}/{commit.file}"
     try:
         table = data.read_shard(commit)
     except (ShardError, pa.ArrowException, OSError) as error:
-        return Damage(name, str(error), shard)
+        return CorruptFile(name, str(error), shard)
     if table.num_rows != commit.rows:
-        return Damage(name, f"has {table.num_rows} rows, not {commit.rows}", shard)
+        return CorruptFile(name, f"has {table.num_rows} rows, not {commit.rows}", shard)
     if corpus is None:
         return None
     try:
         rows = corpus.read_shard(corpus.read_commit(shard), columns=["row_id"])
     except (ShardError, pa.ArrowException, OSError):
-        return None  # the corpus shard is damaged, and named where the corpus is verified
+        return None  # verifying the corpus reports its corrupt shard
     if not rows["row_id"].equals(table["row_id"]):
-        return Damage(name, "holds other rows than the corpus", shard)
+        return CorruptFile(name, "holds other rows than the corpus", shard)
     return None
 
 
 def _find_orphans(data: DataSet, commits: dict[int, Commit], num_shards: int) -> list[str]:
-    """Return the data files of committed shards that are not the committed ones.
+    """List the data files of committed shards that are not the committed ones.
 
-    Such a file can never count any more: its shard has its commit. Files of shards without one are
-    left alone, since a worker may be about to commit them.
+    Such a file can never be committed, since its shard is. A file of a shard without a commit is
+    omitted: a worker may be about to commit it.
     """
     return sorted(
         f"{data.folder}/data/{name}"
@@ -151,37 +156,37 @@ def _find_orphans(data: DataSet, commits: dict[int, Commit], num_shards: int) ->
     )
 
 
-def forget_damages(data: DataSet, verified: Verified, run: dict[str, Any]) -> None:
-    """Take away what is damaged and what counts for nothing: its stage then makes it again.
+def repair_data_set(data: DataSet, verified: Verified, run: dict[str, Any]) -> None:
+    """Remove orphans, corrupt files and the commits of their shards; the stage writes these again.
 
     Args:
         data: The data set.
-        verified: What is wrong with it.
-        run: What it is made from, for a run record that is damaged.
+        verified: What `verify_data_set` found.
+        run: What the data set is made from, in case the run record must be written again.
     """
     for name in verified.orphans:
         data.store.remove(name)
-    if not verified.damages:
+    if not verified.corrupt:
         return
     data.drop_manifest()
-    for damage in verified.damages:
-        if damage.file.endswith("/run.json"):
-            data.store.remove(damage.file)
+    for fault in verified.corrupt:
+        if fault.file.endswith("/run.json"):
+            data.store.remove(fault.file)
             data.claim(run)
-        elif damage.shard is not None and not damage.file.endswith(".json"):
-            data.store.remove(damage.file)
-    data.drop_shards(damage.shard for damage in verified.damages if damage.shard is not None)
+        elif fault.shard is not None and not fault.file.endswith(".json"):
+            data.store.remove(fault.file)
+    data.drop_shards(fault.shard for fault in verified.corrupt if fault.shard is not None)
 
 
 @dataclass(frozen=True)
 class Status:
-    """How far a data set is, from its records alone."""
+    """The progress of a data set, from its records alone."""
 
     folder: str
     is_complete: bool
     shards: int
     num_shards: int | None
-    """None while nobody knows."""
+    """None while the corpus is incomplete."""
     rows: int
     tokens: int
     rejects: dict[str, int]
@@ -191,14 +196,15 @@ class Status:
 
 
 def read_status(data: DataSet, num_shards: int | None) -> Status:
-    """Return how far a data set is.
+    """Read the progress of a data set from its records.
 
     Args:
         data: The data set.
-        num_shards: What its corpus has, where that is known.
+        num_shards: The number of its corpus' shards, where it is known.
 
     Raises:
-        ShardError: A record is damaged.
+        ShardError: A record is corrupt.
+        UserError: It has another schema version.
     """
     manifest = data.read_manifest()
     commits = data.commits(num_shards or 0).values()
@@ -232,5 +238,5 @@ def _read_last_metrics(data: DataSet) -> dict[str, Any] | None:
 
 
 def to_json(found: Verified | Status) -> dict[str, Any]:
-    """Return plain values."""
+    """Convert a result to plain values."""
     return asdict(found)

@@ -164,7 +164,7 @@ class RunScheduler:
             lease = self.leases[task.run.name]
             if is_trained(task.run, task.store):
                 self.waiting.remove(task)
-            elif lease.take():
+            elif lease.acquire():
                 self.waiting.remove(task)
                 taken.append(task)
             else:

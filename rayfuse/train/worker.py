@@ -25,8 +25,9 @@ from rayfuse.models.causal_lm import (
 )
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.run.layout import TrainRun
-from rayfuse.storage.dataset import DataSet, ShardError
-from rayfuse.storage.object_store import StorageUnavailableError
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.manifest import ShardError
+from rayfuse.storage.retry import StorageUnavailableError
 from rayfuse.storage.store import Store
 from rayfuse.train.batches import (
     MicroBatch,

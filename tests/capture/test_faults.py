@@ -33,9 +33,9 @@ from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.run.layout import plan_layout
 from rayfuse.storage.codec import flatten_column
 from rayfuse.storage.dataset import DataSet
-from rayfuse.storage.object_store import NUM_RETRIES
+from rayfuse.storage.retry import NUM_RETRIES
 from rayfuse.storage.store import LocalStore, open_store
-from rayfuse.storage.verify import forget_damages, verify_data_set
+from rayfuse.storage.verify import repair_data_set, verify_data_set
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 from tests.run.test_segmentation import MODELS, write_recipe
 from tests.s3 import Rule
@@ -138,7 +138,7 @@ def test_fault_14_a_full_disk_is_named_and_nothing_half_written_counts(small_dis
     assert not data.exists() or not list(data.iterdir())
     ballast.unlink()
     assert capturer.capture(0).is_ours
-    assert not verify_data_set(capturer.captured, corpus).damages
+    assert not verify_data_set(capturer.captured, corpus).corrupt
 
 
 def test_fault_15_a_batch_beyond_the_memory_is_halved_until_it_fits(model, tmp_path):
@@ -447,10 +447,10 @@ def test_fault_31_no_decision_rests_on_a_clock(model, corpus):
         for path in folder.rglob("*"):
             os.utime(path, (when, when))
         found = verify_data_set(captured, corpus)
-        assert not found.damages
+        assert not found.corrupt
         assert found.orphans == [f"{captured.folder}/data/{leftover.name}"]
         assert captured.is_complete()
         assert make_capturer(model, corpus).capture(0).worker == capturer.worker
-    forget_damages(captured, verify_data_set(captured, corpus), {})
+    repair_data_set(captured, verify_data_set(captured, corpus), {})
     assert in_flight.exists()
     assert not leftover.exists()

@@ -65,7 +65,7 @@ def read_content(recipe: Path) -> Content:
     layout = plan_layout(read_recipe(recipe))
     found: Content = {}
     for data in (*layout.captured.values(), *layout.aligned.values()):
-        assert not verify_data_set(data, layout.corpus).damages
+        assert not verify_data_set(data, layout.corpus).corrupt
         found[data.folder] = {
             shard: (commit.sha256, data.store.read(f"{data.folder}/{commit.file}"))
             for shard, commit in data.commits().items()

@@ -24,4 +24,4 @@ def test_faults_of_a_cluster_and_its_storage_are_named_with_exit_code_1(
         ("resources", "error"),
     }
     assert "remedy: set RAY_AUTH_MODE=token" in result.stderr
-    assert "asked to create only if absent" in result.stderr
+    assert "to create a file only if it is absent" in result.stderr

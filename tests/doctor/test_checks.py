@@ -164,7 +164,7 @@ def test_a_storage_that_ignores_conditions(model, s3_proxy, s3_root):
     s3_proxy.rules = [Rule("412-ignored", times=float("inf"))]
     finding = find(recipe, cluster_of(look(recipe)))
     assert finding.check == "storage"
-    assert "asked to create only if absent" in finding.text
+    assert "to create a file only if it is absent" in finding.text
 
 
 @pytest.mark.parametrize(("fault", "method"), [("403", "PUT"), ("503", None)])

@@ -31,7 +31,8 @@ from rayfuse.evaluate.task_scores import parse_task_score
 from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.run.layout import Layout, Merge, TrainRun
 from rayfuse.run.segmentation import Segmentation
-from rayfuse.storage.dataset import Commit, DataSet
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.manifest import Commit
 from rayfuse.storage.object_store import ObjectStore
 from rayfuse.storage.store import LocalStore, open_store
 from tests.evaluate.test_tasks import make_tasks

@@ -4,7 +4,7 @@ import pytest
 
 from rayfuse.config.fuse import FuseSettings
 from rayfuse.fuse.source_filter import is_noise
-from rayfuse.storage.dataset import Commit
+from rayfuse.storage.manifest import Commit
 from tests.train.data import open_reader, write_data
 
 

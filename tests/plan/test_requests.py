@@ -22,8 +22,8 @@ from rayfuse.plan.estimate import (
 )
 from rayfuse.plan.work import Requests
 from rayfuse.run.layout import Layout, plan_layout
-from rayfuse.storage.dataset import list_missing
 from rayfuse.storage.store import open_store
+from rayfuse.storage.todo import list_missing
 from rayfuse.train.batches import Packing, StepPlan, iterate_steps
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 from tests.s3 import FaultProxy

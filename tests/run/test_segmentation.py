@@ -126,7 +126,7 @@ def test_another_top_k_has_folders_of_its_own_and_leaves_the_old_ones_whole(
     assert later.captured["a"].is_complete()
     assert commits(first.captured["a"]) == before
     for layout in (first, later):
-        assert not any(each.damages for each in verify_layout(layout, report_nothing).values())
+        assert not any(each.corrupt for each in verify_layout(layout, report_nothing).values())
 
 
 @pytest.mark.ray

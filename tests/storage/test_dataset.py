@@ -11,7 +11,8 @@ import pytest
 
 from rayfuse.run.fingerprint import fingerprint_of
 from rayfuse.schema import CORPUS
-from rayfuse.storage.dataset import DataSet, Reject, ShardError
+from rayfuse.storage.dataset import DataSet, Reject
+from rayfuse.storage.manifest import ShardError
 from rayfuse.storage.parquet import encode_table
 from rayfuse.storage.store import LocalStore, Store, check_store, open_store
 
@@ -99,7 +100,7 @@ def test_a_shard_that_is_gone_is_named(tmp_path):
     data = make_data(tmp_path)
     commit = data.write_shard(0, make_table(), tokens=1)
     os.remove(tmp_path / data.folder / commit.file)
-    with pytest.raises(ShardError, match=f"{commit.file} is gone"):
+    with pytest.raises(ShardError, match=f"{commit.file} is missing"):
         data.read_shard(commit)
 
 
@@ -114,7 +115,7 @@ def test_a_data_set_is_whole_once_every_shard_is_there_and_not_after_one_is_lost
     assert list(data.commits()) == [0, 1, 2]
     os.remove(tmp_path / data.folder / commits[1].file)
     assert not data.is_complete()
-    assert data.drop_lost_shards() == [1]
+    assert data.drop_missing_shards() == [1]
     assert list(data.commits()) == [0, 2]
     data.write_shard(1, make_table(), tokens=1)
     data.finish(3)
@@ -154,7 +155,7 @@ def test_a_folder_of_many_shards_is_listed_once_or_by_first_digits_where_that_co
     data.store.asked.clear()
     num_shards = 200_000
     assert data.list_committed(num_shards) == set(shards)
-    assert data.drop_lost_shards(num_shards) == []
+    assert data.drop_missing_shards(num_shards) == []
     listings = len([name for name in data.store.asked if name.endswith("*")])
     assert listings == (300 if data.store.lists_by_prefix else 3)
     data.store.asked.clear()

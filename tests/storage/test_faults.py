@@ -16,8 +16,9 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
-from rayfuse.storage.dataset import DataSet, ShardError
-from rayfuse.storage.object_store import StorageUnavailableError
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.manifest import ShardError
+from rayfuse.storage.retry import StorageUnavailableError
 from rayfuse.storage.store import check_store, open_store
 from tests.local_cluster import free_port, listens, wait_for
 from tests.s3 import Rule
@@ -145,7 +146,7 @@ def test_fault_35_a_refusal_is_final(data, s3_proxy):
 
 def test_fault_30_a_store_that_ignores_conditions_is_refused(s3_root, s3_proxy):
     s3_proxy.rules.append(Rule("412-ignored", times=math.inf))
-    with pytest.raises(ValueError, match="replaces files that it was asked to create only if"):
+    with pytest.raises(ValueError, match="ignores the condition to create a file only if"):
         check_store(open_store(s3_root))
 
 

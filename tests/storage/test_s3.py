@@ -29,7 +29,7 @@ def test_shards_on_s3_are_committed_once_and_read_back_checked(bucket):
     assert data.is_complete()
     bucket.remove(f"{data.folder}/{first.file}")
     assert not data.is_complete()
-    assert data.drop_lost_shards() == [0]
+    assert data.drop_missing_shards() == [0]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

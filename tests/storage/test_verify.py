@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rayfuse.storage.dataset import DataSet, ShardError
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.manifest import ShardError
 from rayfuse.storage.store import LocalStore
-from rayfuse.storage.verify import forget_damages, read_status, verify_data_set
+from rayfuse.storage.verify import read_status, repair_data_set, verify_data_set
 from tests.storage.test_dataset import WatchedStore, make_data, make_table
 
 NUM_SHARDS = 4
@@ -104,24 +105,24 @@ DAMAGES = {
 
 def test_a_sound_data_set_has_no_damage(data):
     found = verify_data_set(data)
-    assert (found.shards_checked, found.damages, found.orphans) == (NUM_SHARDS, [], [])
+    assert (found.shards_checked, found.corrupt, found.orphans) == (NUM_SHARDS, [], [])
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_fault_12_damage_is_named_and_healed_and_nothing_else_is_touched(damage, data):
     damage(data)
     found = verify_data_set(data)
-    assert {each.shard for each in found.damages} == DAMAGES[damage]
-    assert all(each.file.startswith(data.folder) and each.reason for each in found.damages)
+    assert {each.shard for each in found.corrupt} == DAMAGES[damage]
+    assert all(each.file.startswith(data.folder) and each.reason for each in found.corrupt)
     kept = {s: path_of(data, s).read_bytes() for s in range(NUM_SHARDS) if s not in DAMAGES[damage]}
-    forget_damages(data, found, {"recipe": {}})
+    repair_data_set(data, found, {"recipe": {}})
     assert not data.is_complete()
     for shard in set(range(NUM_SHARDS)) - data.list_committed():
         assert shard in DAMAGES[damage]
         data.write_shard(shard, make_table(shard + 1), tokens=shard + 1)
     data.finish(NUM_SHARDS)
     assert data.is_complete()
-    assert not verify_data_set(data).damages
+    assert not verify_data_set(data).corrupt
     for shard, commit in data.commits().items():
         assert data.read_shard(commit).equals(make_table(shard + 1))
     assert all(path_of(data, shard).read_bytes() == content for shard, content in kept.items())
@@ -149,9 +150,9 @@ def test_fault_10_leftovers_of_lost_attempts_are_found_and_those_in_flight_are_n
     (folder / "00001-0123456789ab.parquet").write_bytes(b"half a shard")
     (folder / "00009-0123456789ab.parquet").write_bytes(b"a shard that may yet be committed")
     found = verify_data_set(data)
-    assert not found.damages
+    assert not found.corrupt
     assert found.orphans == [f"{data.folder}/data/00001-0123456789ab.parquet"]
-    forget_damages(data, found, {})
+    repair_data_set(data, found, {})
     assert not (folder / "00001-0123456789ab.parquet").exists()
     assert (folder / "00009-0123456789ab.parquet").exists()
     assert data.is_complete()
@@ -170,7 +171,7 @@ def test_rows_that_are_not_the_corpus_own_are_damage(data, tmp_path):
     captured.claim({})
     captured.write_shard(0, make_table(1), tokens=1)
     captured.write_shard(1, make_table(3), tokens=1)
-    (damage,) = verify_data_set(captured, data).damages
+    (damage,) = verify_data_set(captured, data).corrupt
     assert (damage.shard, damage.reason) == (1, "holds other rows than the corpus")
 
 

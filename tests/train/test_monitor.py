@@ -2,7 +2,7 @@
 
 import pytest
 
-from rayfuse.storage.dataset import ShardError
+from rayfuse.storage.manifest import ShardError
 from rayfuse.train.monitor import RunControl, RunMonitor, RunState, RunStatus
 
 
