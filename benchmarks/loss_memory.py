@@ -19,6 +19,7 @@ from torch import nn
 
 from rayfuse.config.train import TrainSettings
 from rayfuse.models.causal_lm import CausalLM
+from rayfuse.storage.codec import TopK
 from rayfuse.train.loss import HeadLoss, LossTargets, LossWeights
 
 ENTRIES = 16
@@ -32,11 +33,12 @@ def make_targets(tokens: int, vocab: int, device: str) -> LossTargets:
     ids = torch.randint(vocab // ENTRIES, (tokens, ENTRIES), device=device)
     return LossTargets(
         next_ids=torch.randint(vocab, (tokens,), device=device),
-        has_signal=torch.ones(tokens, dtype=torch.bool, device=device),
         sources=torch.zeros(tokens, dtype=torch.long, device=device),
-        top_ids=ids + torch.arange(ENTRIES, device=device) * (vocab // ENTRIES),
-        top_probs=probs[:, :ENTRIES],
-        tail_probs=probs[:, ENTRIES],
+        top=TopK(
+            ids=ids + torch.arange(ENTRIES, device=device) * (vocab // ENTRIES),
+            probs=probs[:, :ENTRIES],
+            tail=probs[:, ENTRIES],
+        ),
     )
 
 
@@ -67,8 +69,8 @@ def measure(form: str, tokens: int, vocab: int, width: int) -> int:
         loss = ForCausalLMLoss(logits, None, vocab_size=vocab, shift_labels=targets.next_ids[None])
     else:
         dense = torch.zeros(tokens, vocab, device=device)
-        dense.scatter_(1, targets.top_ids, targets.top_probs)
-        dense += targets.tail_probs[:, None] / vocab
+        dense.scatter_(1, targets.top.ids, targets.top.probs)
+        dense += targets.top.tail[:, None] / vocab
         logprobs = head(hidden).float().log_softmax(1)
         loss = nn.functional.nll_loss(logprobs, targets.next_ids) / 2
         loss = loss + nn.functional.kl_div(logprobs, dense, reduction="batchmean") / 2

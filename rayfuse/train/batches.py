@@ -7,9 +7,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 
 from rayfuse.fuse.reader import FusedRows, ShardReader
+from rayfuse.fuse.rules import make_empty
+from rayfuse.storage.codec import TopK
 from rayfuse.train.order import count_steps, order_rows
 
 PREFETCH_STEPS = 2
@@ -28,11 +30,10 @@ class MicroBatch:
     positions: Int[np.ndarray, " positions"]
     """Their indices in the flattened batch."""
     next_ids: Int[np.ndarray, " positions"]
-    has_signal: Bool[np.ndarray, " positions"]
     sources: Int[np.ndarray, " positions"]
-    top_ids: Int[np.ndarray, "positions entries"]
-    top_probs: Float[np.ndarray, "positions entries"]
-    tail_probs: Float[np.ndarray, " positions"]
+    """The number of the source with the lowest cost; -1 where no source has a signal."""
+    top: TopK
+    """The fused distributions."""
 
 
 @dataclass(frozen=True)
@@ -104,17 +105,14 @@ def empty_micro_batch(like: MicroBatch | None = None) -> MicroBatch:
         like: A micro-batch with the number of entries and the kind of sequence to imitate.
     """
     one = np.zeros((1, 1), dtype=np.int32)
-    entries = 0 if like is None else like.top_ids.shape[1]
+    entries = 0 if like is None else like.top.ids.shape[1]
     return MicroBatch(
         token_ids=one,
         position_ids=None if like is None or like.position_ids is None else one,
         positions=np.zeros(0, dtype=np.int64),
         next_ids=np.zeros(0, dtype=np.int32),
-        has_signal=np.zeros(0, dtype=bool),
         sources=np.zeros(0, dtype=np.int16),
-        top_ids=np.zeros((0, entries), dtype=np.int32),
-        top_probs=np.zeros((0, entries), dtype=np.float32),
-        tail_probs=np.zeros(0, dtype=np.float32),
+        top=make_empty(0, entries),
     )
 
 
@@ -151,11 +149,12 @@ def _stack(
         position_ids=position_ids,
         positions=_ranges(row_offsets, row_lengths - 1),
         next_ids=rows.token_ids.take(at + 1),
-        has_signal=rows.has_signal.take(at),
         sources=rows.selected.take(at),
-        top_ids=rows.top.ids.take(at, axis=0),
-        top_probs=rows.top.probs.take(at, axis=0),
-        tail_probs=rows.top.tail.take(at),
+        top=TopK(
+            ids=rows.top.ids.take(at, axis=0),
+            probs=rows.top.probs.take(at, axis=0),
+            tail=rows.top.tail.take(at),
+        ),
     )
 
 

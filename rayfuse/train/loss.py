@@ -5,7 +5,7 @@ L = lambda * CLM + (1 - lambda) * D(fused || target) where a source has a signal
 forward pass, chunk by chunk, so nothing of size [positions, vocab] is kept for the backward pass.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 
 from rayfuse.config.train import TrainSettings
 from rayfuse.models.causal_lm import CausalLM
+from rayfuse.storage.codec import TopK
 from rayfuse.train.divergence import LOWEST, diverge
 
 MIN_TARGET_TAIL = 1e-30
@@ -29,19 +30,20 @@ class LossTargets:
 
     next_ids: Int[torch.Tensor, " positions"]
     """The actual next token."""
-    has_signal: Bool[torch.Tensor, " positions"]
-    """Whether a source has a distribution here; elsewhere the loss is CLM alone."""
     sources: Int[torch.Tensor, " positions"]
     """The number of the source that the divergence is reported for; -1 without a signal."""
-    top_ids: Int[torch.Tensor, "positions entries"]
-    """Distinct tokens of the fused head; -1 where there is no entry. With 0 entries: CLM."""
-    top_probs: Float[torch.Tensor, "positions entries"]
-    tail_probs: Float[torch.Tensor, " positions"]
-    """They sum to 1 with the head where there is a signal."""
+    top: TopK
+    """The fused distributions: distinct tokens. With 0 entries the loss is CLM alone."""
+
+    @property
+    def has_signal(self) -> Bool[torch.Tensor, " positions"]:
+        """Whether a source has a distribution there; elsewhere the loss is CLM alone."""
+        return self.sources >= 0
 
     def take(self, part: slice) -> "LossTargets":
         """Select some of the positions."""
-        return LossTargets(*(getattr(self, field.name)[part] for field in fields(self)))
+        top = TopK(self.top.ids[part], self.top.probs[part], self.top.tail[part])
+        return LossTargets(self.next_ids[part], self.sources[part], top)
 
 
 @dataclass(frozen=True)
@@ -175,18 +177,19 @@ def _differentiate_chunk(
     D(log q on H, log Q) that is invariant to a common shift of its arguments has the gradient
     dD / dlog q_i for i on H, and q_i / Q * dD / dlog Q elsewhere.
     """
-    if not targets.top_ids.shape[1]:
+    if not targets.top.ids.shape[1]:
         return _differentiate_text(logits, targets.next_ids[:, None], weights, head)
     next_ids = targets.next_ids[:, None]
     next_logits = logits.gather(1, next_ids)
     highest = logits.amax(1, keepdim=True)
-    is_entry = (targets.top_ids >= 0) & targets.has_signal[:, None]
+    has_signal, top_ids = targets.has_signal, targets.top.ids
+    is_entry = (top_ids >= 0) & has_signal[:, None]
     # Every row of a scatter has the same length, so empty entries point at a real one: writing the
     # same value twice is harmless. A position without any entry points at token 0, which is added
     # back to the tail.
     real_at = is_entry.int().argmax(1, keepdim=True)
     is_bare = ~is_entry.gather(1, real_at)
-    ids = torch.where(is_entry, targets.top_ids, targets.top_ids.gather(1, real_at).clamp(min=0))
+    ids = torch.where(is_entry, top_ids, top_ids.gather(1, real_at).clamp(min=0))
     head_logits = logits.gather(1, ids)
     exps = logits.sub_(highest).exp_()
     head_exps = exps.gather(1, ids)
@@ -203,7 +206,7 @@ def _differentiate_chunk(
         targets, is_entry, torch.cat([log_q, tail_q.log()], 1), weights, head
     )
 
-    signal = targets.has_signal.to(exps.dtype)
+    signal = has_signal.to(exps.dtype)
     clm_weight = (1 - (1 - weights.clm) * signal) * weights.scale
     fusion_weight = (1 - weights.clm) * signal * weights.scale
     slopes = slopes * fusion_weight[:, None]
@@ -254,7 +257,7 @@ def _differentiate_outcomes(
 
     A position without a signal has an arbitrary finite value; its weight is 0.
     """
-    probs = torch.cat([targets.top_probs * is_entry, targets.tail_probs[:, None]], 1)
+    probs = torch.cat([targets.top.probs * is_entry, targets.top.tail[:, None]], 1)
     with torch.enable_grad():
         logprobs = logprobs.detach().requires_grad_()
         nats = diverge(probs.to(logprobs.dtype), logprobs, head.divergence, weights.temperature)

@@ -9,6 +9,7 @@ from torch import nn
 from rayfuse.config.base import UserError
 from rayfuse.config.train import LoraSettings, TrainSettings
 from rayfuse.models.causal_lm import CausalLM
+from rayfuse.storage.codec import TopK
 from rayfuse.train.batches import MicroBatch
 from rayfuse.train.loss import HeadLoss, LossTargets, LossWeights
 
@@ -46,14 +47,18 @@ class FusionModel(nn.Module):
 
         position_ids = None if batch.position_ids is None else move(batch.position_ids)
         hidden = lm.hidden_states(move(batch.token_ids), position_ids)
-        is_fused = weights.clm < 1  # else the entries are not even copied to the device
+        top, is_fused = (
+            batch.top,
+            weights.clm < 1,
+        )  # else the entries are not even copied to the device
         targets = LossTargets(
             next_ids=move(batch.next_ids),
-            has_signal=move(batch.has_signal),
             sources=move(batch.sources),
-            top_ids=move(batch.top_ids if is_fused else batch.top_ids[:, :0]),
-            top_probs=move(batch.top_probs if is_fused else batch.top_probs[:, :0]),
-            tail_probs=move(batch.tail_probs),
+            top=TopK(
+                ids=move(top.ids if is_fused else top.ids[:, :0]),
+                probs=move(top.probs if is_fused else top.probs[:, :0]),
+                tail=move(top.tail),
+            ),
         )
         return self.head_loss(hidden.flatten(0, 1)[move(batch.positions)], targets, weights)
 

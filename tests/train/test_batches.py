@@ -55,7 +55,7 @@ def test_micro_batches_hold_each_position_once_with_what_it_is_to_learn(is_packe
         flat = batch.token_ids.reshape(-1)
         np.testing.assert_array_equal(flat[batch.positions + 1], batch.next_ids)
         for at, following, tail in zip(
-            batch.positions, batch.next_ids, batch.tail_probs, strict=True
+            batch.positions, batch.next_ids, batch.top.tail, strict=True
         ):
             found.append((int(flat[at]), int(following), float(tail)))
     expected = []

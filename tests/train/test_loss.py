@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,10 +14,10 @@ from rayfuse.config.train import TrainSettings
 from rayfuse.fuse.rules import give_tail_to
 from rayfuse.models.causal_lm import CausalLM, LogitTransform
 from rayfuse.storage.codec import TopK
+from rayfuse.train.divergence import DIVERGENCES
 from rayfuse.train.loss import HeadLoss, LossTargets, LossWeights
 
 POSITIONS, WIDTH, VOCAB, ENTRIES, SOURCES = 11, 6, 13, 4, 3
-DIVERGENCES = ["forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl"]
 
 
 def random_targets(tail: str = "bucket", seed: int = 0) -> LossTargets:
@@ -43,12 +43,14 @@ def random_targets(tail: str = "bucket", seed: int = 0) -> LossTargets:
         top = give_tail_to(next_ids, top, has_signal)
     return LossTargets(
         next_ids=torch.tensor(next_ids),
-        has_signal=torch.tensor(has_signal),
         sources=torch.tensor(selected),
-        top_ids=torch.tensor(top.ids).long(),
-        top_probs=torch.tensor(top.probs),
-        tail_probs=torch.tensor(top.tail),
+        top=TopK(torch.tensor(top.ids).long(), torch.tensor(top.probs), torch.tensor(top.tail)),
     )
+
+
+def test_every_divergence_of_the_recipe_is_registered_and_no_other():
+    names = get_args(TrainSettings.model_fields["divergence"].annotation)
+    assert sorted(names) == sorted(DIVERGENCES)
 
 
 def dense_divergence(
@@ -77,7 +79,7 @@ def dense_divergence(
 def dense_loss(
     logits: torch.Tensor, targets: LossTargets, weights: LossWeights, settings: TrainSettings
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The loss from full distributions, and the sums that are told."""
+    """The loss from full distributions, and the sums that are reported."""
     loss = torch.zeros((), dtype=logits.dtype)
     sums = [torch.zeros((), dtype=logits.dtype) for _ in range(1 + SOURCES)]
     for t in range(POSITIONS):
@@ -87,11 +89,11 @@ def dense_loss(
         if not targets.has_signal[t]:
             loss = loss + weights.scale * clm
             continue
-        pairs = zip(targets.top_ids[t].tolist(), targets.top_probs[t], strict=True)
+        pairs = zip(targets.top.ids[t].tolist(), targets.top.probs[t], strict=True)
         entries = [(i, p) for i, p in pairs if i >= 0]
         in_head = torch.zeros(VOCAB, dtype=torch.bool)
         in_head[[i for i, _ in entries]] = True
-        p = torch.stack([*(p for _, p in entries), targets.tail_probs[t]])
+        p = torch.stack([*(p for _, p in entries), targets.top.tail[t]])
         outcomes = torch.stack([*(q[i] for i, _ in entries), q[~in_head].sum()])
         nats = dense_divergence(p, outcomes, settings, weights.temperature)
         loss = loss + weights.scale * (weights.clm * clm + (1 - weights.clm) * nats)
@@ -197,9 +199,8 @@ def test_scaled_and_capped_logits_have_their_gradients(transform):
 
 
 def without_entries(targets: LossTargets) -> LossTargets:
-    return replace(
-        targets, top_ids=targets.top_ids[:, :0], top_probs=targets.top_probs[:, :0].float()
-    )
+    top = targets.top
+    return replace(targets, top=TopK(top.ids[:, :0], top.probs[:, :0].float(), top.tail))
 
 
 def test_without_entries_the_loss_is_plain_cross_entropy():
@@ -216,13 +217,12 @@ def test_without_entries_the_loss_is_plain_cross_entropy():
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("heat", [1.0, 2.5])
-def test_entries_where_no_source_has_a_signal_are_not_heard(divergence, heat):
+def test_entries_without_a_signal_do_not_change_the_loss(divergence, heat):
     torch.manual_seed(3)
     head = nn.Linear(WIDTH, VOCAB, dtype=torch.float64)
     hidden = torch.randn(POSITIONS, WIDTH, dtype=torch.float64, requires_grad=True)
     targets = random_targets()
-    silent = torch.zeros(POSITIONS, dtype=torch.bool)
-    targets = replace(targets, has_signal=silent, sources=torch.full_like(targets.sources, -1))
+    targets = replace(targets, sources=torch.full_like(targets.sources, -1))
     expected = nn.functional.cross_entropy(head(hidden), targets.next_ids)
     weights = LossWeights(1 / POSITIONS, 0.3, heat)
     loss, sums = make_head(TrainSettings(divergence=divergence), head)(hidden, targets, weights)
@@ -250,17 +250,14 @@ def test_no_positions_at_all_have_no_loss():
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("heat", [1.0, 3.0])
-def test_a_target_that_says_what_the_sources_say_has_no_divergence(divergence, heat):
+def test_a_target_equal_to_the_fused_distribution_has_no_divergence(divergence, heat):
     head = nn.Linear(WIDTH, VOCAB, dtype=torch.float64)
     hidden = torch.randn(1, WIDTH, dtype=torch.float64)
     top = head(hidden).softmax(1).topk(ENTRIES)
     targets = LossTargets(
         next_ids=torch.tensor([0]),
-        has_signal=torch.tensor([True]),
         sources=torch.tensor([0]),
-        top_ids=top.indices,
-        top_probs=top.values.detach(),
-        tail_probs=1 - top.values.detach().sum(1),
+        top=TopK(top.indices, top.values.detach(), 1 - top.values.detach().sum(1)),
     )
     layer = make_head(TrainSettings(divergence=divergence), head)
     _, sums = layer(hidden, targets, LossWeights(1.0, 0.0, heat))
@@ -275,9 +272,8 @@ def test_extremes_give_finite_losses_and_gradients_in_float32(divergence, heat, 
     head = nn.Linear(WIDTH, VOCAB)
     hidden = torch.randn(POSITIONS, WIDTH, requires_grad=True)
     targets = random_targets()
-    targets = replace(
-        targets, top_probs=targets.top_probs.float(), tail_probs=targets.tail_probs.float()
-    )
+    top = TopK(targets.top.ids, targets.top.probs.float(), targets.top.tail.float())
+    targets = replace(targets, top=top)
     with torch.no_grad():
         if kind == "sharp":
             head.weight.mul_(400)
@@ -288,8 +284,8 @@ def test_extremes_give_finite_losses_and_gradients_in_float32(divergence, heat, 
             unseen = set(range(VOCAB)) - set(targets.next_ids.tolist())
             head.bias[list(unseen)] = -math.inf
         if kind == "one_hot":
-            targets.top_probs.copy_(torch.eye(ENTRIES)[0].expand_as(targets.top_probs))
-            targets.tail_probs.zero_()
+            top.probs.copy_(torch.eye(ENTRIES)[0].expand_as(top.probs))
+            top.tail.zero_()
     layer = make_head(TrainSettings(divergence=divergence), head)
     loss, sums = layer(hidden, targets, LossWeights(0.1, 0.5, heat))
     loss.backward()

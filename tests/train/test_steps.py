@@ -1,13 +1,14 @@
 """From shards on a disk to the steps of each worker."""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 
 from rayfuse.config.fuse import FuseSettings
 from rayfuse.storage.dataset import DataSet
-from rayfuse.train.batches import Packing, Step, StepPlan, iterate_steps
+from rayfuse.train.batches import MicroBatch, Packing, Step, StepPlan, iterate_steps
 from rayfuse.train.stage import check_data
 from tests.train.data import open_reader, write_data
 
@@ -40,18 +41,22 @@ def list_steps(
     ]
 
 
+def list_arrays(batch: MicroBatch) -> list[Any]:
+    return [value for value in (vars(batch) | vars(batch.top)).values() if value is not batch.top]
+
+
 def assert_equal(ours: list[Step], theirs: list[Step]) -> None:
     for step, other in zip(ours, theirs, strict=True):
         assert step.batch_id == other.batch_id
         for left, right in zip(step.batches, other.batches, strict=True):
-            for name in vars(left):
-                np.testing.assert_array_equal(getattr(left, name), getattr(right, name))
+            for array, expected in zip(list_arrays(left), list_arrays(right), strict=True):
+                np.testing.assert_array_equal(array, expected)
 
 
 def count_positions(steps: list[Step]) -> Counter[tuple[float, ...]]:
     """Count what each position is to learn: next token, head, tail."""
     return Counter(
-        (int(batch.next_ids[at]), *map(float, batch.top_probs[at]), float(batch.tail_probs[at]))
+        (int(batch.next_ids[at]), *map(float, batch.top.probs[at]), float(batch.top.tail[at]))
         for step in steps
         for batch in step.batches
         for at in range(len(batch.positions))
@@ -108,7 +113,7 @@ def test_training_does_not_begin_on_no_rows_or_on_incomplete_data(data, tmp_path
 def test_a_source_of_weight_0_is_not_read_and_changes_no_number(method, data, tmp_path):
     corpus, aligned = data
     for shard in aligned["b"].commits().values():
-        (tmp_path / "data/b" / shard.file).unlink()
+        (tmp_path / "data" / aligned["b"].folder / shard.file).unlink()
     silent = FuseSettings(method=method, weights={"b": 0.0})
     with_it = open_reader(corpus, aligned, silent)
     without = open_reader(corpus, {"a": aligned["a"]}, FuseSettings(method=method))
