@@ -3,18 +3,15 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rayfuse.config.recipe import Recipe
 from rayfuse.run.layout import Layout, plan_layout
-from rayfuse.runtime.progress import Pace, Progress
+from rayfuse.runtime.progress import Progress
 from rayfuse.storage.store import check_store
 
 STAGES = ("corpus", "capture", "align", "train", "evaluate", "report")
-
-PREWARM_SECONDS = 600.0
-"""What a machine may take to come: GPUs are asked for so long before they are needed."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +55,8 @@ def run_stages(
         began = time.monotonic()
         was_done = is_stage_done(stage, layout)
         if not was_done:
-            with _prewarm_sources(stage, stages, recipe, layout, progress) as watched:
-                _run_stage(stage, recipe, layout, watched)
+            with _prewarm_if_next(stage, stages, recipe, layout, progress) as report:
+                _run_stage(stage, recipe, layout, report)
         tell(StageResult(stage, was_done, time.monotonic() - began))
 
 
@@ -84,51 +81,36 @@ def is_stage_done(stage: str, layout: Layout) -> bool:
 
 
 @contextmanager
-def _prewarm_sources(
+def _prewarm_if_next(
     stage: str, stages: tuple[str, ...], recipe: Recipe, layout: Layout, progress: Progress
 ) -> Iterator[Progress]:
-    """Yield a progress that has the sources' GPUs come up before the corpus is cut.
-
-    Where that takes long they are asked for in its last minutes: GPUs that wait are paid for.
-    """
+    """Yield the progress callback of a stage; before capture it also starts the sources' nodes."""
     if stage != "corpus" or "capture" not in stages:
         yield progress
         return
     from rayfuse.runtime.connect import join_cluster
-    from rayfuse.runtime.resources import count_reachable, list_bundles, prewarm_nodes
 
     join_cluster()
+    from rayfuse.runtime.prewarm import prewarm_sources  # imports ray, which must join first
+    from rayfuse.runtime.resources import count_reachable
+
     todo = [each for each in recipe.sources if not layout.captured[each.name].is_complete()]
-    pace = Pace()
-    with ExitStack() as asked:
-        is_asked = False
-
-        def ask_if_soon(left: float) -> None:
-            nonlocal is_asked
-            if not is_asked and left < PREWARM_SECONDS:
-                is_asked = True
-                asked.enter_context(prewarm_nodes([list_bundles(each) for each in todo]))
-
-        def watch(title: str, done: int, total: int, unit: str = "", note: str = "") -> None:
-            progress(title, done, total, unit, note)
-            if total and title.startswith("held-out"):  # the corpus comes before
-                ask_if_soon(pace.estimate_left(title, done, total))
-
-        ask_if_soon(_guess_seconds(recipe, layout, count_reachable("CPU")))
-        yield watch
+    seconds = _estimate_corpus_seconds(recipe, layout, count_reachable("CPU"))
+    with prewarm_sources(todo, seconds, progress) as report:
+        yield report
 
 
-def _guess_seconds(recipe: Recipe, layout: Layout, cpus: float) -> float:
-    """Return what cutting all documents takes, by the plan's assumptions; infinity if unknown."""
+def _estimate_corpus_seconds(recipe: Recipe, layout: Layout, cpus: float) -> float:
+    """Estimate the corpus stage's duration by the plan's assumptions; infinity if unknown."""
     sizes = [
         file.num_bytes * (recipe.plan.unpacked_ratio if file.is_packed else 1.0)
         for file in layout.corpus_inputs
     ]
     if not all(sizes):
         return math.inf
-    at_once = max(min(cpus, len(sizes)), 1.0)  # a file is cut by one task
+    parallel_tasks = max(min(cpus, len(sizes)), 1.0)  # one task reads a file
     tokenizers = 1 + len(recipe.sources)
-    return sum(sizes) * tokenizers / recipe.plan.tokenise_bytes_per_core_second / at_once
+    return sum(sizes) * tokenizers / recipe.plan.tokenise_bytes_per_core_second / parallel_tasks
 
 
 def _run_stage(stage: str, recipe: Recipe, layout: Layout, progress: Progress) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.pipeline import STAGES, is_stage_done
 from rayfuse.run.layout import Layout
-from rayfuse.runtime.progress import Progress
+from rayfuse.runtime.progress import Progress, ProgressEvent
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.verify import (
     Status,
@@ -103,7 +103,7 @@ def verify_layout(layout: Layout, progress: Progress) -> dict[str, Verified]:
     for part in list_data_sets(layout):
 
         def report(done: int, total: int, label: str = part.label) -> None:
-            progress(f"verify {label}", done, total, "shards")
+            progress(ProgressEvent("verify", label, done, total, "shards"))
 
         found[part.label] = verify_data_set(part.data, part.corpus, report)
     return found

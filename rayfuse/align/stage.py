@@ -16,7 +16,7 @@ from rayfuse.config.models import ModelSettings
 from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.run.layout import Layout
-from rayfuse.runtime.progress import Progress
+from rayfuse.runtime.progress import Progress, ProgressEvent
 from rayfuse.runtime.resources import TASK_RETRIES, limit_cpu_tasks
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.todo import list_missing, split_shards
@@ -54,7 +54,7 @@ def align_sources(recipe: Recipe, layout: Layout, progress: Progress) -> None:
                 compute=TaskPoolStrategy(limit_cpu_tasks()),
             )
             for done, _ in enumerate(rows.iter_rows(), num_shards - len(todo) + 1):
-                progress(f"align {source.name}", done, num_shards, "shards")
+                progress(ProgressEvent("align", source.name, done, num_shards, "shards"))
         aligned.finish(num_shards)
 
 
@@ -72,27 +72,27 @@ def build_vocab_maps(recipe: Recipe, layout: Layout, progress: Progress) -> None
         map_file = layout.map_files.get(source.name)
         if map_file is None or map_file.removeprefix("maps/") in present:
             continue
-        label = f"map {source.name}"
+        part = f"map of {source.name}"
         if recipe.align.method == "min_edit_distance":
-            plain = _mine_map(source, recipe.target, label, progress)
+            plain = _mine_map(source, recipe.target, part, progress)
         else:
-            plain = _count_map(source, recipe.target, layout.corpus, label, progress)
+            plain = _count_map(source, recipe.target, layout.corpus, part, progress)
         write_map(layout.store, map_file, plain)
 
 
 def _mine_map(
-    source: ModelSettings, target: ModelSettings, label: str, progress: Progress
+    source: ModelSettings, target: ModelSettings, part: str, progress: Progress
 ) -> np.ndarray:
     vocab_size = load_recipe_tokenizer(source).vocab_size
     find: Any = ray.remote(max_retries=TASK_RETRIES)(_find_nearest)
     starts = range(0, vocab_size, MINED_CHUNK)
-    parts = [
+    chunks = [
         find.remote(source, target, start, min(start + MINED_CHUNK, vocab_size)) for start in starts
     ]
     mapped: list[np.ndarray] = []
-    for done, part in enumerate(parts, 1):
-        mapped.append(ray.get(part))
-        progress(label, done, len(parts), "parts")
+    for done, chunk in enumerate(chunks, 1):
+        mapped.append(ray.get(chunk))
+        progress(ProgressEvent("align", part, done, len(chunks), "chunks"))
     return np.concatenate(mapped)
 
 
@@ -104,7 +104,7 @@ def _find_nearest(
 
 
 def _count_map(
-    source: ModelSettings, target: ModelSettings, corpus: DataSet, label: str, progress: Progress
+    source: ModelSettings, target: ModelSettings, corpus: DataSet, part: str, progress: Progress
 ) -> np.ndarray:
     count: Any = ray.remote(max_retries=TASK_RETRIES)(_count_shard)
     waiting = [
@@ -114,7 +114,8 @@ def _count_map(
     while waiting:
         ready, waiting = ray.wait(waiting)
         total = add_counts([total, *ray.get(ready)])
-        progress(label, num_shards - len(waiting), num_shards, "shards")
+        done = num_shards - len(waiting)
+        progress(ProgressEvent("align", part, done, num_shards, "shards"))
     unseen = map_vocabulary(load_recipe_tokenizer(source), load_recipe_tokenizer(target))
     return choose_most_matched(total, unseen[PLAIN, :-1])
 

@@ -36,7 +36,7 @@ from rayfuse.models.files import load_recipe_tokenizer, read_model_files
 from rayfuse.run.layout import Layout
 from rayfuse.run.segmentation import write_segmentation
 from rayfuse.runtime.connect import find_root_cause, on_driver_node
-from rayfuse.runtime.progress import Progress
+from rayfuse.runtime.progress import Progress, ProgressEvent
 from rayfuse.runtime.ray_internals import list_draining_nodes
 from rayfuse.runtime.resources import (
     REPORT_WAIT_SECONDS,
@@ -179,7 +179,7 @@ def capture_sources(
             source = each.source
             needs = describe_needs({"CPU": source.cpus, "GPU": each.gpus}, source.accelerator_type)
             note = f"waits for a node with {needs} free"
-            progress(f"capture {each.source.name}", 0, 0, note=note)
+            progress(ProgressEvent("capture", each.source.name, note=note))
 
     def run(each: SourceWork) -> None:
         waiting = threading.Timer(REPORT_WAIT_SECONDS, tell_waiting, (each,))
@@ -189,7 +189,7 @@ def capture_sources(
             _capture_source(each, progress, load_engine, lives)
         except BaseException as error:  # handed to the main thread
             reason = str(find_root_cause(error)).partition("\n")[0]
-            progress(f"capture {each.source.name}", 0, 0, note=f"stopped: {reason}")
+            progress(ProgressEvent("capture", each.source.name, note=f"stopped: {reason}"))
             ended.put(error)
         else:
             ended.put(None)
@@ -233,7 +233,8 @@ def _plan_source(
     gpus = count_actor_gpus(source)
     dtype = settle_dtype(captured, source.dtype, on_gpu=gpus > 0)
     if source.dtype == "auto" and not is_first:
-        progress(f"capture {source.name}", 0, 0, note=f"goes on in {dtype}, as it was begun")
+        note = f"goes on in {dtype}, as it was begun"
+        progress(ProgressEvent("capture", source.name, note=note))
     settings = recipe.capture.model_copy(
         update={"batch_tokens": source.batch_tokens or recipe.capture.batch_tokens}
     )
@@ -311,12 +312,11 @@ def _capture_source(
         for numbers in _stream_numbers(work, load_engine, lives):
             live.add(numbers)
             now = live.snapshot()
+            note = now.describe(work.settings.batch_tokens)
             progress(
-                f"capture {source.name}",
-                now.shards_done,
-                now.num_shards,
-                "shards",
-                now.describe(work.settings.batch_tokens),
+                ProgressEvent(
+                    "capture", source.name, now.shards_done, now.num_shards, "shards", note
+                )
             )
             log.write(to_line(now), is_last=now.shards_done == now.num_shards)
             live.check_rejects(work.settings.max_rejected_share)

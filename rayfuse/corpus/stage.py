@@ -30,7 +30,7 @@ from rayfuse.run.inputs import InputFile, check_unchanged
 from rayfuse.run.layout import Layout
 from rayfuse.run.segmentation import Segmentation
 from rayfuse.runtime.metrics import count_work
-from rayfuse.runtime.progress import Progress
+from rayfuse.runtime.progress import CorpusPart, Progress, ProgressEvent
 from rayfuse.runtime.resources import limit_cpu_tasks
 from rayfuse.storage.codec import flatten_column
 from rayfuse.storage.dataset import DataSet
@@ -95,11 +95,11 @@ def build_corpora(recipe: Recipe, layout: Layout, progress: Progress) -> None:
             (layout.held_out, layout.held_out_rows, True, layout.held_out_inputs),
         )
     )
-    build_corpus(recipe, corpus, progress, "corpus")
+    build_corpus(recipe, corpus, progress, "rows")
     build_corpus(recipe, held_out, progress, "held-out")
 
 
-def build_corpus(recipe: Recipe, task: CutTask, progress: Progress, title: str) -> None:
+def build_corpus(recipe: Recipe, task: CutTask, progress: Progress, part: CorpusPart) -> None:
     """Make one data set of rows from files of documents.
 
     Raises:
@@ -108,7 +108,7 @@ def build_corpus(recipe: Recipe, task: CutTask, progress: Progress, title: str) 
     """
     data, groups = task.data, task.groups
     if data.is_complete():
-        _check_not_empty(data, title)
+        _check_not_empty(data, part)
         return
     task.rows.check_tokenizers()
     data.claim({"recipe": dump_recipe(recipe)})
@@ -129,12 +129,12 @@ def build_corpus(recipe: Recipe, task: CutTask, progress: Progress, title: str) 
             batch_format="pyarrow",
             compute=TaskPoolStrategy(limit_cpu_tasks()),
         )
-        progress(f"{title}: cut into rows", done, sum(counts), "shards")
+        progress(ProgressEvent("corpus", part, done, sum(counts), "shards"))
         for _ in shards.iter_rows():
             done += 1
-            progress(f"{title}: cut into rows", done, sum(counts), "shards")
+            progress(ProgressEvent("corpus", part, done, sum(counts), "shards"))
     data.finish(sum(counts))
-    _check_not_empty(data, title)
+    _check_not_empty(data, part)
 
 
 def _count_shards(task: CutTask) -> list[int]:
@@ -220,13 +220,13 @@ def _numbers_of(commit: Commit) -> pa.Table:
     return pa.table({name: [value] for name, value in numbers.items()})
 
 
-def _check_not_empty(data: DataSet, title: str) -> None:
+def _check_not_empty(data: DataSet, part: CorpusPart) -> None:
     commits = data.commits().values()
     if any(commit.rows for commit in commits):
         return
     rejects = sum(commit.rejects for commit in commits)
     where = f"{data.store.root}/{data.folder}/rejects"
     raise ValueError(
-        f"{title} documents hold no usable text: {rejects} documents rejected "
+        f"the documents of corpus {part} hold no usable text: {rejects} documents rejected "
         f"(reasons in {where}); check the paths and the `text` setting"
     )

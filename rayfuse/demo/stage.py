@@ -15,7 +15,7 @@ from rayfuse.demo.recipe_text import render_recipe
 from rayfuse.demo.specs import SOURCES, TARGET, ModelSpec
 from rayfuse.demo.text import Document, collect_domains, split_documents, write_documents
 from rayfuse.run.fingerprint import fingerprint_of
-from rayfuse.runtime.progress import Progress
+from rayfuse.runtime.progress import Progress, ProgressEvent
 from rayfuse.train.monitor import RunState, RunStatus
 
 POLL_SECONDS = 0.5
@@ -25,7 +25,7 @@ STEPS_BETWEEN_REPORTS = 10
 def prepare_demo(
     storage: str,
     seed: int,
-    report_progress: Progress,
+    progress: Progress,
     specs: Sequence[ModelSpec] = (*SOURCES, TARGET),
 ) -> Path:
     """Make documents and models below `storage`/demo, and return the recipe that fuses them.
@@ -36,7 +36,7 @@ def prepare_demo(
     Args:
         storage: A local folder.
         seed: Of the text's split, the models and, in the recipe, the training.
-        report_progress: Hears of every model's steps.
+        progress: Receives the steps of every model.
         specs: The sources, and last the target.
 
     Raises:
@@ -45,12 +45,12 @@ def prepare_demo(
     root = Path(storage).absolute()
     folder = root / "demo"
     folder.mkdir(parents=True, exist_ok=True)
-    report_progress("demo: collect text", 0, 1)
+    progress(ProgressEvent("demo", "text", 0, 1))
     parts = split_documents(collect_domains(seed), seed)
     write_documents(parts.corpus, folder / "corpus.jsonl")
     write_documents(parts.held_out, folder / "held_out.jsonl")
-    report_progress("demo: collect text", 1, 1)
-    _pretrain_all(specs, parts.pretrain, folder, seed, report_progress)
+    progress(ProgressEvent("demo", "text", 1, 1))
+    _pretrain_all(specs, parts.pretrain, folder, seed, progress)
     recipe = root / "recipe.yaml"
     recipe.write_text(render_recipe(root, seed, specs), encoding="utf-8")
     return recipe
@@ -61,7 +61,7 @@ def _pretrain_all(
     documents: tuple[Document, ...],
     folder: Path,
     seed: int,
-    report_progress: Progress,
+    progress: Progress,
 ) -> None:
     """Train the models that are not there, one per processor at a time, and report their steps."""
     text_hash = _hash_documents(documents)
@@ -86,7 +86,9 @@ def _pretrain_all(
         ray.get(ready)
         states: dict[str, RunState] = ray.get(status.read.remote())
         for name, state in states.items():
-            report_progress(f"pretrain {name}", state.step, state.num_steps, "steps")
+            progress(
+                ProgressEvent("demo", f"pretrain {name}", state.step, state.num_steps, "steps")
+            )
 
 
 def _cpus_per_task() -> int:

@@ -35,7 +35,7 @@ from rayfuse.models.files import find_folder, load_recipe_tokenizer, read_model_
 from rayfuse.run.layout import Layout, describe_model, find_own_folder
 from rayfuse.runtime.logging import log_event
 from rayfuse.runtime.metrics import count_work
-from rayfuse.runtime.progress import Progress
+from rayfuse.runtime.progress import Progress, ProgressEvent
 from rayfuse.runtime.resources import (
     TASK_RETRIES,
     count_actor_gpus,
@@ -167,7 +167,7 @@ def _gather(
             found[name][index] = _fetch(ready)
             del pending[ready]
             done = sum(len(groups[i]) for i in found[name])
-            progress(f"evaluate {name}", done, num_shards, "shards")
+            progress(ProgressEvent("evaluate", name, done, num_shards, "shards"))
             if done == num_shards:
                 yield name, [found[name][i] for i in range(len(groups))]
     finally:
@@ -212,7 +212,8 @@ def _wait_for_jobs(names: dict[Any, str], progress: Progress) -> None:
         while waiting:
             (ready,), waiting = ray.wait(waiting, num_returns=1)
             number = _fetch(ready)
-            progress(f"tasks of {names[ready]}", number, number, "tasks")
+            part = f"tasks of {names[ready]}"
+            progress(ProgressEvent("evaluate", part, number, number, "tasks"))
     finally:
         for reference in waiting:
             ray.cancel(reference)

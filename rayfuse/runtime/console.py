@@ -16,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from rayfuse.runtime.progress import ProgressEvent
+
 LOG_SECONDS = 15.0
 """Between two lines of one title where there is no terminal."""
 
@@ -54,8 +56,10 @@ class ProgressBars:
     ) -> None:
         self.bars.stop()
 
-    def __call__(self, title: str, done: int, total: int, unit: str = "", note: str = "") -> None:
-        """Show that `done` of `total` units of the work called `title` are done."""
+    def __call__(self, event: ProgressEvent) -> None:
+        """Update the bar of an event, or print it if it is a notice."""
+        title, done, total = event.title, event.done, event.total
+        unit, note = event.unit, event.note
         if not total:
             self.console.print(f"  {title}: {note}", highlight=False)
             return

@@ -1,34 +1,56 @@
-"""How stages tell how far they are, without knowing who listens."""
+"""Progress events: how stages report to whoever calls them, without knowing how it is shown."""
 
 import math
 import time
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Stage = Literal["corpus", "capture", "align", "train", "evaluate", "verify", "demo"]
+
+CorpusPart = Literal["rows", "held-out"]
+"""The parts of the corpus stage, in order: rows to train on, then rows to evaluate on."""
 
 
-@runtime_checkable
-class Progress(Protocol):
-    """Called with a title, what is done, of how much, in which unit, and what else there is."""
+@dataclass(frozen=True)
+class ProgressEvent:
+    """State of one part of a stage, or a notice about it (`total` is 0)."""
 
-    def __call__(self, title: str, done: int, total: int, unit: str = "", note: str = "") -> None:
-        """Take note that `done` of `total` units of the work called `title` are done.
+    stage: Stage
+    part: str
+    """What is worked on: a data set, a source, a run or a model."""
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+    """Of `done` and `total`, in the plural: shards, steps."""
+    note: str = ""
+    """Free text: the notice, or numbers to show beside a progress bar."""
 
-        With a total of 0 the note is something to be said once, and nothing is counted.
-        """
-        ...
+    @property
+    def title(self) -> str:
+        """Name the part for a progress bar or a log line."""
+        return f"{self.stage} {self.part}"
 
 
-def report_nothing(title: str, done: int, total: int, unit: str = "", note: str = "") -> None:
-    """Take note of nothing: for scripts and tests."""
+Progress = Callable[[ProgressEvent], None]
+"""Receives the events of a stage; may be called from several threads."""
 
 
-class Pace:
-    """How fast counted work goes, by its title."""
+def report_nothing(event: ProgressEvent) -> None:
+    """Ignore an event: for scripts and tests."""
+
+
+class PaceEstimator:
+    """Estimates the time left of each part from the pace observed since its first event."""
 
     def __init__(self) -> None:
-        self.begun: dict[str, tuple[int, float]] = {}
+        self.first_seen: dict[tuple[str, str], tuple[int, float]] = {}
 
-    def estimate_left(self, title: str, done: int, total: int) -> float:
-        """Return the seconds that work still takes; infinity until some of it was seen done."""
+    def estimate_seconds_left(self, event: ProgressEvent) -> float:
+        """Estimate the seconds until a part is done; infinity until progress was observed."""
         now = time.monotonic()
-        first, began = self.begun.setdefault(title, (done, now))
-        return (now - began) / (done - first) * (total - done) if done > first else math.inf
+        key = (event.stage, event.part)
+        first_done, began = self.first_seen.setdefault(key, (event.done, now))
+        if event.done <= first_done:
+            return math.inf
+        return (now - began) / (event.done - first_done) * (event.total - event.done)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from rayfuse.runtime.progress import Progress
+from rayfuse.runtime.progress import Progress, ProgressEvent
 from rayfuse.runtime.resources import REPORT_WAIT_SECONDS
 
 
@@ -101,11 +101,12 @@ class RunMonitor:
         self._report_missing(states)
         for name, state in states.items():
             for message in state.messages[self.num_reported.get(name, 0) :]:
-                self.progress(f"train {name}", 0, 0, note=message)
+                self._notify(name, message)
             self.num_reported[name] = len(state.messages)
             if state.num_steps:
-                title = f"train {name}"
-                self.progress(title, state.step, state.num_steps, "steps", state.note)
+                self.progress(
+                    ProgressEvent("train", name, state.step, state.num_steps, "steps", state.note)
+                )
         if {"fused", "clm"} <= set(states):
             self._compare(states["fused"], states["clm"])
 
@@ -117,7 +118,7 @@ class RunMonitor:
                 f"{holder} trains this run already; this job waits, and takes over if that "
                 "process dies"
             )
-            self.progress(f"train {name}", 0, 0, note=note)
+            self._notify(name, note)
 
     def _report_missing(self, states: Mapping[str, RunState]) -> None:
         """Report the needs of runs that have had no workers for `REPORT_WAIT_SECONDS`."""
@@ -126,7 +127,10 @@ class RunMonitor:
                 del self.expected[name]
             elif time.monotonic() > deadline:
                 del self.expected[name]
-                self.progress(f"train {name}", 0, 0, note=f"waiting for nodes with {needs}")
+                self._notify(name, f"waiting for nodes with {needs}")
+
+    def _notify(self, name: str, note: str) -> None:
+        self.progress(ProgressEvent("train", name, note=note))
 
     def _compare(self, fused: RunState, clm: RunState) -> None:
         """Warn once if fusion is worse than the same training without it."""
@@ -142,4 +146,4 @@ class RunMonitor:
                 f"{clm.validations[step]:.4f} without it; compare the sources' own scores, or "
                 "raise train.lambda"
             )
-            self.progress("train fused", 0, 0, note=note)
+            self._notify("fused", note)

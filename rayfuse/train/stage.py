@@ -15,7 +15,7 @@ from rayfuse.config.recipe import Recipe
 from rayfuse.fuse.source_filter import select_active_sources
 from rayfuse.run.layout import Layout, TrainRun
 from rayfuse.runtime.connect import on_driver_node
-from rayfuse.runtime.progress import Progress
+from rayfuse.runtime.progress import Progress, ProgressEvent
 from rayfuse.runtime.resources import (
     count_default_gpus,
     count_reachable,
@@ -120,7 +120,7 @@ def _check_sources(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     if noise and not active:
         raise UserError(f"every source of the fusion, {', '.join(noise)}, is {NOISE}")
     for name in noise:
-        progress(f"source {name}", 0, 0, note=NOISE)
+        progress(ProgressEvent("train", f"source {name}", note=NOISE))
 
 
 def _wait(running: list[Any]) -> tuple[list[Any], list[Any]]:

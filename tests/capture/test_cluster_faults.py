@@ -30,7 +30,7 @@ from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.corpus.stage import build_corpora
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.pipeline import prepare_run
-from rayfuse.runtime.progress import report_nothing
+from rayfuse.runtime.progress import ProgressEvent, report_nothing
 from rayfuse.storage.codec import flatten_column
 from rayfuse.storage.dataset import DataSet, Reject
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
@@ -126,8 +126,8 @@ def test_a_source_that_fails_is_told_at_once_and_the_others_go_on_in_the_dtype_t
     assert settle_dtype(sound, "auto", on_gpu=True) == "bfloat16"  # by a cluster with GPUs
     told: list[tuple[str, int, str]] = []
 
-    def tell(title: str, done: int, total: int, unit: str = "", note: str = "") -> None:
-        told.append((title, total, note))
+    def tell(event: ProgressEvent) -> None:
+        told.append((event.title, event.total, event.note))
 
     with pytest.raises(ValueError, match="of another make"):
         capture_sources(recipe, layout, tell, load_slow_or_no_engine)

@@ -31,6 +31,7 @@ from rayfuse.evaluate.task_scores import parse_task_score
 from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.run.layout import Layout, Merge, TrainRun
 from rayfuse.run.segmentation import Segmentation
+from rayfuse.runtime.progress import ProgressEvent
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.manifest import Commit
 from rayfuse.storage.object_store import ObjectStore
@@ -133,8 +134,8 @@ class Notes:
     def __init__(self) -> None:
         self.calls: list[tuple[str, float, float]] = []
 
-    def __call__(self, title: str, done: float, total: float, unit: str = "") -> None:
-        self.calls.append((title, done, total))
+    def __call__(self, event: ProgressEvent) -> None:
+        self.calls.append((event.title, event.done, event.total))
 
 
 @pytest.mark.ray

@@ -2,6 +2,7 @@
 
 import pytest
 
+from rayfuse.runtime.progress import ProgressEvent
 from rayfuse.storage.manifest import ShardError
 from rayfuse.train.monitor import RunControl, RunMonitor, RunState, RunStatus
 
@@ -13,8 +14,8 @@ def reports() -> list[str]:
 
 @pytest.fixture
 def monitor(reports) -> RunMonitor:
-    def report(title: str, done: int, total: int, unit: str = "", note: str = "") -> None:
-        reports.append(f"{title} {done}/{total} {note}")
+    def report(event: ProgressEvent) -> None:
+        reports.append(f"{event.title} {event.done}/{event.total} {event.note}")
 
     return RunMonitor(report)
 
