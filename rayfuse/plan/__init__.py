@@ -1,7 +1,7 @@
-"""A recipe, before anything is spent -> tokens, shards, bytes, requests, GPU-hours, money.
+"""Estimate a run before it starts: tokens, shards, bytes, requests, GPU-hours and dollars.
 
-Comes in: a recipe, what its files say of models and documents, what is done already, and the
-assumptions of the recipe's section `plan`. Goes out: a line for each piece of work, and what it
-costs on each kind of GPU. Goes wrong: a model or a corpus of which nothing is known; the error
-names the setting of `plan` that says it instead.
+Inputs are a recipe, its models' configs, its documents' sizes, what the storage already holds, and
+the assumptions in the recipe's section `plan`. The output is a list of work items and the cost of
+each on every kind of GPU. What can go wrong, as `UserError`: the size of a model or of the corpus
+is unknown; the message names the setting of `plan` that gives it.
 """

@@ -1,71 +1,88 @@
-"""The cost model: lines of work and assumptions -> GPU-hours and money by kind of GPU."""
+"""The cost model: work items and assumptions -> GPU-hours, dollars and warnings."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rayfuse.config.plan import GpuKind, PlanSettings
-from rayfuse.plan.doubts import list_warnings
-from rayfuse.plan.estimate import list_work
-from rayfuse.plan.inputs import Setup
-from rayfuse.plan.memory import GIB
-from rayfuse.plan.work import GpuCost, GpuWork, Work
+from rayfuse.plan.estimate import GIB, GpuWork, Work, estimate_steps, list_work
+from rayfuse.plan.inputs import PlanInputs
+
+ENOUGH_HELD_OUT_TOKENS = 1e7
+"""Gives bits per byte to the fourth digit."""
+
+MAX_HELD_OUT_TOKENS = 10 * ENOUGH_HELD_OUT_TOKENS
+"""More than this is a waste of GPU time."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The whole plan."""
+class GpuCost:
+    """The cost of the remaining part of a work item on one kind of GPU."""
+
+    fits: bool
+    """Its memory fits into that of the GPU."""
+    hours: float
+    """GPU-hours on demand; spot instances repeat `plan.spot_lost_share` of them."""
+    spot_dollars: float
+    on_demand_dollars: float
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All work of a run and its cost."""
 
     work: tuple[Work, ...]
     costs: dict[str, dict[str, GpuCost]]
-    """By line with GPU work, then by kind of GPU."""
+    """By title of a work item that needs GPUs, then by kind of GPU."""
     chosen: dict[str, str]
-    """By line: the kind that the recipe asks for, else the cheapest on spot of those that fit."""
+    """By title: the kind of GPU that the recipe names, else the one that fits at the lowest spot
+    price."""
     other_dollars: dict[str, float]
-    """By line: CPUs and requests of what is left."""
+    """By title: CPUs and requests of the remaining work."""
     stored_bytes: float
     month_dollars: float
-    """For what is stored in the end, a month."""
-    known: tuple[str, ...]
+    """Monthly price of the storage once the run is complete."""
+    notes: tuple[str, ...]
+    """Where the figures come from."""
     warnings: tuple[str, ...]
     settings: PlanSettings = field(repr=False)
 
 
 Rates = Mapping[tuple[str, str], float]
-"""Measured tokens a second of one GPU, by line of work and kind of GPU."""
+"""Measured tokens per second of one GPU, by title of a work item and kind of GPU."""
 
 
-def make_plan(setup: Setup, rates: Rates | None = None) -> Plan:
-    """Return what a run takes and costs.
+def make_plan(inputs: PlanInputs, rates: Rates | None = None) -> RunPlan:
+    """Estimate the work and the cost of a run.
 
     Args:
-        setup: Where it starts from.
-        rates: What a probe has measured; it goes before what is assumed.
+        inputs: Sizes and progress of the run.
+        rates: Rates that a probe has measured; they replace the assumed ones.
     """
-    plan = setup.recipe.plan
-    work = tuple(list_work(setup))
+    plan = inputs.recipe.plan
+    work = tuple(list_work(inputs))
+    gpu_work = {item.title: (item, item.gpu) for item in work if item.gpu is not None}
     costs = {
-        each.title: {
-            name: cost_on_gpu(each, each.gpu, (name, kind), plan, rates or {})
+        title: {
+            name: cost_on_gpu(item, gpu, (name, kind), plan, rates or {})
             for name, kind in plan.gpus.items()
         }
-        for each in work
-        if each.gpu is not None
+        for title, (item, gpu) in gpu_work.items()
     }
     chosen = {
-        each.title: kind
-        for each in work
-        if each.gpu is not None and (kind := _choose_kind(each.gpu, costs[each.title], plan))
+        title: kind
+        for title, (_, gpu) in gpu_work.items()
+        if (kind := _choose_kind(gpu, costs[title], plan))
     }
-    stored = sum(each.stored_bytes for each in work)
-    return Plan(
+    stored = sum(item.stored_bytes for item in work)
+    return RunPlan(
         work=work,
         costs=costs,
         chosen=chosen,
-        other_dollars={each.title: _other_dollars(each, plan) for each in work},
+        other_dollars={item.title: _other_dollars(item, plan) for item in work},
         stored_bytes=stored,
         month_dollars=stored / 1e9 * plan.dollars_per_gb_month,
-        known=tuple(setup.known),
-        warnings=(*setup.warnings, *list_warnings(setup, work, costs)),
+        notes=tuple(inputs.notes),
+        warnings=(*inputs.warnings, *list_warnings(inputs, work, costs)),
         settings=plan,
     )
 
@@ -73,7 +90,7 @@ def make_plan(setup: Setup, rates: Rates | None = None) -> Plan:
 def cost_on_gpu(
     work: Work, gpu: GpuWork, on: tuple[str, GpuKind], plan: PlanSettings, rates: Rates
 ) -> GpuCost:
-    """Return what is left of a line of work costs on a kind of GPU."""
+    """Estimate the cost of a work item's remaining part on one kind of GPU."""
     name, kind = on
     left = 1 - work.done
     room = kind.memory_gib * GIB * plan.usable_memory_share * (gpu.gpus or 1.0)
@@ -89,12 +106,22 @@ def cost_on_gpu(
 
 
 def assumed_rate(work: Work, gpu: GpuWork, kind: GpuKind, plan: PlanSettings) -> float:
-    """Return the tokens a second that one GPU is taken to do."""
+    """Compute the tokens per second of one GPU from its peak and the assumed share of it (MFU)."""
     if gpu.is_training:
         share = kind.train_share or plan.train_share
     else:
         share = (kind.forward_share or plan.forward_share) * plan.pipeline_share
     return kind.peak_tflops * 1e12 * share / max(gpu.flops / max(work.tokens, 1), 1)
+
+
+def sum_dollars(plan: RunPlan) -> tuple[float, float, float]:
+    """Add up the remaining dollars: GPUs on spot, GPUs on demand, CPUs and requests."""
+    chosen = [plan.costs[title][kind] for title, kind in plan.chosen.items()]
+    return (
+        sum(cost.spot_dollars for cost in chosen),
+        sum(cost.on_demand_dollars for cost in chosen),
+        sum(plan.other_dollars.values()),
+    )
 
 
 def _other_dollars(work: Work, plan: PlanSettings) -> float:
@@ -110,3 +137,87 @@ def _choose_kind(gpu: GpuWork, costs: dict[str, GpuCost], plan: PlanSettings) ->
         return gpu.accelerator_type if gpu.accelerator_type in fitting else None
     able = [name for name in fitting if plan.gpus[name].has_bfloat16 or not gpu.needs_bfloat16]
     return min(able, key=lambda name: costs[name].spot_dollars, default=None)
+
+
+def list_warnings(
+    inputs: PlanInputs, work: Sequence[Work], costs: dict[str, dict[str, GpuCost]]
+) -> Iterator[str]:
+    """Yield a warning for each setting that is likely to waste money or to fail."""
+    recipe = inputs.recipe
+    for item in work:
+        if item.gpu is not None and item.done < 1:
+            yield from _warn_of_gpus(item, item.gpu, costs[item.title], recipe.plan)
+    for source in recipe.sources:
+        if source.gpus == 0:
+            yield (
+                f"source {source.name} has gpus: 0 and will run on CPUs; its figures are those of "
+                "a GPU"
+            )
+        if (source.max_actors or 1) > inputs.corpus.shards:
+            yield (
+                f"source {source.name} may have {source.max_actors} actors for "
+                f"{inputs.corpus.shards} shards: lower corpus.shard_tokens, or max_actors"
+            )
+        kind = recipe.plan.gpus.get(source.accelerator_type or "")
+        if kind is not None and not kind.has_bfloat16 and source.dtype in ("auto", "bfloat16"):
+            yield (
+                f"source {source.name} has accelerator_type {source.accelerator_type}, which has "
+                f"no bfloat16: set sources.{source.name}.dtype=float16"
+            )
+    yield from _warn_of_text(inputs)
+    yield from _warn_of_training(inputs)
+    if recipe.evaluate.tasks is not None:
+        yield "evaluate.tasks are not included: their cost depends on their questions"
+
+
+def _warn_of_gpus(
+    work: Work, gpu: GpuWork, costs: dict[str, GpuCost], plan: PlanSettings
+) -> Iterator[str]:
+    needs = f"{work.title} needs {gpu.memory_bytes / GIB:,.0f} GiB per " + (
+        "worker" if gpu.is_training else "actor"
+    )
+    fitting = [name for name, cost in costs.items() if cost.fits]
+    wanted = gpu.accelerator_type
+    if wanted is not None and wanted not in plan.gpus:
+        yield (
+            f"{work.title} has accelerator_type {wanted}, which is not in plan.gpus; "
+            f"add it, or use one of {', '.join(plan.gpus)}"
+        )
+    elif wanted is not None and wanted not in fitting:
+        yield f"{needs}, more than a {wanted} has; kinds that fit: {', '.join(fitting) or 'none'}"
+    elif not fitting:
+        remedy = (
+            "raise train.num_workers or train.zero_stage, or set train.gradient_checkpointing, "
+            "train.offload or train.lora"
+            if gpu.is_training
+            else "lower batch_tokens, or use backend vllm with several gpus"
+        )
+        yield f"{needs}, more than any kind of GPU in plan.gpus has: {remedy}"
+
+
+def _warn_of_text(inputs: PlanInputs) -> Iterator[str]:
+    recipe, corpus = inputs.recipe, inputs.corpus
+    tokens = inputs.held_out.num_bytes / inputs.target.bytes_per_token
+    if tokens > MAX_HELD_OUT_TOKENS:
+        share = recipe.evaluate.held_out_share * ENOUGH_HELD_OUT_TOKENS / tokens
+        remedy = (
+            f"evaluate.held_out_share={share:.1g} is enough"
+            if recipe.evaluate.documents is None
+            else "fewer evaluate.documents are enough"
+        )
+        yield f"{tokens:,.0f} held-out tokens are scored by every model; {remedy}"
+    mean = corpus.num_bytes / inputs.target.bytes_per_token / max(corpus.shards, 1)
+    if corpus.shards > 1000 and mean < recipe.corpus.shard_tokens / 10:
+        yield (
+            f"shards have {mean:,.0f} tokens on average: every compressed file makes at least one; "
+            "join the files"
+        )
+
+
+def _warn_of_training(inputs: PlanInputs) -> Iterator[str]:
+    steps, interval = estimate_steps(inputs), inputs.recipe.train.checkpoint_every_steps
+    if interval >= steps > 100:
+        yield (
+            f"training has {steps} steps and a checkpoint every {interval}: a failure restarts it "
+            "from step 0; lower train.checkpoint_every_steps"
+        )

@@ -1,57 +1,119 @@
-"""A setup -> the lines of a plan: tokens, shards, bytes, requests, operations, memory."""
+"""Plan inputs -> work items: tokens, shards, bytes, requests, floating-point operations, memory."""
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from rayfuse.config.models import SourceSettings
 from rayfuse.config.plan import PlanSettings
+from rayfuse.config.recipe import Recipe
 from rayfuse.config.train import TrainSettings
-from rayfuse.plan.inputs import Model, Setup
-from rayfuse.plan.memory import WEIGHT_BYTES, forward_memory, train_memory
+from rayfuse.plan.inputs import PlanInputs, PlannedModel
 from rayfuse.plan.model_size import ModelSize
-from rayfuse.plan.work import GpuWork, Requests, Work
 from rayfuse.train.order import SHUFFLE_STREAMS
 
+GIB = 2**30
+
+LOGITS_BYTES, LOGITS_COPIES = 4, 3
+"""Logits are in float32, and the softmax needs copies of them."""
+
+GPU_CHUNK_POSITIONS = 256
+"""Default of train.chunk_positions on a GPU."""
+
+WEIGHT_BYTES = 2
+"""bfloat16."""
+
 PAGE_NAMES = 1000
-"""Names in one answer to a LIST."""
-
-CORPUS_SHARD = Requests(puts=2.0, gets=2.0)
-"""Is it committed? The shard and its record are written, the record read, for the manifest."""
-
-CAPTURE_SHARD = Requests(puts=2.0, gets=4.0)
-"""The same, and the corpus' record and shard."""
-
-ALIGN_SHARD = Requests(puts=2.0, gets=6.0)
-"""The same, and the captured record and shard."""
+"""Names in one page of a LIST response."""
 
 DATA_SET_PAGES = 6
-"""Times that the names of a data set are listed in the course of a run, about."""
+"""How often the names of a data set are listed in the course of a run, approximately."""
 
 
-def list_work(setup: Setup) -> Iterator[Work]:
-    """Yield the lines of a plan, in the order of the stages."""
-    recipe, corpus = setup.recipe, setup.corpus
-    yield _plan_corpus(setup)
-    for model, source in zip(setup.sources, recipe.sources, strict=True):
-        yield _plan_capture(setup, model, source)
+@dataclass(frozen=True)
+class Requests:
+    """Requests to object storage that grow with the run."""
+
+    puts: float = 0.0
+    gets: float = 0.0
+    """HEAD included: it has the same price."""
+    lists: float = 0.0
+
+    def times(self, shards: int) -> "Requests":
+        """Multiply the requests of one shard by the number of shards."""
+        return Requests(self.puts * shards, self.gets * shards, self.lists * shards)
+
+
+CORPUS_SHARD = Requests(puts=2.0, gets=2.0)
+"""HEAD: is it committed? PUT of shard and record, and GET of the record for the manifest."""
+
+CAPTURE_SHARD = Requests(puts=2.0, gets=4.0)
+"""The same, and GET of the corpus' record and shard."""
+
+ALIGN_SHARD = Requests(puts=2.0, gets=6.0)
+"""The same, and GET of the captured record and shard."""
+
+
+@dataclass(frozen=True)
+class GpuWork:
+    """The part of a work item that runs on GPUs."""
+
+    flops: float
+    is_training: bool
+    memory_bytes: float
+    """Of one actor or worker."""
+    gpus: float
+    """Of one actor or worker."""
+    actors: int
+    accelerator_type: str | None
+    """The kind that the recipe names."""
+    needs_bfloat16: bool = True
+
+
+@dataclass(frozen=True)
+class Work:
+    """One row of the plan, the part that is already done included."""
+
+    stage: str
+    name: str
+    tokens: float
+    shards: int
+    done: float
+    """Share that is already done."""
+    stored_bytes: float
+    requests: Requests
+    core_hours: float = 0.0
+    gpu: GpuWork | None = None
+
+    @property
+    def title(self) -> str:
+        """The row's name in tables, such as `capture mpt`."""
+        return f"{self.stage} {self.name}".strip()
+
+
+def list_work(inputs: PlanInputs) -> Iterator[Work]:
+    """Yield the rows of a plan, in the order of the stages."""
+    recipe, corpus = inputs.recipe, inputs.corpus
+    yield _plan_corpus(inputs)
+    for model, source in zip(inputs.sources, recipe.sources, strict=True):
+        yield _plan_capture(inputs, model, source)
     for source in recipe.sources:
-        yield _plan_align(setup, source.name)
+        yield _plan_align(inputs, source.name)
     for name in ("fused", "clm") if recipe.train.baseline else ("fused",):
-        yield _plan_train(setup, name)
+        yield _plan_train(inputs, name)
     if corpus.shards:
-        yield _plan_evaluate(setup)
+        yield _plan_evaluate(inputs)
 
 
-def _plan_corpus(setup: Setup) -> Work:
-    plan, text = setup.recipe.plan, setup.corpus.num_bytes + setup.held_out.num_bytes
-    shards = setup.corpus.shards + setup.held_out.shards
-    done = setup.done.get(("corpus", ""), 0) + setup.done.get(("corpus", "held-out"), 0)
-    tokenizers = 1 + len(setup.sources)
+def _plan_corpus(inputs: PlanInputs) -> Work:
+    plan, text = inputs.recipe.plan, inputs.corpus.num_bytes + inputs.held_out.num_bytes
+    shards = inputs.corpus.shards + inputs.held_out.shards
+    done = inputs.done.get(("corpus", ""), 0) + inputs.done.get(("corpus", "held-out"), 0)
+    tokenizers = 1 + len(inputs.sources)
     return Work(
         stage="corpus",
         name="",
-        tokens=text / setup.target.bytes_per_token,
+        tokens=text / inputs.target.bytes_per_token,
         shards=shards,
         done=_share(done, shards),
         stored_bytes=text * plan.corpus_bytes_per_byte,
@@ -60,10 +122,10 @@ def _plan_corpus(setup: Setup) -> Work:
     )
 
 
-def _plan_capture(setup: Setup, model: Model, source: SourceSettings) -> Work:
-    recipe, shards = setup.recipe, setup.corpus.shards
+def _plan_capture(inputs: PlanInputs, model: PlannedModel, source: SourceSettings) -> Work:
+    recipe, shards = inputs.recipe, inputs.corpus.shards
     plan, capture = recipe.plan, recipe.capture
-    tokens = setup.corpus.num_bytes / model.bytes_per_token
+    tokens = inputs.corpus.num_bytes / model.bytes_per_token
     record = plan.captured_bytes_per_token
     record += plan.captured_bytes_per_entry * capture.kept_entries
     record += plan.captured_bytes_per_draw * capture.num_draws
@@ -73,11 +135,11 @@ def _plan_capture(setup: Setup, model: Model, source: SourceSettings) -> Work:
         name=source.name,
         tokens=tokens,
         shards=shards,
-        done=_share(setup.done.get(("capture", source.name), 0), shards),
+        done=_share(inputs.done.get(("capture", source.name), 0), shards),
         stored_bytes=tokens * record,
         requests=_of_shards(CAPTURE_SHARD, shards),
         gpu=GpuWork(
-            flops=tokens * model.size.forward_flops(setup.row_tokens(model)),
+            flops=tokens * model.size.forward_flops(inputs.row_tokens(model)),
             is_training=False,
             memory_bytes=forward_memory(model.size, batch_tokens, capture.chunk_positions, plan),
             gpus=1.0 if source.gpus is None else source.gpus,
@@ -88,10 +150,10 @@ def _plan_capture(setup: Setup, model: Model, source: SourceSettings) -> Work:
     )
 
 
-def _plan_align(setup: Setup, source: str) -> Work:
-    recipe, shards = setup.recipe, setup.corpus.shards
+def _plan_align(inputs: PlanInputs, source: str) -> Work:
+    recipe, shards = inputs.recipe, inputs.corpus.shards
     plan = recipe.plan
-    tokens = setup.corpus.num_bytes / setup.target.bytes_per_token
+    tokens = inputs.corpus.num_bytes / inputs.target.bytes_per_token
     entries = recipe.capture.kept_entries + recipe.capture.num_draws
     is_mapped = recipe.align.method in ("min_edit_distance", "cooccurrence")
     rate = plan.mapped_tokens_per_core_second if is_mapped else plan.align_tokens_per_core_second
@@ -100,7 +162,7 @@ def _plan_align(setup: Setup, source: str) -> Work:
         name=source,
         tokens=tokens,
         shards=shards,
-        done=_share(setup.done.get(("align", source), 0), shards),
+        done=_share(inputs.done.get(("align", source), 0), shards),
         stored_bytes=tokens
         * (plan.aligned_bytes_per_token + plan.aligned_bytes_per_entry * entries),
         requests=_of_shards(ALIGN_SHARD, shards),
@@ -108,31 +170,31 @@ def _plan_align(setup: Setup, source: str) -> Work:
     )
 
 
-def _plan_train(setup: Setup, name: str) -> Work:
-    recipe, size = setup.recipe, setup.target.size
+def _plan_train(inputs: PlanInputs, name: str) -> Work:
+    recipe, size = inputs.recipe, inputs.target.size
     plan, train = recipe.plan, recipe.train
     is_fused = name == "fused" and train.is_fused
-    tokens = setup.corpus.num_bytes / setup.target.bytes_per_token * train.epochs
-    flops = size.forward_flops(setup.row_tokens(setup.target)) * train_passes(train)
+    tokens = inputs.corpus.num_bytes / inputs.target.bytes_per_token * train.epochs
+    flops = size.forward_flops(inputs.row_tokens(inputs.target)) * train_passes(train)
     checkpoint = size_checkpoint(size, train, plan)
-    num_checkpoints = max(count_steps(setup) - 1, 0) // train.checkpoint_every_steps
+    num_checkpoints = max(estimate_steps(inputs) - 1, 0) // train.checkpoint_every_steps
     parts = math.ceil(checkpoint / plan.upload_part_bytes) + 3 * train.num_workers
-    sources = len(setup.sources) if is_fused else 0
+    sources = len(inputs.sources) if is_fused else 0
     return Work(
         stage="train",
         name=name,
         tokens=tokens,
-        shards=setup.corpus.shards,
-        done=float(setup.done.get(("train", name), 0)),
+        shards=inputs.corpus.shards,
+        done=float(inputs.done.get(("train", name), 0)),
         stored_bytes=size.parameters * WEIGHT_BYTES
         + checkpoint * min(num_checkpoints, train.keep_checkpoints + 1),
         requests=Requests(
             puts=num_checkpoints * parts + size.parameters * WEIGHT_BYTES / plan.upload_part_bytes,
             gets=train.epochs
-            * setup.corpus.shards
+            * inputs.corpus.shards
             * (1 + sources)
             * count_readers(train.num_workers),
-            lists=2 * (1 + sources) * setup.corpus.shards / PAGE_NAMES + num_checkpoints,
+            lists=2 * (1 + sources) * inputs.corpus.shards / PAGE_NAMES + num_checkpoints,
         ),
         gpu=GpuWork(
             flops=tokens * flops * (plan.fused_step_ratio if is_fused else 1.0),
@@ -145,26 +207,26 @@ def _plan_train(setup: Setup, name: str) -> Work:
     )
 
 
-def _plan_evaluate(setup: Setup) -> Work:
-    """Return the line of evaluation: every source, the target, and what is trained or merged."""
-    recipe, held_out = setup.recipe, setup.held_out
+def _plan_evaluate(inputs: PlanInputs) -> Work:
+    """Plan the evaluation of every source, the target, and the trained and merged models."""
+    recipe, held_out = inputs.recipe, inputs.held_out
     names = ["fused", "clm"] if recipe.train.baseline else ["fused"]
-    if setup.layout is not None and "merged" in setup.layout.evaluations:
+    if inputs.layout is not None and "merged" in inputs.layout.evaluations:
         names.append("merged")
-    models = [*setup.sources, *[setup.target] * (1 + len(names))]
+    models = [*inputs.sources, *[inputs.target] * (1 + len(names))]
     tokens = [held_out.num_bytes / model.bytes_per_token for model in models]
     flops = [
-        each * model.size.forward_flops(setup.row_tokens(model))
-        for each, model in zip(tokens, models, strict=True)
+        model_tokens * model.size.forward_flops(inputs.row_tokens(model))
+        for model_tokens, model in zip(tokens, models, strict=True)
     ]
     batch, chunk = recipe.evaluate.batch_tokens, recipe.capture.chunk_positions
-    ensemble = len(setup.sources) if len(setup.sources) > 1 else 0
+    ensemble = len(inputs.sources) if len(inputs.sources) > 1 else 0
     return Work(
         stage="evaluate",
         name="",
         tokens=sum(tokens),
         shards=held_out.shards,
-        done=float(setup.done.get(("evaluate", ""), 0)),
+        done=float(inputs.done.get(("evaluate", ""), 0)),
         stored_bytes=0.0,
         requests=Requests(
             puts=2.0 * ensemble * held_out.shards,
@@ -185,30 +247,34 @@ def _plan_evaluate(setup: Setup) -> Work:
 
 
 def train_passes(train: TrainSettings) -> float:
-    """Return what a training step takes of a token, in forward passes."""
-    backward = 1.0 if train.lora is not None else 2.0  # adapters: no gradients of the weights
+    """Count the passes of a training step over the weights, in forward passes.
+
+    A backward pass costs two forward passes, one for the gradients of activations and one for those
+    of weights; recomputing checkpointed activations costs another.
+    """
+    backward = 1.0 if train.lora is not None else 2.0  # adapters: no gradients of the base weights
     return 1.0 + backward + (1.0 if train.gradient_checkpointing else 0.0)
 
 
-def count_steps(setup: Setup) -> int:
-    """Return the optimiser steps of a run."""
-    train = setup.recipe.train
-    rows = setup.corpus.num_bytes / setup.row_bytes
+def estimate_steps(inputs: PlanInputs) -> int:
+    """Estimate the optimizer steps of a run."""
+    train = inputs.recipe.train
+    rows = inputs.corpus.num_bytes / inputs.row_bytes
     return train.epochs * math.ceil(rows / train.rows_per_step)
 
 
 def count_readers(num_workers: int) -> float:
-    """Return how many of a training's workers read each shard, on average, at most.
+    """Bound the average number of training workers that read each shard.
 
-    Rows of a step come from `SHUFFLE_STREAMS` shards at a time; a worker reads those that its rows
-    are in.
+    The rows of a step come from `SHUFFLE_STREAMS` shards at a time, and a worker reads the shards
+    of its own rows only.
     """
     return 1.0 if num_workers == 1 else 1.0 + num_workers / SHUFFLE_STREAMS
 
 
-def _of_shards(each: Requests, shards: int) -> Requests:
-    all_of_them = each.times(shards)
-    return replace(all_of_them, lists=DATA_SET_PAGES * shards / PAGE_NAMES)
+def _of_shards(per_shard: Requests, shards: int) -> Requests:
+    requests = per_shard.times(shards)
+    return replace(requests, lists=DATA_SET_PAGES * shards / PAGE_NAMES)
 
 
 def _share(done: int, shards: int) -> float:
@@ -216,6 +282,38 @@ def _share(done: int, shards: int) -> float:
 
 
 def size_checkpoint(size: ModelSize, train: TrainSettings, plan: PlanSettings) -> float:
-    """Return the bytes of a checkpoint of training."""
+    """Estimate the bytes of a training checkpoint."""
     per_weight = float(WEIGHT_BYTES) if train.lora is not None else plan.checkpoint_bytes_per_weight
     return size.parameters * per_weight
+
+
+def forward_memory(
+    size: ModelSize, batch_tokens: int, chunk_positions: int, plan: PlanSettings
+) -> float:
+    """Estimate the GPU memory for scoring, in bytes: weights, one layer's activations, logits."""
+    activations = batch_tokens * size.width * plan.forward_bytes_per_unit
+    logits = chunk_positions * size.vocab * LOGITS_BYTES * LOGITS_COPIES
+    return size.parameters * WEIGHT_BYTES + activations + logits
+
+
+def train_memory(size: ModelSize, recipe: Recipe) -> float:
+    """Estimate the GPU memory of one worker that trains a model in bfloat16, in bytes.
+
+    ZeRO divides optimizer states from stage 1 on, gradients from 2, weights at 3 (Rajbhandari et
+    al. 2020, arXiv 1910.02054, section 5). Activations are those of Korthikanti et al. 2022
+    (arXiv 2205.05198, equation 1), or one input per layer with gradient checkpointing.
+    """
+    train, plan = recipe.train, recipe.plan
+    shards = [train.num_workers if train.zero_stage >= stage else 1 for stage in (1, 2, 3)]
+    optimizer = 0.0 if train.offload else plan.optimiser_bytes_per_weight / shards[0]
+    gradients = WEIGHT_BYTES / shards[1]
+    weights = WEIGHT_BYTES / shards[2]
+    if train.lora is not None:
+        optimizer = gradients = 0.0  # adapters have about 1 % of the weights
+    tokens = train.micro_batch_sequences * (train.sequence_tokens or recipe.corpus.max_tokens)
+    unit = plan.train_bytes_per_unit
+    per_layer = WEIGHT_BYTES * size.layers + unit if train.gradient_checkpointing else None
+    activations = tokens * size.width * (per_layer or unit * size.layers)
+    chunk = train.chunk_positions or GPU_CHUNK_POSITIONS
+    logits = chunk * size.vocab * LOGITS_BYTES * LOGITS_COPIES
+    return size.parameters * (optimizer + gradients + weights) + activations + logits

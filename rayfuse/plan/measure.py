@@ -1,243 +1,202 @@
-"""`plan --probe`: measured rates and latencies, within a time, and what they mean for a plan."""
+"""Measure the throughput of a recipe's models within seconds.
 
+Run as a module, it reads a `ProbeRequest` from stdin and writes a line of JSON for each better
+figure, so that no figure is lost when it is killed at the deadline.
+"""
+
+import contextlib
 import json
 import os
-import re
-import statistics
-import subprocess
+import socket
 import sys
-import threading
 import time
-import uuid
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 
-from rich.console import Console
-from rich.table import Table
+import numpy as np
+import torch
 
-from rayfuse.config.recipe import dump_recipe
-from rayfuse.plan.cost import Rates, assumed_rate
-from rayfuse.plan.estimate import list_work
-from rayfuse.plan.inputs import Setup
-from rayfuse.plan.probe import PROBED_TRAINING, Measured, Request
-from rayfuse.plan.work import Work
-from rayfuse.storage.store import Store
+from rayfuse.capture.engines.load import load_recipe_engine
+from rayfuse.config.load import parse_recipe
+from rayfuse.config.models import SourceSettings
+from rayfuse.config.recipe import Recipe
+from rayfuse.fuse.reader import FusedRows
+from rayfuse.models.causal_lm import keeps_rows_apart, load_causal_lm
+from rayfuse.models.files import load_recipe_tokenizer
+from rayfuse.plan.probe import PROBED_TRAINING, Measurement, ProbeRequest, list_titles
+from rayfuse.storage.codec import TopK
+from rayfuse.train.batches import Packing, Step, build_micro_batches
+from rayfuse.train.deepspeed_engine import build_engine
+from rayfuse.train.loop import Objective, train_steps
+from rayfuse.train.model import FusionModel
 
-PROBE_SECONDS = 60.0
+MIN_SECONDS = 2.0
+"""A measurement that lasted this long is precise enough."""
 
-STORAGE_SECONDS = 5.0
-"""Of them, for the storage at most."""
-
-SMALL_BYTES, MAX_BYTES = 1000, 16_000_000
-"""A commit record; a shard, at most."""
-
-
-@dataclass(frozen=True)
-class StorageSpeed:
-    """How fast the storage answers this machine."""
-
-    put_seconds: float
-    """A thousand bytes: the median of a few."""
-    get_seconds: float
-    shard_bytes: int
-    shard_put_seconds: float
-    """As many bytes as a captured shard has, but no more than 16 MB."""
-    shard_get_seconds: float
+Report = Callable[[Measurement], None]
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What a probe has measured."""
+def measure_rate(run: Callable[[int], int], deadline: float) -> Iterator[float]:
+    """Yield ever more precise rates in tokens per second, each of twice the work of the last.
 
-    seconds: float
-    measured: tuple[Measured, ...]
-    storage: StorageSpeed | None
-
-
-def run_probe(setup: Setup, seconds: float = PROBE_SECONDS) -> Probe:
-    """Return what can be measured within a time, on the cluster of RAY_ADDRESS or else here.
-
-    Raises:
-        ValueError: There is no text to measure with.
+    Args:
+        run: Does a number of units of work, and returns their tokens.
+        deadline: On the monotonic clock; work that is likely to last longer is not started.
     """
-    began = time.monotonic()
-    request = _make_request(setup, seconds)
-    storage = None
-    if setup.layout is not None:
-        storage = probe_storage(
-            setup.layout.store, _shard_bytes(setup), min(STORAGE_SECONDS, seconds / 4)
-        )
-    left = began + seconds - time.monotonic()
-    request = Request(request.recipe, request.texts, request.ends_document, left)
-    if os.environ.get("RAY_ADDRESS"):
-        from rayfuse.plan.stage import probe_on_cluster
-
-        found = probe_on_cluster(setup.recipe, request)
-    else:
-        found = _probe_here(request)
-    titles = [f"capture {source.name}" for source in setup.recipe.sources] + [PROBED_TRAINING]
-    by_title = {each.title: each for each in found}
-    missing = f"not measured within {seconds:.0f} s"
-    measured = (by_title.get(title) or Measured(title, "", None, missing) for title in titles)
-    return Probe(time.monotonic() - began, tuple(measured), storage)
-
-
-def _make_request(setup: Setup, seconds: float) -> Request:
-    """Return what is to be measured: on rows of the corpus if there are any, else of documents."""
-    rows = setup.sample
-    if setup.layout is not None:
-        shards = sorted(setup.layout.corpus.list_committed())
-        if shards:
-            corpus = setup.layout.corpus
-            rows = corpus.read_shard(corpus.read_commit(shards[0]))
-    if rows is None or not rows.num_rows:
-        raise ValueError("there is no text to probe with: no corpus yet, and no documents here")
-    rows = rows.slice(0, 256)
-    recipe = dump_recipe(setup.recipe)
-    return Request(recipe, rows["text"].to_pylist(), rows["ends_document"].to_pylist(), seconds)
-
-
-def _probe_here(request: Request) -> list[Measured]:
-    """Measure in a process of its own, which is ended when the time is up."""
-    deadline = time.monotonic() + request.seconds
-    child = subprocess.Popen(
-        [sys.executable, "-m", "rayfuse.plan.probe"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert child.stdin is not None and child.stdout is not None
-    lines: list[str] = []
-    reader = threading.Thread(target=lines.extend, args=(child.stdout,), daemon=True)
-    reader.start()
-    try:
-        child.stdin.write(json.dumps(asdict(request)))
-        child.stdin.close()
-        reader.join(timeout=max(deadline - time.monotonic(), 0))
-    except BrokenPipeError:
-        pass  # it has died: nothing is measured, and that is told
-    finally:
-        child.kill()
-        child.wait()
-        reader.join()
-    return [Measured(**json.loads(line)) for line in lines if line.endswith("\n")]
-
-
-def probe_storage(store: Store, shard_bytes: int, seconds: float) -> StorageSpeed:
-    """Return how fast a storage takes and gives a small file and one as large as a shard.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    deadline = time.monotonic() + seconds
-    small: list[tuple[float, float]] = []
-    while len(small) < 5 and (not small or time.monotonic() < deadline):
-        small.append(_time_file(store, SMALL_BYTES))
-    size = min(shard_bytes, MAX_BYTES)
-    large = _time_file(store, size)
-    puts, gets = zip(*small, strict=True)
-    return StorageSpeed(statistics.median(puts), statistics.median(gets), size, *large)
-
-
-def _time_file(store: Store, num_bytes: int) -> tuple[float, float]:
-    """Return the seconds of writing and of reading a file, which is removed."""
-    name, data = f".probe-{uuid.uuid4().hex}", os.urandom(num_bytes)
-    try:
+    units = 1
+    while True:
         began = time.monotonic()
-        store.write(name, data)
-        written = time.monotonic()
-        store.read(name)
-        return written - began, time.monotonic() - written
-    finally:
-        store.remove(name)
+        tokens = run(units)
+        took = time.monotonic() - began
+        yield tokens / max(took, 1e-9)
+        # Twice the work takes at most twice the time; the first unit only warms up.
+        if time.monotonic() + 2 * took > deadline or (took > MIN_SECONDS and units > 1):
+            return
+        units *= 2
 
 
-def _shard_bytes(setup: Setup) -> int:
-    works = [work for work in list_work(setup) if work.stage == "capture"]
-    return int(max(work.stored_bytes / max(work.shards, 1) for work in works)) or 1
-
-
-def find_kind(device: str, kinds: Iterable[str]) -> str | None:
-    """Return the kind of GPU that a device's name names."""
-    found = [kind for kind in kinds if re.search(rf"\b{re.escape(kind)}\b", device)]
-    return max(found, key=len, default=None)
-
-
-def rates_of(probe: Probe, setup: Setup) -> Rates:
-    """Return the measured rates of kinds of GPU that the plan knows, by work and kind."""
-    plan = setup.recipe.plan
-    rates: dict[tuple[str, str], float] = {}
-    for each in probe.measured:
-        kind = find_kind(each.device, plan.gpus)
-        if kind is None or each.tokens_per_second is None:
-            continue
-        if each.title == PROBED_TRAINING:
-            rates[each.title, kind] = each.tokens_per_second
-            rates["train clm", kind] = each.tokens_per_second * plan.fused_step_ratio
-        else:
-            rates[each.title, kind] = each.tokens_per_second * plan.pipeline_share
-    return rates
-
-
-def print_probe(probe: Probe, setup: Setup, console: Console) -> None:
-    """Print what was measured beside what is assumed."""
-    table = Table(
-        *("work", "device", "tokens/s", "assumed", "share of peak", "hours on one"),
-        title=f"what was measured, in {probe.seconds:.0f} s",
+def measure_source(
+    recipe: Recipe, source: SourceSettings, request: ProbeRequest, deadline: float
+) -> Iterator[Measurement]:
+    """Yield a source's throughput per GPU, measured with the engine of the capture stage."""
+    settings = recipe.capture.model_copy(
+        update={"batch_tokens": source.batch_tokens or recipe.capture.batch_tokens}
     )
-    works = {work.title: work for work in list_work(setup)}
-    for each in probe.measured:
-        table.add_row(*_describe(each, works[each.title], setup))
-    console.print(table)
-    storage = probe.storage
-    if storage is not None:
-        console.print(
-            f"storage from here: {SMALL_BYTES:,} bytes written in {storage.put_seconds:.3f} s, "
-            f"read in {storage.get_seconds:.3f} s; {storage.shard_bytes:,} bytes in "
-            f"{storage.shard_put_seconds:.2f} and {storage.shard_get_seconds:.2f} s",
-            highlight=False,
+    rows = load_recipe_tokenizer(source).encode_rows(request.texts, request.ends_document)
+    engine = load_recipe_engine(source, settings)
+
+    def score(units: int) -> int:
+        chosen = [rows[number % len(rows)] for number in range(units)]
+        engine.score_rows(chosen)
+        return sum(map(len, chosen))
+
+    for rate in measure_rate(score, deadline):
+        per_gpu = rate / max(source.gpus or 1.0, 1.0)
+        yield Measurement(f"capture {source.name}", name_device(), per_gpu)
+
+
+def measure_training(
+    recipe: Recipe, request: ProbeRequest, deadline: float
+) -> Iterator[Measurement]:
+    """Yield the throughput of one worker's fused steps, on random distributions."""
+    target, settings = recipe.target, recipe.train
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with _group_of_one(device):
+        lm = load_causal_lm(target, device)
+        packing = Packing(
+            settings.sequence_tokens or recipe.corpus.max_tokens,
+            settings.micro_batch_sequences,
+            settings.pack and keeps_rows_apart(lm),
         )
-    for setting in list_calibrations(probe, setup):
-        console.print(f"to plan with what was measured from now on: {setting}", highlight=False)
+        ids = load_recipe_tokenizer(target).encode_rows(request.texts, request.ends_document)
+        entries = recipe.capture.kept_entries + recipe.capture.num_draws
+        batches = build_micro_batches(_make_rows(ids, lm.head.out_features, entries), packing)
+        lm.model.train()
+        engine = build_engine(
+            FusionModel(lm, settings, num_sources=1),
+            settings,
+            num_steps=1000,
+            num_workers=1,
+            device=device,
+        )
+        objective = Objective(settings.clm_weight, settings.temperature, 1000, ("all",))
+
+        def step(units: int) -> int:
+            chosen = [batches[number % len(batches)] for number in range(units)]
+            train_steps(
+                engine,
+                iter([Step(chosen, "")]),
+                objective,
+                first_step=0,
+                num_workers=1,
+                after_step=lambda _: None,
+            )
+            return sum(len(batch.positions) for batch in chosen)
+
+        for rate in measure_rate(step, deadline):
+            yield Measurement(PROBED_TRAINING, name_device(), rate)
 
 
-def list_calibrations(probe: Probe, setup: Setup) -> list[str]:
-    """Return the settings that make the cost model give what was measured, as overrides."""
-    plan = setup.recipe.plan
-    works = {work.title: work for work in list_work(setup)}
-    shares: dict[str, list[float]] = {}
-    for each in probe.measured:
-        kind = find_kind(each.device, plan.gpus)
-        if kind is not None and each.tokens_per_second is not None:
-            work = works[each.title]
-            setting = "train_share" if work.stage == "train" else "forward_share"
-            share = share_of_peak(each.tokens_per_second, work, setup, kind)
-            shares.setdefault(f"plan.gpus.{kind}.{setting}", []).append(share)
-    return [f"{name}={statistics.mean(found):.3f}" for name, found in shares.items()]
+def _make_rows(ids: list[np.ndarray], vocab: int, entries: int) -> FusedRows:
+    """Make rows with a random distribution at every position."""
+    random = np.random.default_rng(0)
+    token_ids = np.concatenate(ids).astype(np.int32)
+    total, part = len(token_ids), max(vocab // entries, 1)
+    top_ids = random.integers(0, part, (total, entries)) + np.arange(entries) * part
+    probs = random.dirichlet(np.ones(entries + 1), total).astype(np.float32)
+    top = TopK(
+        ids=np.minimum(top_ids, vocab - 1).astype(np.int32),
+        probs=probs[:, :-1],
+        tail=probs[:, -1],
+    )
+    lengths = np.array([len(row) for row in ids])
+    return FusedRows(token_ids, lengths, top, selected=np.zeros(total, dtype=np.int64))
 
 
-def share_of_peak(tokens_per_second: float, work: Work, setup: Setup, kind: str) -> float:
-    """Return the share of a kind's peak that a measured rate is."""
-    assert work.gpu is not None
-    flops = work.gpu.flops / max(work.tokens, 1)
-    return tokens_per_second * flops / (setup.recipe.plan.gpus[kind].peak_tflops * 1e12)
+@contextlib.contextmanager
+def _group_of_one(device: str) -> Iterator[None]:
+    """Make this process a process group of its own, as DeepSpeed needs one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
-def _describe(each: Measured, work: Work, setup: Setup) -> list[str]:
-    if each.tokens_per_second is None:
-        return [each.title, each.device, each.note]
-    plan = setup.recipe.plan
-    kind = find_kind(each.device, plan.gpus)
-    hours = work.tokens * (1 - work.done) / each.tokens_per_second / 3600
-    cells = [each.title, each.device, f"{each.tokens_per_second:,.0f}", "", "", f"{hours:,.1f}"]
-    if kind is not None and work.gpu is not None:
-        cells[3] = f"{assumed_rate(work, work.gpu, plan.gpus[kind], plan):,.0f}"
-        cells[4] = f"{share_of_peak(each.tokens_per_second, work, setup, kind):.0%}"
-    return cells
+def name_device() -> str:
+    """Name the device that models run on in this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
 
 
-def to_values(probe: Probe) -> dict[str, Any]:
-    """Return a probe as plain values."""
-    return asdict(probe)
+def measure_item(
+    recipe: Recipe, request: ProbeRequest, number: int, deadline: float, report: Report
+) -> None:
+    """Measure one work item, and report each better figure, or the reason for having none.
+
+    Args:
+        recipe: The recipe.
+        request: The text to measure on.
+        number: The item's place in `list_titles`: the sources, then training.
+        deadline: On the monotonic clock.
+        report: Called with each figure.
+    """
+    title = list_titles(recipe)[number]
+    try:
+        measurements = (
+            measure_training(recipe, request, deadline)
+            if title == PROBED_TRAINING
+            else measure_source(recipe, recipe.sources[number], request, deadline)
+        )
+        for measurement in measurements:
+            report(measurement)
+    except (ValueError, RuntimeError, MemoryError, OSError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        report(Measurement(title, name_device(), None, reason[:200]))
+
+
+def main() -> None:
+    """Measure the items of a request from stdin, each in its share of the remaining time."""
+    stdout, sys.stdout = sys.stdout, sys.stderr  # libraries print, too
+    request = ProbeRequest(**json.load(sys.stdin))
+    deadline = time.monotonic() + request.seconds
+    recipe = parse_recipe(request.recipe)
+    num_items = len(list_titles(recipe))
+
+    def report(measurement: Measurement) -> None:
+        print(json.dumps(asdict(measurement)), file=stdout, flush=True)
+
+    for number in range(num_items):
+        left = deadline - time.monotonic()
+        until = time.monotonic() + left / (num_items - number)
+        measure_item(recipe, request, number, until, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,39 +1,42 @@
-"""What a model costs to run, from its config.json or from what the recipe says of it."""
+"""The size of a model, from its config.json or from the recipe."""
 
 from dataclasses import dataclass
 from typing import Any
 
+from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
 from rayfuse.config.plan import SizeSettings
 from rayfuse.models.files import read_model_files
 
 WEIGHTS_PER_LAYER_CUBED = 12 * 128**2
-"""A Llama of L layers of width 128 L has about 12 L width^2 weights."""
+"""A Llama with L layers of width 128 L has about 12 L width^2 weights."""
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What a model costs to run."""
+    """The numbers that decide a model's cost."""
 
     parameters: float
     multiplied: float
-    """Weights that a token is multiplied with: all but an embedding that is only looked up."""
+    """Weights that each token is multiplied with: all but those of an embedding that is only looked
+    up."""
     layers: int
     width: int
     vocab: int
     """Rows of the head."""
 
     def forward_flops(self, row_tokens: float) -> float:
-        """Return the operations of a token's forward pass: two a weight, attention besides.
+        """Compute the operations of a token's forward pass: two per weight, plus attention.
 
         Args:
-            row_tokens: Of its row; it attends to half of them on average, in two products.
+            row_tokens: Length of the token's row. It attends to half of it on average, in two
+                matrix products.
         """
         return 2 * self.multiplied + 2 * self.layers * self.width * row_tokens
 
 
 def size_from_settings(settings: SizeSettings) -> ModelSize:
-    """Return a model's size from what the recipe says of it."""
+    """Derive a model's size from the recipe; missing values are those of a Llama of this size."""
     layers = settings.layers or max(
         1, round((settings.parameters / WEIGHTS_PER_LAYER_CUBED) ** (1 / 3))
     )
@@ -44,26 +47,30 @@ def size_from_settings(settings: SizeSettings) -> ModelSize:
 
 
 def size_from_files(settings: ModelSettings) -> ModelSize:
-    """Return the size of a model of a folder or of the hub, by its config.json.
+    """Derive a model's size from the config.json of its folder or hub id.
 
     Raises:
-        ValueError: There is no such model, or its family cannot be built from the config alone.
+        UserError: There is no such model, or its family cannot be built from the config alone.
     """
     try:
         return size_from_config(read_model_files(settings.model, settings.revision).config)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"model is {settings.model!r}, whose size its config.json does not tell ({error})"
+        raise UserError(
+            f"model is {settings.model!r}, and its size does not follow from its config.json "
+            f"({error})"
         ) from error
 
 
 def size_from_config(config: dict[str, Any]) -> ModelSize:
-    """Return the size of the model that a config describes: it is built, but takes no memory.
+    """Derive a model's size from its config.
+
+    The model is built on torch's meta device, so it uses no memory.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: The family is not known, or a value is
+        ValueError, KeyError, TypeError, AttributeError: The family is unknown, or a value is
             missing or wrong.
     """
+    # Late, so that `rayfuse plan --example` needs neither.
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -73,7 +80,7 @@ def size_from_config(config: dict[str, Any]) -> ModelSize:
         model: Any = AutoModelForCausalLM.from_config(built)
     text = built.get_text_config()
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    parameters = sum(each.numel() for each in model.parameters())
+    parameters = sum(tensor.numel() for tensor in model.parameters())
     is_tied = embedding is head
     return ModelSize(
         parameters=float(parameters),

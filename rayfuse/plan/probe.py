@@ -1,34 +1,40 @@
-"""How fast models really are, measured in seconds; a process of its own when run as a module.
+"""`rayfuse plan --probe`: measure throughput and storage latency, and calibrate the cost model."""
 
-That process reads a `Request` from stdin and writes a line of JSON for each better figure, so that
-whoever ends it loses nothing.
-"""
-
-import contextlib
 import json
 import os
-import socket
+import re
+import statistics
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import uuid
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
+from rayfuse.config.base import UserError
+from rayfuse.config.recipe import Recipe, dump_recipe
+from rayfuse.plan.cost import Rates
+from rayfuse.plan.estimate import Work, list_work
+from rayfuse.plan.inputs import PlanInputs
+from rayfuse.storage.store import Store
 
-from rayfuse.config.load import parse_recipe
-from rayfuse.config.models import SourceSettings
-from rayfuse.config.recipe import Recipe
+MAX_PROBE_SECONDS = 60.0
 
-ENOUGH_SECONDS = 2.0
-"""A measurement that took so long is good enough."""
+MAX_STORAGE_SECONDS = 5.0
+"""Part of the probe's time for measuring the storage."""
+
+SMALL_BYTES, MAX_BYTES = 1000, 16_000_000
+"""Size of a commit record, and the largest file that is measured in place of a shard."""
 
 PROBED_TRAINING = "train fused"
+"""Title of the work item that stands for all training."""
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is to be measured, and on what."""
+class ProbeRequest:
+    """The recipe and the text to measure it on."""
 
     recipe: dict[str, Any]
     texts: list[str]
@@ -37,199 +43,205 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """How fast one piece of work was on one device."""
+class Measurement:
+    """The throughput of one work item on one device."""
 
     title: str
-    """As in the plan."""
+    """The item's title in the plan."""
     device: str
     tokens_per_second: float | None
-    """Of one GPU, where it has more. None where it was not measured."""
+    """Per GPU. None where it was not measured."""
     note: str = ""
-    """Why not."""
+    """Why it was not measured."""
 
 
-Tell = Callable[[Measured], None]
+@dataclass(frozen=True)
+class StorageSpeed:
+    """Latency and throughput of the storage, seen from this process."""
+
+    put_seconds: float
+    """A file of `SMALL_BYTES`: the median of a few."""
+    get_seconds: float
+    shard_bytes: int
+    """Size of a captured shard, at most `MAX_BYTES`."""
+    shard_put_seconds: float
+    shard_get_seconds: float
 
 
-def measure_rate(run: Callable[[int], int], deadline: float) -> Iterator[float]:
-    """Yield better and better rates, each of twice the work of the one before.
+@dataclass(frozen=True)
+class Probe:
+    """The result of a probe."""
 
-    Args:
-        run: Does so many units of work, and returns their tokens.
-        deadline: On the monotonic clock; what would last longer is not begun.
+    seconds: float
+    measured: tuple[Measurement, ...]
+    storage: StorageSpeed | None
+
+
+def run_probe(inputs: PlanInputs, seconds: float = MAX_PROBE_SECONDS) -> Probe:
+    """Measure models and storage within a time limit, on the cluster of RAY_ADDRESS or locally.
+
+    Raises:
+        UserError: There is no text to measure with.
     """
-    units = 1
-    while True:
-        began = time.monotonic()
-        tokens = run(units)
-        took = time.monotonic() - began
-        yield tokens / max(took, 1e-9)
-        # Twice as much takes less than twice as long; the first one warms up.
-        if time.monotonic() + 2 * took > deadline or (took > ENOUGH_SECONDS and units > 1):
-            return
-        units *= 2
-
-
-def probe_source(
-    recipe: Recipe, source: SourceSettings, request: Request, deadline: float
-) -> Iterator[Measured]:
-    """Yield how fast a source scores rows for each of its GPUs, with the engine that captures."""
-    from rayfuse.capture.engines.load import load_recipe_engine
-    from rayfuse.models.files import load_recipe_tokenizer
-
-    settings = recipe.capture.model_copy(
-        update={"batch_tokens": source.batch_tokens or recipe.capture.batch_tokens}
-    )
-    rows = load_recipe_tokenizer(source).encode_rows(request.texts, request.ends_document)
-    engine = load_recipe_engine(source, settings)
-
-    def score(units: int) -> int:
-        chosen = [rows[number % len(rows)] for number in range(units)]
-        engine.score_rows(chosen)
-        return sum(map(len, chosen))
-
-    for rate in measure_rate(score, deadline):
-        yield Measured(f"capture {source.name}", name_device(), rate / max(source.gpus or 1.0, 1.0))
-
-
-def probe_training(recipe: Recipe, request: Request, deadline: float) -> Iterator[Measured]:
-    """Yield how fast one worker takes fused steps; what the distributions are does not matter."""
-    import torch
-
-    from rayfuse.models.causal_lm import keeps_rows_apart, load_causal_lm
-    from rayfuse.models.files import load_recipe_tokenizer
-    from rayfuse.train.batches import Packing, Step, build_micro_batches
-    from rayfuse.train.deepspeed_engine import build_engine
-    from rayfuse.train.loop import Objective, train_steps
-    from rayfuse.train.model import FusionModel
-
-    target, settings = recipe.target, recipe.train
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with _group_of_one(device):
-        lm = load_causal_lm(target, device)
-        packing = Packing(
-            settings.sequence_tokens or recipe.corpus.max_tokens,
-            settings.micro_batch_sequences,
-            settings.pack and keeps_rows_apart(lm),
+    began = time.monotonic()
+    request = _make_request(inputs, seconds)
+    storage = None
+    if inputs.layout is not None:
+        storage = probe_storage(
+            inputs.layout.store, _shard_bytes(inputs), min(MAX_STORAGE_SECONDS, seconds / 4)
         )
-        ids = load_recipe_tokenizer(target).encode_rows(request.texts, request.ends_document)
-        entries = recipe.capture.kept_entries + recipe.capture.num_draws
-        batches = build_micro_batches(_make_rows(ids, lm.head.out_features, entries), packing)
-        lm.model.train()
-        engine = build_engine(
-            FusionModel(lm, settings, num_sources=1),
-            settings,
-            num_steps=1000,
-            num_workers=1,
-            device=device,
-        )
-        objective = Objective(settings.clm_weight, settings.temperature, 1000, ("all",))
+    left = began + seconds - time.monotonic()
+    request = replace(request, seconds=left)
+    if os.environ.get("RAY_ADDRESS"):
+        # Without a cluster a probe does not import ray.
+        from rayfuse.plan.stage import probe_on_cluster
 
-        def step(units: int) -> int:
-            chosen = [batches[number % len(batches)] for number in range(units)]
-            train_steps(
-                engine,
-                iter([Step(chosen, "")]),
-                objective,
-                first_step=0,
-                num_workers=1,
-                after_step=lambda _: None,
-            )
-            return sum(len(batch.positions) for batch in chosen)
-
-        for rate in measure_rate(step, deadline):
-            yield Measured(PROBED_TRAINING, name_device(), rate)
-
-
-def _make_rows(ids: list[np.ndarray], vocab: int, entries: int) -> Any:
-    """Return rows whose positions all have a distribution, a random one."""
-    from rayfuse.fuse.reader import FusedRows
-    from rayfuse.storage.codec import TopK
-
-    random = np.random.default_rng(0)
-    token_ids = np.concatenate(ids).astype(np.int32)
-    total, part = len(token_ids), max(vocab // entries, 1)
-    top_ids = random.integers(0, part, (total, entries)) + np.arange(entries) * part
-    probs = random.dirichlet(np.ones(entries + 1), total).astype(np.float32)
-    top = TopK(
-        ids=np.minimum(top_ids, vocab - 1).astype(np.int32),
-        probs=probs[:, :-1],
-        tail=probs[:, -1],
+        found = probe_on_cluster(inputs.recipe, request)
+    else:
+        found = _probe_locally(request)
+    by_title = {measurement.title: measurement for measurement in found}
+    missing = f"not measured within {seconds:.0f} s"
+    measured = (
+        by_title.get(title) or Measurement(title, "", None, missing)
+        for title in list_titles(inputs.recipe)
     )
-    lengths = np.array([len(row) for row in ids])
-    return FusedRows(token_ids, lengths, top, selected=np.zeros(total, dtype=np.int64))
+    return Probe(time.monotonic() - began, tuple(measured), storage)
 
 
-@contextlib.contextmanager
-def _group_of_one(device: str) -> Iterator[None]:
-    """Be a process group alone."""
-    import torch
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
+def list_titles(recipe: Recipe) -> list[str]:
+    """List the titles of the work items that a probe measures."""
+    return [*(f"capture {source.name}" for source in recipe.sources), PROBED_TRAINING]
 
 
-def name_device() -> str:
-    """Return what models run on in this process."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def list_probes(
-    recipe: Recipe, request: Request
-) -> list[tuple[str, Callable[[float], Iterator[Measured]]]]:
-    """Return each piece of work that can be measured, and what measures it until a deadline."""
-    probes: list[tuple[str, Callable[[float], Iterator[Measured]]]] = []
-    for source in recipe.sources:
-
-        def probe(deadline: float, source: SourceSettings = source) -> Iterator[Measured]:
-            return probe_source(recipe, source, request, deadline)
-
-        probes.append((f"capture {source.name}", probe))
-    probes.append((PROBED_TRAINING, lambda deadline: probe_training(recipe, request, deadline)))
-    return probes
+def _make_request(inputs: PlanInputs, seconds: float) -> ProbeRequest:
+    """Take rows of the corpus if there are any, else of the sampled documents."""
+    rows = inputs.sample
+    if inputs.layout is not None:
+        shards = sorted(inputs.layout.corpus.list_committed())
+        if shards:
+            corpus = inputs.layout.corpus
+            rows = corpus.read_shard(corpus.read_commit(shards[0]))
+    if rows is None or not rows.num_rows:
+        raise UserError(
+            "there is no text to probe with: the corpus is not built yet, and corpus.documents "
+            "cannot be read here; run `rayfuse corpus` first, or give documents that can be read"
+        )
+    rows = rows.slice(0, 256)
+    return ProbeRequest(
+        dump_recipe(inputs.recipe),
+        rows["text"].to_pylist(),
+        rows["ends_document"].to_pylist(),
+        seconds,
+    )
 
 
-def run_probe(
-    title: str, probe: Callable[[float], Iterator[Measured]], deadline: float, tell: Tell
-) -> None:
-    """Measure one piece of work, and tell each better figure; what is wrong is told as well."""
-    try:
-        for measured in probe(deadline):
-            tell(measured)
-    except (ValueError, RuntimeError, MemoryError, OSError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        tell(Measured(title, name_device(), None, reason[:200]))
+def _probe_locally(request: ProbeRequest) -> list[Measurement]:
+    """Measure in a process of its own, which is killed at the deadline.
 
-
-def main() -> None:
-    """Measure what stdin asks for, one thing after the other, each in its share of the time."""
-    stdout, sys.stdout = sys.stdout, sys.stderr
-    request = Request(**json.load(sys.stdin))
+    A thread of this process could not be interrupted in a forward pass.
+    """
     deadline = time.monotonic() + request.seconds
-    recipe = parse_recipe(request.recipe)
-    probes = list_probes(recipe, request)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "rayfuse.plan.measure"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert child.stdin is not None and child.stdout is not None
+    lines: list[str] = []
+    reader = threading.Thread(target=lines.extend, args=(child.stdout,), daemon=True)
+    reader.start()
+    try:
+        child.stdin.write(json.dumps(asdict(request)))
+        child.stdin.close()
+        reader.join(timeout=max(deadline - time.monotonic(), 0))
+    except BrokenPipeError:
+        pass  # the process has died; the caller reports that nothing was measured
+    finally:
+        child.kill()
+        child.wait()
+        reader.join()
+    return [Measurement(**json.loads(line)) for line in lines if line.endswith("\n")]
 
-    def tell(measured: Measured) -> None:
-        print(json.dumps(asdict(measured)), file=stdout, flush=True)
 
-    for number, (title, probe) in enumerate(probes):
-        left = deadline - time.monotonic()
-        until = time.monotonic() + left / (len(probes) - number)
-        run_probe(title, probe, until, tell)
+def probe_storage(store: Store, shard_bytes: int, seconds: float) -> StorageSpeed:
+    """Measure the time to write and to read a small file, and one as large as a shard.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    deadline = time.monotonic() + seconds
+    small: list[tuple[float, float]] = []
+    while len(small) < 5 and (not small or time.monotonic() < deadline):
+        small.append(_time_file(store, SMALL_BYTES))
+    size = min(shard_bytes, MAX_BYTES)
+    large = _time_file(store, size)
+    puts, gets = zip(*small, strict=True)
+    return StorageSpeed(statistics.median(puts), statistics.median(gets), size, *large)
 
 
-if __name__ == "__main__":
-    main()
+def _time_file(store: Store, num_bytes: int) -> tuple[float, float]:
+    """Measure the seconds to write and to read a file, and remove it."""
+    name, data = f".probe-{uuid.uuid4().hex}", os.urandom(num_bytes)
+    try:
+        began = time.monotonic()
+        store.write(name, data)
+        written = time.monotonic()
+        store.read(name)
+        return written - began, time.monotonic() - written
+    finally:
+        store.remove(name)
+
+
+def _shard_bytes(inputs: PlanInputs) -> int:
+    works = [work for work in list_work(inputs) if work.stage == "capture"]
+    return int(max(work.stored_bytes / max(work.shards, 1) for work in works)) or 1
+
+
+def find_kind(device: str, kinds: Iterable[str]) -> str | None:
+    """Find the kind of GPU in a device's name."""
+    found = [kind for kind in kinds if re.search(rf"\b{re.escape(kind)}\b", device)]
+    return max(found, key=len, default=None)
+
+
+def rates_of(probe: Probe, inputs: PlanInputs) -> Rates:
+    """Collect the measured rates of those kinds of GPU that are in the plan.
+
+    Capture on Ray keeps a share of the bare forward loop's throughput (`plan.pipeline_share`), and
+    a step without fusion is faster than a fused one (`plan.fused_step_ratio`).
+    """
+    plan = inputs.recipe.plan
+    rates: dict[tuple[str, str], float] = {}
+    for measurement in probe.measured:
+        kind, rate = find_kind(measurement.device, plan.gpus), measurement.tokens_per_second
+        if kind is None or rate is None:
+            continue
+        if measurement.title == PROBED_TRAINING:
+            rates[measurement.title, kind] = rate
+            rates["train clm", kind] = rate * plan.fused_step_ratio
+        else:
+            rates[measurement.title, kind] = rate * plan.pipeline_share
+    return rates
+
+
+def list_calibrations(probe: Probe, inputs: PlanInputs) -> list[str]:
+    """List the overrides that make the cost model reproduce the measured rates."""
+    plan = inputs.recipe.plan
+    works = {work.title: work for work in list_work(inputs)}
+    shares: dict[str, list[float]] = {}
+    for measurement in probe.measured:
+        kind = find_kind(measurement.device, plan.gpus)
+        if kind is not None and measurement.tokens_per_second is not None:
+            work = works[measurement.title]
+            setting = "train_share" if work.stage == "train" else "forward_share"
+            share = share_of_peak(measurement.tokens_per_second, work, inputs, kind)
+            shares.setdefault(f"plan.gpus.{kind}.{setting}", []).append(share)
+    return [f"{name}={statistics.mean(found):.3f}" for name, found in shares.items()]
+
+
+def share_of_peak(tokens_per_second: float, work: Work, inputs: PlanInputs, kind: str) -> float:
+    """Compute the share of a GPU's peak that a measured rate reaches (MFU)."""
+    assert work.gpu is not None
+    flops = work.gpu.flops / max(work.tokens, 1)
+    return tokens_per_second * flops / (inputs.recipe.plan.gpus[kind].peak_tflops * 1e12)

@@ -1,6 +1,5 @@
-"""The cost model: laws that hold whatever is assumed, and figures counted by hand."""
+"""The cost model: laws that hold for all assumptions, and figures counted by hand."""
 
-import copy
 import math
 import re
 from dataclasses import replace
@@ -9,30 +8,27 @@ import pytest
 
 from rayfuse.config.overrides import RecipeError
 from rayfuse.config.plan import PlanSettings, SizeSettings
-from rayfuse.plan.cost import Plan, make_plan
-from rayfuse.plan.estimate import count_steps
-from rayfuse.plan.examples import EXAMPLES, read_example
-from rayfuse.plan.inputs import Setup, read_setup
-from rayfuse.plan.memory import GIB
+from rayfuse.plan.command import list_assumptions
+from rayfuse.plan.cost import RunPlan, make_plan
+from rayfuse.plan.estimate import GIB, Work, estimate_steps
+from rayfuse.plan.inputs import PlanInputs, read_example, read_inputs
 from rayfuse.plan.model_size import size_from_config, size_from_settings
-from rayfuse.plan.show import list_assumptions
-from rayfuse.plan.work import Work
 
 
-def read(*overrides: str) -> Setup:
-    return read_setup(read_example("fusellm", list(overrides)), is_example=True)
+def read(*overrides: str) -> PlanInputs:
+    return read_inputs(read_example("fusellm", list(overrides)), is_example=True)
 
 
-def plan(*overrides: str) -> Plan:
+def plan(*overrides: str) -> RunPlan:
     return make_plan(read(*overrides))
 
 
-def line(found: Plan, title: str) -> Work:
-    (work,) = [each for each in found.work if each.title == title]
+def line(found: RunPlan, title: str) -> Work:
+    (work,) = [item for item in found.work if item.title == title]
     return work
 
 
-def test_the_papers_own_run_by_hand():
+def test_the_run_of_the_paper_equals_a_count_by_hand():
     """Llama-2 7B over 1.8 billion tokens in rows of 2,048, on L4s at 45 % of 121 Tflop/s."""
     found = plan()
     multiplied = 6_738_415_616 - 32_000 * 4096
@@ -50,24 +46,24 @@ def test_the_papers_own_run_by_hand():
     trained = line(found, "train clm").gpu
     assert trained is not None
     assert trained.flops == pytest.approx(1.8e9 * 4 * flops)  # activations twice, by checkpointing
-    assert count_steps(read()) == math.ceil(1.8e9 / 2048 / 128)
+    assert estimate_steps(read()) == math.ceil(1.8e9 / 2048 / 128)
     assert found.chosen["capture llama-2"] == "L4"
     assert found.chosen["train fused"] == "H100"
 
 
-def test_a_trillion_tokens_cost_in_proportion_whatever_needs_no_start():
+def test_costs_but_for_start_up_are_proportional_to_the_tokens():
     small, large = plan("plan.start_minutes=0"), plan("plan.start_minutes=0", "plan.tokens=1e12")
     for title, costs in small.costs.items():
         for kind, cost in costs.items():
             assert large.costs[title][kind].hours == pytest.approx(cost.hours * 1e12 / 1.8e9)
     for work in small.work:
-        if work.stage != "train":  # a model is as large whatever it has read
+        if work.stage != "train":  # a model's size does not depend on its text
             ratio = line(large, work.title).stored_bytes / max(work.stored_bytes, 1)
             assert work.stage == "evaluate" or ratio == pytest.approx(1e12 / 1.8e9)
-    assert any("held-out tokens are scored by every model" in each for each in large.warnings)
+    assert any("held-out tokens are scored by every model" in warning for warning in large.warnings)
 
 
-SETTINGS_OF_NO_USE_HERE = {
+UNUSED_SETTINGS = {
     "unpacked_ratio",  # the example has no files
     "align_tokens_per_core_second",  # its alignment is `min_edit_distance`
     "captured_bytes_per_draw",  # it draws nothing
@@ -76,7 +72,7 @@ SETTINGS_OF_NO_USE_HERE = {
 
 @pytest.mark.parametrize(
     "name",
-    [name for name, _ in list_assumptions(PlanSettings()) if name not in SETTINGS_OF_NO_USE_HERE],
+    [name for name, _ in list_assumptions(PlanSettings()) if name not in UNUSED_SETTINGS],
 )
 def test_every_assumption_can_be_overridden_and_changes_the_plan(name):
     value = dict(list_assumptions(PlanSettings()))[name]
@@ -86,7 +82,7 @@ def test_every_assumption_can_be_overridden_and_changes_the_plan(name):
     )
 
 
-def test_assumptions_say_what_they_are_in_which_unit_and_from_where():
+def test_every_assumption_documents_meaning_unit_and_source():
     for name, _ in list_assumptions(PlanSettings()):
         text = " ".join((PlanSettings.model_fields[name].description or "").split())
         assert " Source: " in text or name in ("tokens", "row_tokens"), name
@@ -123,23 +119,23 @@ def test_a_size_alone_has_the_shape_of_a_llama():
 @pytest.mark.parametrize(
     ("overrides", "warning"),
     [
-        (["sources.mpt.accelerator_type=T4"], "more than T4 has; kinds that have it: L4, A10G"),
+        (["sources.mpt.accelerator_type=T4"], "more than a T4 has; kinds that fit: L4, A10G"),
         (["sources.mpt.accelerator_type=T4"], "T4, which has no bfloat16: set sources.mpt.dtype"),
-        (["sources.mpt.accelerator_type=B9"], "asks for B9, of which plan.gpus knows nothing"),
+        (["sources.mpt.accelerator_type=B9"], "accelerator_type B9, which is not in plan.gpus"),
         (["plan.models.mpt.parameters=2e11"], "capture mpt needs .* more than any kind of GPU"),
         (["plan.models.target.parameters=1e11"], "train fused needs .* raise train.num_workers"),
         (["sources.mpt.gpus=0"], "source mpt has gpus: 0 and will run on CPUs"),
         (["sources.mpt.max_actors=2000"], "2000 actors for 1800 shards"),
-        (["train.checkpoint_every_steps=10000"], "whoever dies begins anew"),
+        (["train.checkpoint_every_steps=10000"], "a failure restarts it from step 0"),
         (["plan.tokens=1e12"], "held-out tokens are scored by every model"),
     ],
 )
-def test_what_looks_wrong_is_said(overrides, warning):
+def test_a_wasteful_or_failing_setting_gives_a_warning(overrides, warning):
     assert plan().warnings == ()
-    assert any(re.search(warning, each) for each in plan(*overrides).warnings)
+    assert any(re.search(warning, found) for found in plan(*overrides).warnings)
 
 
-def test_what_does_not_fit_a_kind_fits_where_there_is_more_memory_or_more_gpus():
+def test_a_model_fits_with_more_memory_or_more_gpus():
     def fits(*overrides: str) -> list[str]:
         costs = plan("plan.models.mpt.parameters=3e10", *overrides).costs["capture mpt"]
         return [kind for kind, cost in costs.items() if cost.fits]
@@ -150,7 +146,7 @@ def test_what_does_not_fit_a_kind_fits_where_there_is_more_memory_or_more_gpus()
     assert fits("sources.mpt.gpus=0.5") == ["H200"]
 
 
-def test_no_kind_without_bfloat16_is_chosen_unless_the_recipe_does_without():
+def test_a_gpu_without_bfloat16_is_selected_only_for_another_dtype():
     small = "plan.models.mpt.parameters=1e9"
     assert plan(small).costs["capture mpt"]["T4"].fits
     assert plan(small).chosen["capture mpt"] == "L4"
@@ -174,19 +170,19 @@ def test_training_shares_memory_as_zero_does():
     assert need("train.lora={rank: 8}") < 2.3 * weights
 
 
-def test_what_is_done_costs_no_more():
-    setup = read()
-    before = make_plan(setup)
-    setup.done = {("capture", "mpt"): 900, ("train", "clm"): 1}
-    after = make_plan(setup)
+def test_completed_work_has_no_cost():
+    inputs = read()
+    before = make_plan(inputs)
+    inputs.done = {("capture", "mpt"): 900, ("train", "clm"): 1}
+    after = make_plan(inputs)
     assert line(after, "capture mpt").done == 0.5
     assert after.costs["train clm"]["H100"].hours == 0
     start = 8 * 10 / 60
-    whole = before.costs["capture mpt"]["L4"].hours - start
-    assert after.costs["capture mpt"]["L4"].hours == pytest.approx(whole / 2 + start)
+    everything = before.costs["capture mpt"]["L4"].hours - start
+    assert after.costs["capture mpt"]["L4"].hours == pytest.approx(everything / 2 + start)
 
 
-def test_a_measured_rate_goes_before_an_assumed_one():
+def test_a_measured_rate_replaces_an_assumed_one():
     found = make_plan(read("plan.start_minutes=0"), {("capture mpt", "L4"): 1e5})
     assert found.costs["capture mpt"]["L4"].hours == pytest.approx(1.8e9 / 1e5 / 3600)
     assert (
@@ -195,9 +191,8 @@ def test_a_measured_rate_goes_before_an_assumed_one():
     )
 
 
-def test_an_example_is_never_changed_and_one_that_is_not_there_is_named():
-    before = copy.deepcopy(EXAMPLES)
-    read_example("fusellm", ["plan.tokens=1", "sources.mpt.gpus=0"])
-    assert before == EXAMPLES
+def test_an_unknown_example_is_refused_with_the_known_ones():
+    assert read_example("fusellm", ["plan.tokens=1"]).plan.tokens == 1
+    assert read_example("fusellm", []).plan.tokens == 1.8e9
     with pytest.raises(RecipeError, match="there is no example 'x'; use fusellm"):
         read_example("x", [])

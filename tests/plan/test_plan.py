@@ -1,4 +1,4 @@
-"""`rayfuse plan` on recipes with files, as a user types it."""
+"""`rayfuse plan` on recipes with files, run from the command line."""
 
 import json
 import subprocess
@@ -13,7 +13,8 @@ import yaml
 from rayfuse.config.load import parse_recipe, read_recipe
 from rayfuse.config.recipe import Recipe
 from rayfuse.plan.cost import make_plan
-from rayfuse.plan.inputs import read_setup
+from rayfuse.plan.inputs import read_inputs, sample_rows
+from rayfuse.run.layout import plan_layout
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 from tests.fakes import sentencepiece_tokenizer as sentencepiece
 
@@ -59,7 +60,7 @@ def rayfuse(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_help_of_plan_answers_in_half_a_second():
+def test_help_of_plan_prints_within_half_a_second():
     seconds = []
     for _ in range(3):
         began = time.monotonic()
@@ -82,19 +83,19 @@ def test_the_example_is_printed_with_every_assumption_and_as_values():
 
 
 def test_sizes_and_tokens_are_those_of_the_files(root, tmp_path):
-    setup = read_setup(recipe_of(root, tmp_path))
+    inputs = read_inputs(recipe_of(root, tmp_path))
     from transformers import AutoModelForCausalLM
 
-    for model, name in ((setup.target, "target"), (setup.sources[0], "source")):
+    for model, name in ((inputs.target, "target"), (inputs.sources[0], "source")):
         real = AutoModelForCausalLM.from_pretrained(root / name)
         assert model.size.parameters == real.num_parameters()
         looked_up = real.get_input_embeddings().weight
         is_tied = real.get_output_embeddings().weight is looked_up
         own = real.num_parameters() - (0 if is_tied else looked_up.numel())
         assert model.size.multiplied == own
-    assert setup.warnings == []
-    assert setup.target.bytes_per_token != setup.sources[0].bytes_per_token
-    assert setup.row_tokens(setup.target) < 64
+    assert inputs.warnings == []
+    assert inputs.target.bytes_per_token != inputs.sources[0].bytes_per_token
+    assert inputs.row_tokens(inputs.target) < 64
 
 
 def test_nothing_is_written_and_no_ray_is_started(root, tmp_path):
@@ -106,31 +107,24 @@ def test_nothing_is_written_and_no_ray_is_started(root, tmp_path):
     assert not (tmp_path / "storage").exists()
 
 
-def test_models_and_documents_that_are_not_there_are_told_and_their_sizes_taken_from_the_recipe(
-    root, tmp_path
-):
+def test_missing_models_and_documents_are_warnings_and_the_recipe_gives_their_sizes(root, tmp_path):
     path = tmp_path / "r.yaml"
     values = values_of(root, tmp_path) | {"target": {"model": str(tmp_path / "none")}}
     values["corpus"] = {"documents": str(tmp_path / "*.jsonl"), "max_tokens": 64}
     path.write_text(yaml.safe_dump(values))
-    with pytest.raises(
-        ValueError, match=r"say its size instead: plan.models.target.parameters=7e9"
-    ):
-        read_setup(read_recipe(path))
+    with pytest.raises(ValueError, match=r"or set its size: plan.models.target.parameters=7e9"):
+        read_inputs(read_recipe(path))
     size = "plan.models.target.parameters=7e9"
-    with pytest.raises(ValueError, match=r"how much text there is; say it: plan.tokens=1.8e9"):
-        read_setup(read_recipe(path, [size]))
-    setup = read_setup(read_recipe(path, [size, "plan.tokens=1e9"]))
-    assert any("documents: corpus.documents is" in each for each in setup.warnings)
-    assert any("what is done already is not known: target" in each for each in setup.warnings)
-    work = make_plan(setup).work
+    with pytest.raises(ValueError, match=r"set plan.tokens, e.g. plan.tokens=1.8e9"):
+        read_inputs(read_recipe(path, [size]))
+    inputs = read_inputs(read_recipe(path, [size, "plan.tokens=1e9"]))
+    assert any("documents: corpus.documents is" in warning for warning in inputs.warnings)
+    assert any("completed work is unknown: target" in warning for warning in inputs.warnings)
+    work = make_plan(inputs).work
     assert work[1].tokens == pytest.approx(1e9)
 
 
-def test_what_is_done_is_counted_and_takes_the_place_of_guesses(root, tmp_path):
-    from rayfuse.plan.inputs import sample_rows
-    from rayfuse.run.layout import plan_layout
-
+def test_stored_shards_are_counted_and_replace_estimates(root, tmp_path):
     recipe = recipe_of(root, tmp_path)
     layout = plan_layout(recipe)
     rows = sample_rows(recipe, layout.corpus_inputs)
@@ -145,9 +139,9 @@ def test_what_is_done_is_counted_and_takes_the_place_of_guesses(root, tmp_path):
     captured = layout.captured["a"]
     captured.claim({})
     captured.write_shard(1, pa.table({"x": [1]}), tokens=7)
-    setup = read_setup(recipe)
-    found = {work.title: work for work in make_plan(setup).work}
+    inputs = read_inputs(recipe)
+    found = {work.title: work for work in make_plan(inputs).work}
     assert found["corpus"].done == 1
     assert (found["capture a"].shards, found["capture a"].done) == (3, pytest.approx(1 / 3))
     assert found["train fused"].tokens == 3 * tokens
-    assert setup.row_bytes == num_bytes / rows.num_rows
+    assert inputs.row_bytes == num_bytes / rows.num_rows

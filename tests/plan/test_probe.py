@@ -1,4 +1,4 @@
-"""The probe: real models, a real step of training, a real storage, and its time limit."""
+"""The probe: models, a training step, storage, and the time limit, all real."""
 
 import json
 import time
@@ -9,16 +9,19 @@ from rayfuse.config.load import parse_recipe
 from rayfuse.config.plan import GPU_KINDS
 from rayfuse.config.recipe import dump_recipe
 from rayfuse.plan.cost import make_plan
-from rayfuse.plan.inputs import read_setup
-from rayfuse.plan.measure import (
+from rayfuse.plan.inputs import read_inputs
+from rayfuse.plan.measure import measure_rate
+from rayfuse.plan.probe import (
+    PROBED_TRAINING,
+    Measurement,
     Probe,
+    ProbeRequest,
     find_kind,
     list_calibrations,
     rates_of,
     run_probe,
     share_of_peak,
 )
-from rayfuse.plan.probe import PROBED_TRAINING, Measured, Request, measure_rate
 from tests.plan.test_plan import rayfuse, recipe_of, root, values_of
 
 __all__ = ["root"]  # the fixture
@@ -32,10 +35,13 @@ def test_sources_a_training_step_and_the_storage_are_measured(root, tmp_path):
     assert time.monotonic() - began < 90
     assert done.returncode == 0, done.stderr
     probe = json.loads(done.stdout)["probe"]
-    assert [each["title"] for each in probe["measured"]] == ["capture a", PROBED_TRAINING]
-    for each in probe["measured"]:
-        assert each["tokens_per_second"] > 0, each
-        assert each["device"].startswith(("CPU", "NVIDIA"))
+    assert [measurement["title"] for measurement in probe["measured"]] == [
+        "capture a",
+        PROBED_TRAINING,
+    ]
+    for measurement in probe["measured"]:
+        assert measurement["tokens_per_second"] > 0, measurement
+        assert measurement["device"].startswith(("CPU", "NVIDIA"))
     assert 0 < probe["storage"]["put_seconds"] < 5
     assert not [*(tmp_path / "storage").glob(".probe*")]
     assert probe["seconds"] < 61
@@ -47,30 +53,30 @@ def test_on_a_cluster_each_model_is_measured_by_a_task(root, tmp_path, ray_clust
 
     sources = [{"name": "a", "model": str(root / "source")}, {"name": "b", "model": "/nowhere/b"}]
     recipe = recipe_of(root, tmp_path, sources=sources)
-    request = Request(dump_recipe(recipe), ["some text to be scored\n"] * 8, [True] * 8, 50.0)
+    request = ProbeRequest(dump_recipe(recipe), ["some text to be scored\n"] * 8, [True] * 8, 50.0)
     began = time.monotonic()
-    found = {each.title: each for each in probe_on_cluster(recipe, request)}
+    found = {item.title: item for item in probe_on_cluster(recipe, request)}
     assert time.monotonic() - began < 55
     assert (found["capture a"].tokens_per_second or 0) > 0
     assert (found[PROBED_TRAINING].tokens_per_second or 0) > 0
     assert "model is '/nowhere/b'" in found["capture b"].note
 
 
-def test_the_time_is_up_when_it_is_up(root, tmp_path):
-    setup = read_setup(recipe_of(root, tmp_path))
+def test_the_probe_ends_at_its_deadline(root, tmp_path):
+    inputs = read_inputs(recipe_of(root, tmp_path))
     began = time.monotonic()
-    probe = run_probe(setup, seconds=0.5)
+    probe = run_probe(inputs, seconds=0.5)
     assert time.monotonic() - began < 3
-    assert [each.note for each in probe.measured] == ["not measured within 0 s"] * 2
+    assert [measurement.note for measurement in probe.measured] == ["not measured within 0 s"] * 2
 
 
-def test_without_any_text_there_is_nothing_to_probe_with(root, tmp_path):
+def test_a_probe_without_text_is_refused(root, tmp_path):
     recipe = parse_recipe(
         values_of(root, tmp_path)
         | {"corpus": {"documents": "nowhere.jsonl", "max_tokens": 64}, "plan": {"tokens": 1e6}}
     )
     with pytest.raises(ValueError, match="no text to probe with"):
-        run_probe(read_setup(recipe))
+        run_probe(read_inputs(recipe))
 
 
 def test_work_doubles_while_there_is_time():
@@ -100,22 +106,22 @@ def test_work_doubles_while_there_is_time():
         ("CPU, 2 threads", None),
     ],
 )
-def test_a_device_is_of_the_kind_that_its_name_says(device, kind):
+def test_the_kind_of_gpu_is_found_in_the_devices_name(device, kind):
     assert find_kind(device, GPU_KINDS) == kind
 
 
-def test_what_was_measured_on_a_kind_of_gpu_calibrates_the_plan(root, tmp_path):
-    setup = read_setup(recipe_of(root, tmp_path, plan={"start_minutes": 0}))
+def test_measured_rates_calibrate_the_plan(root, tmp_path):
+    inputs = read_inputs(recipe_of(root, tmp_path, plan={"start_minutes": 0}))
     measured = (
-        Measured("capture a", "NVIDIA L4", 2e5),
-        Measured(PROBED_TRAINING, "NVIDIA L4", 1e5),
+        Measurement("capture a", "NVIDIA L4", 2e5),
+        Measurement(PROBED_TRAINING, "NVIDIA L4", 1e5),
     )
     probe = Probe(1.0, measured, None)
-    plan = make_plan(setup, rates_of(probe, setup))
+    plan = make_plan(inputs, rates_of(probe, inputs))
     works = {work.title: work for work in plan.work}
     capture = works["capture a"]
     assert plan.costs["capture a"]["L4"].hours == pytest.approx(capture.tokens / 2e5 / 0.97 / 3600)
     ratio = plan.costs[PROBED_TRAINING]["L4"].hours / plan.costs["train clm"]["L4"].hours
     assert ratio == pytest.approx(1.02)
-    share = share_of_peak(2e5, capture, setup, "L4")
-    assert list_calibrations(probe, setup)[0] == f"plan.gpus.L4.forward_share={share:.3f}"
+    share = share_of_peak(2e5, capture, inputs, "L4")
+    assert list_calibrations(probe, inputs)[0] == f"plan.gpus.L4.forward_share={share:.3f}"

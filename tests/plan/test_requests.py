@@ -1,4 +1,4 @@
-"""What the plan says of requests, against those that an S3 server has counted."""
+"""The planned requests equal those that an S3 server counts."""
 
 import json
 from collections import Counter
@@ -18,9 +18,9 @@ from rayfuse.plan.estimate import (
     CAPTURE_SHARD,
     CORPUS_SHARD,
     DATA_SET_PAGES,
+    Requests,
     count_readers,
 )
-from rayfuse.plan.work import Requests
 from rayfuse.run.layout import Layout, plan_layout
 from rayfuse.storage.store import open_store
 from rayfuse.storage.todo import list_missing
@@ -32,8 +32,8 @@ from tests.train.data import open_reader, write_data
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 DATA_SET = Requests(puts=3.0, gets=3.0)
-"""Once for each data set, however many shards it has: run.json; the records and the manifest. Is
-there a manifest (twice)? run.json for it."""
+"""Once per data set, for any number of shards: PUT of run.json, records and manifest; HEAD of the
+manifest (twice), GET of run.json."""
 
 
 def write_recipe(folder: Path, storage: str) -> Recipe:
@@ -81,7 +81,7 @@ def cut_corpus(recipe: Recipe, layout: Layout) -> int:
 
 
 def count_requests(proxy: FaultProxy) -> Requests:
-    """Return the requests since the last call, by what they cost."""
+    """Count the requests since the last call by price class."""
     kinds = Counter("LIST" if "list-type=2" in path else method for method, path, _ in proxy.log)
     proxy.log.clear()
     assert set(kinds) <= {"PUT", "GET", "HEAD", "LIST"}
@@ -115,12 +115,15 @@ def test_corpus_capture_alignment_and_training_make_the_requests_that_are_planne
         data,
     )
     numbers = [capturer.capture(shard) for shard in range(shards)]
-    assert sum(each.rejects for each in numbers) == 0
+    assert sum(shard.rejects for shard in numbers) == 0
     data.finish(shards)
     found = count_requests(s3_proxy)
     puts, gets = of_shards(CAPTURE_SHARD, shards)
-    assert (found.puts, found.gets) == (puts, gets + 1)  # is there a manifest, before all
-    assert found.lists <= DATA_SET_PAGES + 1  # an empty folder is asked for twice
+    assert (found.puts, found.gets) == (
+        puts,
+        gets + 1,
+    )  # HEAD of the manifest
+    assert found.lists <= DATA_SET_PAGES + 1  # an empty folder is listed twice
 
     task = plan_task(recipe, layout, source)
     task.aligned.claim({})
@@ -139,10 +142,10 @@ def test_training_reads_each_shard_no_more_often_than_planned(workers, s3_proxy,
     store = open_store(s3_root)
     for file in tmp_path.rglob("*.*"):
         store.write(file.relative_to(tmp_path).as_posix(), file.read_bytes())
-    corpus, *heard = (replace(data, store=store) for data in (corpus, *aligned.values()))
+    corpus, *sources = (replace(data, store=store) for data in (corpus, *aligned.values()))
     s3_proxy.log.clear()
     for rank in range(workers):
-        reader = open_reader(corpus, dict(zip("ab", heard, strict=True)))
+        reader = open_reader(corpus, dict(zip("ab", sources, strict=True)))
         list(
             iterate_steps(
                 reader, Packing(16, 2, True), StepPlan(3, 1, 32), rank=rank, num_workers=workers

@@ -1,4 +1,4 @@
-"""What a model is said to cost, against what torch counts as it runs."""
+"""The planned operations of a model equal those that torch counts as it runs."""
 
 import copy
 
@@ -30,17 +30,17 @@ def count_flops(model, *, is_training: bool) -> int:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
-def test_a_forward_pass_takes_the_operations_that_are_planned(family):
+def test_a_forward_pass_takes_the_planned_operations(family):
     config, model = build(family)
     size = size_from_config(copy.deepcopy(config).to_dict())
     assert size.parameters == model.num_parameters()
     planned = ROWS * TOKENS * size.forward_flops(float(TOKENS))
-    # The counter takes the whole square of attention, of which a causal one computes half. Norms,
+    # The counter takes the full square of attention, of which a causal one computes half. Norms,
     # biases and position embeddings are weights, too, of which no products are made.
     upper_half = ROWS * 2 * size.layers * size.width * TOKENS**2
     counted = count_flops(model, is_training=False) - upper_half
     assert counted <= planned
-    spare = sum(each.numel() for each in model.parameters() if each.dim() < 2)
+    spare = sum(tensor.numel() for tensor in model.parameters() if tensor.dim() < 2)
     spare += 512 * size.width if family == "gpt2" else 0
     assert planned - counted == pytest.approx(2 * ROWS * TOKENS * spare, abs=1)
 
