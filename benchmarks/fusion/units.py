@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rayfuse.run.fingerprint import fingerprint_of
+from rayfuse.run.fingerprint import fingerprint_of, first_name
 
 VERSIONS = {"aligned": 3}
 """By kind, 1 where there is none: raised when what such a unit computes changes, in the study or in
@@ -32,10 +32,15 @@ class Unit:
 
     @cached_property
     def key(self) -> str:
-        """Return the hash of all that decides the result."""
+        """Hash everything that decides the result."""
+        # Renamed values keep their first name in keys, so that stored units stay valid.
+        settings = {
+            name: first_name(value) if isinstance(value, str) else value
+            for name, value in self.settings.items()
+        }
         return fingerprint_of(
             kind=self.kind,
-            settings=self.settings,
+            settings=settings,
             needs=[[role, unit.key] for role, unit in self.needs.items()],
             version=VERSIONS.get(self.kind, 1),
         )
