@@ -1,10 +1,10 @@
-"""Machines over time, as a run asks for them, uses them and lets them go.
+"""Nodes over time, as a run requests, uses and releases them.
 
     python benchmarks/autoscaling.py [--out PNG] [--json]
 
-A cluster that is a head alone, Ray's own autoscaler, and a cloud that is this machine: kinds of
-machine come and go as processes, their GPUs counted and not there. The run is that of
-`tests/cluster/test_autoscaling.py`, which says what must hold.
+The cluster is a head node with Ray's own autoscaler and a fake cloud on this machine: nodes are
+processes, and their GPUs exist as resource counts only. The run is that of
+`tests/cluster/test_autoscaling.py`, which asserts its properties.
 """
 
 import argparse
@@ -23,7 +23,7 @@ STYLES = ("-", "--", "-.", ":")
 
 
 def draw(growth: Growth, path: Path) -> None:
-    """Draw how many machines of each kind there were, and when each stage ended."""
+    """Plot the nodes of each kind over time, and the end of each stage."""
     figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
     began = growth.samples[0][0]
     times = [time - began for time, _ in growth.samples]
@@ -35,13 +35,13 @@ def draw(growth: Growth, path: Path) -> None:
         axes.annotate(
             f"{stage} done", (end - began, 2.25), rotation=90, va="top", ha="right", fontsize=8
         )
-    axes.set(xlabel="seconds", ylabel="machines", ylim=(0, 2.3), yticks=(0, 1, 2))
+    axes.set(xlabel="seconds", ylabel="nodes", ylim=(0, 2.3), yticks=(0, 1, 2))
     axes.legend(title="kind", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    """Run once, print who came when, and draw it."""
+    """Run once, print when nodes were started and stopped, and plot it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("autoscaling.png"))
     parser.add_argument("--json", action="store_true")

@@ -1,11 +1,11 @@
-"""How long the driver takes to plan, list and resume a million shards, and in how much memory.
+"""Time and memory of the driver to plan, list and resume a million shards.
 
     python benchmarks/shards.py [--shards N] [--json]
 
-The object store is simulated: it makes names up as they are asked for, and answers listings in
-pages of a thousand, each after the wait of a real one. The code that lists, plans and hands out is
-that of a run: the corpus is found whole (each of its files looked up in a listing), a capture that
-is half done is resumed (its records and its files listed), and what is left is cut into blocks.
+The object store is simulated: it generates names on request, and answers listings in pages of a
+thousand, each with the latency of a real store. The code under test is that of a run: it checks
+that the corpus is complete (each of its files is looked up in a listing), resumes a capture that is
+half done (its records and its files are listed), and splits the missing shards into blocks.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -26,12 +27,12 @@ from rayfuse.storage.todo import list_missing, split_shards
 
 BAR_SECONDS, BAR_GIB = 30.0, 1.0
 PAGE_SECONDS, PAGE_NAMES = 0.1, 1000
-"""A page of a listing: between asking for it and having it, and the names on it."""
+"""Latency of a page of a listing, and the names on it."""
 ATTEMPT = "0123456789ab"
 
 
 class SimulatedStore:
-    """Shards made up as they are asked for; the few other files are kept."""
+    """Generates the names of shards on request; the few other files are in memory."""
 
     root = "simulated://bucket"
     lists_by_prefix = True
@@ -41,25 +42,25 @@ class SimulatedStore:
         self.files: dict[str, bytes] = {}
 
     def read(self, name: str) -> bytes:
-        """Return a file."""
+        """Read a file."""
         if name not in self.files:
             raise FileNotFoundError(name)
         return self.files[name]
 
     def write(self, name: str, data: bytes) -> None:
-        """Keep a file."""
+        """Write a file."""
         self.files[name] = data
 
     def create(self, name: str, data: bytes) -> bool:
-        """Keep a file unless there is one."""
+        """Create a file if it is absent."""
         return self.files.setdefault(name, data) == data
 
     def remove(self, name: str) -> None:
-        """Forget a file."""
+        """Delete a file."""
         self.files.pop(name, None)
 
     def sizes(self, folder: str, prefix: str = "") -> dict[str, int]:
-        """Return all shards of the corpus, or every other one of the capture."""
+        """List all shards of the corpus, or every other one of the capture."""
         step = 1 if folder.startswith("corpus") else 2
         suffix = f"-{ATTEMPT}.parquet" if folder.endswith("data") else ".json"
         found = {
@@ -71,7 +72,7 @@ class SimulatedStore:
         return found
 
     def _find_shards(self, prefix: str) -> Iterator[int]:
-        """Yield the shards whose names, of five digits and more, begin with two given ones."""
+        """Yield the shards with names, of five digits or more, that start with two given digits."""
         for num_digits in range(5, len(str(self.num_shards)) + 1):
             block = 10 ** (num_digits - 2)
             first = int(prefix) * block
@@ -80,7 +81,7 @@ class SimulatedStore:
 
 
 def write_manifest(store: SimulatedStore, num_shards: int) -> None:
-    """Put the manifest of a corpus that is whole, as `finish` does."""
+    """Write the manifest of a complete corpus, as `DataSet.finish` does."""
     shards = range(num_shards)
     table = pa.table(
         {
@@ -108,12 +109,12 @@ def write_manifest(store: SimulatedStore, num_shards: int) -> None:
 
 
 def measure(store: SimulatedStore) -> dict[str, float]:
-    """Plan a run over the store's shards, and return the seconds of each step."""
+    """Plan a run over the store's shards, and measure the seconds of each step."""
     corpus, captured = (DataSet(store, name, "", "f") for name in ("corpus", "captured"))
     began = time.monotonic()
     manifest = corpus.read_manifest()
     assert manifest is not None and corpus.is_complete()
-    found_whole = time.monotonic()
+    checked = time.monotonic()
     captured.claim({"source": "a"})
     missing = list_missing(captured, manifest.num_shards)
     assert len(missing) == manifest.num_shards // 2
@@ -121,14 +122,14 @@ def measure(store: SimulatedStore) -> dict[str, float]:
     blocks = split_shards(missing)
     assert sum(block.num_rows for block in blocks) == len(missing)
     return {
-        "corpus_found_whole": found_whole - began,
-        "capture_resumed": resumed - found_whole,
-        "cut_into_blocks": time.monotonic() - resumed,
+        "corpus_checked": checked - began,
+        "capture_resumed": resumed - checked,
+        "split_into_blocks": time.monotonic() - resumed,
     }
 
 
 def main() -> None:
-    """Measure in a process of its own, whose memory is then that of the driver, and print."""
+    """Measure time and peak memory in a process of its own, and print them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shards", type=int, default=1_000_000)
     parser.add_argument("--json", action="store_true")
@@ -165,8 +166,6 @@ def main() -> None:
 
 def run_in_child(num_shards: int, as_json: bool) -> None:
     """Write the manifest here, and measure in another process."""
-    import tempfile
-
     store = SimulatedStore(num_shards)
     write_manifest(store, num_shards)
     with tempfile.NamedTemporaryFile(suffix=".bin") as file:

@@ -1,4 +1,4 @@
-"""Records as a source LLM would give them, without one: real text and tokens, made-up numbers."""
+"""Synthetic captured records: real text and tokens, random probabilities."""
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,7 @@ POOL_ROWS, FREQUENT_TOKENS = 4096, 2000
 
 
 def make_corpus(texts: list[str], target: TextTokenizer, *, max_tokens: int) -> pa.Table:
-    """Return CORPUS rows of texts, each a document."""
+    """Build CORPUS rows of texts, each a document."""
     documents = [Document(f"d{number}", "", text) for number, text in enumerate(texts)]
     return build_rows(documents, target, [target], max_tokens=max_tokens)
 
@@ -22,10 +22,10 @@ def make_corpus(texts: list[str], target: TextTokenizer, *, max_tokens: int) -> 
 def make_captured(
     corpus: pa.Table, source: TextTokenizer, *, top_k: int, seed: int = 0, uniform: bool = False
 ) -> pa.Table:
-    """Return CAPTURED rows: at each position k tokens of the text, frequent ones more often.
+    """Build CAPTURED rows with k tokens at each position, drawn by their frequency in the text.
 
-    The token that really comes next is among them nine times in ten. With `uniform` they are any
-    tokens of the vocabulary, most of them rare ones that the target does not have.
+    The true next token is among them in nine of ten cases. With `uniform` the tokens are drawn
+    uniformly from the vocabulary; most of them are rare and absent from the target's.
     """
     random = np.random.default_rng(seed)
     rows = tokenise_rows(corpus, source)
@@ -38,9 +38,9 @@ def make_captured(
 def _draw_tokens(
     tokens: Int[np.ndarray, " _"], top_k: int, num_frequent: int, random: np.random.Generator
 ) -> Int[np.ndarray, "pool top_k"]:
-    """Return many draws of k distinct tokens, by their frequency in the text."""
+    """Draw many sets of k distinct tokens, by their frequency in the text (Gumbel top-k)."""
     ids, counts = np.unique(tokens, return_counts=True)
-    if len(ids) < 4 * top_k:  # a text of few words: any tokens will do beside them
+    if len(ids) < 4 * top_k:  # too few distinct tokens in the text: add others
         ids, counts = np.arange(4 * top_k), np.ones(4 * top_k)
     frequent = np.argsort(-counts, kind="stable")[:num_frequent]
     pool = np.empty((POOL_ROWS, top_k), dtype=np.int32)
@@ -72,7 +72,7 @@ def _make_record(
 def _draw_probs(
     seq_len: int, parts: int, random: np.random.Generator
 ) -> Float[np.ndarray, "seq_len parts"]:
-    """Return distributions that fall off from sure to unsure; the last part is the tail."""
+    """Draw sorted distributions of varied entropy; the last part is the tail."""
     logits = -np.sort(random.exponential(random.uniform(0.5, 3, (seq_len, 1)), (seq_len, parts)))
     probs = np.exp(logits)
     return probs / probs.sum(axis=1, keepdims=True)

@@ -1,5 +1,6 @@
-"""Does fusion work, on what, and by how much: a study from real text and real tokenizers alone.
+"""The fusion study: does fusion work, on which text, and by how much.
 
-Comes in: `shared/data`. Goes out: RESULTS.md, plots and numbers. Every training and evaluation is a
-unit, stored when it is done under a hash of all that decides it; what is there is not made again.
+The input is `shared/data`: real text and real tokenizers. The output is RESULTS.md, plots and
+numbers.json. Every training and evaluation is a unit of work, stored under a hash of everything
+that decides its result and never computed twice.
 """

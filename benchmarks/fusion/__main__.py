@@ -1,10 +1,10 @@
-"""The fusion study: does it work, on what, and by how much.
+"""The fusion study: does fusion work, on which text, and by how much.
 
     python -m benchmarks.fusion --out DIR [--scale cpu|gpu|tiny] [--data DIR] [--report-only]
 
-Everything is made from `shared/data`. What is done already below DIR is not done again: kill it at
-any time and give the same command. DIR/RESULTS.md, its plots and DIR/numbers.json are written at
-the end, and with --report-only from what there is.
+Everything is computed from `shared/data`. Units of work that are stored below DIR are not computed
+again, so a study that was killed resumes with the same command. DIR/RESULTS.md, its plots and
+DIR/numbers.json are written at the end; --report-only writes them from the stored units.
 """
 
 import argparse
@@ -24,14 +24,14 @@ DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
 
 def main() -> None:
-    """Run what is missing, then write the report."""
+    """Run the missing units, then write the report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fusion", description=__doc__)
     parser.add_argument("--scale", choices=sorted(SCALES), default="cpu")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--workers", type=int, help="processes; by default what the scale says")
-    parser.add_argument("--seeds", type=int, nargs="+", help="of the scale's, these alone")
-    parser.add_argument("--questions", nargs="+", help="these alone")
+    parser.add_argument("--workers", type=int, help="processes; by default those of the scale")
+    parser.add_argument("--seeds", type=int, nargs="+", help="run these of the scale's seeds only")
+    parser.add_argument("--questions", nargs="+", help="run these questions only")
     parser.add_argument("--report-only", action="store_true")
     chosen = parser.parse_args()
     scale = SCALES[chosen.scale]

@@ -1,7 +1,8 @@
-"""Real tokenizers cut down to their first merges: whole ones cost a tiny model all its time.
+"""Real tokenizers truncated to their first merges.
 
-What is left is the same tokenizer at an earlier point of its own training: same normaliser, same
-rule for words, the same merges in the same order, only fewer. Its ids are numbered anew.
+A full vocabulary would make most of a tiny model's parameters. A truncated tokenizer is the same
+tokenizer at an earlier point of its own training: the same normalizer, the same pre-tokenizer, the
+same merges in the same order, only fewer. Its ids are renumbered.
 """
 
 import json
@@ -16,18 +17,18 @@ from rayfuse.demo.tiny_tokenizers import save_tokenizer
 from rayfuse.models.tokenizer import BLANK, BYTE_PATTERN
 
 SINGLE_SHARE = 8
-"""One in so many entries may be a character by itself (SentencePiece); others are spelled by their
-bytes."""
+"""At most 1 / SINGLE_SHARE of the entries are single characters (SentencePiece); other characters
+are spelled by their bytes."""
 
 
 def cut_tokenizer(source: Path, folder: Path, texts: Iterable[str], vocab_size: int) -> None:
-    """Write a tokenizer's folder with the first merges of a real one.
+    """Save a tokenizer that has the first merges of a real one.
 
     Args:
         source: The real tokenizer's folder.
-        folder: Where the cut one goes.
-        texts: Where the characters are counted that a SentencePiece vocabulary keeps.
-        vocab_size: Its entries, specials and bytes included.
+        folder: Folder of the truncated one.
+        texts: Texts that decide which characters a SentencePiece vocabulary keeps.
+        vocab_size: Number of entries, special tokens and bytes included.
     """
     content = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     cut = _cut_content(content, texts, vocab_size)
@@ -46,7 +47,7 @@ def _cut_content(content: dict[str, Any], texts: Iterable[str], vocab_size: int)
         kept += _choose_characters(by_id, texts, vocab_size // SINGLE_SHARE)
     else:
         kept = [*specials, *(token for token in by_id if len(token) == 1)]
-    # GPT-NeoX's runs of blanks: added tokens outside the model have the last ids.
+    # GPT-NeoX's runs of spaces are added tokens outside the model, which have the last ids.
     last = [name for name in added if name not in model["vocab"]]
     vocabulary = dict.fromkeys(name for name in kept if name not in last)
     for left, right in merges:
@@ -75,9 +76,9 @@ def _split_merge(merge: str | list[str]) -> tuple[str, str]:
     return left, right
 
 
-def _choose_characters(tokens: list[str], texts: Iterable[str], most: int) -> list[str]:
-    """Return the vocabulary's own characters that the texts have most often."""
+def _choose_characters(tokens: list[str], texts: Iterable[str], limit: int) -> list[str]:
+    """Choose the vocabulary's characters that are most frequent in the texts."""
     singles = {token for token in tokens if len(token) == 1}
     counts = Counter(char for text in texts for char in text.replace(" ", BLANK))
     found = [char for char, _ in counts.most_common() if char in singles]
-    return found[:most]
+    return found[:limit]

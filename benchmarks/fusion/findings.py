@@ -1,4 +1,4 @@
-"""What is done of a study, gathered for tables and plots."""
+"""The stored results of a study, gathered for tables and plots."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.fusion.intervals import Documents, Interval, Nats, compare_groups, score_groups
-from benchmarks.fusion.plan import Plan, order_units
+from benchmarks.fusion.plan import StudyPlan, order_units
 from benchmarks.fusion.scales import Scale
 from benchmarks.fusion.text import HALVES
 from benchmarks.fusion.units import Unit, list_with_needs
@@ -16,11 +16,11 @@ from benchmarks.fusion.units import Unit, list_with_needs
 
 @dataclass(frozen=True)
 class Findings:
-    """The scores of a study's variants, and what making them took."""
+    """The scores of a study's variants, and the time of their units."""
 
     scale: Scale
     seeds: tuple[int, ...]
-    """Those that are planned."""
+    """The planned seeds."""
     documents: dict[str, Documents]
     """By half."""
     questions: dict[str, dict[str, dict[int, dict[str, Any]]]]
@@ -32,16 +32,16 @@ class Findings:
     num_missing: int
 
     def nats(self, records: dict[int, dict[str, Any]], seeds: list[int], half: str) -> Nats:
-        """Return what a variant pays for each document of a half, by seed."""
+        """Look up a variant's NLL of each document of a half, by seed."""
         return np.array([records[seed]["nats"][half] for seed in seeds])
 
     def score(self, records: dict[int, dict[str, Any]], half: str = "reported") -> dict[str, float]:
-        """Return bits per byte, the mean over the seeds that are done."""
+        """Compute bits per byte, the mean over the seeds that are done."""
         scores = [
             score_groups(np.array(record["nats"][half]), self.documents[half])
             for record in records.values()
         ]
-        return {group: float(np.mean([each[group] for each in scores])) for group in scores[0]}
+        return {group: float(np.mean([score[group] for score in scores])) for group in scores[0]}
 
     def compare(
         self,
@@ -49,18 +49,18 @@ class Findings:
         theirs: dict[int, dict[str, Any]],
         half: str = "reported",
     ) -> dict[str, Interval]:
-        """Return the differences between two variants over the seeds that both have."""
+        """Compute the differences between two variants over the seeds that both have."""
         seeds = sorted(set(ours) & set(theirs))
         return compare_groups(
             self.nats(ours, seeds, half), self.nats(theirs, seeds, half), self.documents[half]
         )
 
 
-def gather(scale: Scale, plans: dict[int, Plan], out: Path) -> Findings:
-    """Return what is done of some seeds' plans.
+def gather(scale: Scale, plans: dict[int, StudyPlan], out: Path) -> Findings:
+    """Gather the results of the units that are done.
 
     Raises:
-        ValueError: The held-out text is not there yet: nothing is scored.
+        ValueError: The held-out text does not exist yet, so nothing is scored.
     """
     every = list_with_needs(order_units(plans))
     done = {unit.key: unit.read(out) for unit in every if unit.is_done(out)}
@@ -104,7 +104,7 @@ def gather(scale: Scale, plans: dict[int, Plan], out: Path) -> Findings:
 
 
 def write_numbers(findings: Findings, path: Path) -> None:
-    """Write the raw numbers: what every variant of every seed pays for every document."""
+    """Write the raw numbers: the NLL of every document under every variant and seed."""
 
     def shorten(records: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
         return {

@@ -1,7 +1,7 @@
-"""Full distributions, never stored: what a source says of every target token, as training reads.
+"""Full distributions, computed while training reads its rows and never stored.
 
-The same positions, choice of source and rules of alignment as the records have (`bytes`), but all
-of the source's vocabulary in place of its likeliest tokens.
+Positions, selected sources and alignment (`bytes`) are those of the stored records, but a source
+gives its probabilities of the whole vocabulary in place of the top k.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from rayfuse.train.order import count_steps, order_rows
 
 @dataclass(frozen=True)
 class FullSource:
-    """A source model and where its tokens lie beside the target's."""
+    """A source model and the alignment of its tokens with the target's."""
 
     lm: CausalLM
     known_ids: torch.Tensor
@@ -41,11 +41,11 @@ class FullSource:
     def read(
         self, at: Int[np.ndarray, " positions"], row: int
     ) -> Float[torch.Tensor, "positions target_vocab_plus_1"]:
-        """Return the probabilities of all target tokens at some positions of a row; last, the tail.
+        """Compute the probabilities of all target tokens at positions of a row, then the tail.
 
         Args:
-            at: Positions of the shard where this source is heard.
-            row: The row they are all in.
+            at: Positions of the shard at which this source is selected.
+            row: The row of all these positions.
         """
         start, stop = self.source.offsets[row : row + 2]
         ids = self.source.ids[start:stop]
@@ -110,7 +110,7 @@ def place_full_source(
 def iterate_full_steps(
     reader: ShardReader, sources: list[FullSource], *, seed: int, rows_per_step: int
 ) -> Iterator[list[MicroBatch]]:
-    """Yield the steps of an epoch over one shard, in the product's order."""
+    """Yield the steps of an epoch over one shard, in the order of a real run."""
     reader.keep({0})
     order = order_rows(reader.rows_per_shard, seed=seed, epoch=0)
     for number in range(count_steps(sum(reader.rows_per_shard), rows_per_step, 1)):
@@ -122,7 +122,7 @@ def iterate_full_steps(
 def _widen(
     rows: FusedRows, numbers: Int[np.ndarray, " rows"], sources: list[FullSource]
 ) -> FusedRows:
-    """Return rows whose distributions have an entry for every target token."""
+    """Replace the distributions of rows by ones with an entry for every target token."""
     target = sources[0].target
     num_tokens, vocab_size = len(rows.token_ids), len(sources[0].alignment.target.lengths)
     probs = np.zeros((num_tokens, vocab_size + 1), dtype=np.float32)

@@ -1,10 +1,10 @@
 """Differences between models over documents and seeds, each with its 95 % interval.
 
-Two things were drawn by chance: the held-out documents and the seeds, of which everything depends
-(which documents train whom, the models' weights, the order). The difference is the mean over seeds.
-Its interval adds up, as the root of the sum of squares, the half-width of rayfuse's paired
-bootstrap over documents, on the means over seeds, and Student's half-width over the seeds. What is
-drawn by both is then counted twice, so that the intervals are rather too wide than too narrow.
+Two things are random: the held-out documents, and the seed, which decides the training documents of
+each model, their initial weights and their order. The difference is the mean over seeds. Its
+half-width is the root of the sum of two squares: the half-width of the paired bootstrap over
+documents, on the means over seeds, and that of Student's t over the seeds. Variation that both
+contain is counted twice, so the intervals are conservative.
 """
 
 import math
@@ -25,7 +25,7 @@ Documents = Sequence[tuple[str, str, int]]
 """Name, domain and bytes of each held-out document."""
 
 Nats = Float[np.ndarray, "seeds documents"]
-"""What one variant pays for each document, by seed."""
+"""NLL of each document under one variant, by seed."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,19 @@ class Interval:
 
     @property
     def outcome(self) -> str:
-        """What may be claimed: better only where the whole interval is below zero."""
+        """The claim that the interval allows: better only if all of it is below zero."""
         if self.high < 0:
             return "better"
         return "worse" if self.low > 0 else "unclear"
 
 
 def score_groups(nats: Float[np.ndarray, " documents"], documents: Documents) -> dict[str, float]:
-    """Return bits per byte of all documents and of each domain."""
+    """Compute bits per byte of all documents and of each domain."""
     return bits_per_byte(_evaluation(nats, documents).documents)
 
 
 def compare_groups(a: Nats, b: Nats, documents: Documents) -> dict[str, Interval]:
-    """Return by how much `a` pays more than `b`, in bits per byte, over all and by domain."""
+    """Compute by how many bits per byte `a` exceeds `b`, over all documents and by domain."""
     pooled = compare_evaluations(
         _evaluation(a.mean(axis=0), documents),
         _evaluation(b.mean(axis=0), documents),
@@ -62,45 +62,44 @@ def compare_groups(a: Nats, b: Nats, documents: Documents) -> dict[str, Interval
         for ours, theirs in zip(a, b, strict=True)
     ]
     found: dict[str, Interval] = {}
-    for group, each in pooled.items():
+    for group, gap in pooled.items():
         spread = spread_over_seeds([ours[group] - theirs[group] for ours, theirs in by_seed])
         found[group] = Interval(
-            each.difference,
-            each.difference - math.hypot(each.difference - each.low, spread),
-            each.difference + math.hypot(each.high - each.difference, spread),
+            gap.difference,
+            gap.difference - math.hypot(gap.difference - gap.low, spread),
+            gap.difference + math.hypot(gap.high - gap.difference, spread),
         )
     return found
 
 
 def spread_over_seeds(values: Sequence[float]) -> float:
-    """Return the half-width of a mean's 95 % interval over seeds; 0 for a single one."""
+    """Compute the half-width of a mean's 95 % interval over seeds; 0 for a single seed."""
     if len(values) < 2:
         return 0.0
     return STUDENT_T[len(values)] * float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
 def find_multiple(fused: Nats, clm: dict[int, Nats], documents: Documents) -> tuple[Interval, bool]:
-    """Return how many times the tokens CLM needs for what fusion reaches, and whether that is in
-    sight.
+    """Compute the multiple of tokens with which CLM reaches the loss of fusion.
 
-    Between the multiples that were trained the loss is taken to fall evenly with the logarithm of
-    the tokens, and beyond the last as between the last two, which is then said to be out of sight.
+    The loss is interpolated linearly in the logarithm of the tokens, and extrapolated beyond the
+    largest multiple; the second result is False if the interval needs extrapolation.
 
     Args:
-        fused: At once the tokens.
-        clm: By multiple, 1 among them.
-        documents: Of the half.
+        fused: NLL of the fused model, which has the tokens once.
+        clm: NLL of CLM by multiple of the tokens, 1 among them.
+        documents: The documents of the half.
     """
-    num_bytes = np.array([each[2] for each in documents])
+    num_bytes = np.array([size for _, _, size in documents])
     draw = np.random.default_rng(0)
 
     def measure(chosen: np.ndarray, seeds: slice) -> float:
-        costs = {
+        losses = {
             times: float(nats[seeds].mean(axis=0)[chosen].sum() / num_bytes[chosen].sum())
             for times, nats in clm.items()
         }
         goal = float(fused[seeds].mean(axis=0)[chosen].sum() / num_bytes[chosen].sum())
-        return _interpolate(goal, costs)
+        return _interpolate(goal, losses)
 
     everything = np.arange(len(num_bytes))
     value = measure(everything, slice(None))
@@ -120,12 +119,12 @@ def find_multiple(fused: Nats, clm: dict[int, Nats], documents: Documents) -> tu
     return interval, interval.high <= max(clm)
 
 
-def _interpolate(goal: float, costs: dict[int, float]) -> float:
-    """Return the logarithm (base 2) of the multiple at which CLM costs as much as the goal."""
-    times = sorted(costs)
-    logs = [math.log2(each) for each in times]
+def _interpolate(goal: float, losses: dict[int, float]) -> float:
+    """Compute the logarithm (base 2) of the multiple at which CLM has the goal's loss."""
+    times = sorted(losses)
+    logs = [math.log2(multiple) for multiple in times]
     for index in range(1, len(times)):
-        before, after = costs[times[index - 1]], costs[times[index]]
+        before, after = losses[times[index - 1]], losses[times[index]]
         is_last = index == len(times) - 1
         if goal >= after or is_last:
             slope = (after - before) / (logs[index] - logs[index - 1])

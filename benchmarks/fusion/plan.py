@@ -13,17 +13,17 @@ DEFAULT_RECORD = f"top-{CaptureSettings().top_k}"
 TOP_KS = (4, 10, 16, 32, 64)
 LAMBDAS = (0.9, 0.7, 0.5, 0.3, 0.0)
 RAMPS = ((0.5, 0.9), (0.5, 1.0), (0.3, 1.0))
-"""Of lambda, from the first step to the last."""
+"""Values of lambda at the first and at the last step."""
 
 CLM, FUSED, TARGET_ALONE = "CLM", "fused", "target"
 
 WHOLE_CHARACTERS = "bytes, whole characters alone"
-"""As `bytes`, but what a source gives to any part of a character goes to the tail, the true next
-token aside."""
+"""As `bytes`, but the probability of any part of a character goes to the tail, except for the true
+next token. The name is part of the keys of stored units."""
 
-CUT_OFF = "bytes, certain or not"
-"""As `bytes`, but a token that ends inside a character goes to what begins with its first bytes, as
-before ALIGN_RULES 4."""
+UNFINISHED = "bytes, certain or not"
+"""As `bytes`, but a token that ends inside a character maps to the token of its first bytes, as
+before ALIGN_RULES 4. The name is part of the keys of stored units."""
 
 FUSE_FIELDS = {"method", "unit", "span_tokens", "cost", "temperature", "tail"}
 TRAIN_FIELDS = {
@@ -34,14 +34,14 @@ TRAIN_FIELDS = {
 """The settings that decide a variant's result."""
 
 TUNING = "tuning"
-"""Stands beside the questions: learning rates, compared on the selection half."""
+"""Key beside the questions: learning rates, compared on the selection half."""
 
-Plan = dict[str, dict[str, Unit]]
-"""What each question compares, by question and name; some units stand in several."""
+StudyPlan = dict[str, dict[str, Unit]]
+"""The variants of each question, by question and name; some units occur in several."""
 
 
 class Planner:
-    """Makes the units of one seed at one scale."""
+    """Builds the units of one seed at one scale."""
 
     def __init__(self, scale: Scale, seed: int) -> None:
         self.scale, self.seed = scale, seed
@@ -81,7 +81,7 @@ class Planner:
     def model(
         self, make: Make, size: Size, *, tokens: int | None = None, start: Unit | None = None
     ) -> Unit:
-        """Return a model that is trained on its own mixture, from nothing or from another."""
+        """Plan a model that is trained on its own mixture, from scratch or from another model."""
         scale = self.scale
         train = {"learning_rate": scale.pretrain_rate, "warmup_share": 0.05}
         if start is not None:
@@ -91,7 +91,7 @@ class Planner:
             "width": size.width,
             "layers": size.layers,
             "head_size": size.head_size,
-            "shares": [list(each) for each in make.shares()],
+            "shares": [list(share) for share in make.shares()],
             "tokens": size.tokens if tokens is None else tokens,
             "max_tokens": scale.max_tokens,
             "rows_per_step": scale.pretrain_rows_per_step,
@@ -104,7 +104,7 @@ class Planner:
         return Unit("model", f"{make.name}, seed {self.seed}", settings, needs)
 
     def score(self, model: Unit) -> Unit:
-        """Return a model's score as it is."""
+        """Plan the score of a model without further training."""
         return Unit("score", model.name, {}, {"model": model, "held_out": self.held_out})
 
     def align(
@@ -115,7 +115,7 @@ class Planner:
         method: str = "bytes",
         fault: bool = False,
     ) -> Unit:
-        """Return what one source says, in the target's tokens."""
+        """Plan one source's distributions over the target's tokens."""
         corpus = self.corpora[1]
         capture, records = _capture_settings(record)
         captured = Unit(
@@ -144,17 +144,17 @@ class Planner:
         fuse: dict[str, Any] | None = None,
         **train: Any,
     ) -> Unit:
-        """Return a continued training of the target, on the same rows in the same order as all."""
+        """Plan a continued training of the target, on the rows and in the order of all variants."""
         scale = self.scale
         train = {"learning_rate": rate or scale.rate, "warmup_share": 0.05} | train
         if not sources:
             train["clm_weight"] = 1.0
-        # Resolved, so that what is equal by a default is the same unit.
-        heard = FuseSettings(**(fuse or {})).model_dump(mode="json", include=FUSE_FIELDS)
-        if (fuse or {}).get("skip_noise"):  # else all are heard, that it is seen what noise does
-            heard["skip_noise"] = True
+        # Defaults are filled in, so that equal settings make the same unit.
+        chosen = FuseSettings(**(fuse or {})).model_dump(mode="json", include=FUSE_FIELDS)
+        if (fuse or {}).get("skip_noise"):  # off elsewhere, to measure the effect of noise
+            chosen["skip_noise"] = True
         settings = {
-            "fuse": heard if sources else {},
+            "fuse": chosen if sources else {},
             "train": TrainSettings(**train).model_dump(mode="json", include=TRAIN_FIELDS),
             "rows_per_step": scale.rows_per_step,
             "seed": self.seed,
@@ -166,12 +166,12 @@ class Planner:
             "corpus": self.corpora[times],
             "held_out": self.held_out,
         }
-        needs |= {each: self.align(source, **(align or {})) for each, source in sources.items()}
+        needs |= {source: self.align(unit, **(align or {})) for source, unit in sources.items()}
         return Unit("train", f"{name}, seed {self.seed}", settings, needs)
 
 
 def _capture_settings(record: str) -> tuple[dict[str, Any], dict[str, int | None]]:
-    """Return how a record is captured, and the names and sizes of all that are stored with it."""
+    """Choose a record's capture settings, and the names and sizes of the records stored with it."""
     if record.startswith("top-"):
         return {"top_k": max(TOP_KS)}, {f"top-{top_k}": top_k for top_k in TOP_KS}
     kept, draws = (int(part) for part in record.removeprefix("sampled-").split("+"))
@@ -180,8 +180,8 @@ def _capture_settings(record: str) -> tuple[dict[str, Any], dict[str, int | None
     return {"signal": "top_k_and_sampled_tail", "top_k": kept, "draws": draws}, {record: None}
 
 
-def plan_seed(scale: Scale, seed: int) -> Plan:
-    """Return the units of one seed."""
+def plan_seed(scale: Scale, seed: int) -> StudyPlan:
+    """Plan the units of one seed."""
     planner = Planner(scale, seed)
     train, sources = planner.train, planner.sources
     clm, fused = train(CLM, {}), train(FUSED, sources)
@@ -224,18 +224,26 @@ def plan_seed(scale: Scale, seed: int) -> Plan:
         TUNING: {},
     }
     if seed == scale.seeds[0]:
-        for name, heard in ((CLM, {}), (FUSED, sources)):
-            for rate in scale.rates:
-                label = f"{name}, {rate:g}"
-                plan[TUNING][label] = train(label, heard, rate=rate)
-        weights = {f"lambda {weight:g}": weight for weight in (0.9, 0.8, 0.7, 0.6, 0.5, 0.3)}
-        for name, weight in (weights | _name_ramps()).items():
-            plan[TUNING][f"fused, {name}"] = train(name, sources, clm_weight=weight)
+        plan[TUNING] = _plan_tuning(planner)
     return plan
 
 
-def order_units(plans: Mapping[int, Plan], questions: Sequence[str] | None = None) -> list[Unit]:
-    """Return the units of some questions, or of all, question by question and seed by seed."""
+def _plan_tuning(planner: Planner) -> dict[str, Unit]:
+    variants: dict[str, Unit] = {}
+    for name, sources in ((CLM, {}), (FUSED, planner.sources)):
+        for rate in planner.scale.rates:
+            label = f"{name}, {rate:g}"
+            variants[label] = planner.train(label, sources, rate=rate)
+    weights = {f"lambda {weight:g}": weight for weight in (0.9, 0.8, 0.7, 0.6, 0.5, 0.3)}
+    for name, weight in (weights | _name_ramps()).items():
+        variants[f"fused, {name}"] = planner.train(name, planner.sources, clm_weight=weight)
+    return variants
+
+
+def order_units(
+    plans: Mapping[int, StudyPlan], questions: Sequence[str] | None = None
+) -> list[Unit]:
+    """List the units of some questions, or of all, by question and then by seed."""
     names = next(iter(plans.values())) if questions is None else questions
     return [unit for name in names for plan in plans.values() for unit in plan[name].values()]
 
@@ -253,11 +261,11 @@ def _plan_strong_and_bad(planner: Planner, clm: Unit, fused: Unit) -> dict[str, 
             "noise, avg_ce", with_noise, fuse={"method": "avg_ce"}
         ),
         "an untrained source alone": train("noise alone", {"untrained": untrained}),
-        "and an untrained source, left out": train(
-            "noise, left out", with_noise, fuse={"skip_noise": True}
+        "and an untrained source, skip_noise": train(
+            "noise, skip_noise", with_noise, fuse={"skip_noise": True}
         ),
-        "an untrained source alone, left out": train(
-            "noise alone, left out", {"untrained": untrained}, fuse={"skip_noise": True}
+        "an untrained source alone, skip_noise": train(
+            "noise alone, skip_noise", {"untrained": untrained}, fuse={"skip_noise": True}
         ),
         "untrained": planner.score(untrained),
         "weak target": planner.score(weak),
@@ -267,7 +275,7 @@ def _plan_strong_and_bad(planner: Planner, clm: Unit, fused: Unit) -> dict[str, 
 
 
 def _plan_numbers(planner: Planner, clm: Unit, fused: Unit) -> dict[str, Unit]:
-    """Return 0 to 3 sources; which comes first goes round with the seed."""
+    """Plan 0 to 3 sources; the order of the sources rotates with the seed."""
     names = list(planner.sources)
     first = planner.seed % len(names)
     turned = {name: planner.sources[name] for name in names[first:] + names[:first]}
@@ -289,7 +297,7 @@ def _plan_alignments(planner: Planner, clm: Unit) -> dict[str, Unit]:
     for method in (
         "bytes",
         WHOLE_CHARACTERS,
-        CUT_OFF,
+        UNFINISHED,
         "exact",
         "min_edit_distance",
         "cooccurrence",

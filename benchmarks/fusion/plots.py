@@ -1,4 +1,4 @@
-"""The study's plots: every difference with its interval, told apart by place and shape."""
+"""The study's plots: every difference with its interval, distinguished by position and marker."""
 
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -15,23 +15,23 @@ from rayfuse.evaluate.scores import ALL
 from rayfuse.report.style import INK, new_figure, put_legend_inside, put_legend_outside, to_png
 
 OUTCOMES = {"better": ("#0072B2", "o"), "worse": ("#D55E00", "X"), "unclear": ("#8C8C8C", "s")}
-"""Colour and marker of what may be claimed."""
+"""Color and marker of each outcome."""
 
 MARKERS = "osD^vPX*<>"
 
 NO_VARIANTS = ("untrained", "weak target", "weak target: CLM", "weak target: fused")
-"""Of question 8, what is not the target continued from the common start."""
+"""Entries of question 8 that do not continue the common target."""
 
 MINUS_CLM = "minus CLM, bits per byte (left of 0: better)"
 
 NEAR = 0.05
-"""Up to which differences are drawn to one measure, where some lie far out."""
+"""Differences up to this size are drawn on a linear scale if there are outliers."""
 
 LOGARITHMIC = f"logarithmic beyond ±{NEAR:g}"
 
 
 def draw_plots(findings: Findings) -> dict[str, bytes]:
-    """Return the plots of what is done, by file name."""
+    """Draw the plots of all finished variants, by file name."""
     questions = findings.questions
     clm, fused = questions["1"].get(CLM), questions["1"].get(FUSED)
     if clm is None or fused is None:
@@ -51,7 +51,7 @@ def draw_plots(findings: Findings) -> dict[str, bytes]:
 
 
 def draw_models(findings: Findings) -> bytes:
-    """Return bits per byte of every model of question 1, one column of marks a domain."""
+    """Plot bits per byte of every model of question 1, one column per domain."""
     figure, (axes,) = new_figure(4.6, rows=1)
     models = order_models(findings)
     groups = (ALL, *DOMAINS)
@@ -63,24 +63,24 @@ def draw_models(findings: Findings) -> bytes:
     axes.set_xticks(range(len(groups)), groups)
     axes.set_xlabel("held-out text, by domain")
     axes.set_ylabel("bits per byte (lower is better)")
-    axes.set_title("What each model pays, mean over seeds")
+    axes.set_title("Bits per byte of each model, mean over seeds")
     put_legend_outside(axes, 4)
     return to_png(figure)
 
 
 def draw_intervals(title: str, intervals: dict[str, Interval], label: str) -> bytes:
-    """Return one line of 95 % interval for each name."""
+    """Plot the 95 % intervals, one line per name."""
     figure, (axes,) = new_figure(1.5 + 0.34 * len(intervals), rows=1)
     _put_intervals(axes, intervals)
     axes.set_title(f"{title} (95 % intervals)")
-    is_far = _pull_in(axes, "x", intervals.values())
+    is_far = _scale_outliers(axes, "x", intervals.values())
     axes.set_xlabel(f"{label}; {LOGARITHMIC}" if is_far else label)
     put_legend_inside(axes)
     return to_png(figure)
 
 
 def draw_variants(findings: Findings, clm: Records) -> bytes:
-    """Return all variants of questions 3 to 8 minus CLM."""
+    """Plot all variants of questions 3 to 8 minus CLM."""
     lines: dict[str, Interval] = {}
     for question in ("3", "4", "5", "6", "7", "8"):
         for name, records in findings.questions[question].items():
@@ -90,7 +90,7 @@ def draw_variants(findings: Findings, clm: Records) -> bytes:
 
 
 def draw_lambda(findings: Findings, clm: Records) -> bytes:
-    """Return bits per byte minus CLM against lambda."""
+    """Plot bits per byte minus CLM against lambda."""
     variants = findings.questions["7"]
     points = {
         weight: findings.compare(variants[f"lambda {weight:g}"], clm)[ALL]
@@ -102,14 +102,14 @@ def draw_lambda(findings: Findings, clm: Records) -> bytes:
     _put_curve(axes, points, "fused, forward KL", marker="o", linestyle="-")
     axes.axhline(0, color=INK, linewidth=1, linestyle=":")
     axes.set_xlabel("lambda (share of the text's own loss; 1 is CLM)")
-    is_far = _pull_in(axes, "y", points.values())
+    is_far = _scale_outliers(axes, "y", points.values())
     axes.set_ylabel("minus CLM, bits per byte" + f"\n({LOGARITHMIC})" * is_far)
-    axes.set_title("The weight of the text against the sources (95 % intervals)")
+    axes.set_title("Weight of the text against the sources (95 % intervals)")
     return to_png(figure)
 
 
 def draw_top_k(findings: Findings, clm: Records) -> bytes:
-    """Return bits per byte minus CLM against k, beside other records and other tails."""
+    """Plot bits per byte minus CLM against k, beside other records and other tails."""
     variants = findings.questions["6"]
     figure, (axes,) = new_figure(4.2, rows=1)
     points = {
@@ -126,15 +126,15 @@ def draw_top_k(findings: Findings, clm: Records) -> bytes:
     axes.axhline(0, color=INK, linewidth=1, linestyle=":")
     axes.set_xscale("log", base=2)
     axes.set_xticks([*TOP_KS, 110], [*(str(top_k) for top_k in TOP_KS), "full"])
-    axes.set_xlabel("entries kept at a position (other records stand beside the 16 of equal bytes)")
+    axes.set_xlabel("entries per position (other records of equal size are next to 16)")
     axes.set_ylabel("minus CLM, bits per byte")
-    axes.set_title("What is kept of each distribution (95 % intervals)")
+    axes.set_title("Entries stored per distribution (95 % intervals)")
     put_legend_outside(axes, 3)
     return to_png(figure)
 
 
 def draw_tokens(findings: Findings) -> bytes:
-    """Return CLM's bits per byte against its tokens, and where fusion is."""
+    """Plot CLM's bits per byte against its tokens, with fusion as a reference."""
     variants = findings.questions["2"]
     tokens = np.mean([record["tokens"] for record in findings.needs["corpus"]
                       if record["name"].startswith("1x")])  # fmt: skip
@@ -156,23 +156,23 @@ def draw_tokens(findings: Findings) -> bytes:
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(points), [f"{at / 1000:,.0f} thousand" for at in points])
     axes.minorticks_off()
-    axes.set_xlabel("target tokens learned (each run with its own whole schedule)")
+    axes.set_xlabel("target tokens (each run has a complete schedule of its own)")
     axes.set_ylabel("bits per byte, all (lower is better)")
-    axes.set_title("How many tokens CLM needs for what fusion reaches")
+    axes.set_title("Tokens with which CLM reaches the loss of fusion")
     put_legend_outside(axes, 2)
     return to_png(figure)
 
 
-def _pull_in(axes: Any, name: Literal["x", "y"], intervals: Iterable[Interval]) -> bool:
-    """Make an axis, `x` or `y`, logarithmic far from zero where something lies there."""
-    if max(max(abs(each.low), abs(each.high)) for each in intervals) < 4 * NEAR:
+def _scale_outliers(axes: Any, name: Literal["x", "y"], intervals: Iterable[Interval]) -> bool:
+    """Make an axis, `x` or `y`, logarithmic far from zero if there are outliers."""
+    if max(max(abs(interval.low), abs(interval.high)) for interval in intervals) < 4 * NEAR:
         return False
     set_scale, axis = (
         (axes.set_xscale, axes.xaxis) if name == "x" else (axes.set_yscale, axes.yaxis)
     )
     set_scale("symlog", linthresh=NEAR, linscale=2)
     far = (0.025, 0.05, 0.1, 0.3, 1, 3)
-    axis.set_major_locator(FixedLocator([*(-each for each in far), 0, *far]))
+    axis.set_major_locator(FixedLocator([*(-tick for tick in far), 0, *far]))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
     return True
@@ -180,12 +180,12 @@ def _pull_in(axes: Any, name: Literal["x", "y"], intervals: Iterable[Interval]) 
 
 def _put_intervals(axes: Any, intervals: dict[str, Interval]) -> None:
     seen: set[str] = set()
-    for at, each in enumerate(intervals.values()):
-        colour, marker = OUTCOMES[each.outcome]
-        label = None if each.outcome in seen else each.outcome
-        seen.add(each.outcome)
-        axes.plot([each.low, each.high], [at, at], color=colour, linewidth=2.5, alpha=0.6)
-        axes.plot(each.value, at, color=colour, marker=marker, markersize=7,
+    for at, interval in enumerate(intervals.values()):
+        color, marker = OUTCOMES[interval.outcome]
+        label = None if interval.outcome in seen else interval.outcome
+        seen.add(interval.outcome)
+        axes.plot([interval.low, interval.high], [at, at], color=color, linewidth=2.5, alpha=0.6)
+        axes.plot(interval.value, at, color=color, marker=marker, markersize=7,
                   linestyle="none", label=label)  # fmt: skip
     axes.axvline(0, color=INK, linewidth=1)
     axes.set_yticks(range(len(intervals)), list(intervals))
@@ -196,10 +196,10 @@ def _put_intervals(axes: Any, intervals: dict[str, Interval]) -> None:
 def _put_curve(
     axes: Any, points: dict[float, Interval], label: str, *, marker: str, linestyle: str
 ) -> None:
-    values = [each.value for each in points.values()]
+    values = [point.value for point in points.values()]
     reach = [
-        [each.value - each.low for each in points.values()],
-        [each.high - each.value for each in points.values()],
+        [point.value - point.low for point in points.values()],
+        [point.high - point.value for point in points.values()],
     ]
     axes.errorbar(list(points), values, yerr=reach, marker=marker, linestyle=linestyle,
                   capsize=3, label=label)  # fmt: skip

@@ -1,9 +1,9 @@
-"""A fault of FuseLLM's published code, made here on purpose: rayfuse has no way to make it.
+"""The off-by-one of FuseLLM's published code, reproduced for the study; rayfuse cannot produce it.
 
-Where its aligner finds no source token for a target position, the released code puts a one-hot at
-that position: of the token that *stands* there, although the row is to teach the token that comes
-next (FuseAI's issue 27). With the fault mended the one-hot would be of the next token, which is
-plain language modelling: what rayfuse does at positions without a signal.
+Where its aligner finds no source token for a target position, the released code stores a one-hot
+distribution of the *current* token, although the position predicts the next one (FuseAI's issue
+27). Without the fault it would be a one-hot of the next token, that is, plain language modelling:
+this is rayfuse's behavior at positions without a signal.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from rayfuse.storage.codec import LOWEST_LOGPROB, build_list_column, encode_prob
 
 
 def teach_current_token(corpus: pa.Table, aligned: pa.Table) -> pa.Table:
-    """Return ALIGNED rows in which every position without a signal teaches its own token."""
+    """Make every position of ALIGNED rows that has no signal predict its own token."""
     token_ids, offsets = flatten_column(corpus, "target_ids")
     has_signal = flatten_column(aligned, "has_signal")[0].copy()
     top_ids = flatten_column(aligned, "top_ids")[0].reshape(len(token_ids), -1).copy()

@@ -1,4 +1,4 @@
-"""RESULTS.md: what was made how, each question's table, and what it took."""
+"""RESULTS.md: the setting, a table per question, and the computing time."""
 
 from pathlib import Path
 
@@ -46,8 +46,8 @@ def write_report(findings: Findings, out: Path) -> None:
 
 def _describe_study(findings: Findings) -> str:
     scale = findings.scale
-    corpora = [each for each in findings.needs.get("corpus", []) if each["name"].startswith("1x")]
-    sizes = ", ".join(f"{each['tokens']:,}" for each in corpora)
+    corpora = findings.needs.get("corpus", [])
+    sizes = ", ".join(f"{c['tokens']:,}" for c in corpora if c["name"].startswith("1x"))
     models = findings.needs.get("model", [])
     lines = [
         [
@@ -65,59 +65,68 @@ def _describe_study(findings: Findings) -> str:
     done = sorted({seed for records in findings.questions["1"].values() for seed in records})
     parts = [
         f"# The fusion study, scale `{scale.name}`",
-        f"`python -m benchmarks.fusion --scale {scale.name} --out DIR` makes all of this from the "
-        "text and the tokenizers of `shared/data`, and goes on where it was stopped. Bits per byte "
-        "throughout: lower is better.",
+        f"`python -m benchmarks.fusion --scale {scale.name} --out DIR` computes everything from "
+        "the text and the tokenizers of `shared/data`, and resumes after an interruption. All "
+        "scores are bits per byte: lower is better.",
     ]
     if findings.num_missing:
         parts.append(
-            f"**Partial: {findings.num_missing} units of work are not done yet.** The column "
-            f"`seeds` says how many of {len(findings.seeds)} seeds ({', '.join(map(str, done))} "
-            "begun) each line rests on; with one, an interval is that of the documents alone."
+            f"**Partial: {findings.num_missing} units of work are missing.** The column `seeds` is "
+            f"the number of finished seeds, of {len(findings.seeds)} ({', '.join(map(str, done))} "
+            "have started); with one seed an interval covers the documents only."
         )
     parts += [
-        "## What was made",
+        "## Setting",
         to_table(head, lines),
-        f"A source has {OWN_SHARE:.0%} of its text from its own domains and the rest evenly from "
-        f"the others. Its real tokenizer is cut to the first merges that make {scale.vocab_size:,} "
-        "entries, specials, bytes and (SentencePiece) the commonest characters included: same "
-        "normaliser, rule for words and order of merges; a head over 32,000 to 50,000 tokens would "
-        "be most of such a model. All models are pre-trained on one half of the training documents "
-        f"(by the hash of id and seed), rows of {scale.max_tokens} tokens, AdamW, cosine, peak "
-        f"{scale.pretrain_rate:g}. Fusion has documents of the other half, which no model has "
-        f"seen: {scale.corpus_bytes:,} bytes of each domain, at most {scale.corpus_chars:,} "
-        f"characters of a document ({sizes} target tokens by seed).",
-        "Every variant is the target continued for one epoch of these rows in the same order, "
-        f"{scale.rows_per_step} rows a step, by rayfuse's own feed and loss, AdamW, cosine, the "
-        f"same peak of {scale.rate:g}. A seed decides which documents train whom, all weights and "
-        "the order.",
+        _describe_models(findings, sizes),
+        "Every variant continues the target for one epoch of these rows in the same order, with "
+        f"{scale.rows_per_step} rows per step, rayfuse's own batches and loss, AdamW and a cosine "
+        f"schedule with a peak of {scale.rate:g}. A seed decides the documents of each model, the "
+        "initial weights and the order.",
         _describe_held_out(findings),
-        "Intervals are of 95 %, over documents and seeds (`intervals.py` says how); in bold where "
-        "they exclude zero.",
+        "Intervals are 95 % confidence intervals over documents and seeds (see `intervals.py`), "
+        "in bold where they exclude zero.",
     ]
     return "\n\n".join(parts)
+
+
+def _describe_models(findings: Findings, sizes: str) -> str:
+    scale = findings.scale
+    return (
+        f"{OWN_SHARE:.0%} of a source's pre-training text is from its own domains, the rest is "
+        "spread evenly over the others. Its real tokenizer is truncated to the first merges that "
+        f"make {scale.vocab_size:,} entries, special tokens, bytes and (SentencePiece) the most "
+        "frequent characters included; normalizer, pre-tokenizer and order of merges are kept. A "
+        "head over 32,000 to 50,000 tokens would make most of the parameters of such a model. All "
+        "models are pre-trained on one half of the training documents (by the hash of id and "
+        f"seed), in rows of {scale.max_tokens} tokens, with AdamW and a cosine schedule with a "
+        f"peak of {scale.pretrain_rate:g}. Fusion uses documents of the other half, which no model "
+        f"has seen: {scale.corpus_bytes:,} bytes per domain, at most {scale.corpus_chars:,} "
+        f"characters per document ({sizes} target tokens by seed)."
+    )
 
 
 def _describe_held_out(findings: Findings) -> str:
     scale = findings.scale
     counts = {
         half: ", ".join(
-            f"{domain} {sum(each[1] == domain for each in documents)}" for domain in DOMAINS
+            f"{domain} {sum(own == domain for _, own, _ in documents)}" for domain in DOMAINS
         )
         for half, documents in findings.documents.items()
     }
     return (
-        "Held out are the `valid` parts, of each document the first "
-        f"{scale.held_out_chars:,} characters, {scale.held_out_documents} documents of a domain at "
-        "most, in two halves: one to choose on, the other for every figure here. Documents "
-        f"reported: {counts['reported']}."
+        "The held-out text is the `valid` parts: the first "
+        f"{scale.held_out_chars:,} characters of each document, at most "
+        f"{scale.held_out_documents} documents per domain, in two halves. One half is for "
+        "selection, the other for every figure here. Reported documents: "
+        f"{counts['reported']}."
     )
 
 
 def _answer_first(findings: Findings) -> str:
     variants = findings.questions["1"]
-    parts = ["## 1. Fused against everything", *(f"- {each}" for each in write_wins(findings))]
-    parts = [parts[0], "\n".join(parts[1:])]
+    claims = "\n".join(f"- {claim}" for claim in write_wins(findings))
+    parts = ["## 1. Fused against everything", claims]
     if FUSED not in variants or CLM not in variants:
         return "\n\n".join(parts)
     models = order_models(findings)
@@ -137,13 +146,13 @@ def _answer_first(findings: Findings) -> str:
     ]
     experts = findings.questions["1b"]
     if "fused experts" in experts:
-        rest = {name: each for name, each in experts.items() if name != "fused experts"}
+        rest = {name: records for name, records in experts.items() if name != "fused experts"}
         parts += [
             "### Models of one shape: weight merging",
-            "Three experts continue the target on their own domains' pre-training text "
-            f"({findings.scale.expert_tokens:,} tokens each); here the sources are they, as in the "
-            "paper's table 7. The sources above have other shapes and tokenizers than the target: "
-            "their weights cannot be merged.",
+            "Three experts continue the target on the pre-training text of their own domains "
+            f"({findings.scale.expert_tokens:,} tokens each). Here they are the sources, as in the "
+            "paper's table 7. The sources above have other shapes and tokenizers than the target, "
+            "so their weights cannot be merged.",
             write_scores(findings, experts),
             "Fused from the experts minus each other, over all text:",
             write_against(findings, experts["fused experts"], rest),
@@ -152,7 +161,7 @@ def _answer_first(findings: Findings) -> str:
 
 
 def _answer_tokens(findings: Findings) -> str:
-    parts = ["## 2. How many tokens CLM needs", write_multiple(findings)]
+    parts = ["## 2. Tokens that CLM needs", write_multiple(findings)]
     variants = findings.questions["2"]
     if any(name.endswith("x") for name in variants):
         parts += [write_scores(findings, variants), "![CLM's tokens](tokens.png)"]
@@ -164,19 +173,19 @@ def _answer_variants(findings: Findings) -> list[str]:
         "3": ("Number of sources", ""),
         "4": (
             "Alignment",
-            "The paper preset is top-10 renormalised, `min_edit_distance`, choice per row by nats "
-            "per token, lambda 0.9, of the same three sources. Its off-by-one is made by the study "
-            "alone (`published.py`).",
+            "The paper preset is top-10 renormalized, `min_edit_distance`, a source selected per "
+            "row by nats per token, and lambda 0.9, with the same three sources. Its off-by-one is "
+            "reproduced by the study alone (`published.py`).",
         ),
-        "5": ("Which source is heard", ""),
-        "6": ("What is kept of each distribution", _describe_bytes(findings)),
+        "5": ("Source selection", ""),
+        "6": ("Entries stored per distribution", _describe_bytes(findings)),
         "7": ("The loss", ""),
     }
     plots = {"6": "![records](top_k.png)", "7": "![lambda](lambda.png)"}
     return [
         "\n\n".join(
-            each
-            for each in (
+            part
+            for part in (
                 f"## {question}. {title}",
                 note,
                 write_variants(findings, findings.questions[question])
@@ -184,7 +193,7 @@ def _answer_variants(findings: Findings) -> list[str]:
                 else NOTHING,
                 plots.get(question, ""),
             )
-            if each
+            if part
         )
         for question, (title, note) in titles.items()
     ]
@@ -193,34 +202,34 @@ def _answer_variants(findings: Findings) -> list[str]:
 def _describe_bytes(findings: Findings) -> str:
     sizes: dict[str, list[float]] = {}
     for record in findings.needs.get("captured", []):
-        for name, each in record["records"].items():
-            sizes.setdefault(name, []).append(each["bytes_per_token"])
-    means = {name: sum(each) / len(each) for name, each in sizes.items()}
+        for name, stored in record["records"].items():
+            sizes.setdefault(name, []).append(stored["bytes_per_token"])
+    means = {name: sum(of_record) / len(of_record) for name, of_record in sizes.items()}
     listed = ", ".join(f"{name} {mean:.1f}" for name, mean in means.items())
     return (
-        f"Stored bytes a source token, all columns, the mean over sources and seeds: {listed}. "
-        "`sampled-0+M` keeps M draws and nothing else, `sampled-K+M` the K likeliest tokens and M "
-        "draws from the rest. Full distributions are of all source tokens, computed as training "
-        "reads and never stored."
+        f"Stored bytes per source token, all columns, mean over sources and seeds: {listed}. "
+        "`sampled-0+M` keeps M draws and nothing else, `sampled-K+M` the top K tokens and M draws "
+        "from the rest. Full distributions have all source tokens; they are computed while "
+        "training reads its rows, and never stored."
     )
 
 
 def _answer_strong_and_bad(findings: Findings) -> str:
     variants = findings.questions["8"]
-    parts = ["## 8. Strong sources, and a bad one"]
+    parts = ["## 8. Strong sources and an untrained one"]
     weak_clm, weak = variants.get("weak target: CLM"), variants.get("weak target: fused")
     if weak_clm is not None and weak is not None:
         scores = findings.score(variants["weak target"])
         parts += [
-            f"A target that has seen only {findings.scale.weak_target_tokens:,} tokens "
-            f"({scores[ALL]:.4f} bits per byte before), of which every source knows more: fused "
-            f"{findings.score(weak)[ALL]:.4f}, CLM {findings.score(weak_clm)[ALL]:.4f}.",
+            f"A target with only {findings.scale.weak_target_tokens:,} tokens of pre-training "
+            f"({scores[ALL]:.4f} bits per byte at the start), which every source is better than: "
+            f"fused {findings.score(weak)[ALL]:.4f}, CLM {findings.score(weak_clm)[ALL]:.4f}.",
             write_domains(findings, weak, {"its CLM": weak_clm}),
         ]
-    shown = {name: each for name, each in variants.items() if name not in NO_VARIANTS}
+    shown = {name: records for name, records in variants.items() if name not in NO_VARIANTS}
     parts += [
-        "A source with random weights beside the three, and alone; heard all the same, and left "
-        "out, as `fuse.skip_noise` does by default:",
+        "A source with random weights beside the three, and alone; both without and with "
+        "`fuse.skip_noise`, which is on by default and excludes it:",
         write_variants(findings, shown) if shown else NOTHING,
         *_describe_noise(findings),
         "![all variants](variants.png)",
@@ -232,11 +241,10 @@ def _describe_noise(findings: Findings) -> list[str]:
     variants = findings.questions["8"]
     clm = variants.get(CLM)
     lines: list[str] = []
-    heard = ("and an untrained source", "an untrained source alone")
-    for name in (*heard, *(f"{each}, left out" for each in heard)):
+    noisy = ("and an untrained source", "an untrained source alone")
+    for name in (*noisy, *(f"{variant}, skip_noise" for variant in noisy)):
         if clm is not None and name in variants:
-            cost = findings.compare(variants[name], clm)[ALL].value
-            share = cost / findings.score(clm)[ALL]
+            share = findings.compare(variants[name], clm)[ALL].value / findings.score(clm)[ALL]
             bad = name.removeprefix("and ")
             beside = "the three sources and " if bad != name else ""
             lines.append(f"Fused with {beside}{bad}: {share:+.2%} of CLM's bits per byte.")
@@ -245,10 +253,10 @@ def _describe_noise(findings: Findings) -> list[str]:
 
 def _describe_choices(findings: Findings) -> str:
     parts = [
-        "## How it was chosen",
+        "## Selection of the learning rate",
         "The peak learning rate of continued training is the best one for CLM on the selection "
-        "half of seed "
-        f"{findings.scale.seeds[0]}; fusion has the same. Sizes are what the time allows.",
+        f"half of seed {findings.scale.seeds[0]}; fusion uses the same. Sizes are limited by "
+        "computing time.",
     ]
     lines = [
         [name, f"{findings.score(records, 'selection')[ALL]:.4f}"]
@@ -261,15 +269,15 @@ def _describe_cost(findings: Findings) -> str:
     total = sum(findings.cpu_seconds.values())
     lines = [
         [kind, str(len(findings.needs[kind])), f"{seconds:,.0f}", f"{seconds / total:.0%}"]
-        for kind, seconds in sorted(findings.cpu_seconds.items(), key=lambda each: -each[1])
+        for kind, seconds in sorted(findings.cpu_seconds.items(), key=lambda item: -item[1])
     ]
     lines.append(["all", str(sum(map(len, findings.needs.values()))), f"{total:,.0f}", "100%"])
     text = (
-        "Seconds of processor time, one thread each, as measured by every unit itself. The scale "
-        f"is meant for {MINUTES[findings.scale.name]} minutes"
+        "Seconds of CPU time of each unit, with one thread. The scale is meant for "
+        f"{MINUTES[findings.scale.name]} minutes"
     )
     if findings.scale.name != "gpu":
-        text += f" on 2 cores: {total / 120:.0f} minutes of both are spent"
+        text += f" on 2 cores, and took {total / 120:.0f}"
     return "\n\n".join(
-        ["## What it took", text + ".", to_table(["kind of unit", "units", "s", "share"], lines)]
+        ["## Computing time", text + ".", to_table(["kind of unit", "units", "s", "share"], lines)]
     )

@@ -1,4 +1,4 @@
-"""How large a study is: models, tokens, text, and what the learning rates were chosen to be."""
+"""The sizes of a study: models, tokens, text, and the learning rates."""
 
 from dataclasses import dataclass
 
@@ -7,22 +7,22 @@ DOMAINS = ("books", "code", "legal", "math", "multilingual", "web", "wiki")
 SEEDS = (1, 2, 3)
 
 OWN_SHARE = 0.88
-"""Of a source's text, from the domains that are its own."""
+"""Share of a source's pre-training text that is from its own domains."""
 
 
 @dataclass(frozen=True)
 class Make:
-    """One model before fusion: its family, its tokenizer, and the domains that are its own."""
+    """One model before fusion: its family, its tokenizer, and its own domains."""
 
     name: str
     family: str
     tokenizer: str
     """A folder of `shared/data/tokenizers`."""
     own_domains: tuple[str, ...]
-    """None for an even mixture of all."""
+    """Empty for an even mixture of all domains."""
 
     def shares(self) -> tuple[tuple[str, float], ...]:
-        """Return each domain's share of the model's pre-training text."""
+        """Compute each domain's share of the model's pre-training text."""
         if not self.own_domains:
             return tuple((domain, 1 / len(DOMAINS)) for domain in DOMAINS)
         others = len(DOMAINS) - len(self.own_domains)
@@ -41,7 +41,7 @@ SOURCES = (
 )
 TARGET = Make("target", "llama", "mistral-7b", ())
 EXPERTS = tuple(source.own_domains for source in SOURCES)
-"""Own domains of the models that continue the target itself, for merging: they share its shape."""
+"""Own domains of the models that continue the target, and so share its shape, for merging."""
 
 
 @dataclass(frozen=True)
@@ -60,33 +60,33 @@ class Scale:
 
     name: str
     vocab_size: int
-    """Entries of every cut tokenizer."""
+    """Entries of every truncated tokenizer."""
     max_tokens: int
-    """Of a row, and what models take."""
+    """Length of a row, and the models' context length."""
     target: Size
     source: Size
     weak_target_tokens: int
-    """What a target has seen that all sources are much stronger than."""
+    """Pre-training of the weak target, which all sources are much better than."""
     expert_tokens: int
     pretrain_rows_per_step: int
     pretrain_rate: float
     corpus_bytes: int
-    """Of the fusion corpus, in each domain."""
+    """Size of the fusion corpus per domain."""
     corpus_chars: int
-    """Of a document in it, at most: of few long ones a domain would be poor."""
+    """Maximum length of a document in it; a few long documents would not represent a domain."""
     multiples: tuple[int, ...]
-    """How many times that CLM is given, for what fusion reaches."""
+    """Multiples of the corpus that CLM is trained on, to find where it reaches fusion."""
     rows_per_step: int
     rates: tuple[float, ...]
     """Peak learning rates of continued training that were compared."""
     rate: float
-    """The one that was best for CLM on the selection half; all variants have it."""
+    """The best one for CLM on the selection half; all variants use it."""
     held_out_documents: int
-    """Of a domain in each half, at most."""
+    """Maximum documents of a domain in each half."""
     held_out_chars: int
-    """Of a document, at most: from its beginning."""
+    """Maximum length of a document; longer ones are truncated."""
     draws: int
-    """Of sampled records, such that they take the bytes of top-16."""
+    """Draws of sampled records, chosen for the size in bytes of top-16."""
     seeds: tuple[int, ...] = SEEDS
     workers: int = 2
     """Processes, each with one thread on a CPU."""
@@ -149,7 +149,7 @@ SCALES = {
         multiples=(2, 4),
         rows_per_step=32,
         rates=(1.25e-4, 2.5e-4, 5e-4, 1e-3),
-        rate=2.5e-4,  # the lowest that was tried; half of it is compared, but was not yet
+        rate=2.5e-4,  # the lowest that was tried; half of it is listed above, but has not been run
         held_out_documents=120,
         held_out_chars=8_000,
         draws=16,

@@ -15,20 +15,20 @@ NOTHING = "not done yet"
 
 
 def to_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
+    """Render a Markdown table."""
     ruler = ["---"] * len(head)
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ruler, *lines])
 
 
 def write_interval(interval: Interval) -> str:
-    """Return a difference with its interval, in bold where that excludes zero."""
+    """Format a difference with its interval, in bold where that excludes zero."""
     text = f"{interval.value:+.4f} ({interval.low:+.4f} to {interval.high:+.4f})"
     text = text.replace("-", "\u2212")
     return text if interval.outcome == "unclear" else f"**{text}**"
 
 
 def write_scores(findings: Findings, models: dict[str, Records]) -> str:
-    """Return bits per byte of models, over all and by domain."""
+    """Tabulate bits per byte of models, over all and by domain."""
     lines: list[list[str]] = []
     for name, records in models.items():
         scores = findings.score(records)
@@ -38,7 +38,7 @@ def write_scores(findings: Findings, models: dict[str, Records]) -> str:
 
 
 def write_against(findings: Findings, ours: Records, others: dict[str, Records]) -> str:
-    """Return one variant minus each other one, over all."""
+    """Tabulate one variant minus each other one, over all."""
     lines = [
         [name, write_interval(findings.compare(ours, records)[ALL])]
         for name, records in others.items()
@@ -47,24 +47,24 @@ def write_against(findings: Findings, ours: Records, others: dict[str, Records])
 
 
 def write_domains(findings: Findings, ours: Records, others: dict[str, Records]) -> str:
-    """Return one variant minus some others, by domain."""
+    """Tabulate one variant minus some others, by domain."""
     found = {name: findings.compare(ours, records) for name, records in others.items()}
     lines = [
-        [group, *(write_interval(each[group]) for each in found.values())]
+        [group, *(write_interval(intervals[group]) for intervals in found.values())]
         for group in (ALL, *DOMAINS)
     ]
     return to_table(["text", *(f"minus {name}" for name in others)], lines)
 
 
 def write_variants(findings: Findings, variants: dict[str, Records]) -> str:
-    """Return each variant's bits per byte, and minus CLM and rayfuse's default."""
+    """Tabulate each variant's bits per byte, and minus CLM and rayfuse's default."""
     clm = findings.questions["1"].get(CLM)
     fused = findings.questions["1"].get(FUSED)
     if clm is None or fused is None:
         return NOTHING
     lines: list[list[str]] = []
     for name, records in variants.items():
-        against_clm, against_fused = (findings.compare(records, each) for each in (clm, fused))
+        against_clm, against_fused = (findings.compare(records, other) for other in (clm, fused))
         wins = [
             sum(against_clm[d].outcome == kind for d in DOMAINS) for kind in ("better", "worse")
         ]
@@ -85,35 +85,35 @@ def write_variants(findings: Findings, variants: dict[str, Records]) -> str:
 
 
 def write_multiple(findings: Findings) -> str:
-    """Return the answer to question 2 in words."""
+    """Write the answer to question 2 as a sentence."""
     records = findings.questions["2"]
     runs = {1: records.get(CLM)} | {
         times: records.get(f"CLM {times}x") for times in findings.scale.multiples
     }
     fused = records.get(FUSED)
     seeds = set(fused or ())
-    for each in runs.values():
-        seeds &= set(each or ())
+    for run in runs.values():
+        seeds &= set(run or ())
     if not seeds or fused is None:
         return NOTHING
     order = sorted(seeds)
-    multiple, is_in_sight = find_multiple(
+    multiple, is_interpolated = find_multiple(
         findings.nats(fused, order, "reported"),
-        {times: findings.nats(each, order, "reported") for times, each in runs.items() if each},
+        {times: findings.nats(run, order, "reported") for times, run in runs.items() if run},
         findings.documents["reported"],
     )
     text = (
-        f"CLM needs **{multiple.value:.2f} times** the tokens for what fusion reaches "
+        f"CLM needs **{multiple.value:.2f} times** the tokens to reach the loss of fusion "
         f"(95 % interval {multiple.low:.2f} to {multiple.high:.2f}; seeds: {len(order)})."
     )
-    if not is_in_sight:
-        most = max(findings.scale.multiples)
-        text += f" Beyond {most} times nothing was trained: the end of the interval is a guess."
+    if not is_interpolated:
+        limit = max(findings.scale.multiples)
+        text += f" The upper end is extrapolated: no run has more than {limit} times the tokens."
     return text
 
 
 def write_wins(findings: Findings) -> list[str]:
-    """Return the sentences of question 1 that can be false."""
+    """Write the claims of question 1."""
     records = findings.questions["1"]
     ours, clm = records.get(FUSED), records.get(CLM)
     if ours is None or clm is None:
@@ -135,7 +135,7 @@ def write_wins(findings: Findings) -> list[str]:
 
 
 def order_models(findings: Findings) -> dict[str, Records]:
-    """Return the models of question 1 that are done: sources, ensemble, target, CLM, fused."""
+    """Order the finished models of question 1: sources, ensemble, target, CLM, fused."""
     names = [*(make.name for make in SOURCES), "ensemble", TARGET_ALONE, CLM, FUSED]
     found = findings.questions["1"]
     return {name: found[name] for name in names if name in found}

@@ -1,4 +1,4 @@
-"""The documents of a study: who is trained on which, and what is held out."""
+"""The documents of a study: those for pre-training, for fusion and for evaluation."""
 
 import gzip
 import hashlib
@@ -10,27 +10,27 @@ from benchmarks.fusion.scales import DOMAINS
 from rayfuse.corpus.documents import Document
 
 PRETRAIN_SHARE = 0.5
-"""Of each domain's training documents, for pre-training; fusion has the others."""
+"""Share of each domain's training documents for pre-training; fusion has the others."""
 
 HALVES = ("selection", "reported")
 
 
 def read_domain(data: Path, domain: str, part: str) -> list[Document]:
-    """Return the documents of a domain's `train` or `valid` part, in the file's order."""
+    """Read the documents of a domain's `train` or `valid` part, in the file's order."""
     with gzip.open(data / "corpus" / domain / f"{part}.jsonl.gz", "rt", encoding="utf-8") as lines:
         records = [json.loads(line) for line in lines]
     return [Document(record["id"], domain, record["text"]) for record in records]
 
 
 def split_domain(documents: Sequence[Document], seed: int) -> tuple[list[Document], list[Document]]:
-    """Return the documents for pre-training and those for fusion, each in the seed's order."""
+    """Split documents into those for pre-training and those for fusion, in the seed's order."""
     ordered = sorted(documents, key=lambda document: _draw(document, seed))
     cut = round(PRETRAIN_SHARE * len(ordered))
     return ordered[:cut], ordered[cut:]
 
 
 def read_pretraining(data: Path, seed: int) -> list[Document]:
-    """Return what models are pre-trained on: documents that fusion never sees."""
+    """Read the documents for pre-training, which fusion never sees."""
     return [
         document
         for domain in DOMAINS
@@ -39,11 +39,10 @@ def read_pretraining(data: Path, seed: int) -> list[Document]:
 
 
 def read_fusion(data: Path, seed: int, bytes_per_domain: int, max_chars: int) -> list[Document]:
-    """Return the fusion corpus: of each domain the first documents that no model has seen.
+    """Read the fusion corpus: the first documents of each domain that no model has seen.
 
-    Of a document it has the beginning.
-
-    A smaller corpus is the beginning of a larger one. The last document of a domain is cut off.
+    Documents are truncated to `max_chars`, and the last one of a domain to the remaining bytes. A
+    smaller corpus is the beginning of a larger one.
     """
     chosen: list[Document] = []
     for domain in DOMAINS:
@@ -59,12 +58,16 @@ def read_fusion(data: Path, seed: int, bytes_per_domain: int, max_chars: int) ->
 
 
 def read_held_out(data: Path, half: str, *, max_documents: int, max_chars: int) -> list[Document]:
-    """Return one half of the `valid` parts: the beginnings of every second document."""
+    """Read one half of the `valid` parts: every second document, truncated to `max_chars`."""
     chosen: list[Document] = []
     for domain in DOMAINS:
-        ordered = sorted(read_domain(data, domain, "valid"), key=lambda each: _draw(each, 0))
+        ordered = sorted(
+            read_domain(data, domain, "valid"), key=lambda document: _draw(document, 0)
+        )
         mine = ordered[HALVES.index(half) :: 2][:max_documents]
-        chosen += [Document(each.doc_id, domain, each.text[:max_chars]) for each in mine]
+        chosen += [
+            Document(document.doc_id, domain, document.text[:max_chars]) for document in mine
+        ]
     return chosen
 
 

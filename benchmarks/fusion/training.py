@@ -1,4 +1,4 @@
-"""Training in one process with rayfuse's own feed, objective and loss, and nothing of a cluster."""
+"""Training in one process, without a cluster, with rayfuse's own batches, objective and loss."""
 
 from collections.abc import Iterable, Iterator
 
@@ -16,7 +16,7 @@ from rayfuse.train.loop import Objective
 from rayfuse.train.model import FusionModel
 
 PACKING = Packing(sequence_tokens=1, sequences=64, is_packed=False)
-"""Every row is a sequence of its own: MPT's attention cannot tell packed rows apart."""
+"""Every row is a sequence of its own: MPT's attention does not separate packed rows."""
 
 
 def train_lm(
@@ -27,14 +27,14 @@ def train_lm(
     num_steps: int,
     source_names: tuple[str, ...] = (),
 ) -> list[float]:
-    """Train a model in place and return the plain language-modelling loss of every step.
+    """Train a model in place, and return the language-modeling loss of every step.
 
     Args:
         lm: The model.
         steps: The micro-batches of each step.
-        settings: The loss and the optimiser.
-        num_steps: How many steps there are, for the schedule.
-        source_names: What the fusion loss is booked under.
+        settings: The loss and the optimizer.
+        num_steps: Number of steps, for the learning-rate schedule.
+        source_names: The sources, for the fusion loss by source.
 
     Raises:
         FloatingPointError: A loss is not finite.

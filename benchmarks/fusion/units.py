@@ -1,4 +1,4 @@
-"""Units of work: each is done once, stored under a hash of all that decides it, and found again."""
+"""Units of work: each is computed once, and stored under a hash of all that decides its result."""
 
 import json
 import multiprocessing
@@ -15,20 +15,20 @@ from typing import Any
 from rayfuse.run.fingerprint import fingerprint_of, first_name
 
 VERSIONS = {"aligned": 3}
-"""By kind, 1 where there is none: raised when what such a unit computes changes, in the study or in
-rayfuse, so that neither it nor what is made from it is found again."""
+"""By kind, by default 1: raised when such a unit computes another result, because of a change in
+the study or in rayfuse. All units that depend on it are then computed again."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of work: what it is called, its settings, and the units it is made from."""
+    """A unit of work: its name, its settings, and the units that it is computed from."""
 
     kind: str
     name: str
-    """For people; decides nothing."""
+    """For readers; not part of the key."""
     settings: dict[str, Any]
     needs: dict[str, "Unit"] = field(default_factory=dict[str, "Unit"])
-    """By role, in an order that may matter (sources)."""
+    """By role; the order of sources may matter."""
 
     @cached_property
     def key(self) -> str:
@@ -46,26 +46,26 @@ class Unit:
         )
 
     def folder(self, out: Path) -> Path:
-        """Return where the result lies."""
+        """Locate the folder of the result."""
         return out / "units" / f"{self.kind}-{self.key}"
 
     def is_done(self, out: Path) -> bool:
-        """Return whether the result is whole: its record is written last."""
+        """Check that the result is complete: its record is written last."""
         return (self.folder(out) / "result.json").exists()
 
     def read(self, out: Path) -> dict[str, Any]:
-        """Return the record of a unit that is done."""
+        """Read the record of a unit that is done."""
         return json.loads((self.folder(out) / "result.json").read_bytes())
 
 
 Work = Callable[[Unit, Path, Path, Path], dict[str, Any]]
-"""Called with a unit, its own folder, the study's folder and the data's; returns its record."""
+"""Computes a unit, given its folder, the study's and the data's, and returns its record."""
 
 
 def do_unit(unit: Unit, out: Path, data: Path, work: Work) -> dict[str, Any]:
-    """Make a unit whose needs are done, and write its record.
+    """Compute a unit, given that its needs are done, and write its record.
 
-    `cpu_seconds` is this process' own time: it hardly depends on what else the machine does.
+    `cpu_seconds` is the process' CPU time, which hardly depends on the load of this machine.
     """
     folder = unit.folder(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def do_unit(unit: Unit, out: Path, data: Path, work: Work) -> dict[str, Any]:
 
 
 def list_with_needs(units: Iterable[Unit]) -> list[Unit]:
-    """Return units and all they are made from, each once, what is needed before what needs it."""
+    """List units and all their needs, each once and after its own needs (topological order)."""
     found: dict[str, Unit] = {}
 
     def add(unit: Unit) -> None:
@@ -100,9 +100,9 @@ def list_with_needs(units: Iterable[Unit]) -> list[Unit]:
 
 
 def run_units(units: Iterable[Unit], out: Path, data: Path, work: Work, *, workers: int) -> None:
-    """Do all units that are not done, the first ones first, in so many processes.
+    """Compute all missing units in order, in a number of processes.
 
-    A unit that fails ends the run once those beside it are done.
+    A unit that fails ends the run once the units that run beside it are done.
     """
     waiting = [unit for unit in list_with_needs(units) if not unit.is_done(out)]
     total, done = len(waiting), 0
@@ -124,12 +124,12 @@ def run_units(units: Iterable[Unit], out: Path, data: Path, work: Work, *, worke
                 record = future.result()
                 open_keys.discard(unit.key)
                 done += 1
-                took = f"{record['cpu_seconds']:.0f} s of processor, {record['seconds']:.0f} s"
+                took = f"{record['cpu_seconds']:.0f} s of CPU time, {record['seconds']:.0f} s"
                 print(f"{done}/{total} {unit.kind} {unit.name}: {took}", flush=True)
 
 
 def _begin_worker() -> None:
-    """Use one thread, and end with the study: a killed one must leave nothing running."""
+    """Use one thread, and exit with the parent, so that a killed study leaves no process behind."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 

@@ -1,4 +1,4 @@
-"""What each kind of unit does, with rayfuse's own parts."""
+"""The computation of each kind of unit, with rayfuse's own parts."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.fusion.cut_tokenizers import cut_tokenizer
 from benchmarks.fusion.full import iterate_full_steps, place_full_source
-from benchmarks.fusion.plan import CUT_OFF, WHOLE_CHARACTERS
+from benchmarks.fusion.plan import UNFINISHED, WHOLE_CHARACTERS
 from benchmarks.fusion.published import teach_current_token
 from benchmarks.fusion.scales import DOMAINS
 from benchmarks.fusion.text import (
@@ -59,16 +59,16 @@ from rayfuse.train.batches import MicroBatch, StepPlan, iterate_steps
 from rayfuse.train.order import count_steps
 
 COUNTED_DOCUMENTS = 200
-"""Training documents of each domain in which characters are counted for a cut tokenizer."""
+"""Training documents per domain that decide the characters of a truncated tokenizer."""
 
 BATCH_TOKENS = 8_192
-"""Of a forward pass without gradients."""
+"""Tokens of a forward pass without gradients."""
 
 Record = dict[str, Any]
 
 
 def work(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
-    """Do a unit and return its record."""
+    """Compute a unit, and return its record."""
     return KINDS[unit.kind](unit, folder, out, data)
 
 
@@ -84,7 +84,7 @@ def _make_tokenizer(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
 
 
 def _make_model(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
-    """Pre-train a model from nothing, or one that continues another."""
+    """Pre-train a model from scratch, or continue another one."""
     settings, tokenizer = unit.settings, _tokenizer_of(unit.needs["tokenizer"], out)
     rows_per_step = settings["rows_per_step"]
     spec = ModelSpec(
@@ -109,8 +109,8 @@ def _make_model(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     losses: list[float] = []
     if spec.steps:
         documents = [
-            PlainDocument(each.doc_id, each.domain, each.text)
-            for each in read_pretraining(data, settings["seed"])
+            PlainDocument(document.doc_id, document.domain, document.text)
+            for document in read_pretraining(data, settings["seed"])
         ]
         rows = draw_rows(spec, documents, tokenizer, settings["seed"])
         steps = lay_out_text(rows, rows_per_step)
@@ -118,7 +118,8 @@ def _make_model(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
         train = TrainSettings(clm_weight=1.0, **settings["train"])
         losses = train_lm(lm, steps, train, num_steps=num_steps)
     _save(lm, unit.needs["tokenizer"], folder, out)
-    return {"losses": losses, "parameters": sum(each.numel() for each in lm.model.parameters())}
+    parameters = sum(weights.numel() for weights in lm.model.parameters())
+    return {"losses": losses, "parameters": parameters}
 
 
 def _make_corpus(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
@@ -147,12 +148,15 @@ def _make_held_out(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
         )
         table = build_rows(documents, tokenizers[0], tokenizers, max_tokens=settings["max_tokens"])
         _data(unit, out, "rows").write_shard(shard, table, tokens=0)
-        found[half] = [[each.doc_id, each.domain, len(each.text.encode())] for each in documents]
+        found[half] = [
+            [document.doc_id, document.domain, len(document.text.encode())]
+            for document in documents
+        ]
     return found
 
 
 def _capture(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
-    """Score the corpus once, at the largest k, and store what each smaller k would have stored."""
+    """Score the corpus once at the largest k, and store the records of every smaller k too."""
     settings, model = unit.settings, unit.needs["model"]
     tokenizer = _tokenizer_of(model.needs["tokenizer"], out)
     corpus = _read_rows(unit.needs["corpus"], out)
@@ -173,7 +177,7 @@ def _capture(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
 
 
 def keep_fewer(record: TopLogprobs | Failure, top_k: int) -> TopLogprobs | Failure:
-    """Return the record that a smaller top_k would have made."""
+    """Reduce a record to the one that a smaller top_k would have made."""
     if isinstance(record, Failure):
         return record
     logprobs = record.top_logprobs[:, :top_k]
@@ -201,28 +205,28 @@ def _alignment(unit: Unit, out: Path, corpus: pa.Table) -> Alignment:
     method = unit.settings["method"]
     source = _tokenizer_of(unit.needs["captured"].needs["model"].needs["tokenizer"], out)
     target = _tokenizer_of(unit.needs["corpus"].needs["target"], out)
-    spelled = (list_token_bytes(source), list_token_bytes(target))
+    pair = (list_token_bytes(source), list_token_bytes(target))
     if method == "min_edit_distance":
         maps = build_maps(map_to_nearest(range(source.vocab_size), source, target), source, target)
     elif method == "cooccurrence":
         unseen = map_vocabulary(source, target)[PLAIN, :-1]
-        counted = count_pairs(corpus, *spelled)
+        counted = count_pairs(corpus, *pair)
         maps = build_maps(choose_most_matched(counted, unseen), source, target)
     else:
         maps = map_vocabulary(source, target, only_equal=method == "exact")
     if method == WHOLE_CHARACTERS:
-        maps[:, :-1][:, [_is_cut_off(token) for token in source.token_bytes]] = -1
-    if method == CUT_OFF:
+        maps[:, :-1][:, [_ends_inside_character(token) for token in source.token_bytes]] = -1
+    if method == UNFINISHED:
         goals = target.list_by_bytes()
-        for token_id, token in enumerate(each or b"" for each in source.token_bytes):
+        for token_id, token in enumerate(spelled or b"" for spelled in source.token_bytes):
             begun = [goals[token[:n]] for n in range(len(token), 0, -1) if token[:n] in goals]
             if begun and find_unfinished(token) < len(token):
                 maps[:, token_id] = begun[0]
-    return Alignment(*spelled, maps, "bytes" if method.startswith("bytes") else method)
+    return Alignment(*pair, maps, "bytes" if method.startswith("bytes") else method)
 
 
-def _is_cut_off(spelled: bytes | None) -> bool:
-    """Return whether a token's bytes are no whole characters: more of one must follow."""
+def _ends_inside_character(spelled: bytes | None) -> bool:
+    """Check that a token ends inside a character, so that more bytes of it must follow."""
     try:
         (spelled or b"").decode()
     except UnicodeDecodeError:
@@ -231,7 +235,7 @@ def _is_cut_off(spelled: bytes | None) -> bool:
 
 
 def _train(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
-    """Continue a target on a corpus, with the sources there are, and score it."""
+    """Continue the target on a corpus with the unit's sources, and score it."""
     settings, corpus = unit.settings, unit.needs["corpus"]
     aligned = {name: need for name, need in unit.needs.items() if need.kind == "aligned"}
     tokenizer = _tokenizer_of(corpus.needs["target"], out)
@@ -282,7 +286,7 @@ def _score(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
 
 
 def _merge(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
-    """Score the mean of the weights of models of one shape."""
+    """Score the model of averaged weights of models that have one shape."""
     models = [need for need in unit.needs.values() if need.kind == "model"]
     merged = folder / "model"
     shutil.rmtree(merged, ignore_errors=True)
@@ -294,31 +298,31 @@ def _merge(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
 
 
 def _ensemble(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
-    """Score the mean of what models give to the same bytes."""
+    """Score the ensemble: the mean of the models' probabilities of the same bytes."""
     rows = _data(unit.needs["held_out"], out, "rows")
     tables = [rows.read_shard(rows.read_commit(shard)) for shard in range(len(HALVES))]
-    costs: list[list[list[TokenNLL]]] = [[] for _ in HALVES]
+    token_nll: list[list[list[TokenNLL]]] = [[] for _ in HALVES]
     for model in unit.needs.values():
         if model.kind == "model":
             tokenizer = _tokenizer_of(model.needs["tokenizer"], out)
             lm = _load(model, out)
-            for found, table in zip(costs, tables, strict=True):
+            for found, table in zip(token_nll, tables, strict=True):
                 settings = {"name": model.name, "batch_tokens": BATCH_TOKENS}
                 found.append(score_tokens(lm, tokenizer, table, **settings))
     nats = [
         np.array([average_sources(row).nats.sum() for row in zip(*found, strict=True)])
-        for found in costs
+        for found in token_nll
     ]
     return {
         "nats": {
-            half: _sum_documents(table, each)
-            for half, table, each in zip(HALVES, tables, nats, strict=True)
+            half: _sum_documents(table, row_nats)
+            for half, table, row_nats in zip(HALVES, tables, nats, strict=True)
         }
     }
 
 
 def _score_lm(lm: CausalLM, tokenizer: TextTokenizer, held_out: Unit, out: Path) -> Record:
-    """Return what a model pays for every held-out document, in nats."""
+    """Compute the NLL of every held-out document, in nats."""
     rows = _data(held_out, out, "rows")
     found: Record = {}
     for shard, half in enumerate(HALVES):
@@ -329,7 +333,7 @@ def _score_lm(lm: CausalLM, tokenizer: TextTokenizer, held_out: Unit, out: Path)
 
 
 def _sum_documents(table: pa.Table, nats: np.ndarray) -> list[float]:
-    return [round(each.nats, 2) for each in sum_documents(score_documents(table, nats))]
+    return [round(score.nats, 2) for score in sum_documents(score_documents(table, nats))]
 
 
 def _device() -> str:

@@ -1,4 +1,4 @@
-"""The fusion study's own pieces: what it makes itself must be what the product would have made."""
+"""The fusion study's own parts compute the same as rayfuse's."""
 
 import numpy as np
 import pyarrow as pa
@@ -49,7 +49,7 @@ def corpus(tokenizers) -> pa.Table:
 
 @pytest.fixture(scope="module")
 def source_lm(tokenizers) -> CausalLM:
-    """A source that is sure of itself, so that 255 tokens have nearly all of its mass."""
+    """A confident source: 255 tokens have nearly all of its mass."""
     size = tokenizers[1].vocab_size
     spec = ModelSpec("source", "llama", "byte_level", size, size, 32, 1, (), steps=0)
     lm = split_head(build_model(spec, tokenizers[1], 0), name="source")
@@ -88,7 +88,7 @@ def test_cut_tokenizer_is_the_real_one_before_its_later_merges(shared_data, tmp_
     assert set(load_tokenizer(str(tmp_path)).token_names) == first
 
 
-def test_a_smaller_top_k_is_what_would_have_been_captured(source_lm, tokenizers, corpus):
+def test_a_smaller_top_k_equals_a_capture_with_it(source_lm, tokenizers, corpus):
     _, many = capture(source_lm, tokenizers[1], corpus, 64)
     _, few = capture(source_lm, tokenizers[1], corpus, 10)
     for large, small in zip(many, few, strict=True):
@@ -122,12 +122,12 @@ def test_full_distributions_are_the_records_of_all_tokens(source_lm, tokenizers,
         entry = ids[at] >= 0
         stored[np.nonzero(entry)[0], ids[at][entry]] = probs[at][entry]
         stored[:, -1] = np.exp(tails[at].astype(np.float32))
-        # Codes are exact to a few percent of each entry; what 255 tokens leave out is 1e-3.
+        # Codes are exact to a few percent of each entry; 255 tokens lack 1e-3 of the mass.
         assert np.abs(dense - stored).sum(axis=1).mean() < 0.02
         assert np.abs(dense - stored).max() < 0.05
 
 
-def test_the_published_fault_teaches_the_token_that_stands_there(source_lm, tokenizers, corpus):
+def test_the_published_fault_teaches_the_current_token(source_lm, tokenizers, corpus):
     target, source = tokenizers
     alignment = Alignment(
         list_token_bytes(source),
@@ -170,15 +170,15 @@ def test_an_interval_is_no_narrower_than_either_of_its_parts():
     assert 0 < alone.high - alone.low < found.high - found.low
 
 
-def test_the_multiple_of_tokens_is_found_where_the_loss_falls_evenly():
+def test_the_multiple_of_tokens_is_exact_for_a_loss_linear_in_log_tokens():
     per_document = np.full((3, 20), 100.0)
     clm = {times: per_document - 10 * np.log2(times) for times in (1, 2, 4)}
-    multiple, is_in_sight = find_multiple(per_document - 10 * np.log2(3), clm, DOCUMENTS)
+    multiple, is_interpolated = find_multiple(per_document - 10 * np.log2(3), clm, DOCUMENTS)
     np.testing.assert_allclose([multiple.value, multiple.low, multiple.high], 3, rtol=1e-6)
-    assert is_in_sight
-    multiple, is_in_sight = find_multiple(per_document - 10 * np.log2(6), clm, DOCUMENTS)
+    assert is_interpolated
+    multiple, is_interpolated = find_multiple(per_document - 10 * np.log2(6), clm, DOCUMENTS)
     np.testing.assert_allclose(multiple.value, 6, rtol=1e-6)
-    assert not is_in_sight
+    assert not is_interpolated
 
 
 def test_an_outcome_is_claimed_only_outside_zero():

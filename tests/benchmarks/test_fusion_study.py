@@ -1,4 +1,4 @@
-"""The fusion study as a command: it can be stopped anywhere, and goes on."""
+"""The fusion study as a command: it resumes after any interruption."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ def records_of(out: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in out.glob("units/*/result.json")}
 
 
-def test_a_study_that_was_stopped_makes_only_what_is_missing(study):
+def test_an_interrupted_study_computes_only_missing_units(study):
     before = records_of(study)
     stopped = next(path for path in before if path.parent.name.startswith("train"))
     scores = json.loads(stopped.read_text())["nats"]
@@ -43,7 +43,7 @@ def test_a_study_that_was_stopped_makes_only_what_is_missing(study):
     assert json.loads(stopped.read_text())["nats"] == scores
 
 
-def test_a_partial_study_says_so(study):
+def test_a_partial_study_is_reported_as_partial(study):
     text = (study / "RESULTS.md").read_text()
     assert "**Partial:" in text
     assert "CLM needs" in text
