@@ -12,9 +12,12 @@ import typer.main
 import yaml
 
 from docs.recipe_table import PAGE, insert_settings
+from rayfuse.capture.engines.load import ENGINES
 from rayfuse.cli import app
 from rayfuse.config.load import read_values
 from rayfuse.config.recipe import Recipe
+from rayfuse.fuse.rules import RULES
+from rayfuse.train.divergence import DIVERGENCES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -122,6 +125,18 @@ def test_a_yaml_block_is_a_recipe_or_a_part_of_one_or_a_task(body: str):
         read_values({**MINIMAL, **values}, [])
 
 
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """Undo what a block registers."""
+    tables: list[dict[str, Any]] = [RULES, DIVERGENCES, ENGINES]
+    before = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
+
+
+@pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize("body", find_blocks("python"))
 def test_a_python_block_runs(body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
