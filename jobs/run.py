@@ -1,4 +1,4 @@
-"""All stages of a recipe.
+"""Run all stages of a recipe as a Ray job: `python -m rayfuse run`, for clusters without rayfuse.
 
 ray job submit --working-dir . -- python jobs/run.py RECIPE [SECTION.KEY=VALUE ...]
 """

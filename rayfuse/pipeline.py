@@ -1,13 +1,24 @@
-"""The stages of a run in order, and which of them are done. Ray is joined only for what is not."""
+"""The stages of a run in order, and which of them are complete.
+
+The stages are imported as they run: they import ray, which reads the environment variables that
+`join_cluster` sets, and a run that is complete needs no cluster.
+"""
 
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from rich.console import Console
+
+from rayfuse.config.load import read_recipe
 from rayfuse.config.recipe import Recipe
 from rayfuse.run.layout import Layout, plan_layout
+from rayfuse.runtime.connect import join_cluster
+from rayfuse.runtime.console import ProgressBars
 from rayfuse.runtime.progress import Progress
 from rayfuse.storage.store import check_store
 
@@ -16,23 +27,24 @@ STAGES = ("corpus", "capture", "align", "train", "evaluate", "report")
 
 @dataclass(frozen=True)
 class StageResult:
-    """What became of one stage."""
+    """The outcome of one stage."""
 
     stage: str
     was_done: bool
+    """Complete before, so it was skipped."""
     seconds: float
 
 
 def prepare_run(recipe: Recipe) -> Layout:
-    """Return where a run lies, after checking what can be checked without a cluster.
+    """Lay out a run, after checking everything that can be checked without a cluster.
 
     Raises:
-        ValueError: A model, the documents, the storage or a task cannot be used.
+        UserError: A model, the documents, the storage or a task cannot be used.
     """
     layout = plan_layout(recipe)
     check_store(layout.store)
     if recipe.evaluate.tasks is not None and not is_stage_done("evaluate", layout):
-        from rayfuse.evaluate.lm_eval_tasks import check_tasks
+        from rayfuse.evaluate.lm_eval_tasks import check_tasks  # lm-eval is optional
 
         check_tasks(recipe.evaluate)
     return layout
@@ -43,12 +55,12 @@ def run_stages(
     layout: Layout,
     stages: tuple[str, ...],
     progress: Progress,
-    tell: Callable[[StageResult], None],
+    report_result: Callable[[StageResult], None],
 ) -> None:
-    """Run stages in order, skipping those that are done; each one's end is told.
+    """Run stages in order, skipping those that are complete, and report the result of each.
 
     Raises:
-        ValueError: The input of a stage is missing or cannot be used.
+        UserError: The input of a stage is missing or cannot be used.
         ShardError: A shard that is read is missing or corrupt.
     """
     for stage in stages:
@@ -57,11 +69,66 @@ def run_stages(
         if not was_done:
             with _prewarm_if_next(stage, stages, recipe, layout, progress) as report:
                 _run_stage(stage, recipe, layout, report)
-        tell(StageResult(stage, was_done, time.monotonic() - began))
+        report_result(StageResult(stage, was_done, time.monotonic() - began))
+
+
+def run_recipe(
+    path: Path, overrides: list[str] | None, stages: tuple[str, ...], console: Console
+) -> dict[str, Any]:
+    """Run stages of a recipe file, print their results, and return them as plain values.
+
+    Raises:
+        UserError: The recipe, a model, the documents or the storage cannot be used.
+        ShardError: A shard that is read is missing or corrupt.
+    """
+    began = time.monotonic()
+    recipe = read_recipe(path, overrides)
+    layout = prepare_run(recipe)
+    console.print(f"recipe {path}: {', '.join(stages)} in {layout.store.root}")
+    _print_reuse(layout, console)
+
+    def report_result(result: StageResult) -> None:
+        state = "complete before" if result.was_done else f"complete in {result.seconds:.1f} s"
+        console.print(f"{result.stage:<9} {state}", highlight=False)
+
+    if all(is_stage_done(stage, layout) for stage in stages):
+        console.print("nothing to do: everything is complete", highlight=False)
+    else:
+        with ProgressBars(console) as bars:
+            run_stages(recipe, layout, stages, bars, report_result)
+    values = _print_results(layout, stages, console)
+    remaining = [stage for stage in STAGES if not is_stage_done(stage, layout)]
+    if remaining:
+        console.print(f"next: rayfuse {remaining[0]} {path}", highlight=False)
+    return values | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def _print_reuse(layout: Layout, console: Console) -> None:
+    if layout.corpus_rows.is_reused:
+        models = ", ".join(model.model for model in layout.corpus_rows.cut_for)
+        console.print(f"rows: reused, as split for {models} (corpus.recut: true splits them again)")
+
+
+def _print_results(layout: Layout, stages: tuple[str, ...], console: Console) -> dict[str, Any]:
+    """Print what a run holds after these stages, and return it as plain values."""
+    values: dict[str, Any] = {"stages": {stage: is_stage_done(stage, layout) for stage in stages}}
+    for name, data in {"corpus": layout.corpus, **layout.captured}.items():
+        commits = data.commits().values()
+        if commits:
+            tokens = sum(commit.tokens for commit in commits)
+            rejects = sum(commit.rejects for commit in commits)
+            values[name] = {"shards": len(commits), "tokens": tokens, "rejects": rejects}
+            text = f"  {name:<18} {len(commits)} shards, {tokens:,} tokens, {rejects} rejected"
+            console.print(text, highlight=False)
+    if is_stage_done("evaluate", layout) and stages[-1] in ("evaluate", "report"):
+        from rayfuse.report.results import print_scores  # imports matplotlib
+
+        values |= print_scores(layout, console)
+    return values
 
 
 def is_stage_done(stage: str, layout: Layout) -> bool:
-    """Return whether a stage's results are all there."""
+    """Check whether all results of a stage exist."""
     store = layout.store
     if stage == "corpus":
         return layout.corpus.is_complete() and layout.held_out.is_complete()
@@ -88,8 +155,6 @@ def _prewarm_if_next(
     if stage != "corpus" or "capture" not in stages:
         yield progress
         return
-    from rayfuse.runtime.connect import join_cluster
-
     join_cluster()
     from rayfuse.runtime.prewarm import prewarm_sources  # imports ray, which must join first
     from rayfuse.runtime.resources import count_reachable
@@ -119,8 +184,6 @@ def _run_stage(stage: str, recipe: Recipe, layout: Layout, progress: Progress) -
 
         write_report(recipe, layout)
         return
-    from rayfuse.runtime.connect import join_cluster
-
     join_cluster()
     if stage == "corpus":
         from rayfuse.corpus.stage import build_corpora
@@ -130,7 +193,7 @@ def _run_stage(stage: str, recipe: Recipe, layout: Layout, progress: Progress) -
         from rayfuse.align.stage import build_vocab_maps
         from rayfuse.capture.stage import capture_sources
 
-        build_vocab_maps(recipe, layout, progress)  # alignment runs right behind capture
+        build_vocab_maps(recipe, layout, progress)  # each shard is aligned once captured
         capture_sources(recipe, layout, progress)
     elif stage == "align":
         from rayfuse.align.stage import align_sources

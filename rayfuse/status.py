@@ -2,14 +2,17 @@
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from rayfuse.config.load import read_recipe
 from rayfuse.config.recipe import Recipe, dump_recipe
-from rayfuse.pipeline import STAGES, is_stage_done
-from rayfuse.run.layout import Layout
+from rayfuse.pipeline import STAGES, is_stage_done, run_recipe
+from rayfuse.run.layout import Layout, plan_layout
+from rayfuse.runtime.console import ProgressBars
 from rayfuse.runtime.progress import Progress, ProgressEvent
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.verify import (
@@ -20,6 +23,40 @@ from rayfuse.storage.verify import (
     to_json,
     verify_data_set,
 )
+
+
+def show_status(path: Path, overrides: list[str] | None, console: Console) -> dict[str, Any]:
+    """Print the progress of a recipe's run, and return it as plain values.
+
+    Raises:
+        UserError: The recipe cannot be used, or the store has another schema version.
+        ShardError: A record is corrupt.
+    """
+    layout = plan_layout(read_recipe(path, overrides))
+    statuses = read_statuses(layout)
+    print_status(layout, statuses, console)
+    stages = {stage: is_stage_done(stage, layout) for stage in STAGES}
+    return {"stages": stages, "data_sets": list_numbers(statuses)}
+
+
+def verify_recipe(
+    path: Path, overrides: list[str] | None, console: Console, *, repair: bool
+) -> dict[str, Any]:
+    """Check every shard of a recipe's run, repair it if wanted, and return what was found.
+
+    Raises:
+        UserError: The recipe cannot be used, or the store has another schema version.
+    """
+    recipe = read_recipe(path, overrides)
+    layout = plan_layout(recipe)
+    with ProgressBars(console) as bars:
+        found = verify_layout(layout, bars)
+    print_verified(found, console)
+    if repair:
+        stages = repair_layout(recipe, layout, found)
+        if stages:
+            run_recipe(path, overrides, tuple(stages), console)
+    return {"data_sets": list_numbers(found), "repaired": repair}
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def test_a_stop_is_a_stop_also_where_compiled_code_makes_an_error_of_it(wrapped:
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 130
-    assert done.stderr == "rayfuse: stopped; the same command goes on where it was\n"
+    assert done.stderr == "rayfuse: interrupted; run the same command to resume\n"
 
 
 @pytest.mark.parametrize(
@@ -175,11 +175,14 @@ def test_json_is_all_that_stdout_gets_and_a_second_run_has_nothing_to_do(models,
     assert "nothing to do" in done.stderr
 
 
-def test_what_others_print_while_json_is_asked_for_goes_to_stderr():
+def test_with_json_everything_else_that_is_printed_goes_to_stderr():
     program = (
-        "import rayfuse.cli; out = rayfuse.cli._claim_stdout(); print('a warning'); "
-        "print('{}', file=out, flush=True); print('a late one')"
+        "from rayfuse.cli import command_output\n"
+        "with command_output(as_json=True) as output:\n"
+        "    print('a warning')\n"
+        "    output.values['a'] = 1\n"
+        "print('a late one')"
     )
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("{}\n", "a warning\na late one\n")
+    assert (done.stdout, done.stderr) == ('{"a": 1}\n', "a warning\na late one\n")

@@ -5,10 +5,10 @@ from typing import Any, cast
 
 import yaml
 
-from rayfuse.config.base import SECRET_PATTERN
+from rayfuse.config.base import SECRET_PATTERN, UserError
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError):
     """The recipe cannot be run as it is written; the message names the setting and the remedy."""
 
 

@@ -1,7 +1,14 @@
-"""What `rayfuse doctor` does: the recipe first, then the cluster."""
+"""`rayfuse doctor`: check the recipe, then the cluster, and print the findings."""
 
 import uuid
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
+from rich.console import Console
+
+from rayfuse.config.load import read_recipe
 from rayfuse.config.recipe import Recipe
 from rayfuse.doctor.checks import Finding, list_findings
 from rayfuse.run.layout import plan_layout
@@ -10,6 +17,30 @@ from rayfuse.storage.store import Store, open_store
 
 RETRY_SECONDS = 20.0
 """For the storage."""
+
+
+def run_doctor(path: Path, overrides: list[str] | None, console: Console) -> dict[str, Any]:
+    """Print the findings about a recipe file and its cluster, and return them as plain values.
+
+    Raises:
+        UserError: The recipe cannot be read.
+    """
+    findings = examine(read_recipe(path, overrides))
+    print_findings(findings, console)
+    return {"findings": [asdict(finding) for finding in findings]}
+
+
+def print_findings(findings: Sequence[Finding], console: Console) -> None:
+    """Print each finding with its remedy, and the number of errors and warnings."""
+    for finding in findings:
+        style = "red" if finding.severity == "error" else "yellow"
+        console.print(f"{finding.severity}: {finding.check}: {finding.text}", style=style)
+        console.print(f"  remedy: {finding.remedy}", highlight=False)
+    errors = sum(finding.severity == "error" for finding in findings)
+    if not findings:
+        console.print("no findings")
+    else:
+        console.print(f"{errors} errors, {len(findings) - errors} warnings", highlight=False)
 
 
 def examine(recipe: Recipe) -> list[Finding]:
@@ -44,10 +75,10 @@ def _check_recipe(recipe: Recipe) -> list[Finding]:
 
 
 def _join() -> Finding | None:
-    """Join the cluster, or return why that fails."""
+    """Join the cluster; return a finding if that fails."""
     try:
         join_cluster()
-    except Exception as error:
+    except Exception as error:  # Ray's own classes cannot be imported before join_cluster
         is_rays = type(error).__module__.startswith("ray.")
         if not isinstance(error, ConnectionError | ClusterError) and not is_rays:
             raise

@@ -10,6 +10,8 @@ import threading
 import time
 from typing import Any
 
+from rayfuse.config.base import UserError
+
 MIN_LOCAL_CPUS = 4
 """Logical CPUs of a cluster on this machine at least: Ray Data stalls with fewer."""
 
@@ -20,7 +22,7 @@ REFUSALS = ("Invalid address format", "Failed to connect to GCS")
 """How errors of Ray begin that are about the address."""
 
 
-class ClusterError(ValueError):
+class ClusterError(UserError):
     """The cluster that RAY_ADDRESS names cannot be joined."""
 
 

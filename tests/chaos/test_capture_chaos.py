@@ -162,7 +162,7 @@ def test_fault_36_told_to_stop_a_capture_stops_and_goes_on_later(
     driver.send_signal(number)
     _, message = driver.communicate(timeout=60)
     assert driver.returncode == 130, message[-3000:]
-    assert "stopped; the same command goes on where it was" in message
+    assert "interrupted; run the same command to resume" in message
     assert "Traceback" not in message
     made = {path: path.stat().st_mtime_ns for path in storage.glob("captured/*/commits/*.json")}
     assert made
