@@ -66,7 +66,9 @@ def _make_record(
     in_head = (probs[:, :-1] * is_next).sum(axis=1)
     next_probs = np.where(is_next.any(axis=1), in_head, probs[:, -1] / 10)
     next_probs[-1:] = 1.0
-    return TopLogprobs(ids, np.log(probs[:, :-1]), np.log(probs[:, -1]), np.log(next_probs))
+    return TopLogprobs(
+        ids, np.log(probs[:, :-1]), np.log(probs[:, -1]), np.log(next_probs), ids[:, :0]
+    )
 
 
 def _draw_probs(

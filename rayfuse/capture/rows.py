@@ -1,111 +1,127 @@
-"""Records -> CAPTURED rows: same rows, same order, nothing padded."""
+"""Records -> CAPTURED rows: one row per corpus row, in the same order, without padding."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 
 from rayfuse.capture.engines.base import Failure
+from rayfuse.capture.sampling import count_draws
 from rayfuse.capture.top_k import TopLogprobs
 from rayfuse.models.tokenizer import TextTokenizer
 from rayfuse.schema import CAPTURED, codes, halfs, ints
-from rayfuse.storage.codec import build_list_column, encode_probs
+from rayfuse.storage.codec import EncodedTopK, build_list_column, encode_probs
 from rayfuse.storage.dataset import Reject
 
 NOT_FINITE = "log-probabilities are not finite"
 
 
 def tokenise_rows(corpus: pa.Table, tokenizer: TextTokenizer) -> list[Int[np.ndarray, " _"]]:
-    """Return the source's own tokens of each corpus row, start token and EOS included."""
+    """Tokenise each corpus row for the source, start token and EOS included."""
     return tokenizer.encode_rows(corpus["text"].to_pylist(), corpus["ends_document"].to_pylist())
 
 
 def build_captured(
     corpus: pa.Table,
     token_rows: Sequence[Int[np.ndarray, " _"]],
-    records: Sequence[TopLogprobs | Failure],
+    results: Sequence[TopLogprobs | Failure],
     eos_id: int | None,
 ) -> tuple[pa.Table, list[Reject]]:
-    """Return the CAPTURED rows, and the rows that had to be left empty.
+    """Build the CAPTURED rows, those of failed rows empty, and list the failed rows.
 
     Args:
         corpus: The CORPUS rows.
         token_rows: Their tokens.
-        records: What the source said of them.
+        results: What the engine returned for them.
         eos_id: The source's EOS, which ends rows that end documents.
     """
     row_ids: list[str] = corpus["row_id"].to_pylist()
-    reasons = [_find_fault(record) for record in records]
-    is_good = [reason is None for reason in reasons]
+    reasons = [_find_fault(result) for result in results]
     rejects = [
         Reject(row_id, reason)
         for row_id, reason in zip(row_ids, reasons, strict=True)
         if reason is not None
     ]
-    kept = [
-        record
-        for record, good in zip(records, is_good, strict=True)
-        if good and isinstance(record, TopLogprobs)
+    is_good = np.array([reason is None for reason in reasons], dtype=bool)
+    records = [
+        result
+        for result, good in zip(results, is_good, strict=True)
+        if good and isinstance(result, TopLogprobs)
     ]
-    lengths = [len(tokens) if good else 0 for tokens, good in zip(token_rows, is_good, strict=True)]
-    top_k = kept[0].top_ids.shape[1] if kept else 0
+    tokens = [row for row, good in zip(token_rows, is_good, strict=True) if good]
+    lengths = [len(row) if good else 0 for row, good in zip(token_rows, is_good, strict=True)]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    draws = [record.draws for record in kept if record.draws is not None]
-    num_draws = draws[0].ids.shape[1] if draws else 0
-    tokens = _join([t for t, good in zip(token_rows, is_good, strict=True) if good], np.int32)
-    next_logprobs = _join([record.next_logprobs for record in kept], np.float32)
-    # Known from the corpus alone: a literal `</s>` that ends a text may have the same id.
+    next_logprobs = _join([record.next_logprobs for record in records], np.float32)
+    # From the corpus, not from the tokens: a literal `</s>` that ends a text may have the same id.
     has_eos = np.array(corpus["ends_document"].to_pylist(), dtype=bool) & (eos_id is not None)
+    nats = np.where(is_good, _sum_nats(has_eos, next_logprobs, offsets), np.inf)
     columns = {
         "row_id": pa.array(row_ids, type=pa.string()),
-        "token_ids": build_list_column(tokens, offsets, ints),
-        "top_ids": build_list_column(
-            _join([record.top_ids.reshape(-1) for record in kept], np.int32), offsets * top_k, ints
-        ),
-        "top_logprobs": build_list_column(
-            _join([encode_probs(np.exp(record.top_logprobs)) for record in kept], np.uint8),
-            offsets * top_k,
-            codes,
-        ),
-        "tail_logprobs": build_list_column(
-            _join([record.tail_logprobs for record in kept], np.float16), offsets, halfs
-        ),
-        "draw_ids": build_list_column(
-            _join([each.ids.reshape(-1) for each in draws], np.int32), offsets * num_draws, ints
-        ),
-        "draw_counts": build_list_column(
-            _join([each.counts.reshape(-1) for each in draws], np.uint8),
-            offsets * num_draws,
-            codes,
-        ),
+        "token_ids": build_list_column(_join(tokens, np.int32), offsets, ints),
+        **_build_top_columns(records, offsets),
+        **_build_draw_columns(records, offsets),
         "next_logprobs": build_list_column(next_logprobs.astype(np.float16), offsets, halfs),
-        "nats": pa.array(
-            _sum_nats(has_eos, next_logprobs, offsets, is_good),
-            type=pa.float32(),
-        ),
+        "nats": pa.array(nats.astype(np.float32), type=pa.float32()),
     }
     return pa.Table.from_pydict(columns, schema=CAPTURED), rejects
 
 
-def _find_fault(record: TopLogprobs | Failure) -> str | None:
-    if isinstance(record, Failure):
-        return record.reason
-    return None if record.is_finite() else NOT_FINITE
+def _find_fault(result: TopLogprobs | Failure) -> str | None:
+    if isinstance(result, Failure):
+        return result.reason
+    return None if result.is_finite() else NOT_FINITE
+
+
+def _build_top_columns(
+    records: Sequence[TopLogprobs], offsets: Int[np.ndarray, " rows_plus_1"]
+) -> dict[str, pa.ListArray]:
+    encoded = [_encode_record(record) for record in records]
+    entries = offsets * (encoded[0].ids.shape[1] if encoded else 0)
+    ids = _join([top.ids.reshape(-1) for top in encoded], np.int32)
+    levels = _join([top.codes.reshape(-1) for top in encoded], np.uint8)
+    tails = _join([top.tail_logprobs for top in encoded], np.float16)
+    return {
+        "top_ids": build_list_column(ids, entries, ints),
+        "top_logprobs": build_list_column(levels, entries, codes),
+        "tail_logprobs": build_list_column(tails, offsets, halfs),
+    }
+
+
+def _encode_record(record: TopLogprobs) -> EncodedTopK:
+    """Encode a row's top k as stored, one byte a probability."""
+    encoded = encode_probs(np.exp(record.top_logprobs)).reshape(record.top_ids.shape)
+    return EncodedTopK(record.top_ids, encoded, record.tail_logprobs.astype(np.float16))
+
+
+def _build_draw_columns(
+    records: Sequence[TopLogprobs], offsets: Int[np.ndarray, " rows_plus_1"]
+) -> dict[str, pa.ListArray]:
+    draws = [count_draws(record.drawn_ids) for record in records]
+    entries = offsets * (draws[0][0].shape[1] if draws else 0)
+    ids = _join([ids.reshape(-1) for ids, _ in draws], np.int32)
+    counts = _join([counts.reshape(-1) for _, counts in draws], np.uint8)
+    return {
+        "draw_ids": build_list_column(ids, entries, ints),
+        "draw_counts": build_list_column(counts, entries, codes),
+    }
 
 
 def _sum_nats(
-    has_eos: np.ndarray,
-    next_logprobs: np.ndarray,
+    has_eos: Bool[np.ndarray, " rows"],
+    next_logprobs: Float[np.ndarray, " positions"],
     offsets: Int[np.ndarray, " rows_plus_1"],
-    is_good: list[bool],
-) -> np.ndarray:
-    """Sum -next_logprobs over each row's text: EOS, said by the last but one, is left out."""
+) -> Float[np.ndarray, " rows"]:
+    """Sum -next_logprobs over each row's text.
+
+    The last position predicts nothing. Where a row has an EOS, the position before it predicts that
+    and not text, so it is excluded.
+    """
     totals = np.concatenate([[0.0], np.cumsum(next_logprobs, dtype=np.float64)])
     ends = offsets[1:] - np.where(has_eos, 2, 0)
-    nats = totals[offsets[:-1]] - totals[np.maximum(ends, offsets[:-1])]
-    return np.where(is_good, nats, np.inf).astype(np.float32)
+    return totals[offsets[:-1]] - totals[np.maximum(ends, offsets[:-1])]
 
 
 def _join(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    """Concatenate arrays of which there may be none."""
     return np.concatenate([np.zeros(0, dtype=dtype), *parts]).astype(dtype)

@@ -1,101 +1,66 @@
-"""Hidden states -> top-k and sampled records; the full logits are never there at once."""
+"""Hidden states -> the top-k and sampled record; the full logits of a batch never exist at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import nn
 
-from rayfuse.capture.sampling import Draws, count_draws, draw_ids
+from rayfuse.capture.sampling import draw_ids
 from rayfuse.models.causal_lm import CausalLM
 
-MIN_TAIL = 1e-7
-"""Below it a float32 sum near 1 says nothing of what is missing."""
+MIN_RESOLVED_TAIL = 1e-7
+"""The smallest tail mass stored: a sum of float32 probabilities near 1 is no more exact than this,
+so a smaller difference from 1 is rounding."""
 
 
 @dataclass(frozen=True)
 class TopLogprobs:
-    """What a source says of each position of one row."""
+    """What a source predicts at some positions; in numpy, or in torch where the model is."""
 
-    top_ids: Int[np.ndarray, "seq_len top_k"]
+    top_ids: Int[Any, "positions top_k"]
     """Likeliest first; -1 where the vocabulary has fewer than k tokens."""
-    top_logprobs: Float[np.ndarray, "seq_len top_k"]
+    top_logprobs: Float[Any, "positions top_k"]
     """Natural log, normalised over the whole vocabulary, temperature 1."""
-    tail_logprobs: Float[np.ndarray, " seq_len"]
+    tail_logprobs: Float[Any, " positions"]
     """Log of the mass outside the top k."""
-    next_logprobs: Float[np.ndarray, " seq_len"]
-    """Of the token that really comes next; 0 at the last position, which has none."""
-    draws: Draws | None = None
-    """From the tail; None where nothing is drawn."""
+    next_logprobs: Float[Any, " positions"]
+    """Of the token that really comes next; 0 at a row's last position, which has none."""
+    drawn_ids: Int[Any, "positions draws"]
+    """Tokens drawn from the tail in order of id, with repeats; -1 where the tail has no mass, no
+    columns where nothing is drawn."""
 
-    def part(self, positions: slice) -> "TopLogprobs":
-        """Return the record of some positions."""
-        draws = self.draws
-        return TopLogprobs(
-            self.top_ids[positions],
-            self.top_logprobs[positions],
-            self.tail_logprobs[positions],
-            self.next_logprobs[positions],
-            draws and Draws(draws.ids[positions], draws.counts[positions]),
-        )
+    def map(self, function: Callable[[Any], Any]) -> "TopLogprobs":
+        """Apply a function to every array."""
+        return TopLogprobs(*(function(array) for array in vars(self).values()))
+
+    def split_rows(self, lengths: Sequence[int]) -> list["TopLogprobs"]:
+        """Split a record in torch, on the host, into one record in numpy per row.
+
+        Args:
+            lengths: The positions of each row; together, all positions.
+        """
+        ends = np.cumsum(lengths)[:-1]
+        columns = [np.split(tensor.numpy(), ends) for tensor in vars(self).values()]
+        return [TopLogprobs(*arrays) for arrays in zip(*columns, strict=True)]
 
     def is_finite(self) -> bool:
-        """Return whether the model gave numbers and no NaN."""
+        """Check that the model's outputs were neither NaN nor infinite."""
         return bool(
             np.isfinite(self.next_logprobs).all()
             and np.isfinite(self.top_logprobs[self.top_ids >= 0]).all()
         )
 
 
-def join_parts(parts: Sequence[TopLogprobs]) -> TopLogprobs:
-    """Return the record of positions that follow one another."""
+def join_records(parts: Sequence[TopLogprobs]) -> TopLogprobs:
+    """Concatenate records in numpy of positions that follow one another."""
     if len(parts) == 1:
         return parts[0]
-    draws = [part.draws for part in parts if part.draws is not None]
-    return TopLogprobs(
-        np.concatenate([part.top_ids for part in parts]),
-        np.concatenate([part.top_logprobs for part in parts]),
-        np.concatenate([part.tail_logprobs for part in parts]),
-        np.concatenate([part.next_logprobs for part in parts]),
-        Draws(
-            np.concatenate([each.ids for each in draws]),
-            np.concatenate([each.counts for each in draws]),
-        )
-        if draws
-        else None,
-    )
-
-
-@dataclass(frozen=True)
-class TopTensors:
-    """The record of some positions, where the model is."""
-
-    top_ids: Int[torch.Tensor, "positions top_k"]
-    top_logprobs: Float[torch.Tensor, "positions top_k"]
-    tail_logprobs: Float[torch.Tensor, " positions"]
-    next_logprobs: Float[torch.Tensor, " positions"]
-    drawn_ids: Int[torch.Tensor, "positions draws"]
-    """In order of id, with repeats; no columns where nothing is drawn."""
-
-    def split_rows(self, lengths: Sequence[int]) -> list[TopLogprobs]:
-        """Return each row's record, on the host.
-
-        Args:
-            lengths: The positions of each row; together, all positions.
-        """
-        ends = np.cumsum(lengths)[:-1]
-        ids, logprobs, tails, following, drawn = (
-            np.split(tensor.numpy(), ends)
-            for tensor in (
-                *(self.top_ids.int(), self.top_logprobs),
-                *(self.tail_logprobs, self.next_logprobs, self.drawn_ids),
-            )
-        )
-        draws = [count_draws(row) if row.shape[1] else None for row in drawn]
-        rows = zip(ids, logprobs, tails, following, draws, strict=True)
-        return [TopLogprobs(*row) for row in rows]
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
+    return TopLogprobs(*(np.concatenate(arrays) for arrays in columns))
 
 
 @torch.inference_mode()
@@ -108,29 +73,30 @@ def keep_top_k(
     *,
     top_k: int,
     chunk_positions: int,
-) -> TopTensors:
-    """Return the record of positions, applying the head to a chunk of them at a time.
+) -> TopLogprobs:
+    """Reduce each position's distribution to its record, applying the head chunk by chunk.
 
     Args:
         hidden: The head's inputs.
-        lm: The model, whose head it is.
-        known_ids: Head rows that the tokenizer has; the others are masked before normalising.
+        lm: The model that the head belongs to.
+        known_ids: Head rows that the tokenizer has; the others, which padding may have left with
+            any weights, are masked before normalising.
         next_ids: The token that comes next at each position; -1 where none does.
-        noise: In [0, 1), for draws from what is not kept.
+        noise: In [0, 1), for draws from the tail.
         top_k: Entries kept; 0 for none.
         chunk_positions: Positions whose logits exist at a time.
     """
     unknown_ids = torch.nonzero(~known_ids)[:, 0]
     parts = [
-        _reduce_chunk(lm.logits(part), unknown_ids, following, chances, top_k)
-        for part, following, chances in zip(
+        _reduce_chunk(lm.logits(part), unknown_ids, part_next_ids, part_noise, top_k)
+        for part, part_next_ids, part_noise in zip(
             hidden.split(chunk_positions),
             next_ids.split(chunk_positions),
             noise.split(chunk_positions),
             strict=True,
         )
     ]
-    return TopTensors(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
+    return TopLogprobs(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 def _reduce_chunk(
@@ -140,9 +106,10 @@ def _reduce_chunk(
     noise: Float[torch.Tensor, "positions draws"],
     top_k: int,
 ) -> tuple[torch.Tensor, ...]:
+    """Reduce logits, which are overwritten, to the fields of `TopLogprobs`."""
     logits.index_fill_(1, unknown_ids, -torch.inf)
     normaliser = logits.logsumexp(1, keepdim=True)
-    following = logits.gather(1, next_ids.clamp(min=0)[:, None]) - normaliser
+    next_logprobs = (logits.gather(1, next_ids.clamp(min=0)[:, None]) - normaliser)[:, 0]
     top = logits.topk(min(top_k, logits.shape[1]), dim=1)
     logprobs = top.values - normaliser
     ids = top.indices.masked_fill(top.values == -torch.inf, -1)
@@ -150,8 +117,16 @@ def _reduce_chunk(
     if missing:
         ids = nn.functional.pad(ids, (0, missing), value=-1)
         logprobs = nn.functional.pad(logprobs, (0, missing), value=-torch.inf)
-    tail = (1 - logprobs.double().exp().sum(1)).clamp(min=MIN_TAIL).log()
-    drawn = ids[:, :0]
+    # In float64: the difference from 1 would lose what the sum's float32 rounding is.
+    tail = (1 - logprobs.double().exp().sum(1)).clamp(min=MIN_RESOLVED_TAIL).log()
+    drawn_ids = ids[:, :0]
     if noise.shape[1]:
-        drawn = draw_ids(logits.scatter_(1, top.indices, -torch.inf), noise)
-    return ids, logprobs, tail.float(), following[:, 0].masked_fill(next_ids < 0, 0.0), drawn
+        # The draws are from the tail alone, so the top k are masked too.
+        drawn_ids = draw_ids(logits.scatter_(1, top.indices, -torch.inf), noise)
+    return (
+        ids.int(),  # 32 bits, before the copy to the host
+        logprobs,
+        tail.float(),
+        next_logprobs.masked_fill(next_ids < 0, 0.0),
+        drawn_ids.int(),
+    )

@@ -67,6 +67,7 @@ def align_example() -> tuple[pa.Table, dict[str, float]]:
         top_logprobs=np.log(TOP_PROBS),
         tail_logprobs=np.log(np.maximum(1 - np.sum(TOP_PROBS, axis=1), 1e-9)),
         next_logprobs=np.log(NEXT_PROBS),
+        drawn_ids=np.zeros((len(TOP_IDS), 0), dtype=np.int32),
     )
     captured, _ = build_captured(corpus, [SOURCE_IDS], [record], eos_id=6)
     return align_shard(

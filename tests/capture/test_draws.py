@@ -46,9 +46,9 @@ def test_what_has_no_probability_is_never_drawn():
 
 
 def test_counting_keeps_each_token_once():
-    draws = count_draws(np.array([[3, 3, 7], [1, 2, 4], [-1, -1, -1], [0, 5, 5]]))
-    assert draws.ids.tolist() == [[3, 7, -1], [1, 2, 4], [-1, -1, -1], [0, 5, -1]]
-    assert draws.counts.tolist() == [[2, 1, 0], [1, 1, 1], [0, 0, 0], [1, 2, 0]]
+    ids, counts = count_draws(np.array([[3, 3, 7], [1, 2, 4], [-1, -1, -1], [0, 5, 5]]))
+    assert ids.tolist() == [[3, 7, -1], [1, 2, 4], [-1, -1, -1], [0, 5, -1]]
+    assert counts.tolist() == [[2, 1, 0], [1, 1, 1], [0, 0, 0], [1, 2, 0]]
 
 
 def test_noise_belongs_to_the_row_and_the_model():
@@ -80,7 +80,7 @@ def test_a_row_draws_the_same_in_any_batch(signal, tmp_path):
     _, alone, _ = capture(source, signal, batch_tokens=1, chunk_positions=5)
     _, together, _ = capture(source, signal, batch_tokens=10_000)
     same = [
-        (one.draws.ids == other.draws.ids).all(axis=1)
+        (one.drawn_ids == other.drawn_ids).all(axis=1)
         for one, other in zip(alone, together, strict=True)
     ]
     # A batch's shape changes a model's last bits, and with them now and then a draw.

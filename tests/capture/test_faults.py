@@ -343,7 +343,7 @@ def test_fault_17_ids_that_the_tokenizer_lacks_are_never_kept_or_drawn(model):
     assert tokenizer.vocab_size < PADDED
     for record in engine.score_rows(tokenizer.encode_rows(SAMPLE, [True] * len(SAMPLE))):
         assert record.top_ids.max() < tokenizer.vocab_size
-        assert record.draws.ids.max() < tokenizer.vocab_size
+        assert record.drawn_ids.max() < tokenizer.vocab_size
         mass = np.exp(record.top_logprobs).sum(axis=1) + np.exp(record.tail_logprobs)
         np.testing.assert_allclose(mass, 1, atol=1e-5)
 

@@ -14,8 +14,8 @@ from rayfuse.config.models import BACKENDS, BackendName
 
 
 def make_record(length: int) -> TopLogprobs:
-    zeros = np.zeros((length, 1))
-    return TopLogprobs(zeros.astype(np.int32), zeros, zeros[:, 0], zeros[:, 0])
+    ids, logprobs = np.zeros((length, 1), dtype=np.int32), np.zeros((length, 1))
+    return TopLogprobs(ids, logprobs, logprobs[:, 0], logprobs[:, 0], ids[:, :0])
 
 
 class FakeBatch:

@@ -142,6 +142,7 @@ def test_a_last_token_that_is_eos_is_left_out_of_the_nats_only_where_a_document_
         top_logprobs=half,
         tail_logprobs=half[:, 0],
         next_logprobs=np.array([-1.0, -2.0, 0.0]),
+        drawn_ids=np.zeros((3, 0), dtype=np.int32),
     )
     table, _ = build_captured(corpus, [np.array([0, 5, 2], dtype=np.int32)], [record], eos_id=2)
     assert table["nats"].to_pylist() == [1.0 if ends else 3.0]

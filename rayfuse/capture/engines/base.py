@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
-from rayfuse.capture.top_k import TopLogprobs, join_parts
+from rayfuse.capture.top_k import TopLogprobs, join_records
 from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.models import SourceSettings
 from rayfuse.models.batching import cut_windows
@@ -79,5 +79,5 @@ def _join_windows(windows: list[tuple[TopLogprobs | Failure, slice]]) -> TopLogp
     for result, kept in windows:
         if isinstance(result, Failure):
             return result
-        parts.append(result.part(kept))
-    return join_parts(parts)
+        parts.append(result.map(lambda array, kept=kept: array[kept]))
+    return join_records(parts)

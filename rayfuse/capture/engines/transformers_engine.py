@@ -6,7 +6,7 @@ import torch
 from rayfuse.capture.engines.base import Failure, TokenRows, score_in_windows
 from rayfuse.capture.engines.memory import BatchScorer
 from rayfuse.capture.sampling import make_noise
-from rayfuse.capture.top_k import TopLogprobs, TopTensors, keep_top_k
+from rayfuse.capture.top_k import TopLogprobs, keep_top_k
 from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.models import ModelSettings
 from rayfuse.models.batching import pad_rows
@@ -70,21 +70,14 @@ class HostCopy:
     """A batch's records on their way from a GPU into pinned memory, on a stream of their own."""
 
     def __init__(
-        self, record: TopTensors, lengths: list[int], stream: torch.cuda.Stream | None
+        self, record: TopLogprobs, lengths: list[int], stream: torch.cuda.Stream | None
     ) -> None:
         self.record, self.lengths, self.event = record, lengths, None
         if stream is None:  # on a CPU the records are where they belong
             return
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.record = TopTensors(
-                *(
-                    torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(
-                        tensor, non_blocking=True
-                    )
-                    for tensor in vars(record).values()
-                )
-            )
+            self.record = record.map(_start_copy)
             self.event = stream.record_event()
         for tensor in vars(record).values():
             # Else the allocator, which knows one stream, reuses the memory before it is copied.
@@ -95,6 +88,12 @@ class HostCopy:
         if self.event is not None:
             self.event.synchronize()
         return self.record.split_rows(self.lengths)
+
+
+def _start_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Start copying a tensor from the GPU to the host, on the current stream."""
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

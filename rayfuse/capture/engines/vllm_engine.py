@@ -1,4 +1,7 @@
-"""A source LLM in vLLM: for models that do not fit one GPU. Imported only when it is asked for."""
+"""A source LLM in vLLM, for models that do not fit one GPU.
+
+The package `vllm` is an extra and takes seconds to import, so only `VllmEngine` imports it.
+"""
 
 import os
 from functools import partial
@@ -14,22 +17,23 @@ from rayfuse.capture.engines.base import (
     TokenRows,
     score_in_windows,
 )
-from rayfuse.capture.top_k import MIN_TAIL, TopLogprobs
+from rayfuse.capture.top_k import MIN_RESOLVED_TAIL, TopLogprobs
 from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.models import SourceSettings
 from rayfuse.models.files import load_recipe_tokenizer, read_model_files
 
 MEMORY_SHARE = 0.85
-"""Of an actor's share of its GPU: vLLM takes it at once, and the logits of a prompt need more."""
+"""Of an actor's share of its GPU: vLLM allocates it at once. A prompt's logits come on top."""
 
 MAX_SEQUENCES = 1024
+"""Rows that vLLM schedules at a time."""
 
 
 class VllmEngine:
     """A model in vLLM, on all GPUs of its actor."""
 
     def __init__(self, source: SourceSettings, settings: CaptureSettings) -> None:
-        # In this process: what vLLM computes comes as it is, and ends when the actor does.
+        # Keep vLLM's core in this process: tensors are not serialised, and it ends with the actor.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         import vllm  # pyright: ignore[reportMissingImports]
 
@@ -52,9 +56,9 @@ class VllmEngine:
             max_logprobs=self.top_k,
         )
         self.engine: Any = llm.llm_engine
-        # A prompt leaves room for the one token that vLLM insists to say.
+        # One less: vLLM always generates a token after the prompt.
         self.context_tokens = int(self.engine.model_config.max_model_len) - 1
-        self.wanted = vllm.SamplingParams(
+        self.sampling = vllm.SamplingParams(
             max_tokens=1,
             temperature=0.0,
             logprobs=self.top_k,
@@ -67,9 +71,9 @@ class VllmEngine:
         llm.apply_model(partial(_mask_ids, unknown_ids=unknown_ids))
 
     def score_rows(self, rows: TokenRows) -> list[TopLogprobs | Failure]:
-        """Return each row's record, in the order of the rows.
+        """Score rows, and return one result per row in the same order.
 
-        A row longer than the model takes is scored in windows.
+        Rows beyond the context length are scored in windows.
 
         Raises:
             EngineMemoryError: A batch does not fit the memory.
@@ -83,16 +87,17 @@ class VllmEngine:
             ) from error
 
     def _score_windows(self, rows: TokenRows) -> list[TopLogprobs | Failure]:
-        """Return the records of rows that the model takes.
+        """Score rows within the context length.
 
-        The engine's core is asked: what is around it would make an object of every number.
+        This drives the engine's core directly: `LLM.generate` builds a Python object for every
+        log-probability.
         """
         core, tasks = self.engine.engine_core, self.engine.get_supported_tasks()
         for index, row in enumerate(rows):
             request = self.engine.input_processor.process_inputs(
                 str(index),
                 {"type": "token", "prompt_token_ids": row.tolist()},
-                self.wanted,
+                self.sampling,
                 supported_tasks=tasks,
             )
             core.add_request(request)
@@ -108,12 +113,12 @@ class VllmEngine:
 
 
 def _mask_ids(model: Any, unknown_ids: list[int]) -> None:
-    """Make a model say -inf for ids that its tokenizer lacks, before anything is normalised."""
+    """Make a model's logits -inf for ids that its tokenizer lacks, before they are normalised."""
     compute_logits: Any = model.compute_logits
 
     def compute_known(hidden: torch.Tensor) -> torch.Tensor | None:
         logits = compute_logits(hidden)
-        if logits is not None:  # of several GPUs, one has them
+        if logits is not None:  # with tensor parallelism, only rank 0 has logits
             logits[:, unknown_ids] = -torch.inf
         return logits
 
@@ -121,22 +126,29 @@ def _mask_ids(model: Any, unknown_ids: list[int]) -> None:
 
 
 def _join_record(prompt: Any, last: Any) -> TopLogprobs:
-    """Return a row's record from what vLLM says of its tokens, and of what comes behind the last.
+    """Build a row's record from vLLM's outputs for the prompt and for the generated token.
 
-    Both hold at each position the token that comes next, or was drawn, and then the likeliest.
+    In both, column 0 of a position is the next or the generated token, and the others are the
+    likeliest tokens.
+
+    Args:
+        prompt: Log-probabilities of the prompt, for all positions but the last; None for a row of
+            one token.
+        last: Those after the prompt's last token.
     """
     ids: Int[np.ndarray, "seq_len top_k_plus_1"] = last.logprob_token_ids
     logprobs: Float[np.ndarray, "seq_len top_k_plus_1"] = last.logprobs
-    if prompt is not None:  # a row of one token has no next
+    if prompt is not None:
         ids = np.concatenate([prompt.logprob_token_ids.cpu().numpy(), ids])
         logprobs = np.concatenate([prompt.logprobs.cpu().numpy(), logprobs])
     top = logprobs[:, 1:].astype(np.float32)
-    following = logprobs[:, 0].astype(np.float32)
-    following[-1] = 0.0
-    tail = np.log(np.maximum(1 - np.exp(top.astype(np.float64)).sum(axis=1), MIN_TAIL))
+    next_logprobs = logprobs[:, 0].astype(np.float32)
+    next_logprobs[-1] = 0.0  # of the generated token, which is not in the text
+    tail = np.log(np.maximum(1 - np.exp(top.astype(np.float64)).sum(axis=1), MIN_RESOLVED_TAIL))
     return TopLogprobs(
         top_ids=np.where(top == -np.inf, -1, ids[:, 1:]).astype(np.int32),
         top_logprobs=top,
         tail_logprobs=tail.astype(np.float32),
-        next_logprobs=following,
+        next_logprobs=next_logprobs,
+        drawn_ids=np.zeros((len(top), 0), dtype=np.int32),
     )
