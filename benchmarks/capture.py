@@ -25,6 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from align import read_texts
 
+from rayfuse.align.task import plan_align_step
 from rayfuse.capture.engines.transformers_engine import TransformersEngine
 from rayfuse.capture.rows import tokenise_rows
 from rayfuse.capture.stage import capture_sources
@@ -101,7 +102,7 @@ def time_bare_loop(engine: TransformersEngine, shards: list[Any]) -> float:
 def time_pipeline(recipe: Recipe, layout: Layout) -> dict[str, float]:
     """Capture on Ray into a place of its own, and return tokens a second and what went where."""
     began = time.time()
-    capture_sources(recipe, layout, report_nothing)
+    capture_sources(recipe, layout, report_nothing, then=plan_align_step)
     ended = time.time()
     commits = layout.captured["source"].commits().values()
     busy = sum(commit.stats["busy_seconds"] for commit in commits)

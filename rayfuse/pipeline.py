@@ -191,10 +191,11 @@ def _run_stage(stage: str, recipe: Recipe, layout: Layout, progress: Progress) -
         build_corpora(recipe, layout, progress)
     elif stage == "capture":
         from rayfuse.align.stage import build_vocab_maps
+        from rayfuse.align.task import plan_align_step
         from rayfuse.capture.stage import capture_sources
 
         build_vocab_maps(recipe, layout, progress)  # each shard is aligned once captured
-        capture_sources(recipe, layout, progress)
+        capture_sources(recipe, layout, progress, then=plan_align_step)
     elif stage == "align":
         from rayfuse.align.stage import align_sources
 

@@ -2,8 +2,9 @@
 
 import io
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import pyarrow as pa
@@ -54,6 +55,22 @@ def plan_task(recipe: Recipe, layout: Layout, source: SourceSettings) -> AlignTa
         method=recipe.align.method,
         map_file=layout.map_files.get(source.name),
     )
+
+
+def plan_align_step(
+    recipe: Recipe, layout: Layout, source: SourceSettings
+) -> Callable[[int], None]:
+    """Plan the step that aligns a shard of one source right after it is captured.
+
+    The step takes the shard's number and can be pickled. It keeps a shard that is aligned already:
+    the captured rows are the same.
+    """
+    return partial(_align_if_missing, plan_task(recipe, layout, source))
+
+
+def _align_if_missing(task: AlignTask, shard: int) -> None:
+    if not task.aligned.is_committed(shard):
+        align_committed(task, shard)
 
 
 def align_committed(task: AlignTask, shard: int) -> Commit:

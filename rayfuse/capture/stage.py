@@ -10,7 +10,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from queue import SimpleQueue
@@ -22,7 +22,6 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayActorError
 from ray.util.metrics import Counter
 
-from rayfuse.align.task import AlignTask, align_committed, plan_task
 from rayfuse.capture.actor import CrashCounter
 from rayfuse.capture.engines.base import LoadEngine
 from rayfuse.capture.engines.load import check_backend, load_recipe_engine
@@ -132,6 +131,12 @@ class CaptureActor:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+NextStep = Callable[[int], None]
+"""What a CPU task does with a shard once it is captured; it gets the shard's number."""
+
+PlanStep = Callable[[Recipe, Layout, SourceSettings], NextStep]
+
+
 @dataclass(frozen=True)
 class SourceWork:
     """What is left to do for one source."""
@@ -139,7 +144,10 @@ class SourceWork:
     source: SourceSettings
     shards: list[int]
     num_shards: int
-    task: AlignTask
+    corpus: DataSet
+    captured: DataSet
+    aligned: DataSet
+    next_step: NextStep
     gpus: float
     """Of one actor."""
     settings: CaptureSettings
@@ -154,6 +162,8 @@ def capture_sources(
     layout: Layout,
     progress: Progress,
     load_engine: LoadEngine = load_recipe_engine,
+    *,
+    then: PlanStep,
 ) -> None:
     """Capture and align what is missing of every source, all sources at once.
 
@@ -170,7 +180,7 @@ def capture_sources(
     context = DataContext.get_current()
     context.max_consecutive_actor_init_deaths = MAX_DEATHS
     context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
-    work = plan_work(recipe, layout, progress)
+    work = plan_work(recipe, layout, progress, then)
     ended: SimpleQueue[BaseException | None] = SimpleQueue()
     lives: Any = ray.remote(**on_driver_node())(CrashCounter).remote()
 
@@ -204,11 +214,13 @@ def capture_sources(
         raise errors[0]
 
 
-def plan_work(recipe: Recipe, layout: Layout, progress: Progress) -> list[SourceWork]:
+def plan_work(
+    recipe: Recipe, layout: Layout, progress: Progress, then: PlanStep
+) -> list[SourceWork]:
     """Return what is left to do for each source that is not captured whole."""
     return _size_pools(
         [
-            _plan_source(recipe, layout, source, progress)
+            _plan_source(recipe, layout, source, progress, then)
             for source in recipe.sources
             if not layout.captured[source.name].is_complete()
         ]
@@ -216,7 +228,7 @@ def plan_work(recipe: Recipe, layout: Layout, progress: Progress) -> list[Source
 
 
 def _plan_source(
-    recipe: Recipe, layout: Layout, source: SourceSettings, progress: Progress
+    recipe: Recipe, layout: Layout, source: SourceSettings, progress: Progress, then: PlanStep
 ) -> SourceWork:
     check_backend(source)
     captured, aligned = layout.captured[source.name], layout.aligned[source.name]
@@ -242,7 +254,10 @@ def _plan_source(
         source=source.model_copy(update={"dtype": dtype, "gpus": gpus}),
         shards=todo,
         num_shards=num_shards,
-        task=plan_task(recipe, layout, source),
+        corpus=layout.corpus,
+        captured=captured,
+        aligned=aligned,
+        next_step=then(recipe, layout, source),
         gpus=gpus,
         settings=settings,
         rows_before=manifest.rows * len(done) // max(num_shards, 1),
@@ -297,7 +312,7 @@ def _size_pools(work: list[SourceWork]) -> list[SourceWork]:
 def _capture_source(
     work: SourceWork, progress: Progress, load_engine: LoadEngine, lives: Any
 ) -> None:
-    source, task = work.source, work.task
+    source = work.source
     if work.shards:
         live = LiveNumbers(
             source=source.name,
@@ -308,7 +323,7 @@ def _capture_source(
             rows=work.rows_before,
             rejects=work.rejects_before,
         )
-        log = MetricsLog(task.captured)
+        log = MetricsLog(work.captured)
         for numbers in _stream_numbers(work, load_engine, lives):
             live.add(numbers)
             now = live.snapshot()
@@ -320,9 +335,9 @@ def _capture_source(
             )
             log.write(to_line(now), is_last=now.shards_done == now.num_shards)
             live.check_rejects(work.settings.max_rejected_share)
-    task.captured.finish(work.num_shards)
-    if len(task.aligned.list_committed(work.num_shards)) == work.num_shards:
-        task.aligned.finish(work.num_shards)  # else shards captured before are left to `align`
+    work.captured.finish(work.num_shards)
+    if len(work.aligned.list_committed(work.num_shards)) == work.num_shards:
+        work.aligned.finish(work.num_shards)  # else shards captured before are left to `align`
 
 
 def _stream_numbers(
@@ -349,7 +364,7 @@ def _describe_deaths(source: SourceSettings, deaths: int) -> str:
 
 
 def _build_stream(work: SourceWork, load_engine: LoadEngine, lives: Any) -> ray.data.Dataset:
-    source, task = work.source, work.task
+    source = work.source
     return (
         ray.data.from_arrow(split_shards(work.shards))
         .map_batches(
@@ -357,8 +372,8 @@ def _build_stream(work: SourceWork, load_engine: LoadEngine, lives: Any) -> ray.
             fn_constructor_args=(
                 source,
                 work.settings,
-                task.corpus,
-                task.captured,
+                work.corpus,
+                work.captured,
                 load_engine,
                 lives,
             ),
@@ -376,7 +391,7 @@ def _build_stream(work: SourceWork, load_engine: LoadEngine, lives: Any) -> ray.
             **gpu_options(work.gpus, source.accelerator_type),
         )
         .map_batches(
-            partial(_align_behind, task=task),
+            partial(_run_next_step, next_step=work.next_step),
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=ALIGN_CPUS,
@@ -404,9 +419,8 @@ class MetricsLog:
         self.store.write(self.name, ("\n".join(self.lines) + "\n").encode())
 
 
-def _align_behind(batch: pa.Table, task: AlignTask) -> pa.Table:
-    """Align freshly captured shards; those aligned before, from equal rows, stay."""
+def _run_next_step(batch: pa.Table, next_step: NextStep) -> pa.Table:
+    """Run the next step on freshly captured shards."""
     for shard in batch["shard"].to_pylist():
-        if not task.aligned.is_committed(shard):
-            align_committed(task, shard)
+        next_step(shard)
     return batch

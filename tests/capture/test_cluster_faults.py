@@ -18,6 +18,7 @@ import s3fs
 import torch
 import yaml
 
+from rayfuse.align.task import plan_align_step
 from rayfuse.capture.engines.base import Engine, Failure, TokenRows
 from rayfuse.capture.engines.transformers_engine import TransformersEngine
 from rayfuse.capture.rows import NOT_FINITE, tokenise_rows
@@ -102,9 +103,15 @@ def test_fault_2_15_a_few_deaths_before_a_shard_is_done_are_survived_and_many_st
     tombs = folder / "tombs"
     tombs.mkdir()
     with pytest.raises(RuntimeError, match=r"6 times in a row an actor died .*/sound'; give"):
-        capture_sources(recipe, layout, report_nothing, partial(load_dying_engine, tombs=tombs))
+        capture_sources(
+            recipe,
+            layout,
+            report_nothing,
+            partial(load_dying_engine, tombs=tombs),
+            then=plan_align_step,
+        )
     assert len(list(tombs.iterdir())) == MAX_DEATHS + 1
-    capture_sources(recipe, layout, report_nothing)
+    capture_sources(recipe, layout, report_nothing, then=plan_align_step)
     assert layout.captured["sound"].is_complete()
 
 
@@ -130,7 +137,7 @@ def test_a_source_that_fails_is_told_at_once_and_the_others_go_on_in_the_dtype_t
         told.append((event.title, event.total, event.note))
 
     with pytest.raises(ValueError, match="of another make"):
-        capture_sources(recipe, layout, tell, load_slow_or_no_engine)
+        capture_sources(recipe, layout, tell, load_slow_or_no_engine, then=plan_align_step)
     assert sound.is_complete()
     failed = told.index(("capture poisoned", 0, "stopped: the model is of another make"))
     last = max(i for i, (title, *_) in enumerate(told) if title == "capture sound")
@@ -167,7 +174,7 @@ def test_a_file_whose_documents_are_all_rejected_leaves_a_shard_without_rows(
     layout = prepare_run(recipe)
     build_corpora(recipe, layout, report_nothing)
     assert 0 in {commit.rows for commit in layout.corpus.commits().values()}
-    capture_sources(recipe, layout, report_nothing)
+    capture_sources(recipe, layout, report_nothing, then=plan_align_step)
     assert layout.captured["sound"].is_complete()
 
 
@@ -186,13 +193,13 @@ def test_fault_19_the_rejects_of_earlier_jobs_count(models, folder, ray_cluster)
         rejected += len(names)
         rejects = [Reject(name, NOT_FINITE) for name in names]
         captured.write_shard(shard, rows, tokens=1, rejects=rejects)
-    (work,) = plan_work(recipe, layout, report_nothing)
+    (work,) = plan_work(recipe, layout, report_nothing, plan_align_step)
     assert work.shards == [0]
     assert work.rejects_before == rejected > 1
     done = (manifest.num_shards - 1) / manifest.num_shards
     assert work.rows_before == pytest.approx(done * manifest.rows, abs=1)
     with pytest.raises(ValueError, match=rf"source sound: {rejected} of \d+ rows were rejected"):
-        capture_sources(recipe, layout, report_nothing)
+        capture_sources(recipe, layout, report_nothing, then=plan_align_step)
 
 
 def read_reasons(data: DataSet) -> dict[str, str]:
@@ -235,7 +242,7 @@ def test_hostile_documents_are_rejected_by_reason_and_every_good_row_is_there(
     recipe = write_recipe(models, folder, "sound", "poisoned", max_document_bytes=1_000_000)
     layout = prepare_run(recipe)
     build_corpora(recipe, layout, report_nothing)
-    capture_sources(recipe, layout, report_nothing)
+    capture_sources(recipe, layout, report_nothing, then=plan_align_step)
     reasons = read_reasons(layout.corpus)
     # A line that is too long or no UTF-8 is never read for its id: it goes by its place.
     assert {"empty", "blank", "nul"} < set(reasons)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 import ray
 
+from rayfuse.align.task import plan_align_step
 from rayfuse.capture import stats as stats_module
 from rayfuse.capture.actor import CrashCounter
 from rayfuse.capture.engines.load import load_recipe_engine
@@ -99,7 +100,7 @@ def test_a_capture_tells_its_numbers_to_its_file_and_to_rays_metrics(tmp_path, r
     )
     layout = prepare_run(recipe)
     run_stages(recipe, layout, ("corpus",), report_nothing, lambda _: None)
-    one, two = plan_work(recipe, layout, report_nothing)
+    one, two = plan_work(recipe, layout, report_nothing, plan_align_step)
     assert (one.max_actors, one.settings.batch_tokens) == (3, 256)
     assert 1 <= two.max_actors <= ray.cluster_resources()["CPU"]
     actor = ray.remote(CaptureActor).remote(
