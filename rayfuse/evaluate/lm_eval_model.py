@@ -23,7 +23,7 @@ from rayfuse.models.batching import batch_by_tokens
 from rayfuse.models.causal_lm import CausalLM
 from rayfuse.models.tokenizer import TextTokenizer
 
-LIMITLESS_TOKENS = 2**31
+UNLIMITED_TOKENS = 2**31
 """The context length of a model that has none in its config."""
 
 DEFAULT_NEW_TOKENS = 256
@@ -99,7 +99,7 @@ class TextLM(TemplateLM):
 
     def _join_tokens(self, context: list[int], continuation: list[int]) -> Int[np.ndarray, " _"]:
         text = context if context[:1] != [self.start_id] else context[1:]
-        room = (self.context_tokens or LIMITLESS_TOKENS) - 1 - len(continuation)
+        room = (self.context_tokens or UNLIMITED_TOKENS) - 1 - len(continuation)
         if room < 0:
             raise UserError(
                 f"a continuation of {len(continuation)} tokens does not fit into the model's "
@@ -137,7 +137,7 @@ class TextLM(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Generate a continuation of each context, up to the first stop text or EOS."""
         answers: dict[int, str] = {}
-        prompts = [self._cut_prompt(*request.args) for request in requests]
+        prompts = [self._truncate_prompt(*request.args) for request in requests]
         lengths = [
             len(prompt) + _count_new_tokens(request.args[1])
             for prompt, request in zip(prompts, requests, strict=True)
@@ -148,8 +148,8 @@ class TextLM(TemplateLM):
                 answers |= dict(zip(part, written, strict=True))
         return [answers[i] for i in range(len(requests))]
 
-    def _cut_prompt(self, context: str, settings: dict[str, Any]) -> list[int]:
-        room = (self.context_tokens or LIMITLESS_TOKENS) - 1 - _count_new_tokens(settings)
+    def _truncate_prompt(self, context: str, settings: dict[str, Any]) -> list[int]:
+        room = (self.context_tokens or UNLIMITED_TOKENS) - 1 - _count_new_tokens(settings)
         if room < 1:
             raise UserError(
                 f"a task generates {_count_new_tokens(settings)} tokens, which leaves no room for "

@@ -6,7 +6,6 @@ import re
 import statistics
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Iterable
@@ -141,27 +140,22 @@ def _probe_locally(request: ProbeRequest) -> list[Measurement]:
     A thread of this process could not be interrupted in a forward pass.
     """
     deadline = time.monotonic() + request.seconds
-    child = subprocess.Popen(
-        [sys.executable, "-m", "rayfuse.plan.measure"],
+    with subprocess.Popen(
+        [sys.executable, "-m", "rayfuse.plan.measure", str(deadline)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-    )
-    assert child.stdin is not None and child.stdout is not None
-    lines: list[str] = []
-    reader = threading.Thread(target=lines.extend, args=(child.stdout,), daemon=True)
-    reader.start()
-    try:
-        child.stdin.write(json.dumps(asdict(request)))
-        child.stdin.close()
-        reader.join(timeout=max(deadline - time.monotonic(), 0))
-    except BrokenPipeError:
-        pass  # the process has died; the caller reports that nothing was measured
-    finally:
-        child.kill()
-        child.wait()
-        reader.join()
+    ) as child:
+        try:
+            left = max(deadline - time.monotonic(), 0)
+            output, _ = child.communicate(json.dumps(asdict(request)), timeout=left)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            output, _ = child.communicate()  # keeps everything written before the deadline
+        finally:
+            child.kill()
+    lines = output.splitlines(keepends=True)  # the last one may be incomplete
     return [Measurement(**json.loads(line)) for line in lines if line.endswith("\n")]
 
 
