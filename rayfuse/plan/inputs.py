@@ -35,8 +35,8 @@ MAX_RETRY_SECONDS = 10.0
 SAMPLE_FILES, SAMPLE_DOCUMENTS, SAMPLE_BYTES = 4, 32, 100_000
 """Size of the sample in which tokens are counted: files, and documents or bytes of each."""
 
-EXAMPLES = "examples"
-"""The package's folder of recipes that are planned without any file."""
+EXAMPLES = importlib.resources.files("rayfuse.plan") / "examples"
+"""Recipes that are planned without reading any other file."""
 
 Result = TypeVar("Result")
 
@@ -89,8 +89,7 @@ class PlanInputs:
 
 def list_examples() -> list[str]:
     """List the names of the examples."""
-    folder = importlib.resources.files(__package__) / EXAMPLES
-    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir())
+    return sorted(file.name.removesuffix(".yaml") for file in EXAMPLES.iterdir())
 
 
 def read_example(name: str, overrides: list[str]) -> Recipe:
@@ -101,8 +100,8 @@ def read_example(name: str, overrides: list[str]) -> Recipe:
     """
     if name not in list_examples():
         raise RecipeError(f"there is no example {name!r}; use {', '.join(list_examples())}")
-    file = importlib.resources.files(__package__) / EXAMPLES / f"{name}.yaml"
-    return read_values(yaml.safe_load(file.read_text()), overrides)
+    text = (EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8")
+    return read_values(yaml.safe_load(text), overrides)
 
 
 def read_inputs(recipe: Recipe, *, is_example: bool = False) -> PlanInputs:
