@@ -23,9 +23,8 @@ import numpy as np
 import pyarrow as pa
 from synthetic import make_captured, make_corpus
 
-from rayfuse.align.shard import Alignment, align_shard
-from rayfuse.align.token_spans import list_token_bytes
-from rayfuse.align.vocab_map import map_vocabulary
+from rayfuse.align.method import Alignment, build_alignment
+from rayfuse.align.shard import align_shard
 from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.storage.codec import flatten_column
 
@@ -64,9 +63,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.data / "tokenizers"
     source, target = (load_tokenizer(str(folder / n)) for n in ("gpt-neox-20b", "phi-3-mini"))
-    alignment = Alignment(
-        list_token_bytes(source), list_token_bytes(target), map_vocabulary(source, target)
-    )
+    alignment = build_alignment(source, target)
     text = "\n".join(
         piece for domain in DOMAINS for piece in read_texts(arguments.data, domain, 250_000)
     )

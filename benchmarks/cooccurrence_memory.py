@@ -12,7 +12,12 @@ import resource
 
 import numpy as np
 
-from rayfuse.align.cooccurrence import SOURCE_SHIFT, PairCounts, add_counts, choose_most_matched
+from rayfuse.align.methods.cooccurrence import (
+    SOURCE_SHIFT,
+    PairCounts,
+    add_counts,
+    choose_most_matched,
+)
 
 BAR_GIB = 2.0
 SOURCE_VOCAB, TARGET_VOCAB = 152_000, 32_000

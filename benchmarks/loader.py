@@ -22,9 +22,8 @@ import pyarrow as pa
 from align import DOMAINS, read_texts
 from synthetic import make_captured, make_corpus
 
-from rayfuse.align.shard import Alignment, align_shard
-from rayfuse.align.token_spans import list_token_bytes
-from rayfuse.align.vocab_map import map_vocabulary
+from rayfuse.align.method import build_alignment
+from rayfuse.align.shard import align_shard
 from rayfuse.config.fuse import FuseSettings
 from rayfuse.fuse.reader import ShardReader
 from rayfuse.models.tokenizer import load_tokenizer
@@ -58,13 +57,7 @@ def write_shards(data: Path, folder: Path, num_tokens: int, top_k: int) -> dict[
         sets["corpus"].write_shard(shard, corpus, tokens=tokens)
         for name in SOURCES:
             captured = make_captured(corpus, models[name], top_k=top_k, seed=shard)
-            source, target = models[name], models[TARGET]
-            alignment = Alignment(
-                list_token_bytes(source),
-                list_token_bytes(target),
-                map_vocabulary(source, target),
-                "bytes",
-            )
+            alignment = build_alignment(models[name], models[TARGET])
             sets[name].write_shard(
                 shard, align_shard(corpus, captured, alignment)[0], tokens=tokens
             )

@@ -19,9 +19,10 @@ import numpy as np
 from align import read_texts
 from synthetic import make_captured, make_corpus
 
-from rayfuse.align.edit_distance import match_by_edit_distance
-from rayfuse.align.token_spans import list_token_bytes, place_tokens
-from rayfuse.align.vocab_map import build_maps, map_to_nearest
+from rayfuse.align.method import build_alignment
+from rayfuse.align.methods.min_edit_distance import map_to_nearest, match_by_edit_distance
+from rayfuse.align.token_spans import place_tokens
+from rayfuse.align.vocab_map import build_maps
 from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.storage.codec import flatten_column
 
@@ -51,13 +52,13 @@ def main() -> None:
     target_ids, target_offsets = flatten_column(corpus, "target_ids")
     source_ids, source_offsets = flatten_column(captured, "token_ids")
     ends_document = corpus["ends_document"].to_pylist()
-    vocabularies = list_token_bytes(source), list_token_bytes(target)
+    alignment = build_alignment(source, target, "min_edit_distance", maps)
     speeds: list[float] = []
     for _ in range(RUNS):
         began = time.perf_counter()
-        ours = place_tokens(source_ids, source_offsets, texts, vocabularies[0], ends_document)
-        theirs = place_tokens(target_ids, target_offsets, texts, vocabularies[1], ends_document)
-        match_by_edit_distance(ours, theirs, vocabularies, maps)
+        ours = place_tokens(source_ids, source_offsets, texts, alignment.source, ends_document)
+        theirs = place_tokens(target_ids, target_offsets, texts, alignment.target, ends_document)
+        match_by_edit_distance(ours, theirs, alignment)
         speeds.append(len(target_ids) / (time.perf_counter() - began))
     value = float(np.median(speeds))
     result = {

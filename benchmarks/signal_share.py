@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 from align import DOMAINS, read_texts
 
-from rayfuse.align.edit_distance import match_by_edit_distance
 from rayfuse.align.matches import keep_one_to_one, match_positions
+from rayfuse.align.methods.min_edit_distance import map_to_nearest, match_by_edit_distance
 from rayfuse.align.token_spans import (
     PlacedTokens,
     TokenBytes,
     list_token_bytes,
     place_tokens,
 )
-from rayfuse.align.vocab_map import build_maps, map_to_nearest
+from rayfuse.align.vocab_map import build_maps
 from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
 
 NAMES = (

@@ -24,14 +24,15 @@ from benchmarks.fusion.text import (
 )
 from benchmarks.fusion.training import PACKING, lay_out_text, train_lm
 from benchmarks.fusion.units import Unit
-from rayfuse.align.cooccurrence import choose_most_matched, count_pairs
-from rayfuse.align.shard import Alignment, align_shard
+from rayfuse.align.method import Alignment, build_alignment
+from rayfuse.align.methods.cooccurrence import choose_most_matched, count_pairs
+from rayfuse.align.methods.min_edit_distance import map_to_nearest
+from rayfuse.align.shard import align_shard
 from rayfuse.align.token_spans import list_token_bytes
 from rayfuse.align.vocab_map import (
     PLAIN,
     build_maps,
     find_unfinished,
-    map_to_nearest,
     map_vocabulary,
 )
 from rayfuse.capture.engines.base import Failure
@@ -205,24 +206,26 @@ def _alignment(unit: Unit, out: Path, corpus: pa.Table) -> Alignment:
     method = unit.settings["method"]
     source = _tokenizer_of(unit.needs["captured"].needs["model"].needs["tokenizer"], out)
     target = _tokenizer_of(unit.needs["corpus"].needs["target"], out)
-    pair = (list_token_bytes(source), list_token_bytes(target))
-    if method == "min_edit_distance":
+    name = "bytes" if method in (WHOLE_CHARACTERS, UNFINISHED) else method
+    maps = None
+    if name == "min_edit_distance":
         maps = build_maps(map_to_nearest(range(source.vocab_size), source, target), source, target)
-    elif method == "cooccurrence":
+    if name == "cooccurrence":
         unseen = map_vocabulary(source, target)[PLAIN, :-1]
-        counted = count_pairs(corpus, *pair)
+        counted = count_pairs(corpus, list_token_bytes(source), list_token_bytes(target))
         maps = build_maps(choose_most_matched(counted, unseen), source, target)
-    else:
-        maps = map_vocabulary(source, target, only_equal=method == "exact")
+    alignment = build_alignment(source, target, name, maps)
     if method == WHOLE_CHARACTERS:
-        maps[:, :-1][:, [_ends_inside_character(token) for token in source.token_bytes]] = -1
+        alignment.maps[:, :-1][
+            :, [_ends_inside_character(token) for token in source.token_bytes]
+        ] = -1
     if method == UNFINISHED:
         goals = target.list_by_bytes()
         for token_id, token in enumerate(spelled or b"" for spelled in source.token_bytes):
             begun = [goals[token[:n]] for n in range(len(token), 0, -1) if token[:n] in goals]
             if begun and find_unfinished(token) < len(token):
-                maps[:, token_id] = begun[0]
-    return Alignment(*pair, maps, "bytes" if method.startswith("bytes") else method)
+                alignment.maps[:, token_id] = begun[0]
+    return alignment
 
 
 def _ends_inside_character(spelled: bytes | None) -> bool:

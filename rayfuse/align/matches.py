@@ -1,4 +1,4 @@
-"""Which source position each target position learns from."""
+"""Pairs target positions with the source positions that they learn from."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from rayfuse.align.token_spans import Fault, PlacedTokens
 NO_SHARED_BOUNDARY = "no shared boundary"
 """The position is inside a source token."""
 
-NO_TOKENS = "source: row rejected or left out"
-ONE_SIDED = "start or end that one side alone predicts"
+NO_TOKENS = "source: row rejected or dropped"
+ONE_SIDED = "start or end that only one side predicts"
 """A model without start token predicts no first token of a text, one without EOS no end."""
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Target positions, the source positions they learn from, and why the others learn nothing."""
+    """Target positions, the source positions they learn from, and why the others have none."""
 
     target_at: Int[np.ndarray, " matches"]
     source_at: Int[np.ndarray, " matches"]
@@ -28,13 +28,13 @@ class Matches:
     """Target positions without a match, by reason."""
 
     def part(self, part: slice) -> "Matches":
-        """Return a run of the matches, nothing of what is unmatched."""
+        """Take a run of the matches, without the counts of unmatched positions."""
         return Matches(
             self.target_at[part], self.source_at[part], self.source_until[part], unmatched={}
         )
 
     def select(self, kept: Bool[np.ndarray, " matches"], reason: str) -> "Matches":
-        """Return some of the matches, the others counted under a reason."""
+        """Keep some of the matches, and count the others under a reason."""
         dropped = int((~kept).sum())
         unmatched = self.unmatched | {reason: self.unmatched.get(reason, 0) + dropped}
         return Matches(
@@ -46,10 +46,10 @@ class Matches:
 
 
 def match_positions(source: PlacedTokens, target: PlacedTokens) -> Matches:
-    """Return the target positions that start at the same byte as a source position.
+    """Match the target positions that start at the same byte as a source position.
 
-    Both models speak there of the same bytes to come. All source tokens from there to the end of
-    the target's next token must spell the text, so that their probabilities multiply to its own.
+    Both models predict the same bytes there. All source tokens from there to the end of the
+    target's next token must spell the text, so that their probabilities multiply to its own.
     """
     target_at = np.flatnonzero(target.has_next)
     if not len(source.ids) or not len(target_at):
@@ -75,7 +75,7 @@ def match_positions(source: PlacedTokens, target: PlacedTokens) -> Matches:
 
 
 def keep_one_to_one(matches: Matches, source: PlacedTokens, target: PlacedTokens) -> Matches:
-    """Return the matches where one source token spells exactly the target's next token."""
+    """Keep the matches where one source token spells exactly the target's next token."""
     is_single = matches.source_until == matches.source_at + 1
     same_end = source.ends[matches.source_until] == target.ends[matches.target_at + 1]
     return matches.select(is_single & same_end, "not one token to one")
@@ -84,28 +84,28 @@ def keep_one_to_one(matches: Matches, source: PlacedTokens, target: PlacedTokens
 def _find_same_byte(
     source: PlacedTokens, target: PlacedTokens, target_at: Int[np.ndarray, " positions"]
 ) -> Int[np.ndarray, " positions"]:
-    """Return the source position that starts where each target position does, -1 where none does.
+    """Find the source position that starts where each target position does, -1 where none does.
 
-    Two start at one byte where a token is nothing but a blank that the text does not have: one
-    before it, one behind it. The target's position is paired with the one of its own kind.
+    Two start at one byte where a token is nothing but a prefix space that the text does not have:
+    one before that token, one after it. The target's position is paired with the one of its kind.
     """
     last_byte = max(source.ends.max(initial=0), target.ends.max(initial=0))
     bytes_of_target = target.ends[target_at]
-    has_blank = target.next_has_blank[target_at]
+    has_prefix_space = target.next_has_prefix_space[target_at]
     found: list[np.ndarray] = []
     for kind in (False, True):
-        at = np.flatnonzero(source.has_next & (source.next_has_blank == kind))
+        at = np.flatnonzero(source.has_next & (source.next_has_prefix_space == kind))
         index = np.full(int(last_byte) + 1, -1, dtype=np.int64)
         index[source.ends[at]] = at
         found.append(index[bytes_of_target])
-    same, other = np.where(has_blank, found[::-1], found)
+    same, other = np.where(has_prefix_space, found[::-1], found)
     return np.where(same >= 0, same, other)
 
 
 def _explain_unshared(
     source: PlacedTokens, target: PlacedTokens, target_at: Int[np.ndarray, " positions"]
 ) -> Counter[str]:
-    """Count target positions that share no source position's byte, by the reason."""
+    """Count the target positions that share no source position's byte, by the reason."""
     row = np.searchsorted(target.offsets, target_at, side="right") - 1
     firsts, stops = source.offsets[row], source.offsets[row + 1]
     byte, is_end = target.ends[target_at], target.next_is_eos[target_at]
@@ -128,7 +128,7 @@ def _explain_unshared(
 def _is_within(
     stops: Int[np.ndarray, " positions"], gaps: Int[np.ndarray, "gaps 2"]
 ) -> Bool[np.ndarray, " positions"]:
-    """Return which stops lie in a gap, beyond its first byte."""
+    """Find the stops that lie in a gap, beyond its first byte."""
     if not len(gaps):
         return np.zeros(len(stops), dtype=bool)
     gap = np.searchsorted(gaps[:, 0], stops) - 1
@@ -138,7 +138,7 @@ def _is_within(
 def _first_fault(
     source: PlacedTokens, at: Int[np.ndarray, " positions"]
 ) -> UInt8[np.ndarray, " positions"]:
-    """Return the first fault at or after each position."""
+    """Find the first fault at or after each position."""
     faulty = np.flatnonzero(source.faults)
     if not len(faulty):
         return np.zeros(len(at), dtype=np.uint8)

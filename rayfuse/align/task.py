@@ -6,14 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int
 
-from rayfuse.align.shard import Alignment, Method, align_shard
-from rayfuse.align.token_spans import list_token_bytes
-from rayfuse.align.vocab_map import VocabMaps, build_maps, map_vocabulary
+from rayfuse.align.method import Alignment, IdMap, build_alignment
+from rayfuse.align.shard import align_shard
+from rayfuse.align.vocab_map import VocabMaps, build_maps
 from rayfuse.config.models import ModelSettings, SourceSettings
 from rayfuse.config.recipe import Recipe
 from rayfuse.models.files import load_recipe_tokenizer
@@ -21,7 +19,7 @@ from rayfuse.models.tokenizer import TextTokenizer
 from rayfuse.run.layout import Layout
 from rayfuse.runtime.metrics import count_work
 from rayfuse.storage.dataset import DataSet
-from rayfuse.storage.manifest import Commit
+from rayfuse.storage.manifest import Commit, ShardError
 from rayfuse.storage.store import Store
 
 
@@ -34,18 +32,19 @@ class AlignTask:
     corpus: DataSet
     captured: DataSet
     aligned: DataSet
-    method: Method
+    method: str
+    """A registered name."""
     map_file: str | None
-    """The stored vocabulary map, for the methods that take long to make one."""
+    """The stored vocabulary map, for methods that store one."""
 
     @property
     def name(self) -> str:
-        """What the source is called."""
+        """The source's name."""
         return self.aligned.name
 
 
 def plan_task(recipe: Recipe, layout: Layout, source: SourceSettings) -> AlignTask:
-    """Return what aligning one source of a recipe needs."""
+    """Collect the settings and data sets for aligning one source of a recipe."""
     return AlignTask(
         source=source,
         target=recipe.target,
@@ -77,8 +76,7 @@ def align_committed(task: AlignTask, shard: int) -> Commit:
     """Align a captured shard, store the result and return its commit.
 
     Raises:
-        ShardError: A shard that is read is missing or corrupt.
-        ValueError: As for `align_captured`.
+        ShardError: As for `align_captured`.
     """
     began = time.monotonic()
     table, stats = align_captured(task, shard)
@@ -90,12 +88,12 @@ def align_committed(task: AlignTask, shard: int) -> Commit:
 
 
 def align_captured(task: AlignTask, shard: int) -> tuple[pa.Table, dict[str, float]]:
-    """Return a captured shard's ALIGNED rows and their sums.
+    """Align a captured shard, without storing it; return its ALIGNED rows and their sums.
 
     Raises:
-        ShardError: A shard that is read is missing or corrupt.
-        ValueError: The captured shard does not belong to the corpus shard; the message names the
-            shard, the row and, where it can, the position.
+        ShardError: A shard that is read is missing or corrupt, or the captured shard does not
+            belong to the corpus shard; then the message names the shard, the row and, where it
+            can, the position.
     """
     corpus = task.corpus.read_shard(task.corpus.read_commit(shard))
     commit = task.captured.read_commit(shard)
@@ -106,34 +104,33 @@ def align_captured(task: AlignTask, shard: int) -> tuple[pa.Table, dict[str, flo
         return align_shard(corpus, captured, alignment)
     except ValueError as error:
         name = f"{task.captured.folder}/{commit.file}"
-        raise ValueError(f"{name}: {error}; remove it and capture the shard again") from error
+        raise ShardError(f"{name}: {error}; remove it and capture the shard again") from error
 
 
 @lru_cache(maxsize=8)
 def load_alignment(task: AlignTask) -> Alignment:
-    """Return what a task's shards are aligned with.
+    """Load both vocabularies and the vocabulary map of a task; once per process and task.
 
     Raises:
         FileNotFoundError: The method's vocabulary map is not stored yet.
     """
     source, target = load_recipe_tokenizer(task.source), load_recipe_tokenizer(task.target)
-    if task.map_file is None:
-        maps = map_vocabulary(source, target, only_equal=task.method == "exact")
-    else:
+    maps = None
+    if task.map_file is not None:
         maps = read_maps(task.aligned.store, task.map_file, source, target)
-    return Alignment(list_token_bytes(source), list_token_bytes(target), maps, task.method)
+    return build_alignment(source, target, task.method, maps)
 
 
 def read_maps(
     store: Store, map_file: str, source: TextTokenizer, target: TextTokenizer
 ) -> VocabMaps:
-    """Return the vocabulary maps of a stored one."""
+    """Read a stored vocabulary map, and build the three maps from it."""
     table = pq.read_table(io.BytesIO(store.read(map_file)))
     return build_maps(table["target_id"].to_numpy(), source, target)
 
 
-def write_map(store: Store, map_file: str, plain: Int[np.ndarray, " source_vocab"]) -> None:
-    """Store a vocabulary map, the target id of each source id; the first one stored stays."""
+def write_map(store: Store, map_file: str, id_map: IdMap) -> None:
+    """Store a vocabulary map, the target id of each source id; a map that exists is kept."""
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"target_id": plain}), sink, compression="zstd")
+    pq.write_table(pa.table({"target_id": id_map}), sink, compression="zstd")
     store.create(map_file, sink.getvalue().to_pybytes())

@@ -1,15 +1,46 @@
-"""How a source's tokens become the target's."""
+"""How a source's tokens become the target's, and the registry of alignment methods."""
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from rayfuse.config.base import Settings
+from pydantic import AfterValidator, Field
+
+from rayfuse.config.base import Settings, check_known
+
+
+@dataclass(frozen=True)
+class AlignMethod:
+    """What a run must know of an alignment method before its code is loaded."""
+
+    module: str
+    """Where its `METHOD` is: an `align.method.Method`. It is imported when the method is used, so
+    that a recipe can be read without the libraries that the method needs."""
+    stored_map: Literal["per_pair", "per_corpus"] | None = None
+    """The vocabulary map takes long to compute, so it is stored: once per pair of tokenizers, or
+    once per pair and corpus. None: the map is computed wherever it is needed."""
+
+
+METHODS = {
+    "bytes": AlignMethod("rayfuse.align.methods.same_bytes"),
+    "exact": AlignMethod("rayfuse.align.methods.exact"),
+    "min_edit_distance": AlignMethod("rayfuse.align.methods.min_edit_distance", "per_pair"),
+    "cooccurrence": AlignMethod("rayfuse.align.methods.cooccurrence", "per_corpus"),
+}
+"""Every alignment method by its name. A new one is one module and one line here."""
+
+
+def _check_method(name: str) -> str:
+    return check_known(name, METHODS)
 
 
 class AlignSettings(Settings):
     """How a source's tokens become the target's."""
 
-    method: Literal["bytes", "exact", "min_edit_distance", "cooccurrence"] = "bytes"
-    """`bytes`: positions that start at the same byte, entries that spell the same bytes, or begin
-    with them. `exact`: one source token for one target token, of the same bytes; the rest is tail.
+    method: Annotated[
+        str, AfterValidator(_check_method), Field(json_schema_extra={"enum": [*METHODS]})
+    ] = "bytes"
+    """`bytes`: positions that start at the same byte learn from each other; an entry goes to the
+    target token of the same bytes, or to the first target token of these bytes. `exact`: one source
+    token for one target token of the same bytes; all other mass goes to the tail.
     `min_edit_distance`: FuseLLM's minimum edit distance. `cooccurrence`: FuseChat's, the target
-    token that the corpus shows most often."""
+    token that the source token meets most often in the corpus."""

@@ -1,6 +1,7 @@
 """What all parts of a recipe have in common."""
 
 import re
+from collections.abc import Collection
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -22,6 +23,18 @@ class UserError(ValueError):
 
     The message names the setting or the file, its value, what is valid, and the remedy.
     """
+
+
+def check_known(name: str, registry: Collection[str]) -> str:
+    """Check that a name is registered, for settings with a registry in place of a `Literal`.
+
+    Raises:
+        ValueError: It is not; the message lists the registered names.
+    """
+    if name not in registry:
+        *others, last = (repr(known) for known in registry)
+        raise ValueError(f"input should be {', '.join(others)} or {last}")
+    return name
 
 
 class Settings(BaseModel):

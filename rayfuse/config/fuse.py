@@ -1,8 +1,9 @@
-"""How several aligned sources become one distribution."""
+"""How several aligned sources become one distribution, and the registry of fusion rules."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -10,13 +11,24 @@ from pydantic import (
     model_validator,
 )
 
-from rayfuse.config.base import Settings
+from rayfuse.config.base import Settings, check_known
+
+RULES = {"min_ce": "rayfuse.fuse.rules:take_selected", "avg_ce": "rayfuse.fuse.rules:average"}
+"""Every fusion rule by its name, as module:function, a `fuse.rules.FusionRule`. A new one is one
+function and one line here. It is imported when rows are read, so that a recipe can be read without
+the libraries that the rule needs."""
+
+
+def _check_rule(name: str) -> str:
+    return check_known(name, RULES)
 
 
 class FuseSettings(Settings):
     """How several aligned sources become one distribution."""
 
-    method: Literal["min_ce", "avg_ce"] = "min_ce"
+    method: Annotated[
+        str, AfterValidator(_check_rule), Field(json_schema_extra={"enum": [*RULES]})
+    ] = "min_ce"
     """`min_ce`: the source with the lowest cross-entropy; `avg_ce`: a mean weighted by it."""
     unit: Literal["row", "document", "span", "token"] = "row"
     """The text that one choice is made for: a row, all rows of a document that no source rejected,

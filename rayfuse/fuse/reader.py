@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from rayfuse.config.fuse import FuseSettings
 from rayfuse.fuse.nll import nll_of_documents, nll_of_positions, nll_of_rows
-from rayfuse.fuse.rules import RULES, OpenSource, give_tail_to, make_empty, select_lowest
+from rayfuse.fuse.rules import OpenSource, give_tail_to, load_rule, make_empty, select_lowest
 from rayfuse.fuse.source_filter import select_active_sources
 from rayfuse.storage.codec import EncodedTopK, TopK, flatten_column
 from rayfuse.storage.dataset import DataSet
@@ -54,7 +54,7 @@ class OpenShard:
         selected = self.selected[at]
         top = make_empty(len(at))
         if self.sources:
-            top = RULES[settings.method](self.sources, at, selected, settings)
+            top = load_rule(settings.method)(self.sources, at, selected, settings)
         if settings.tail == "truth":
             next_ids = self.target_ids[np.minimum(at + 1, len(self.target_ids) - 1)]
             top = give_tail_to(next_ids, top, selected >= 0)

@@ -2,13 +2,14 @@
 
 Every rule compares sources by their cross-entropy, at each position over the text that the choice
 is made for (`nll.py`): the same bytes for every source, so that tokenizers compare (FuseLLM, arXiv
-2401.10491, section 3.3, with bytes for tokens). A rule is a function listed in
-`rayfuse.config.fuse.RULES`.
+2401.10491, section 3.3, with bytes for tokens). A rule is a function that
+`rayfuse.config.fuse.RULES` lists.
 
 Mass is conserved: `decode` scales each source's head to one minus its tail, a selected source is
 copied, a mean has weights that sum to 1, and `_add_equal_ids` adds what it merges.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import no_type_check
@@ -17,7 +18,7 @@ import numba
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from rayfuse.config.fuse import FuseSettings
+from rayfuse.config.fuse import RULES, FuseSettings
 from rayfuse.storage.codec import PROB_OF_CODE, EncodedTopK, TopK, decode_probs
 
 
@@ -65,6 +66,16 @@ FusionRule = Callable[
 Its arguments: the sources, the position numbers, the number of the source with the lowest
 cross-entropy at each of them (-1 where none is active), and the settings. In its result no token
 has two entries at one position, and positions without an active source are empty, tail 0."""
+
+
+def load_rule(name: str) -> FusionRule:
+    """Import a registered rule.
+
+    Args:
+        name: A key of `RULES`, as the recipe's `fuse.method` was checked to be.
+    """
+    module, function = RULES[name].split(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def take_selected(
@@ -205,7 +216,3 @@ def _decode_into(  # noqa: PLR0917 (compiled)
         scale = head_masses[place] / max(total, np.float32(1e-30))
         for entry in range(top_ids.shape[1]):
             probs[row, entry] *= scale
-
-
-RULES: dict[str, FusionRule] = {"min_ce": take_selected, "avg_ce": average}
-"""The fusion rules, as `fuse.method` names them."""

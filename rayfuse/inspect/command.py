@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfuse.align.task import align_captured, plan_task
+from rayfuse.config.base import UserError
 from rayfuse.config.load import read_recipe
 from rayfuse.config.recipe import Recipe
 from rayfuse.inspect.html import build_picture
@@ -40,7 +41,7 @@ def inspect_pairs(
         picture: An HTML file to write.
 
     Raises:
-        ValueError: A tokenizer cannot be loaded, the text cannot be read, the picture cannot be
+        UserError: A tokenizer cannot be loaded, the text cannot be read, the picture cannot be
             written, or a pair cannot be aligned.
     """
     if picture is not None:
@@ -72,7 +73,7 @@ def _check_writable(picture: Path) -> None:
     try:
         picture.open("ab").close()
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"--html is {str(picture)!r}, which cannot be written ({error}); "
             "give a file in a folder that exists"
         ) from error
@@ -85,11 +86,11 @@ def _list_pairs(
 ) -> list[tuple[str, TextTokenizer, TextTokenizer]]:
     if recipe is None:
         if target is None:
-            raise ValueError(f"inspect {source}: give a second tokenizer to align it with")
+            raise UserError(f"inspect {source}: give a second tokenizer to align it with")
         return [(source, load_tokenizer(source), load_tokenizer(target))]
     names = [each.name for each in recipe.sources]
     if target is not None and target not in names:
-        raise ValueError(f"{target!r} is no source of {source}; sources: {', '.join(names)}")
+        raise UserError(f"{target!r} is no source of {source}; sources: {', '.join(names)}")
     theirs = load_recipe_tokenizer(recipe.target)
     return [
         (each.name, load_recipe_tokenizer(each), theirs)
@@ -104,13 +105,13 @@ def _read_pieces(path: Path | None) -> list[str]:
     try:
         whole = path.read_bytes().decode()  # as it is: line ends are text too
     except OSError as error:
-        raise ValueError(f"--text is {str(path)!r}, which cannot be read: {error}") from error
+        raise UserError(f"--text is {str(path)!r}, which cannot be read: {error}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"--text is {str(path)!r}, which is no UTF-8 at byte {error.start}; save it as UTF-8"
         ) from error
     if not whole:
-        raise ValueError(f"--text is {str(path)!r}, which is empty; give a file with some text")
+        raise UserError(f"--text is {str(path)!r}, which is empty; give a file with some text")
     pieces, size = [""], 0
     for line in whole.splitlines(keepends=True):
         if size > PIECE_CHARACTERS:

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from rayfuse.align.matches import NO_SHARED_BOUNDARY, Matches, keep_one_to_one
-from rayfuse.align.shard import Alignment, Method, find_matches
+from rayfuse.align.method import Alignment, load_method, map_for_matching
 from rayfuse.align.token_spans import (
     PlacedTokens,
     TokenBytes,
     list_token_bytes,
     place_tokens,
 )
-from rayfuse.align.vocab_map import build_maps, map_to_nearest
+from rayfuse.config.base import UserError
 from rayfuse.models.tokenizer import TextTokenizer
 
 WORST_TOKENS = 20
@@ -49,7 +49,7 @@ class WorstToken:
 class PairReport:
     """How a source's tokens align with a target's on some text."""
 
-    method: Method
+    method: str
     target_tokens: int
     """Target positions: tokens that a model of these tokens predicts."""
     source_tokens: int
@@ -80,7 +80,7 @@ class AlignedTexts:
     source_vocabulary: TokenBytes
     target_vocabulary: TokenBytes
     matches: Matches
-    method: Method
+    method: str
     seconds: float
 
 
@@ -88,34 +88,30 @@ def align_texts(
     texts: Sequence[str],
     source: TextTokenizer,
     target: TextTokenizer,
-    method: Method = "bytes",
+    method: str = "bytes",
 ) -> AlignedTexts:
     """Return texts, each taken for a whole document, in both tokenizers' tokens.
 
     Raises:
-        ValueError: The two cannot be aligned; the message shows a text on which they differ.
+        UserError: The two cannot be aligned; the message shows a text on which they differ.
     """
     check_pair(source, target)
     return _align_texts(texts, source, target, method)
 
 
 def _align_texts(
-    texts: Sequence[str], source: TextTokenizer, target: TextTokenizer, method: Method
+    texts: Sequence[str], source: TextTokenizer, target: TextTokenizer, method: str
 ) -> AlignedTexts:
     encoded = [text.encode() for text in texts]
     ours, theirs = list_token_bytes(source), list_token_bytes(target)
     rows = [each.encode_rows(list(texts), [True] * len(texts)) for each in (source, target)]
-    plain = np.full(source.vocab_size, -1, dtype=np.int32)
-    if (
-        method == "min_edit_distance"
-    ):  # of the methods, it alone goes by the map; the text's own tokens will do
-        used = np.unique(np.concatenate([np.zeros(0, dtype=np.int32), *rows[0]]))
-        plain[used] = map_to_nearest(used.tolist(), source, target)
-    alignment = Alignment(ours, theirs, build_maps(plain, source, target), method)
+    loaded = load_method(method)
+    used = np.unique(np.concatenate([np.zeros(0, dtype=np.int32), *rows[0]]))
+    alignment = Alignment(ours, theirs, map_for_matching(loaded, used, source, target), loaded)
     began = time.perf_counter()
     source_tokens = _place_rows(rows[0], encoded, ours)
     target_tokens = _place_rows(rows[1], encoded, theirs)
-    matches = find_matches(source_tokens, target_tokens, alignment)
+    matches = loaded.match(source_tokens, target_tokens, alignment)
     seconds = time.perf_counter() - began
     return AlignedTexts(
         tuple(texts), source_tokens, target_tokens, ours, theirs, matches, method, seconds
@@ -132,7 +128,7 @@ def check_pair(source: TextTokenizer, target: TextTokenizer) -> None:
     """Check that two tokenizers share a boundary inside at least one of some simple texts.
 
     Raises:
-        ValueError: They share none.
+        UserError: They share none.
     """
     reasons: Counter[str] = Counter()
     for text in PROBES:
@@ -145,7 +141,7 @@ def check_pair(source: TextTokenizer, target: TextTokenizer) -> None:
     ours, theirs = (
         each.backend.encode(PROBES[0], add_special_tokens=False).tokens for each in (source, target)
     )
-    raise ValueError(
+    raise UserError(
         f"these tokenizers cannot be aligned: on simple texts no position of the target has one of "
         f"the source ({told}); {PROBES[0]!r} is {ours} to the source and {theirs} to the target"
     )

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from rayfuse.config.align import METHODS
 from rayfuse.config.models import SourceSettings
 from rayfuse.config.plan import PlanSettings
 from rayfuse.config.recipe import Recipe
@@ -155,7 +156,7 @@ def _plan_align(inputs: PlanInputs, source: str) -> Work:
     plan = recipe.plan
     tokens = inputs.corpus.num_bytes / inputs.target.bytes_per_token
     entries = recipe.capture.kept_entries + recipe.capture.num_draws
-    is_mapped = recipe.align.method in ("min_edit_distance", "cooccurrence")
+    is_mapped = METHODS[recipe.align.method].stored_map is not None
     rate = plan.mapped_tokens_per_core_second if is_mapped else plan.align_tokens_per_core_second
     return Work(
         stage="align",

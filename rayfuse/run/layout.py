@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
+from rayfuse.config.align import METHODS
 from rayfuse.config.corpus import Documents
 from rayfuse.config.models import ModelSettings, SourceSettings
 from rayfuse.config.recipe import Recipe
@@ -237,12 +238,12 @@ def _place_captured(
 
 
 def _place_maps(recipe: Recipe, corpus: DataSet) -> dict[str, str]:
-    """Name the stored vocabulary maps: `min_edit_distance` ones by the pair, `cooccurrence` by the
-    text too."""
+    """Name the stored vocabulary maps: by the pair of tokenizers, and the corpus if it counts."""
     method = recipe.align.method
-    if method not in ("min_edit_distance", "cooccurrence"):
+    stored_map = METHODS[method].stored_map
+    if stored_map is None:
         return {}
-    text = corpus.fingerprint if method == "cooccurrence" else None
+    text = corpus.fingerprint if stored_map == "per_corpus" else None
     target = load_recipe_tokenizer(recipe.target).content_hash
     names: dict[str, str] = {}
     for source in recipe.sources:

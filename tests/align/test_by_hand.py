@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rayfuse.align.shard import Alignment, align_shard
+from rayfuse.align.method import Alignment, load_method
+from rayfuse.align.shard import align_shard
 from rayfuse.align.token_spans import TokenBytes
 from rayfuse.capture.rows import build_captured
 from rayfuse.capture.top_k import TopLogprobs
@@ -71,7 +72,9 @@ def align_example() -> tuple[pa.Table, dict[str, float]]:
     )
     captured, _ = build_captured(corpus, [SOURCE_IDS], [record], eos_id=6)
     return align_shard(
-        corpus, captured, Alignment(spell(SOURCE), spell(TARGET), np.stack([VOCAB_MAP] * 3))
+        corpus,
+        captured,
+        Alignment(spell(SOURCE), spell(TARGET), np.stack([VOCAB_MAP] * 3), load_method("bytes")),
     )
 
 

@@ -19,7 +19,8 @@ from tokenizers import (
 
 from benchmarks.synthetic import make_captured, make_corpus
 from rayfuse.align.matches import NO_SHARED_BOUNDARY, NO_TOKENS, ONE_SIDED, match_positions
-from rayfuse.align.shard import Alignment, align_shard
+from rayfuse.align.method import Alignment, build_alignment
+from rayfuse.align.shard import align_shard
 from rayfuse.align.token_spans import (
     Fault,
     PlacedTokens,
@@ -28,9 +29,9 @@ from rayfuse.align.token_spans import (
     place_tokens,
 )
 from rayfuse.align.vocab_map import (
-    BLANKED,
     PLAIN,
-    UNBLANKED,
+    WITH_SPACE,
+    WITHOUT_SPACE,
     find_unfinished,
     map_vocabulary,
 )
@@ -194,9 +195,7 @@ def test_every_family_can_teach_every_other(source, target):
     corpus = make_corpus([silent, *TEXTS[:3], silent, *TEXTS[3:], silent], theirs, max_tokens=20)
     assert corpus.num_rows > len(TEXTS) + 3  # some rows end no document
     captured = make_captured(corpus, ours, top_k=6)
-    alignment = Alignment(
-        list_token_bytes(ours), list_token_bytes(theirs), map_vocabulary(ours, theirs)
-    )
+    alignment = build_alignment(ours, theirs)
     _, stats = align_shard(corpus, captured, alignment)
     lost = sum(count for reason, count in stats.items() if reason.startswith("unmatched"))
     assert stats["with_signal"] + lost == stats["positions"]
@@ -236,13 +235,13 @@ def test_positions_lost_at_the_ends_of_a_text_are_counted_as_that():
 
 def test_blanks_that_one_side_adds_are_taken_off_or_put_on():
     plain, prefixed = LOSSLESS["gpt-2"], LOSSLESS["llama-2"]
-    for source, target, view in ((plain, prefixed, BLANKED), (prefixed, plain, UNBLANKED)):
+    for source, target, view in ((plain, prefixed, WITH_SPACE), (prefixed, plain, WITHOUT_SPACE)):
         ours, theirs = (place(each, ["The cat", "cat"])[0] for each in (source, target))
         matches = match_positions(ours, theirs)
         assert 0 in matches.target_at  # the first token of the text has a signal too
         maps, goals = map_vocabulary(source, target)[view], target.list_by_bytes()
         for spelled, token_id in source.list_by_bytes().items():
-            meant = b" " + spelled if view == BLANKED else spelled.removeprefix(b" ")
+            meant = b" " + spelled if view == WITH_SPACE else spelled.removeprefix(b" ")
             if meant in goals:
                 assert maps[token_id] == goals[meant]
 
@@ -272,7 +271,7 @@ def test_every_token_without_a_fault_spells_the_bytes_it_covers(name):
             spelled = tokenizer.token_bytes[placed.ids[at + 1]] or b""
             covered = slice(placed.ends[at] - begins, placed.ends[at + 1] - begins)
             if not placed.faults[at] and not placed.next_is_eos[at]:
-                added = b" " if placed.next_has_blank[at] else b""
+                added = b" " if placed.next_has_prefix_space[at] else b""
                 assert spelled == added + text.encode()[covered]
 
 
@@ -309,9 +308,7 @@ def test_what_a_source_says_of_a_row_depends_on_that_row_alone(source):
     texts = ["two cats  ", "The dog looked.\n ", "a\x07 ", *TEXTS]
     corpus = make_corpus(texts, theirs, max_tokens=1024)
     captured = make_captured(corpus, ours, top_k=4)
-    alignment = Alignment(
-        list_token_bytes(ours), list_token_bytes(theirs), map_vocabulary(ours, theirs)
-    )
+    alignment = build_alignment(ours, theirs)
     together, _ = align_shard(corpus, captured, alignment)
     for row in range(corpus.num_rows):
         alone, _ = align_shard(corpus.slice(row, 1), captured.slice(row, 1), alignment)
@@ -328,7 +325,7 @@ def make_shard() -> tuple[pa.Table, pa.Table, Alignment]:
     corpus = make_corpus(SAMPLE, target, max_tokens=512)
     captured = make_captured(corpus, source, top_k=4)
     maps = map_vocabulary(source, target)
-    return corpus, captured, Alignment(list_token_bytes(source), list_token_bytes(target), maps)
+    return corpus, captured, build_alignment(source, target, maps=maps)
 
 
 def replace_ids(table: pa.Table, column: str, row: int, at: int, value: int) -> pa.Table:
@@ -407,7 +404,7 @@ def test_a_first_token_that_spells_nothing_has_no_blank_to_take_off():
         ids = np.array([first, 1], dtype=np.int32)
         placed = place_tokens(ids, np.array([0, 2]), [b" a"], vocabulary, [False])
         assert placed.ends.tolist() == [0, 2]
-        assert not placed.next_has_blank.any()
+        assert not placed.next_has_prefix_space.any()
 
 
 def test_a_token_that_ends_inside_a_character_is_mapped_only_where_that_is_certain():

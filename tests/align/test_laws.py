@@ -2,27 +2,28 @@
 
 import json
 from itertools import permutations
-from typing import get_args
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from benchmarks.synthetic import make_captured, make_corpus
-from rayfuse.align.cooccurrence import choose_most_matched, count_pairs
-from rayfuse.align.shard import Alignment, Method, align_shard
+from rayfuse.align.method import Alignment, build_alignment
+from rayfuse.align.methods.cooccurrence import choose_most_matched, count_pairs
+from rayfuse.align.methods.min_edit_distance import map_to_nearest
+from rayfuse.align.shard import align_shard
 from rayfuse.align.token_spans import list_token_bytes
-from rayfuse.align.vocab_map import PLAIN, build_maps, map_to_nearest
+from rayfuse.align.vocab_map import PLAIN, build_maps
+from rayfuse.config.align import METHODS
 from rayfuse.models.tokenizer import TextTokenizer, build_tokenizer
 from rayfuse.storage.codec import decode_probs, flatten_column
 from tests.align.conftest import NAMES, map_tokens
 
-METHODS: tuple[Method, ...] = get_args(Method)
 TOP_K = 8
 
 
 def make_alignment(
-    source: TextTokenizer, target: TextTokenizer, method: Method, shard: tuple[pa.Table, pa.Table]
+    source: TextTokenizer, target: TextTokenizer, method: str, shard: tuple[pa.Table, pa.Table]
 ) -> Alignment:
     """Return the alignment of a pair; `min_edit_distance` has a map of the shard's own entries
     alone."""
@@ -38,7 +39,7 @@ def make_alignment(
     if method == "cooccurrence":
         counted = count_pairs(shard[0], ours, theirs)
         maps = build_maps(choose_most_matched(counted, maps[PLAIN, :-1]), source, target)
-    return Alignment(ours, theirs, maps, method)
+    return build_alignment(source, target, method, maps)
 
 
 def make_shard(

@@ -9,7 +9,7 @@ from benchmarks.synthetic import make_captured, make_corpus
 from rayfuse.align.task import AlignTask, align_committed
 from rayfuse.config.models import ModelSettings
 from rayfuse.models.tokenizer import load_tokenizer
-from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.dataset import DataSet, ShardError
 from rayfuse.storage.store import open_store
 from tests.align.test_families import replace_ids
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_tokenizer, sentencepiece_tokenizer
@@ -32,15 +32,18 @@ def make_tables(models: dict[str, ModelSettings]) -> dict[str, pa.Table]:
 
 
 def store_shard_3(
-    folder: Path, models: dict[str, ModelSettings], tables: dict[str, pa.Table]
+    folder: Path,
+    models: dict[str, ModelSettings],
+    tables: dict[str, pa.Table],
+    method: str = "bytes",
 ) -> AlignTask:
     store = open_store(str(folder))
     data = {name: DataSet(store, name, "a", "0") for name in ("corpus", "captured", "aligned")}
-    for each in data.values():
-        each.claim({})
+    for data_set in data.values():
+        data_set.claim({})
     for name, table in tables.items():
         data[name].write_shard(3, table, tokens=1)
-    return AlignTask(**models, **data, method="bytes", map_file=None)
+    return AlignTask(**models, **data, method=method, map_file=None)
 
 
 def other_text(table: pa.Table) -> pa.Table:
@@ -75,7 +78,7 @@ def test_a_captured_shard_that_does_not_belong_is_named(spoil, models, tmp_path)
     tables = make_tables(models)
     task = store_shard_3(tmp_path, models, tables | {name: change(tables[name])})
     place = rf"captured/a-0/data/00003-\w+\.parquet: .*{message}.*; remove it and capture"
-    with pytest.raises(ValueError, match=place):
+    with pytest.raises(ShardError, match=place):
         align_committed(task, 3)
     assert not task.aligned.commits()
 

@@ -10,9 +10,8 @@ from benchmarks.fusion.full import place_full_source
 from benchmarks.fusion.intervals import Interval, compare_groups, find_multiple, spread_over_seeds
 from benchmarks.fusion.published import teach_current_token
 from benchmarks.fusion.work import keep_fewer
-from rayfuse.align.shard import Alignment, align_shard
-from rayfuse.align.token_spans import list_token_bytes
-from rayfuse.align.vocab_map import map_vocabulary
+from rayfuse.align.method import build_alignment
+from rayfuse.align.shard import align_shard
 from rayfuse.capture.rows import build_captured, tokenise_rows
 from rayfuse.capture.top_k import TopLogprobs, keep_top_k
 from rayfuse.corpus.documents import Document
@@ -101,9 +100,7 @@ def test_a_smaller_top_k_equals_a_capture_with_it(source_lm, tokenizers, corpus)
 
 def test_full_distributions_are_the_records_of_all_tokens(source_lm, tokenizers, corpus):
     target, source = tokenizers
-    alignment = Alignment(
-        list_token_bytes(source), list_token_bytes(target), map_vocabulary(source, target)
-    )
+    alignment = build_alignment(source, target)
     rows, records = capture(source_lm, source, corpus, 255)
     captured, _ = build_captured(corpus, rows, records, source.eos_id)
     aligned, _ = align_shard(corpus, captured, alignment)
@@ -129,12 +126,7 @@ def test_full_distributions_are_the_records_of_all_tokens(source_lm, tokenizers,
 
 def test_the_published_fault_teaches_the_current_token(source_lm, tokenizers, corpus):
     target, source = tokenizers
-    alignment = Alignment(
-        list_token_bytes(source),
-        list_token_bytes(target),
-        map_vocabulary(source, target, only_equal=True),
-        "exact",
-    )
+    alignment = build_alignment(source, target, "exact")
     rows, records = capture(source_lm, source, corpus, 10)
     captured, _ = build_captured(corpus, rows, records, source.eos_id)
     aligned, _ = align_shard(corpus, captured, alignment)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from rayfuse.align.shard import Alignment, align_shard
+from rayfuse.align.method import Alignment, load_method
+from rayfuse.align.shard import align_shard
 from rayfuse.align.token_spans import list_token_bytes
 from rayfuse.capture.engines.transformers_engine import TransformersEngine
 from rayfuse.capture.rows import build_captured, tokenise_rows
@@ -113,7 +114,8 @@ def test_aligned_draws_are_the_sources_distribution_on_average(signal, tmp_path,
     tokenizer = load_recipe_tokenizer(source)
     spelled = list_token_bytes(tokenizer)
     maps = np.stack([np.arange(tokenizer.vocab_size)] * 3).astype(np.int32)
-    alignment = Alignment(spelled, spelled, np.pad(maps, ((0, 0), (0, 1)), constant_values=-1))
+    maps = np.pad(maps, ((0, 0), (0, 1)), constant_values=-1)
+    alignment = Alignment(spelled, spelled, maps, load_method("bytes"))
     corpus, records, _ = capture(source, signal)
     num_tokens = sum(len(record.next_logprobs) for record in records)
     exact = np.concatenate(

@@ -8,19 +8,20 @@ import pyarrow as pa
 import pytest
 
 from benchmarks.synthetic import make_captured, make_corpus
-from rayfuse.align.distributions import TopEntries, map_entries, merge_entries
-from rayfuse.align.edit_distance import match_by_edit_distance
+from rayfuse.align.distributions import map_entries, merge_entries
 from rayfuse.align.matches import match_positions
-from rayfuse.align.shard import Alignment, align_shard
+from rayfuse.align.method import build_alignment
+from rayfuse.align.methods.min_edit_distance import map_to_nearest, match_by_edit_distance
+from rayfuse.align.shard import align_shard
 from rayfuse.align.token_spans import list_token_bytes, place_tokens
-from rayfuse.align.vocab_map import PLAIN, build_maps, map_to_nearest, map_vocabulary
+from rayfuse.align.vocab_map import PLAIN, build_maps, map_vocabulary
 from rayfuse.config.fuse import FuseSettings
 from rayfuse.config.load import parse_recipe
 from rayfuse.config.overrides import RecipeError
 from rayfuse.fuse.nll import nll_of_rows
 from rayfuse.fuse.reader import ShardReader
 from rayfuse.models.tokenizer import TextTokenizer, build_tokenizer
-from rayfuse.storage.codec import decode_probs, flatten_column
+from rayfuse.storage.codec import TopK, decode_probs, flatten_column
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import open_store
 from tests.fakes import SAMPLE, byte_level_tokenizer, sentencepiece_tokenizer
@@ -68,12 +69,11 @@ def read_fused(corpus, captured, folder, fuse: FuseSettings, method: str):
 
     aligned = {}
     for name, source in SOURCES.items():
+        maps = None
         if method == "min_edit_distance":
             nearest = map_to_nearest(range(source.vocab_size), source, TARGET)
             maps = build_maps(nearest, source, TARGET)
-        else:
-            maps = map_vocabulary(source, TARGET)
-        alignment = Alignment(list_token_bytes(source), list_token_bytes(TARGET), maps, method)
+        alignment = build_alignment(source, TARGET, method, maps)
         aligned[name] = keep(name, align_shard(corpus, captured[name], alignment)[0])
     reader = ShardReader(keep("corpus", corpus), aligned, fuse, TARGET.count_bytes())
     reader.keep({0})
@@ -123,14 +123,14 @@ def test_the_preset_is_the_papers_formula(corpus, captured, tmp_path):
             source, table = SOURCES[name], captured[name].slice(row, 1)
             ids, offsets = flatten_column(table, "token_ids")
             target_ids, target_offsets = flatten_column(corpus.slice(row, 1), "target_ids")
-            vocabularies = list_token_bytes(source), list_token_bytes(TARGET)
             nearest = map_to_nearest(range(source.vocab_size), source, TARGET)
+            maps = build_maps(nearest, source, TARGET)
+            alignment = build_alignment(source, TARGET, "min_edit_distance", maps)
             ends = corpus["ends_document"].to_pylist()[row : row + 1]
             matches = match_by_edit_distance(
-                place_tokens(ids, offsets, text, vocabularies[0], ends),
-                place_tokens(target_ids, target_offsets, text, vocabularies[1], ends),
-                vocabularies,
-                build_maps(nearest, source, TARGET),
+                place_tokens(ids, offsets, text, alignment.source, ends),
+                place_tokens(target_ids, target_offsets, text, alignment.target, ends),
+                alignment,
             )
             expected = dense_rows(captured[name], source, row)
             for t, s in zip(matches.target_at, matches.source_at, strict=True):
@@ -157,16 +157,16 @@ def test_before_it_is_stored_the_mapped_distribution_is_the_formulas_to_float32(
         probs = decode_probs(flatten_column(table, "top_logprobs")[0], top_ids, tails)
         nearest = map_to_nearest(range(source.vocab_size), source, TARGET)
         maps = build_maps(nearest, source, TARGET)[PLAIN]
-        entries = TopEntries(
-            np.vstack([top_ids.T, np.full(len(tails), -1, dtype=np.int32)]),
-            np.vstack([probs.T, np.zeros(len(tails), dtype=np.float32)]),
+        entries = TopK(
+            np.column_stack([top_ids, np.full(len(tails), -1, dtype=np.int32)]),
+            np.column_stack([probs, np.zeros(len(tails), dtype=np.float32)]),
             np.exp(tails.astype(np.float32)),
         )
         mapped = map_entries(entries, maps[entries.ids])
-        ids, merged, tail = merge_entries(mapped, np.full(len(tails), -1, dtype=np.int32))
-        np.testing.assert_allclose(merged.sum(axis=1) + tail, 1.0, atol=2e-6)
-        got = np.zeros((len(ids), TARGET.vocab_size))
-        for t, (row_ids, row) in enumerate(zip(ids, merged, strict=True)):
+        merged = merge_entries(mapped, np.full(len(tails), -1, dtype=np.int32))
+        np.testing.assert_allclose(merged.probs.sum(axis=1) + merged.tail, 1.0, atol=2e-6)
+        got = np.zeros((len(merged.ids), TARGET.vocab_size))
+        for t, (row_ids, row) in enumerate(zip(merged.ids, merged.probs, strict=True)):
             got[t, row_ids[row_ids >= 0]] = row[row_ids >= 0]
         got /= np.maximum(got.sum(axis=1, keepdims=True), 1e-30)
         rows = range(table.num_rows)
@@ -238,7 +238,7 @@ def test_tokens_that_meet_are_added(fused, corpus, captured):
         before, after = (read_heads(table) for table in (captured[name], aligned))
         matches = match_positions(ours, theirs)
         for t, s in zip(matches.target_at.tolist(), matches.source_at.tolist(), strict=True):
-            if ours.next_has_blank[s] != theirs.next_has_blank[t]:
+            if ours.next_has_prefix_space[s] != theirs.next_has_prefix_space[t]:
                 continue
             # The entry of what really comes next has the probability of its chain instead.
             others = before[0][s] != ours.ids[s + 1]

@@ -13,9 +13,10 @@ from matplotlib import image
 
 from benchmarks.synthetic import make_captured, make_corpus
 from rayfuse.align.matches import Matches, keep_one_to_one
-from rayfuse.align.shard import Alignment, align_shard
-from rayfuse.align.token_spans import list_token_bytes
-from rayfuse.align.vocab_map import build_maps, map_to_nearest, map_vocabulary
+from rayfuse.align.method import build_alignment
+from rayfuse.align.methods.min_edit_distance import map_to_nearest
+from rayfuse.align.shard import align_shard
+from rayfuse.align.vocab_map import build_maps, map_vocabulary
 from rayfuse.config.load import read_recipe
 from rayfuse.inspect.command import _read_pieces, inspect_pairs, print_report
 from rayfuse.inspect.html import KINDS, build_picture
@@ -89,12 +90,11 @@ def test_the_methods_own_positions_are_counted(method):
     assert report.method == method
     corpus = make_corpus(SAMPLE, TARGET, max_tokens=1024)
     captured = make_captured(corpus, SOURCE, top_k=4)
+    maps = map_vocabulary(SOURCE, TARGET)
     if method == "min_edit_distance":
         nearest = map_to_nearest(range(SOURCE.vocab_size), SOURCE, TARGET)
         maps = build_maps(nearest, SOURCE, TARGET)
-    else:
-        maps = map_vocabulary(SOURCE, TARGET, only_equal=method == "exact")
-    alignment = Alignment(list_token_bytes(SOURCE), list_token_bytes(TARGET), maps, method)
+    alignment = build_alignment(SOURCE, TARGET, method, maps)
     stats = align_shard(corpus, captured, alignment)[1]
     assert report.target_tokens == stats["positions"]
     assert report.share_with_signal == stats["with_signal"] / stats["positions"]

@@ -10,7 +10,7 @@ from rayfuse.config.load import parse_recipe
 from rayfuse.config.recipe import Recipe
 from rayfuse.evaluate.scores import DocumentScore, Evaluation, compare_evaluations, find_role
 from rayfuse.evaluate.task_scores import SubtaskScore, TaskScore, compare_tasks
-from rayfuse.report.gather import Curve, Findings, SourceSelection, SourceSignal, StageCount
+from rayfuse.report.gather import Curve, Findings, SourceSignal, SourceWins, StageCount
 from rayfuse.report.timeline import ShardSpan
 from rayfuse.run.layout import Layout, Merge, TrainRun
 from rayfuse.run.segmentation import Segmentation
@@ -95,7 +95,7 @@ def findings() -> Findings:
     """Return findings in which fused beats all but the source `big`."""
     evaluations = {name: make_evaluation(name, cost) for name, cost in COSTS.items()}
     fused = evaluations["fused"]
-    counts = {
+    wins = {
         domain: {"big": 900 - 100 * i, "coder": 200 * i, "small": 40}
         for i, domain in enumerate(DOMAINS)
     }
@@ -107,13 +107,13 @@ def findings() -> Findings:
             if name != "fused"
         },
         curves={"fused": make_curve(1, 2.95), "clm": make_curve(2, 3.0)},
-        selection=SourceSelection(counts, unscored_rows=3, shards_read=64, num_shards=112),
+        wins=SourceWins(wins, unscored_rows=3, shards_read=64, num_shards=112),
         signals={
             "big": SourceSignal(1000, 860, 0.05, 0.03),
             "coder": SourceSignal(1000, 790, 0.09, 0.04),
             "small": SourceSignal(1000, 1000, 0.06, 0.06),
         },
-        spans={
+        spells={
             "big": [ShardSpan("w", 100.0 * i, 90.0, 10.0, 5000) for i in range(1, 9)],
             "coder": [],
         },

@@ -11,9 +11,14 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from benchmarks.synthetic import make_captured, make_corpus
-from rayfuse.align.edit_distance import match_by_edit_distance, warp_tokens
+from rayfuse.align.method import build_alignment
+from rayfuse.align.methods.min_edit_distance import (
+    map_to_nearest,
+    match_by_edit_distance,
+    warp_tokens,
+)
 from rayfuse.align.token_spans import list_token_bytes, place_tokens
-from rayfuse.align.vocab_map import PLAIN, build_maps, map_to_nearest
+from rayfuse.align.vocab_map import PLAIN, build_maps
 from rayfuse.models.tokenizer import TextTokenizer, build_tokenizer, load_tokenizer
 from rayfuse.storage.codec import flatten_column
 
@@ -101,11 +106,11 @@ def test_matches_are_those_of_the_slow_rule_on_200_real_rows(pair, nearest, shar
     target_ids, target_offsets = flatten_column(corpus, "target_ids")
     source_ids, source_offsets = flatten_column(captured, "token_ids")
     ends = corpus["ends_document"].to_pylist()
-    vocabularies = list_token_bytes(source), list_token_bytes(target)
-    ours = place_tokens(source_ids, source_offsets, encoded, vocabularies[0], ends)
-    theirs = place_tokens(target_ids, target_offsets, encoded, vocabularies[1], ends)
     maps = build_maps(nearest, source, target)
-    matches = match_by_edit_distance(ours, theirs, vocabularies, maps)
+    alignment = build_alignment(source, target, "min_edit_distance", maps)
+    ours = place_tokens(source_ids, source_offsets, encoded, alignment.source, ends)
+    theirs = place_tokens(target_ids, target_offsets, encoded, alignment.target, ends)
+    matches = match_by_edit_distance(ours, theirs, alignment)
     found = set(zip(matches.target_at.tolist(), matches.source_at.tolist(), strict=True))
     assert len(found) == len(matches.target_at)
     expected: set[tuple[int, int]] = set()
@@ -206,7 +211,8 @@ def test_a_tokenizer_warped_with_itself_is_the_identity(side, pair, shared_data)
     spelled = [i for i, piece in enumerate(tokenizer.token_bytes) if piece]
     np.testing.assert_array_equal(own[spelled], spelled)
     maps = build_maps(own, tokenizer, tokenizer)
-    matches = match_by_edit_distance(placed, placed, (vocabulary, vocabulary), maps)
+    alignment = build_alignment(tokenizer, tokenizer, "min_edit_distance", maps)
+    matches = match_by_edit_distance(placed, placed, alignment)
     assert set(matches.target_at.tolist()) == set(np.flatnonzero(placed.can_match).tolist())
     np.testing.assert_array_equal(matches.source_at, matches.target_at)
 

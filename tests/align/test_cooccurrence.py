@@ -1,7 +1,12 @@
 import numpy as np
 
 from benchmarks.synthetic import make_corpus
-from rayfuse.align.cooccurrence import PairCounts, add_counts, choose_most_matched, count_pairs
+from rayfuse.align.methods.cooccurrence import (
+    PairCounts,
+    add_counts,
+    choose_most_matched,
+    count_pairs,
+)
 from rayfuse.align.token_spans import list_token_bytes
 from rayfuse.models.tokenizer import build_tokenizer
 from tests.fakes import SAMPLE, byte_level_tokenizer, sentencepiece_tokenizer

@@ -1,0 +1,1 @@
+"""The alignment methods, one module each; registered in `rayfuse.config.align.METHODS`."""
