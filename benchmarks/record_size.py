@@ -1,11 +1,11 @@
-"""Bytes a token of captured records on disk, and what storing them loses.
+"""Bytes per token of captured records on disk, and the information lost by encoding them.
 
     python benchmarks/record_size.py [--data DIR] [--tokens N] [--steps N] [--json]
 
-Distributions are those of two trained models on text they have not seen: a published model of 260
-thousand parameters with a vocabulary of 512, and a two-layer model with one of 50,277 trained here
-for a few minutes. Counted is the whole Parquet file, all columns, for a shard as `rayfuse capture`
-writes it. The loss is KL(model || stored) in nats, the head's tokens and the tail as outcomes.
+The distributions are those of two trained models on held-out text: a published model of 260
+thousand parameters with a vocabulary of 512, and a two-layer model with one of 50,277, trained here
+for a few minutes. The size is that of the entire Parquet file, all columns, for a shard as `rayfuse
+capture` writes it. The loss is KL(model || stored) in nats, over the top k and the tail.
 Rates are of one core: records to file bytes, and file bytes to probabilities.
 """
 
@@ -86,7 +86,7 @@ def train_model(folder: Path, data: Path, num_steps: int) -> None:
 
 
 def read_unseen(data: Path, tokenizer: TextTokenizer, num_tokens: int) -> pa.Table:
-    """Return corpus rows of the validation text of all domains."""
+    """Build corpus rows from the validation text of all domains."""
     import gzip
 
     documents: list[Document] = []
@@ -104,7 +104,7 @@ def read_unseen(data: Path, tokenizer: TextTokenizer, num_tokens: int) -> pa.Tab
 def measure_record(
     source: ModelSettings, corpus: pa.Table, settings: CaptureSettings
 ) -> dict[str, Any]:
-    """Capture rows with a model, and return what their record takes and loses."""
+    """Capture rows with a model, and measure the size and loss of their record."""
     engine = TransformersEngine(source, settings)
     tokenizer = load_recipe_tokenizer(source)
     rows = tokenise_rows(corpus, tokenizer)
@@ -126,7 +126,7 @@ def measure_record(
         "top_k": settings.kept_entries,
         "draws": settings.num_draws,
         "bytes_per_token": round(len(data) / num_tokens, 2),
-        "nats_lost": _lose_nats(kept, probs, ids, tails),
+        "nats_lost": _measure_lost_nats(kept, probs, ids, tails),
         "written_per_second": round(num_tokens / statistics.median(write_seconds)),
         "read_per_second": round(num_tokens / statistics.median(read_seconds)),
         "columns": _count_columns(data, num_tokens),
@@ -140,10 +140,10 @@ def _read_head(table: pa.Table, num_tokens: int) -> tuple[np.ndarray, np.ndarray
     return decode_probs(flatten_column(table, "top_logprobs")[0], ids, tails), ids, tails
 
 
-def _lose_nats(
+def _measure_lost_nats(
     records: list[TopLogprobs], probs: np.ndarray, ids: np.ndarray, tails: np.ndarray
 ) -> float:
-    """Return the mean KL of what the model said from what is read."""
+    """Compute the mean KL divergence of the decoded record from the model's distribution."""
     exact = np.concatenate([record.top_logprobs for record in records]).astype(np.float64)
     tail = np.concatenate([record.tail_logprobs for record in records]).astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -152,7 +152,7 @@ def _lose_nats(
 
 
 def _count_columns(data: bytes, num_tokens: int) -> dict[str, float]:
-    """Return the bytes a token of each column."""
+    """Compute the bytes per token of each column."""
     file = pq.ParquetFile(io.BytesIO(data)).metadata
     sizes: dict[str, int] = {}
     for group in range(file.num_row_groups):
@@ -191,18 +191,18 @@ def main() -> None:
     heads = [result for result in results if result["signal"] == "top_k"]
     barred = [result for result in heads if result["top_k"] in MAX_BYTES]
     sizes = {
-        top_k: max(each["bytes_per_token"] for each in barred if each["top_k"] == top_k)
+        top_k: max(result["bytes_per_token"] for result in barred if result["top_k"] == top_k)
         for top_k in MAX_BYTES
     }
     nats = max(result["nats_lost"] for result in heads)
-    holds = nats <= MAX_NATS and all(sizes[top_k] <= most for top_k, most in MAX_BYTES.items())
+    holds = nats <= MAX_NATS and all(sizes[top_k] <= limit for top_k, limit in MAX_BYTES.items())
     if arguments.json:
         print(
             json.dumps(
                 {
                     "benchmark": "record_size",
                     "value": sizes[10],
-                    "unit": "bytes a token at top-10",
+                    "unit": "bytes per token at top-10",
                     "bar": MAX_BYTES[10],
                     "holds": holds,
                     "nats_lost": nats,
@@ -211,17 +211,17 @@ def main() -> None:
             )
         )
         return
-    print("| model | signal | k | draws | bytes a token | nats lost | written/s | read/s |")
+    print("| model | signal | k | draws | bytes per token | nats lost | written/s | read/s |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for each in results:
+    for result in results:
         print(
-            f"| {each['model']} | {each['signal']} | {each['top_k']} | {each['draws']} "
-            f"| {each['bytes_per_token']:.1f} | {each['nats_lost']:.1e} "
-            f"| {each['written_per_second']:,} | {each['read_per_second']:,} |"
+            f"| {result['model']} | {result['signal']} | {result['top_k']} | {result['draws']} "
+            f"| {result['bytes_per_token']:.1f} | {result['nats_lost']:.1e} "
+            f"| {result['written_per_second']:,} | {result['read_per_second']:,} |"
         )
-    for each in results:
-        if each["top_k"] == 16:
-            print(f"{each['model']}, {each['signal']}: {each['columns']}")
+    for result in results:
+        if result["top_k"] == 16:
+            print(f"{result['model']}, {result['signal']}: {result['columns']}")
     print("holds" if holds else "MISSED", f"(bars {MAX_BYTES}, {MAX_NATS} nats)")
 
 

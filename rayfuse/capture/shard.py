@@ -16,31 +16,31 @@ from rayfuse.storage.retry import NUM_RETRIES
 
 
 @dataclass(frozen=True)
-class ShardNumbers:
-    """What became of one shard."""
+class ShardStats:
+    """Counts and times of one captured shard."""
 
     shard: int
     tokens: int
     rows: int
     rejects: int
     is_ours: bool
-    """This worker made it; else another had committed it before."""
+    """This worker committed it; else another had before."""
     worker: str
     busy_seconds: float
-    """The model was computing."""
+    """The model computed."""
     idle_seconds: float
-    """The model had waited for this shard, or for the worker's start."""
+    """The model waited for this shard, since the one before or since the worker's start."""
     batch_tokens: int
-    """Of a batch by now: fewer than the recipe says once memory ran out."""
-    storage_repeats: int
-    """Requests to the storage that this worker had to repeat so far."""
+    """Of a batch at present: fewer than the recipe's after running out of memory."""
+    storage_retries: int
+    """Requests to the storage that this worker has retried so far."""
 
 
 class ShardCapturer:
-    """A source LLM at work on shards. Calls may come from several threads.
+    """Captures shards with one source LLM. Thread-safe.
 
-    They take turns at the model: while it scores one shard, the next is read and tokenised and the
-    last is written.
+    Only one thread uses the model at a time: while it scores a shard, others read and tokenise the
+    next one and write the last.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class ShardCapturer:
         self.engine, self.tokenizer = engine, tokenizer
         self.corpus, self.captured = corpus, captured
         self.worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-        self.turn = threading.Lock()
-        self.free_since = time.monotonic()
+        self.model_lock = threading.Lock()
+        self.idle_since = time.monotonic()
 
-    def capture(self, shard: int) -> ShardNumbers:
-        """Capture a shard, unless it is committed already, and return its numbers.
+    def capture(self, shard: int) -> ShardStats:
+        """Capture a shard, unless it is committed already, and return its counts and times.
 
         Raises:
             ShardError: The corpus shard is missing or corrupt.
@@ -62,13 +62,14 @@ class ShardCapturer:
             return self._describe(self.captured.read_commit(shard))
         corpus = self.corpus.read_shard(self.corpus.read_commit(shard))
         rows = tokenise_rows(corpus, self.tokenizer)
-        with self.turn:
+        with self.model_lock:
             began = time.monotonic()
-            idle_seconds = began - self.free_since
+            idle_seconds = began - self.idle_since
             began_at = time.time()
-            records = self.engine.score_rows(rows)
-            self.free_since = time.monotonic()
-        table, rejects = build_captured(corpus, rows, records, self.tokenizer.eos_id)
+            results = self.engine.score_rows(rows)
+            self.idle_since = time.monotonic()
+            busy_seconds = self.idle_since - began
+        table, rejects = build_captured(corpus, rows, results, self.tokenizer.eos_id)
         commit = self.captured.write_shard(
             shard,
             table,
@@ -76,15 +77,15 @@ class ShardCapturer:
             rejects=rejects,
             stats={
                 "began": began_at,
-                "busy_seconds": self.free_since - began,
+                "busy_seconds": busy_seconds,
                 "idle_seconds": idle_seconds,
             },
             worker=self.worker,
         )
         return self._describe(commit)
 
-    def _describe(self, commit: Commit) -> ShardNumbers:
-        return ShardNumbers(
+    def _describe(self, commit: Commit) -> ShardStats:
+        return ShardStats(
             shard=commit.shard,
             tokens=commit.tokens,
             rows=commit.rows,
@@ -94,5 +95,5 @@ class ShardCapturer:
             busy_seconds=commit.stats.get("busy_seconds", 0.0),
             idle_seconds=commit.stats.get("idle_seconds", 0.0),
             batch_tokens=self.engine.batch_tokens,
-            storage_repeats=NUM_RETRIES.count,
+            storage_retries=NUM_RETRIES.count,
         )

@@ -1,20 +1,26 @@
-"""What a capture has done so far and what is left: for the terminal, a file and a budget."""
+"""Throughput, cost and counts of a running capture, for the terminal and metrics.jsonl."""
 
+import json
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field
 
-from rayfuse.capture.shard import ShardNumbers
+from rayfuse.capture.shard import ShardStats
+from rayfuse.config.base import UserError
+from rayfuse.storage.dataset import DataSet
 
 MIN_ROWS = 100
-"""A few rejects among fewer rows say nothing about a share."""
+"""Rows below which a share of rejects is not compared: a few would exceed any share."""
 
 RATE_SECONDS = 300.0
-"""Rates are of the last five minutes: machines come and go."""
+"""Rates are over the last five minutes, since nodes join and leave."""
+
+METRICS_SECONDS = 15.0
+"""Between two lines of metrics.jsonl."""
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class CaptureStats:
     """One source's capture at one moment; a line of metrics.jsonl."""
 
     time: float
@@ -25,26 +31,26 @@ class Snapshot:
     shards_from_others: int
     """Committed by another job while this one ran."""
     tokens: int
-    """By this job."""
+    """Scored by this job."""
     rejects: int
     """By all jobs so far."""
     tokens_per_second: float
-    """By all workers of this job."""
+    """Of all workers of this job."""
     tokens_per_second_per_worker: float
     workers: int
     busy_share: float
-    """Of the workers' time, what their models computed; the rest they waited."""
+    """Share of the workers' time in which their models computed; in the rest they waited."""
     seconds_left: float | None
     dollars: float | None
-    """Spent so far, by busy and idle time; without a price, nothing is said."""
+    """Cost so far, of busy and idle time; None without a price."""
     dollars_left: float | None
     batch_tokens: int
     """The smallest of any worker."""
-    storage_repeats: int
-    """Requests to the storage that failed and were asked again, by this job's workers."""
+    storage_retries: int
+    """Failed requests to the storage that this job's workers have retried."""
 
-    def describe(self, wanted_batch_tokens: int) -> str:
-        """Return the numbers that a progress bar has room for."""
+    def describe(self, configured_batch_tokens: int) -> str:
+        """Describe the capture in one line, for a progress bar."""
         parts = [
             f"{self.tokens_per_second:,.0f} tokens/s on {self.workers}",
             f"busy {self.busy_share:.0%}",
@@ -55,16 +61,16 @@ class Snapshot:
             parts.append(f"{self.shards_from_others} shards by another job")
         if self.rejects:
             parts.append(f"{self.rejects} rejected")
-        if self.storage_repeats:
-            parts.append(f"{self.storage_repeats} requests to the storage repeated")
-        if self.batch_tokens < wanted_batch_tokens:
+        if self.storage_retries:
+            parts.append(f"{self.storage_retries} storage requests retried")
+        if self.batch_tokens < configured_batch_tokens:
             parts.append(f"out of memory: batches cut to {self.batch_tokens} tokens")
         return ", ".join(parts)
 
 
 @dataclass
-class LiveNumbers:
-    """Adds up one source's shards as they come in."""
+class StatsAccumulator:
+    """Adds up one source's shards as they are committed."""
 
     source: str
     num_shards: int
@@ -73,51 +79,50 @@ class LiveNumbers:
     dollars_per_hour: float | None = None
     """Of one worker."""
     rows: int = 0
-    """Of all shards that are done, by whichever job; likewise the rejects."""
+    """Of all committed shards, by any job; likewise the rejects."""
     rejects: int = 0
     tokens: int = 0
     shards: int = 0
     from_others: int = 0
     busy_seconds: float = 0.0
     idle_seconds: float = 0.0
-    recent: deque[tuple[float, ShardNumbers]] = field(
-        default_factory=deque[tuple[float, ShardNumbers]]
-    )
-    repeats: dict[str, int] = field(default_factory=dict[str, int])
-    """By worker."""
+    recent: deque[tuple[float, ShardStats]] = field(default_factory=deque[tuple[float, ShardStats]])
+    retries: dict[str, int] = field(default_factory=dict[str, int])
+    """By worker: each reports its own total."""
     began: float = field(default_factory=time.monotonic)
 
-    def add(self, numbers: ShardNumbers) -> None:
-        """Take note of a shard."""
+    def add(self, shard: ShardStats) -> None:
+        """Add one shard."""
         self.shards += 1
-        self.rows += numbers.rows
-        self.rejects += numbers.rejects
-        self.batch_tokens = min(self.batch_tokens, numbers.batch_tokens)
-        if not numbers.is_ours:
+        self.rows += shard.rows
+        self.rejects += shard.rejects
+        self.batch_tokens = min(self.batch_tokens, shard.batch_tokens)
+        if not shard.is_ours:
             self.from_others += 1
             return
-        self.repeats[numbers.worker] = numbers.storage_repeats
-        self.tokens += numbers.tokens
-        self.busy_seconds += numbers.busy_seconds
-        self.idle_seconds += numbers.idle_seconds
+        self.retries[shard.worker] = shard.storage_retries
+        self.tokens += shard.tokens
+        self.busy_seconds += shard.busy_seconds
+        self.idle_seconds += shard.idle_seconds
         now = time.monotonic()
-        self.recent.append((now, numbers))
+        self.recent.append((now, shard))
         while now - self.recent[0][0] > RATE_SECONDS:
             self.recent.popleft()
 
-    def snapshot(self) -> Snapshot:
-        """Return the numbers by now."""
+    def compute_stats(self) -> CaptureStats:
+        """Compute throughput, cost and counts at this moment."""
         now = time.monotonic()
         seconds = max(min(now - self.began, RATE_SECONDS), 1e-9)
-        fresh = [numbers for at, numbers in self.recent if now - at <= RATE_SECONDS]
-        rate = sum(numbers.tokens for numbers in fresh) / seconds
-        workers = len({numbers.worker for numbers in fresh})
-        busy = sum(numbers.busy_seconds for numbers in fresh)
-        idle = sum(numbers.idle_seconds for numbers in fresh)
+        recent = [shard for at, shard in self.recent if now - at <= RATE_SECONDS]
+        rate = sum(shard.tokens for shard in recent) / seconds
+        workers = len({shard.worker for shard in recent})
+        busy = sum(shard.busy_seconds for shard in recent)
+        idle = sum(shard.idle_seconds for shard in recent)
         left = self.num_shards - self.done_before - self.shards
-        pace = (self.busy_seconds + self.idle_seconds) / max(self.shards - self.from_others, 1)
+        worker_seconds = self.busy_seconds + self.idle_seconds
+        seconds_per_shard = worker_seconds / max(self.shards - self.from_others, 1)
         price = None if self.dollars_per_hour is None else self.dollars_per_hour / 3600
-        return Snapshot(
+        return CaptureStats(
             time=time.time(),
             source=self.source,
             shards_done=self.done_before + self.shards,
@@ -129,33 +134,56 @@ class LiveNumbers:
             tokens_per_second_per_worker=rate / max(workers, 1),
             workers=workers,
             busy_share=busy / max(busy + idle, 1e-9),
-            seconds_left=left * seconds / len(fresh) if fresh else None,
-            dollars=None if price is None else price * (self.busy_seconds + self.idle_seconds),
-            dollars_left=None if price is None else price * pace * left,
+            seconds_left=left * seconds / len(recent) if recent else None,
+            dollars=None if price is None else price * worker_seconds,
+            dollars_left=None if price is None else price * seconds_per_shard * left,
             batch_tokens=self.batch_tokens,
-            storage_repeats=sum(self.repeats.values()),
+            storage_retries=sum(self.retries.values()),
         )
 
-    def check_rejects(self, most: float) -> None:
-        """Stop a capture that loses its rows.
+    def check_rejects(self, max_share: float) -> None:
+        """Stop a capture that rejects too many rows.
 
         Args:
-            most: The share of rows that may be rejected, `capture.max_rejected_share`.
+            max_share: The share of rows that may be rejected, `capture.max_rejected_share`.
 
         Raises:
-            ValueError: More are.
+            UserError: More are rejected.
         """
-        if self.rejects > most * max(self.rows, MIN_ROWS):
-            raise ValueError(
+        if self.rejects > max_share * max(self.rows, MIN_ROWS):
+            raise UserError(
                 f"source {self.source}: {self.rejects} of {self.rows} rows were rejected, more "
-                f"than capture.max_rejected_share ({most:.2%}); the reasons are in its folder's "
-                "rejects/: check the model, or raise the share"
+                f"than capture.max_rejected_share ({max_share:.2%}); the reasons are in its "
+                "folder's rejects/: check the model, or raise the share"
             )
 
 
-def to_line(snapshot: Snapshot) -> dict[str, object]:
-    """Return a line of metrics.jsonl."""
+def to_line(stats: CaptureStats) -> dict[str, object]:
+    """Convert stats to a line of metrics.jsonl."""
     return {
         name: round(value, 4) if isinstance(value, float) else value
-        for name, value in asdict(snapshot).items()
+        for name, value in asdict(stats).items()
     }
+
+
+class MetricsLog:
+    """metrics.jsonl beside the shards; lines of earlier jobs are kept."""
+
+    def __init__(self, data: DataSet) -> None:
+        self.store, self.name = data.store, f"{data.folder}/metrics.jsonl"
+        try:
+            self.lines = self.store.read(self.name).decode().splitlines()
+        except FileNotFoundError:
+            self.lines: list[str] = []
+        self.written = -METRICS_SECONDS
+
+    def write(self, line: dict[str, object], *, is_last: bool) -> None:
+        """Append a line, unless the previous one is recent.
+
+        Object storage cannot append, so each write replaces the file.
+        """
+        if not is_last and time.monotonic() - self.written < METRICS_SECONDS:
+            return
+        self.written = time.monotonic()
+        self.lines.append(json.dumps(line))
+        self.store.write(self.name, ("\n".join(self.lines) + "\n").encode())

@@ -84,7 +84,7 @@ def keep_top_k(
         next_ids: The token that comes next at each position; -1 where none does.
         noise: In [0, 1), for draws from the tail.
         top_k: Entries kept; 0 for none.
-        chunk_positions: Positions whose logits exist at a time.
+        chunk_positions: Positions per chunk; full logits exist for one chunk at a time.
     """
     unknown_ids = torch.nonzero(~known_ids)[:, 0]
     parts = [

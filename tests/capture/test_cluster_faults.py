@@ -1,4 +1,4 @@
-"""Faults that capture must survive, by number: those that need a cluster."""
+"""Faults that capture must survive, numbered as in the fault model: those that need a cluster."""
 
 import json
 import os
@@ -19,10 +19,12 @@ import torch
 import yaml
 
 from rayfuse.align.task import plan_align_step
+from rayfuse.capture.actor import MAX_CRASHES
 from rayfuse.capture.engines.base import Engine, Failure, TokenRows
 from rayfuse.capture.engines.transformers_engine import TransformersEngine
 from rayfuse.capture.rows import NOT_FINITE, tokenise_rows
-from rayfuse.capture.stage import MAX_DEATHS, capture_sources, plan_work, settle_dtype
+from rayfuse.capture.scheduling import plan_work, settle_dtype
+from rayfuse.capture.stage import capture_sources
 from rayfuse.capture.top_k import TopLogprobs
 from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.load import parse_recipe
@@ -71,7 +73,7 @@ def folder(tmp_path) -> Path:
 
 
 class DyingEngine:
-    """Its process is killed when it scores, as by a system that is out of memory."""
+    """An engine that kills its process when it scores, as the kernel may when out of memory."""
 
     def __init__(self, engine: Engine, die: Callable[[], None]) -> None:
         self.engine, self.die = engine, die
@@ -83,7 +85,7 @@ class DyingEngine:
 
 
 def load_dying_engine(source: ModelSettings, settings: CaptureSettings, *, tombs: Path) -> Engine:
-    """Load a model, and be killed: three times in the middle of that, later when it scores."""
+    """Load an engine in a process that is killed: three times in loading, then in scoring."""
 
     def die() -> None:
         (tombs / uuid.uuid4().hex).touch()
@@ -94,7 +96,7 @@ def load_dying_engine(source: ModelSettings, settings: CaptureSettings, *, tombs
     return DyingEngine(TransformersEngine(source, settings), die)
 
 
-def test_fault_2_15_a_few_deaths_before_a_shard_is_done_are_survived_and_many_stop_the_run(
+def test_fault_2_15_a_few_crashes_before_the_first_shard_are_tolerated_and_many_stop_the_run(
     models, folder, ray_cluster
 ):
     recipe = write_recipe(models, folder, "sound")
@@ -110,19 +112,19 @@ def test_fault_2_15_a_few_deaths_before_a_shard_is_done_are_survived_and_many_st
             partial(load_dying_engine, tombs=tombs),
             then=plan_align_step,
         )
-    assert len(list(tombs.iterdir())) == MAX_DEATHS + 1
+    assert len(list(tombs.iterdir())) == MAX_CRASHES + 1
     capture_sources(recipe, layout, report_nothing, then=plan_align_step)
     assert layout.captured["sound"].is_complete()
 
 
 def load_slow_or_no_engine(source: ModelSettings, settings: CaptureSettings) -> Engine:
     if source.model.endswith("/poisoned"):
-        raise ValueError("the model is of another make\nand more")
+        raise ValueError("the model is of another family\nand more")
     time.sleep(5)
     return TransformersEngine(source, settings)
 
 
-def test_a_source_that_fails_is_told_at_once_and_the_others_go_on_in_the_dtype_they_began_with(
+def test_a_failed_source_is_reported_at_once_and_the_others_resume_in_the_dtype_they_started_in(
     models, folder, ray_cluster
 ):
     recipe = write_recipe(models, folder, "sound", "poisoned")
@@ -131,31 +133,31 @@ def test_a_source_that_fails_is_told_at_once_and_the_others_go_on_in_the_dtype_t
     sound = layout.captured["sound"]
     sound.claim({})
     assert settle_dtype(sound, "auto", on_gpu=True) == "bfloat16"  # by a cluster with GPUs
-    told: list[tuple[str, int, str]] = []
+    events: list[tuple[str, int, str]] = []
 
-    def tell(event: ProgressEvent) -> None:
-        told.append((event.title, event.total, event.note))
+    def record(event: ProgressEvent) -> None:
+        events.append((event.title, event.total, event.note))
 
-    with pytest.raises(ValueError, match="of another make"):
-        capture_sources(recipe, layout, tell, load_slow_or_no_engine, then=plan_align_step)
+    with pytest.raises(ValueError, match="of another family"):
+        capture_sources(recipe, layout, record, load_slow_or_no_engine, then=plan_align_step)
     assert sound.is_complete()
-    failed = told.index(("capture poisoned", 0, "stopped: the model is of another make"))
-    last = max(i for i, (title, *_) in enumerate(told) if title == "capture sound")
+    failed = events.index(("capture poisoned", 0, "stopped: the model is of another family"))
+    last = max(i for i, (title, *_) in enumerate(events) if title == "capture sound")
     assert failed < last
-    assert ("capture sound", 0, "goes on in bfloat16, as it was begun") in told
+    assert ("capture sound", 0, "resumes in bfloat16, as it started") in events
     commit = sound.read_commit(0)
     corpus = layout.corpus.read_shard(layout.corpus.read_commit(0))
     tokens = tokenise_rows(corpus, load_recipe_tokenizer(recipe.sources[0]))
-    said = flatten_column(sound.read_shard(commit), "next_logprobs")[0]
+    stored = flatten_column(sound.read_shard(commit), "next_logprobs")[0]
     gaps = {
-        dtype: np.abs(said - score(recipe.sources[0], dtype, tokens)).max()
+        dtype: np.abs(stored - score(recipe.sources[0], dtype, tokens)).max()
         for dtype in ("float32", "bfloat16")
     }
     assert gaps["bfloat16"] < 0.1 * gaps["float32"]
 
 
 def score(source: ModelSettings, dtype: str, tokens: TokenRows) -> np.ndarray:
-    """Return the log-probability of each next token, in float16 as it is stored."""
+    """Compute the log-probability of each next token, in float16 as it is stored."""
     model = source.model_copy(update={"dtype": dtype})
     engine = TransformersEngine(model, CaptureSettings(top_k=4))
     records = engine.score_rows(tokens)
@@ -209,7 +211,7 @@ def read_reasons(data: DataSet) -> dict[str, str]:
 
 
 def list_captured(data: DataSet) -> dict[str, int]:
-    """Return the source's tokens of each row."""
+    """Count the source's tokens of each captured row."""
     found: dict[str, int] = {}
     for commit in data.commits().values():
         table = data.read_shard(commit)
@@ -218,13 +220,13 @@ def list_captured(data: DataSet) -> dict[str, int]:
     return found
 
 
-def test_hostile_documents_are_rejected_by_reason_and_every_good_row_is_there(
+def test_hostile_documents_are_rejected_with_a_reason_and_every_good_row_is_captured(
     models, folder, ray_cluster
 ):
     poison = "\u0416"  # no other document has it
     hostile = [
         ("empty", b'""'),
-        ("blank", b'" \\n\\t "'),
+        ("whitespace", b'" \\n\\t "'),
         ("huge", json.dumps("x" * 10_000_000).encode()),
         ("binary", b'"' + bytes(range(128, 256)) * 4 + b'"'),
         ("invalid", b'"caf\xe9"'),
@@ -244,8 +246,9 @@ def test_hostile_documents_are_rejected_by_reason_and_every_good_row_is_there(
     build_corpora(recipe, layout, report_nothing)
     capture_sources(recipe, layout, report_nothing, then=plan_align_step)
     reasons = read_reasons(layout.corpus)
-    # A line that is too long or no UTF-8 is never read for its id: it goes by its place.
-    assert {"empty", "blank", "nul"} < set(reasons)
+    # A line that is too long or not UTF-8 is rejected before its id is parsed: its line number
+    # is its name.
+    assert {"empty", "whitespace", "nul"} < set(reasons)
     assert len(reasons) == 6
     assert sum("invalid UTF-8" in reason for reason in reasons.values()) == 2
     assert sum("1000000" in reason.replace(",", "") for reason in reasons.values()) == 1
@@ -262,7 +265,7 @@ def test_hostile_documents_are_rejected_by_reason_and_every_good_row_is_there(
 
 
 def poison_model(folder: Path, token: int) -> None:
-    """Make a model answer NaN wherever a token is read."""
+    """Make a model output NaN at every position that attends to a token."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -282,7 +285,7 @@ def test_fault_27_no_secret_is_written_anywhere(models, folder, s3_root, s3_prox
         "sources": [{"name": "sound", "model": str(models / "sound")}],
     }
     (folder / "r.yaml").write_text(yaml.safe_dump(recipe))
-    said = ""
+    output = ""
     with tempfile.TemporaryDirectory(prefix="rs", dir="/tmp") as short:
         env = os.environ | {
             "AWS_SECRET_ACCESS_KEY": CANARY,
@@ -308,11 +311,11 @@ def test_fault_27_no_secret_is_written_anywhere(models, folder, s3_root, s3_prox
             )
             s3_proxy.gone = False
             assert done.returncode == code, done.stderr[-3000:]
-            said += done.stdout + done.stderr
+            output += done.stdout + done.stderr
         logs = [path for path in Path(short).rglob("*") if path.is_file()]
         assert any("raylet" in path.name for path in logs)
         assert not [path for path in logs if CANARY.encode() in path.read_bytes()]
-    assert CANARY not in said
+    assert CANARY not in output
     bucket = s3fs.S3FileSystem(skip_instance_cache=True)
     names = bucket.find(s3_root.removeprefix("s3://"))
     assert any("run.json" in name for name in names)

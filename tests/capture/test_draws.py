@@ -1,3 +1,5 @@
+"""Draws from the tail are unbiased, reproducible, and stored with their counts."""
+
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from tests.capture.test_top_k import make_source
 from tests.fakes import SAMPLE
 
 
-def test_draws_are_unbiased_and_vary_less_than_independent_ones():
+def test_stratified_draws_are_unbiased_with_less_variance_than_independent_ones():
     generator = torch.Generator().manual_seed(0)
     probs = torch.rand(1, 50, generator=generator).pow(4)
     probs /= probs.sum()
@@ -36,7 +38,7 @@ def test_draws_are_unbiased_and_vary_less_than_independent_ones():
     assert ((shares @ values).var(0) < of_one_draw / num_draws).all()
 
 
-def test_what_has_no_probability_is_never_drawn():
+def test_a_token_without_probability_is_never_drawn():
     logits = torch.full((3, 9), -torch.inf)
     logits[0, [2, 5]] = 0.0
     logits[1, 8] = -300.0  # underflows unless the largest is subtracted first
@@ -52,7 +54,7 @@ def test_counting_keeps_each_token_once():
     assert counts.tolist() == [[2, 1, 0], [1, 1, 1], [0, 0, 0], [1, 2, 0]]
 
 
-def test_noise_belongs_to_the_row_and_the_model():
+def test_noise_depends_on_the_row_and_the_model_alone():
     rows = [np.array([5, 6, 7]), np.array([5, 6]), np.array([5, 6, 7])]
     noise = make_noise(rows, 2, "model").tolist()
     assert noise[:3] == noise[5:] == make_noise(rows[:1], 2, "model").tolist()
@@ -62,7 +64,7 @@ def test_noise_belongs_to_the_row_and_the_model():
 
 
 def capture(source: ModelSettings, signal: str, batch_tokens: int = 64, **settings: int):
-    """Capture the sample, and return its corpus, its records and the captured table."""
+    """Capture the sample: its corpus, its records and the captured table."""
     tokenizer = load_recipe_tokenizer(source)
     documents = [Document(f"d{i}", "", text) for i, text in enumerate(SAMPLE)]
     corpus = build_rows(documents, tokenizer, [tokenizer], max_tokens=512)
@@ -84,12 +86,12 @@ def test_a_row_draws_the_same_in_any_batch(signal, tmp_path):
         (one.drawn_ids == other.drawn_ids).all(axis=1)
         for one, other in zip(alone, together, strict=True)
     ]
-    # A batch's shape changes a model's last bits, and with them now and then a draw.
+    # The shape of a batch changes the rounding of logits, and with it now and then a draw.
     assert np.concatenate(same).mean() > 0.99
 
 
 def distributions(table, num_tokens: int, vocab_size: int) -> np.ndarray:
-    """Return each aligned position's distribution, the tail left out, dense."""
+    """Decode each aligned position's distribution to a dense array, without the tail."""
     top_ids = flatten_column(table, "top_ids")[0].reshape(num_tokens, -1)
     tails = flatten_column(table, "tail_logprobs")[0]
     probs = decode_probs(flatten_column(table, "top_logprobs")[0], top_ids, tails)
@@ -99,7 +101,7 @@ def distributions(table, num_tokens: int, vocab_size: int) -> np.ndarray:
 
 
 def softmax_of(source: ModelSettings, row: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Return a model's distribution at each position of a row, by the library's own model."""
+    """Compute a model's distribution at each position of a row with transformers alone."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source.model).eval()

@@ -1,4 +1,4 @@
-"""Faults that capture must survive, by number: those that need no cluster."""
+"""Faults that capture must survive, numbered as in the fault model: those that need no cluster."""
 
 import json
 import multiprocessing
@@ -22,8 +22,8 @@ from rayfuse.capture.engines.base import EngineMemoryError, Failure
 from rayfuse.capture.engines.memory import RETRY_SECONDS
 from rayfuse.capture.engines.transformers_engine import TransformersEngine
 from rayfuse.capture.rows import NOT_FINITE
-from rayfuse.capture.shard import ShardCapturer, ShardNumbers
-from rayfuse.capture.stats import LiveNumbers
+from rayfuse.capture.shard import ShardCapturer, ShardStats
+from rayfuse.capture.stats import StatsAccumulator
 from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.models import ModelSettings
 from rayfuse.corpus.documents import Document
@@ -45,7 +45,7 @@ VOCAB, PADDED = 300, 352
 
 @pytest.fixture
 def model(tmp_path) -> ModelSettings:
-    """Return a small Llama whose head is wider than its tokenizer."""
+    """Save a small Llama with a head wider than its tokenizer."""
     folder = tmp_path / "model"
     save_model("llama", PADDED, folder)
     save_tokenizer(byte_level_tokenizer(VOCAB), folder, bos="<|end|>", eos="<|end|>")
@@ -54,7 +54,7 @@ def model(tmp_path) -> ModelSettings:
 
 @pytest.fixture
 def corpus(tmp_path, model) -> DataSet:
-    """Return a corpus of one shard."""
+    """Write a corpus of one shard."""
     tokenizer = load_recipe_tokenizer(model)
     documents = [Document(f"d{i}", "", text * (1 + i)) for i, text in enumerate(SAMPLE)]
     data = DataSet(open_store(str(tmp_path / "storage")), "corpus", "", "0")
@@ -71,23 +71,23 @@ def make_capturer(model: ModelSettings, corpus: DataSet, name: str = "a") -> Sha
     return ShardCapturer(engine, load_recipe_tokenizer(model), corpus, captured)
 
 
-def capture_and_stop_before_the_commit(model: ModelSettings, corpus: DataSet, said) -> None:
-    """Score a shard, stop as if the machine hung, and go on when told."""
+def capture_and_stop_before_the_commit(model: ModelSettings, corpus: DataSet, pipe) -> None:
+    """Score a shard, stop the process as if its node hung, and commit once it is continued."""
     torch.set_num_threads(1)
     capturer = make_capturer(model, corpus)
     score = capturer.engine.score_rows
 
     def score_and_stop(rows):
         records = score(rows)
-        said.send("scored")
+        pipe.send("scored")
         os.kill(os.getpid(), signal.SIGSTOP)
         return records
 
     capturer.engine.score_rows = score_and_stop
-    said.send(asdict(capturer.capture(0)))
+    pipe.send(asdict(capturer.capture(0)))
 
 
-def test_fault_6_a_zombie_that_wakes_up_loses_and_leaves_nothing(model, corpus):
+def test_fault_6_a_worker_that_hung_cannot_replace_a_shard_and_leaves_no_file(model, corpus):
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     zombie = context.Process(
@@ -101,7 +101,7 @@ def test_fault_6_a_zombie_that_wakes_up_loses_and_leaves_nothing(model, corpus):
     content = Path(corpus.store.root, capturer.captured.folder)
     before = sorted((path.name, path.read_bytes()) for path in (content / "data").iterdir())
     os.kill(zombie.pid, signal.SIGCONT)
-    late = ShardNumbers(**ours.recv())
+    late = ShardStats(**ours.recv())
     zombie.join(60)
     assert not late.is_ours
     assert late.worker == numbers.worker
@@ -109,7 +109,7 @@ def test_fault_6_a_zombie_that_wakes_up_loses_and_leaves_nothing(model, corpus):
     assert not verify_data_set(capturer.captured, corpus).orphans
 
 
-def test_fault_7_requests_that_are_repeated_are_counted(model, corpus, s3_root, s3_proxy):
+def test_fault_7_retried_storage_requests_are_counted(model, corpus, s3_root, s3_proxy):
     store = open_store(s3_root)
     for name in ("commits/00000.json", corpus.read_commit(0).file):
         store.write(f"{corpus.folder}/{name}", corpus.store.read(f"{corpus.folder}/{name}"))
@@ -118,10 +118,12 @@ def test_fault_7_requests_that_are_repeated_are_counted(model, corpus, s3_root, 
     s3_proxy.rules += [Rule("slowdown", match="/data/", times=3), Rule("500", match="/commits/")]
     numbers = capturer.capture(0)
     assert numbers.is_ours
-    assert numbers.storage_repeats == before + 4
+    assert numbers.storage_retries == before + 4
 
 
-def test_fault_14_a_full_disk_is_named_and_nothing_half_written_counts(small_disk, model, corpus):
+def test_fault_14_an_error_names_the_full_disk_and_no_partial_shard_is_committed(
+    small_disk, model, corpus
+):
     store = LocalStore(str(small_disk))
     capturer = make_capturer(model, replace(corpus, store=store))
     capturer.corpus = corpus
@@ -142,7 +144,7 @@ def test_fault_14_a_full_disk_is_named_and_nothing_half_written_counts(small_dis
 
 
 def test_fault_15_a_batch_beyond_the_memory_is_halved_until_it_fits(model, tmp_path):
-    """Under a real limit of a process' memory: logits of all positions at once do not fit."""
+    """Use a real limit of the process' memory: the logits of all positions together exceed it."""
     program = tmp_path / "score.py"
     program.write_text(
         f"""
@@ -180,20 +182,20 @@ print("batch", engine.batch_tokens)
 
 
 def limit_memory(engine: TransformersEngine, find_limit: Callable[[], int]) -> None:
-    """Let batches of more tokens run out of memory."""
-    whole = engine.batches.score_batch
+    """Make batches beyond a number of tokens run out of memory."""
+    score_batch = engine.batches.score_batch
 
     def limited(rows):
         if sum(len(row) for row in rows) > find_limit():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
-        return whole(rows)
+        return score_batch(rows)
 
     engine.batches.score_batch = limited
 
 
 @pytest.fixture
 def pauses(monkeypatch) -> list[float]:
-    """Return the seconds that would have been waited for memory."""
+    """Record the pauses before retries, and skip them."""
     slept: list[float] = []
     monkeypatch.setattr("rayfuse.capture.engines.memory.time.sleep", slept.append)
     return slept
@@ -208,10 +210,10 @@ def test_fault_15_a_row_beyond_the_memory_is_rejected_and_its_neighbours_are_not
         assert records[1] == Failure("out of memory")
         assert [len(records[i].next_logprobs) for i in (0, 2, 3)] == [50, 30, 40]
         assert engine.batch_tokens < 1000
-        assert pauses == list(RETRY_SECONDS)  # once: later rows of this length are not waited for
+        assert pauses == list(RETRY_SECONDS)  # once: later rows of this length are not retried
 
 
-def test_fault_15_no_row_is_lost_to_a_shortage_that_passes(model, pauses):
+def test_fault_15_a_temporary_shortage_rejects_no_row(model, pauses):
     engine = TransformersEngine(model, CaptureSettings(top_k=4, batch_tokens=1000))
     rows = [np.arange(n) + 1 for n in (50, 90, 30, 40)]
     alone = engine.score_rows(rows)
@@ -223,7 +225,7 @@ def test_fault_15_no_row_is_lost_to_a_shortage_that_passes(model, pauses):
     assert engine.batch_tokens == 1000
 
 
-def test_fault_15_a_shortage_that_stays_commits_nothing_and_stops_the_run(model, corpus, pauses):
+def test_fault_15_a_lasting_shortage_commits_nothing_and_stops_the_run(model, corpus, pauses):
     capturer = make_capturer(model, corpus)
     limit_memory(capturer.engine, lambda: 3)
     with pytest.raises(
@@ -237,12 +239,12 @@ def test_fault_15_a_shortage_that_stays_commits_nothing_and_stops_the_run(model,
 
 def test_fault_15_many_batches_beyond_the_memory_are_all_cut_to_what_fits(model):
     engine = TransformersEngine(model, CaptureSettings(top_k=4, batch_tokens=100))
-    whole = engine.batches.score_batch
+    score_batch = engine.batches.score_batch
 
     def limited(rows):
         if sum(len(row) for row in rows) > 60:
             raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling it")
-        return whole(rows)
+        return score_batch(rows)
 
     engine.batches.score_batch = limited
     records = engine.score_rows([np.arange(10) + 1] * 80)
@@ -251,7 +253,7 @@ def test_fault_15_many_batches_beyond_the_memory_are_all_cut_to_what_fits(model)
 
 
 class FakeHub(BaseHTTPRequestHandler):
-    """Answers as a hub does for models that one may not have."""
+    """A model hub that refuses access."""
 
     STATUSES: ClassVar = {"gated": 403, "private": 401, "missing": 404}
 
@@ -288,7 +290,7 @@ def hub() -> Iterator[HTTPServer]:
 
 
 @pytest.mark.parametrize("name", ["gated", "private", "missing", "offline"])
-def test_fault_16_a_model_that_cannot_be_had_is_named_before_anything_starts(
+def test_fault_16_an_inaccessible_model_is_reported_before_anything_starts(
     name, hub, model, tmp_path
 ):
     (tmp_path / "docs.jsonl").write_text(json.dumps({"text": "some text"}))
@@ -326,7 +328,7 @@ def test_fault_16_a_model_that_cannot_be_had_is_named_before_anything_starts(
     assert hub.asked.count(name) <= 3  # a refusal is final
 
 
-def test_fault_16_weights_that_are_no_safetensors_are_refused(model, tmp_path):
+def test_fault_16_weights_in_another_format_than_safetensors_are_refused(model, tmp_path):
     folder = Path(model.model)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     read_model_files.cache_clear()
@@ -338,7 +340,7 @@ def test_fault_17_ids_that_the_tokenizer_lacks_are_never_kept_or_drawn(model):
     settings = {"signal": "top_k_and_sampled_tail", "top_k": 100, "draws": 100}
     engine = TransformersEngine(model, CaptureSettings.model_validate(settings))
     with torch.no_grad():
-        engine.lm.head.weight[VOCAB:] *= 100  # what padding may hold is anybody's guess
+        engine.lm.head.weight[VOCAB:] *= 100  # padding rows may hold any weights
     tokenizer = load_recipe_tokenizer(model)
     assert tokenizer.vocab_size < PADDED
     for record in engine.score_rows(tokenizer.encode_rows(SAMPLE, [True] * len(SAMPLE))):
@@ -357,7 +359,7 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_fault_18_a_tokenizer_that_has_changed_makes_new_folders(folder, tmp_path):
+def test_fault_18_a_changed_tokenizer_gets_new_folders(folder, tmp_path):
     recipe = write_recipe(folder, tmp_path / "storage", "a", "b")
     before = plan_layout(recipe)
     path = folder / "a" / "tokenizer.json"
@@ -373,7 +375,7 @@ def test_fault_18_a_tokenizer_that_has_changed_makes_new_folders(folder, tmp_pat
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_fault_19_a_row_of_numbers_that_are_none_is_rejected_alone(value, model, corpus):
+def test_fault_19_only_the_row_with_values_that_are_not_finite_is_rejected(value, model, corpus):
     capturer, poisoned = make_capturer(model, corpus), make_capturer(model, corpus, "b")
     assert capturer.capture(0).rejects == 0
     rows = corpus.read_shard(corpus.read_commit(0))
@@ -394,7 +396,7 @@ def test_fault_19_a_row_of_numbers_that_are_none_is_rejected_alone(value, model,
         "reason": NOT_FINITE,
     }
     sound, other = (
-        each.captured.read_shard(each.captured.read_commit(0)) for each in (capturer, poisoned)
+        one.captured.read_shard(one.captured.read_commit(0)) for one in (capturer, poisoned)
     )
     good = [i for i in range(len(tokens)) if i != bad]
     assert other.take(good).equals(sound.take(good))
@@ -402,13 +404,13 @@ def test_fault_19_a_row_of_numbers_that_are_none_is_rejected_alone(value, model,
 
 
 def test_fault_19_too_many_rejects_stop_the_run():
-    live = LiveNumbers(source="s", num_shards=9, done_before=0, batch_tokens=1)
-    numbers = ShardNumbers(0, 1000, 200, 2, True, "w", 1.0, 1.0, 1, 0)
-    live.add(numbers)
-    live.check_rejects(0.01)
-    live.add(replace(numbers, shard=1, rejects=3))
+    total = StatsAccumulator(source="s", num_shards=9, done_before=0, batch_tokens=1)
+    numbers = ShardStats(0, 1000, 200, 2, True, "w", 1.0, 1.0, 1, 0)
+    total.add(numbers)
+    total.check_rejects(0.01)
+    total.add(replace(numbers, shard=1, rejects=3))
     with pytest.raises(ValueError, match=r"5 of 400 rows .* capture.max_rejected_share \(1.00%\)"):
-        live.check_rejects(0.01)
+        total.check_rejects(0.01)
 
 
 TOKENIZERS = (
@@ -418,14 +420,14 @@ TOKENIZERS = (
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_fault_23_markers_in_a_text_are_text(name, shared_data):
+def test_fault_23_special_tokens_spelled_in_a_text_are_tokenised_as_text(name, shared_data):
     tokenizer = load_tokenizer(str(shared_data / "tokenizers" / name), None, False)
     content = json.loads((shared_data / f"tokenizers/{name}/tokenizer.json").read_text())
-    markers = [each["content"] for each in content["added_tokens"] if each["special"]]
+    markers = [token["content"] for token in content["added_tokens"] if token["special"]]
     assert markers
     texts = [f"before {marker} after{marker}{marker}" for marker in markers] + markers
     rows = tokenizer.encode_rows(texts, [True] * len(texts))
-    special = {each["id"] for each in content["added_tokens"] if each["special"]}
+    special = {token["id"] for token in content["added_tokens"] if token["special"]}
     start = int(tokenizer.start_id is not None)
     for text, row in zip(texts, rows, strict=True):
         inner = row[start : len(row) - (tokenizer.eos_id is not None)].tolist()
@@ -433,7 +435,7 @@ def test_fault_23_markers_in_a_text_are_text(name, shared_data):
         assert not (set(inner) & special) - unknown, text
 
 
-def test_fault_31_no_decision_rests_on_a_clock(model, corpus):
+def test_fault_31_no_decision_depends_on_file_times(model, corpus):
     capturer = make_capturer(model, corpus)
     capturer.capture(0)
     captured = capturer.captured

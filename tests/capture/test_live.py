@@ -1,4 +1,4 @@
-"""What a capture says of itself while it runs, and how many actors its sources get."""
+"""The metrics of a running capture, and the number of actors of each source."""
 
 import json
 import time
@@ -11,19 +11,18 @@ import ray
 
 from rayfuse.align.task import plan_align_step
 from rayfuse.capture import stats as stats_module
-from rayfuse.capture.actor import CrashCounter
+from rayfuse.capture.actor import CaptureActor, CrashCounter
 from rayfuse.capture.engines.load import load_recipe_engine
-from rayfuse.capture.scheduling import allocate_actors
-from rayfuse.capture.shard import ShardNumbers
-from rayfuse.capture.stage import CaptureActor, plan_work
-from rayfuse.capture.stats import LiveNumbers, to_line
+from rayfuse.capture.scheduling import allocate_actors, plan_work
+from rayfuse.capture.shard import ShardStats
+from rayfuse.capture.stats import StatsAccumulator, to_line
 from rayfuse.config.load import parse_recipe
 from rayfuse.pipeline import prepare_run, run_stages
 from rayfuse.runtime.connect import on_driver_node
 from rayfuse.runtime.progress import report_nothing
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 
-DONE = ShardNumbers(
+DONE = ShardStats(
     0,
     1000,
     10,
@@ -33,44 +32,41 @@ DONE = ShardNumbers(
     busy_seconds=3.0,
     idle_seconds=1.0,
     batch_tokens=64,
-    storage_repeats=0,
+    storage_retries=0,
 )
 
 
-def test_numbers_add_up_and_the_rest_is_told_in_time_and_money(monkeypatch):
+def test_shards_add_up_to_throughput_time_left_and_cost(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(stats_module.time, "monotonic", lambda: now[0])
-    live = LiveNumbers("s", 10, 2, batch_tokens=64, dollars_per_hour=3600.0, began=0.0)
+    total = StatsAccumulator("s", 10, 2, batch_tokens=64, dollars_per_hour=3600.0, began=0.0)
     for shard in range(4):
         now[0] += 5.0
-        live.add(
+        total.add(
             replace(
                 DONE,
                 shard=shard,
                 worker=f"w{shard % 2}",
                 batch_tokens=64 >> (shard == 3),
-                storage_repeats=2 * shard - shard // 2,
+                storage_retries=2 * shard - shard // 2,
             )
         )
-    live.add(replace(DONE, shard=4, is_ours=False, rejects=1))
-    found = live.snapshot()
+    total.add(replace(DONE, shard=4, is_ours=False, rejects=1))
+    found = total.compute_stats()
     assert (found.shards_done, found.shards_from_others, found.rejects) == (7, 1, 1)
     assert (found.tokens, found.workers, found.busy_share) == (4000, 2, 0.75)
-    assert found.storage_repeats == (4 - 1) + (6 - 1)  # the last of each worker
+    assert found.storage_retries == (4 - 1) + (6 - 1)  # the last of each worker
     assert found.tokens_per_second == pytest.approx(4000 / 20)
     assert found.tokens_per_second_per_worker == pytest.approx(100)
     assert found.seconds_left == pytest.approx(3 * 5.0)
     assert (found.dollars, found.dollars_left) == (pytest.approx(16.0), pytest.approx(12.0))
-    said = found.describe(wanted_batch_tokens=64)
+    line = found.describe(configured_batch_tokens=64)
     for words in ("200 tokens/s on 2", "busy 75%", "$16.00, $12.00 left", "1 shards by another"):
-        assert words in said
-    assert (
-        "1 rejected, 8 requests to the storage repeated, out of memory: batches cut to 32 tokens"
-        in said
-    )
+        assert words in line
+    assert "1 rejected, 8 storage requests retried, out of memory: batches cut to 32 tokens" in line
 
 
-def test_actors_go_where_the_most_work_is_left_for_each():
+def test_actors_are_divided_in_proportion_to_the_work_left():
     assert allocate_actors([8.0, 4.0], [1.0, 1.0], 6.0) == [4, 2]
     assert allocate_actors([8.0, 8.0], [1.0, 0.5], 3.0) == [2, 2]
     assert allocate_actors([1.0, 1.0], [1.0, 1.0], 1.0) == [1, 1]  # they take turns
@@ -78,7 +74,7 @@ def test_actors_go_where_the_most_work_is_left_for_each():
 
 
 @pytest.mark.ray
-def test_a_capture_tells_its_numbers_to_its_file_and_to_rays_metrics(tmp_path, ray_cluster):
+def test_a_capture_writes_metrics_jsonl_and_rays_metrics(tmp_path, ray_cluster):
     model = tmp_path / "model"
     save_model("llama", 320, model)
     save_tokenizer(byte_level_tokenizer(300), model, bos="<|end|>", eos="<|end|>")
@@ -124,18 +120,18 @@ def test_a_capture_tells_its_numbers_to_its_file_and_to_rays_metrics(tmp_path, r
         assert last["tokens"] == made - (numbers["tokens"] if name == "one" else 0)
         assert 0 < last["busy_share"] <= 1
         assert last["dollars"] > 0 == last["dollars_left"] == last["seconds_left"]
-        assert set(last) == set(to_line(LiveNumbers(name, 1, 0, 1).snapshot()))
+        assert set(last) == set(to_line(StatsAccumulator(name, 1, 0, 1).compute_stats()))
 
 
 def wait_for_metrics(source: str, names: list[str]) -> None:
-    """Wait until a node's metrics have all of a source's; other captures' may be there too."""
+    """Wait until a node exports all metrics of a source, besides those of other captures."""
     port = ray.nodes()[0]["MetricsExportPort"]
     until = time.monotonic() + 60
     while time.monotonic() < until:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-            said = answer.read().decode()
-        lines = [line for line in said.splitlines() if f'source="{source}"' in line]
+            text = answer.read().decode()
+        lines = [line for line in text.splitlines() if f'source="{source}"' in line]
         if all(any(f"rayfuse_{name}" in line for line in lines) for name in names):
             return
         time.sleep(1)
-    raise TimeoutError(f"Ray's metrics do not have those of source {source}")
+    raise TimeoutError(f"Ray's metrics lack those of source {source}")

@@ -19,7 +19,7 @@ def make_record(length: int) -> TopLogprobs:
 
 
 class FakeBatch:
-    """A scored batch, whose records have the length of their rows and no content."""
+    """A scored batch; its records have the length of their rows and no content."""
 
     def __init__(self, rows: list[np.ndarray]) -> None:
         self.rows = rows

@@ -24,7 +24,7 @@ VOCAB, PADDED = 300, 320
 
 
 def make_source(family: str, folder: Path, *, tied: bool = False) -> ModelSettings:
-    """Make a model whose head is wider than its tokenizer."""
+    """Save a model with a head wider than its tokenizer."""
     save_model(family, PADDED, folder, tied=tied)
     save_tokenizer(byte_level_tokenizer(VOCAB), folder, bos="<|end|>", eos="<|end|>")
     return ModelSettings(model=str(folder))
@@ -32,7 +32,7 @@ def make_source(family: str, folder: Path, *, tied: bool = False) -> ModelSettin
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_records_are_the_models_own_logits_over_the_ids_its_tokenizer_has(family, tied, tmp_path):
+def test_records_match_the_models_logits_over_the_ids_of_its_tokenizer(family, tied, tmp_path):
     from transformers import AutoModelForCausalLM
 
     source = make_source(family, tmp_path, tied=tied)
@@ -81,7 +81,7 @@ def test_a_vocabulary_smaller_than_top_k_leaves_empty_entries():
     np.testing.assert_allclose(np.exp(record.top_logprobs[:, :3]).sum(axis=1), 1, atol=1e-6)
 
 
-def test_a_row_that_is_not_finite_is_rejected_and_its_neighbours_are_not(tmp_path):
+def test_a_row_that_is_not_finite_is_rejected_without_its_neighbours(tmp_path):
     source = make_source("llama", tmp_path)
     tokenizer = load_recipe_tokenizer(source)
     corpus = build_rows(
@@ -108,7 +108,7 @@ def test_a_row_that_is_not_finite_is_rejected_and_its_neighbours_are_not(tmp_pat
     assert table["row_id"].to_pylist() == corpus["row_id"].to_pylist()
 
 
-def test_captured_columns_give_back_the_record(tmp_path):
+def test_captured_columns_decode_to_the_record(tmp_path):
     source = make_source("gpt2", tmp_path)
     tokenizer = load_recipe_tokenizer(source)
     documents = [Document(f"d{i}", "", text) for i, text in enumerate(SAMPLE)]
@@ -133,7 +133,7 @@ def test_captured_columns_give_back_the_record(tmp_path):
 
 
 @pytest.mark.parametrize("ends", [True, False])
-def test_a_last_token_that_is_eos_is_left_out_of_the_nats_only_where_a_document_ends(ends):
+def test_a_last_token_that_is_eos_is_excluded_from_the_nats_only_where_a_document_ends(ends):
     schema = pa.schema([CORPUS.field("row_id"), CORPUS.field("ends_document")])
     corpus = pa.table({"row_id": ["d#0"], "ends_document": [ends]}, schema=schema)
     half = np.log(np.full((3, 1), 0.5))

@@ -1,4 +1,4 @@
-"""The vllm backend says what the transformers backend says; it is refused where it is not there."""
+"""The vllm backend matches the transformers backend, and is refused where it is not installed."""
 
 import json
 import os
@@ -13,10 +13,10 @@ from rayfuse.capture.engines.load import check_backend
 from rayfuse.config.models import SourceSettings
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 
-IS_THERE = find_spec("vllm") is not None
+IS_INSTALLED = find_spec("vllm") is not None
 
 
-@pytest.mark.skipif(IS_THERE, reason="vllm is installed")
+@pytest.mark.skipif(IS_INSTALLED, reason="vllm is installed")
 def test_a_backend_that_is_not_installed_is_refused_with_the_remedy():
     check_backend(SourceSettings(name="a", model="m"))
     with pytest.raises(ValueError, match=r"source a: .*'vllm', which is not .* 'rayfuse\[vllm\]'"):
@@ -31,17 +31,17 @@ from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.models import SourceSettings
 
-if __name__ == "__main__":  # vllm may start processes that read this again
+if __name__ == "__main__":  # vllm may spawn processes that import this file
     model, texts = sys.argv[1], json.loads(sys.argv[2])
     settings = CaptureSettings(top_k=16, batch_tokens=300)
-    said = {}
+    results = {}
     for backend in ("transformers", "vllm"):
         source = SourceSettings(name="a", model=model, dtype="float32", gpus=0, backend=backend)
         tokenizer = load_recipe_tokenizer(source)
         rows = tokenizer.encode_rows(texts, [True] * len(texts)) + [np.array([5])]
         assert "vllm" not in sys.modules
-        said[backend] = load_recipe_engine(source, settings).score_rows(rows)
-    for row, ours, theirs in zip(rows, said["transformers"], said["vllm"], strict=True):
+        results[backend] = load_recipe_engine(source, settings).score_rows(rows)
+    for row, ours, theirs in zip(rows, results["transformers"], results["vllm"], strict=True):
         assert theirs.top_ids.shape == (len(row), 16)
         assert theirs.top_ids.max() < tokenizer.vocab_size
         assert (ours.top_ids == theirs.top_ids).mean() > 0.99
@@ -50,8 +50,8 @@ if __name__ == "__main__":  # vllm may start processes that read this again
 """
 
 
-@pytest.mark.skipif(not IS_THERE, reason="vllm is not installed")
-def test_vllm_says_what_transformers_says_of_every_position(tmp_path):
+@pytest.mark.skipif(not IS_INSTALLED, reason="vllm is not installed")
+def test_vllm_and_transformers_return_the_same_record_at_every_position(tmp_path):
     model = tmp_path / "model"
     save_model("llama", 352, model, width=64)  # vllm has no attention for heads of 16
     save_tokenizer(byte_level_tokenizer(300), model, bos="<|end|>", eos="<|end|>")

@@ -1,4 +1,4 @@
-"""One cluster, and what an undisturbed run on it writes, for all tests that break something."""
+"""One cluster, and the shards of an undisturbed run on it, for all tests that inject faults."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +26,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="package")
 def cluster(s3_proxy, folder) -> Iterator[LocalCluster]:
-    """A head that knows the S3 server, since that was started before it."""
+    """Start a head after the S3 server, so that its environment has the server's address."""
     cluster = LocalCluster(folder, num_cpus=3)
     yield cluster
     cluster.stop()
@@ -34,7 +34,7 @@ def cluster(s3_proxy, folder) -> Iterator[LocalCluster]:
 
 @pytest.fixture(scope="package")
 def calm_content(cluster, folder) -> Content:
-    """What an undisturbed run writes."""
+    """Return the shards that an undisturbed run writes."""
     recipe = write_recipe(folder, "calm", str(folder / "storage-calm"))
     for stage in ("corpus", "capture"):
         result = run_command(cluster, stage, str(recipe))

@@ -1,4 +1,4 @@
-"""Captures as a user starts them, on a cluster that tests break."""
+"""Captures as a user starts them, on a cluster that tests inject faults into."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.local_cluster import LocalCluster
 
 COMMAND = str(Path(sys.executable).with_name("rayfuse"))
 IS_LONG = bool(os.environ.get("RAYFUSE_LONG_CHAOS"))
-"""The form for the log: three sources, 24 kills, 20 rounds of two jobs, stalls of 30 s; an hour."""
+"""The long form: three sources, 24 kills, 20 rounds of two jobs, stalls of 30 s; an hour."""
 
 SOURCES = {"llama": 330, "gpt_neox": 340} | ({"gpt2": 350} if IS_LONG else {})
 NUM_DOCUMENTS, MIN_SHARDS = (720, 15) if IS_LONG else (400, 8)
@@ -61,7 +61,7 @@ def write_recipe(folder: Path, name: str, storage: str, **source: object) -> Pat
 
 
 def read_content(recipe: Path) -> Content:
-    """Return every shard of every source, checked."""
+    """Read every shard of every source, after verifying it."""
     layout = plan_layout(read_recipe(recipe))
     found: Content = {}
     for data in (*layout.captured.values(), *layout.aligned.values()):
@@ -95,9 +95,9 @@ def start_capture(
     """Start a capture, and wait until something of it is committed.
 
     Args:
-        cluster: Where it runs.
-        recipe: What it captures.
-        is_own: It starts a cluster of its own instead.
+        cluster: The cluster that runs it.
+        recipe: The recipe file.
+        is_own: Let the driver start a cluster of its own instead.
     """
     env = cluster.env | ({} if is_own else {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"})
     driver = subprocess.Popen(

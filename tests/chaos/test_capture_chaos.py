@@ -1,4 +1,4 @@
-"""Faults 1, 3 and 5: whatever is killed, whenever, the data sets come out byte for byte."""
+"""Faults 1, 3 and 5: kills at any time leave the data sets bit-identical."""
 
 import random
 import signal
@@ -34,7 +34,7 @@ SECONDS = 900
 
 @dataclass
 class Chaos:
-    """Kills something of a running capture at random moments."""
+    """Kills actors, nodes and drivers of a running capture at random times."""
 
     cluster: LocalCluster
     recipe: Path
@@ -57,14 +57,14 @@ class Chaos:
             )
 
     def run(self) -> None:
-        """Break things until enough is broken, then let the run end."""
+        """Kill until there were enough kills, then let the run end."""
         began = time.monotonic()
         while time.monotonic() - began < SECONDS:
             time.sleep(self.random.uniform(0.2, 3.0))
             code = self.driver.poll()
             if code == 0:
                 return
-            if code is not None:  # it gave up, as a run may whose nodes go away: type it again
+            if code is not None:  # a run may fail when its nodes are lost: start it again
                 self.driver = self.start_driver()
                 continue
             if len(self.kills) < MAX_KILLS and self.cluster.find_workers("MapWorker"):
@@ -93,7 +93,7 @@ class Chaos:
 
 
 def check_chaos(cluster: LocalCluster, recipe: Path, seed: int, calm_content: Content) -> None:
-    """Capture while things are killed, and compare every byte."""
+    """Capture while processes are killed, and compare every byte."""
     began = time.monotonic()
     chaos = Chaos(cluster, recipe, seed)
     try:
@@ -103,7 +103,7 @@ def check_chaos(cluster: LocalCluster, recipe: Path, seed: int, calm_content: Co
         cluster.kill_node(chaos.node)
     seconds = time.monotonic() - began
     print(f"seed {seed}: {len(chaos.kills)} kills in {seconds:.0f} s: {', '.join(chaos.kills)}")
-    # What was captured by a driver that died before it was aligned:
+    # Align what a killed driver had captured but not yet aligned.
     assert run_command(cluster, "align", str(recipe)).returncode == 0
     assert read_content(recipe) == calm_content
     assert len(chaos.kills) >= MIN_KILLS
@@ -119,7 +119,7 @@ def test_fault_1_3_5_killing_anything_changes_no_byte_on_a_local_disk(
 
 
 @pytest.mark.skipif(not IS_LONG, reason="test_job_chaos has the short form; RAYFUSE_LONG_CHAOS=1")
-def test_fault_1_3_5_7_nor_does_it_on_s3_where_one_request_in_twenty_fails(
+def test_fault_1_3_5_7_killing_anything_changes_no_byte_on_s3_where_5_percent_of_requests_fail(
     cluster, folder, calm_content, s3_root, s3_proxy
 ):
     recipe = make_corpus(cluster, folder, "s3", s3_root)
@@ -128,14 +128,14 @@ def test_fault_1_3_5_7_nor_does_it_on_s3_where_one_request_in_twenty_fails(
     assert sum(done is not None for _, _, done in s3_proxy.log) > 20
 
 
-def test_fault_8_storage_that_is_gone_stops_the_run_and_it_goes_on_once_it_is_back(
+def test_fault_8_unavailable_storage_stops_the_run_and_it_resumes_once_the_storage_is_back(
     cluster, folder, calm_content, s3_root, s3_proxy
 ):
     recipe = make_corpus(cluster, folder, "gone", s3_root)
-    patience = "storage_retry_seconds=8"
+    timeout = "storage_retry_seconds=8"
     env = cluster.env | {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
     driver = subprocess.Popen(
-        [COMMAND, "capture", str(recipe), patience], env=env, stderr=subprocess.PIPE, text=True
+        [COMMAND, "capture", str(recipe), timeout], env=env, stderr=subprocess.PIPE, text=True
     )
     layout = plan_layout(read_recipe(recipe))
     while not any(data.list_committed() for data in layout.captured.values()):
@@ -152,8 +152,8 @@ def test_fault_8_storage_that_is_gone_stops_the_run_and_it_goes_on_once_it_is_ba
     assert read_content(recipe) == calm_content
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda each: each.name)
-def test_fault_36_told_to_stop_a_capture_stops_and_goes_on_later(
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_fault_36_a_capture_stops_on_a_signal_and_resumes_later(
     number, cluster, folder, calm_content
 ):
     storage = folder / f"storage-{number.name}"
@@ -173,7 +173,7 @@ def test_fault_36_told_to_stop_a_capture_stops_and_goes_on_later(
 
 
 @pytest.mark.skipif(not IS_LONG, reason="drivers die in the short form too; RAYFUSE_LONG_CHAOS=1")
-def test_fault_5_a_capture_that_dies_with_its_whole_cluster_goes_on_on_another(
+def test_fault_5_a_capture_that_dies_with_its_cluster_resumes_on_another(
     cluster, folder, calm_content
 ):
     storage = folder / "storage-head"
@@ -188,8 +188,8 @@ def test_fault_5_a_capture_that_dies_with_its_whole_cluster_goes_on_on_another(
 
 
 @pytest.mark.skipif(not IS_LONG, reason="a minute and a half; RAYFUSE_LONG_CHAOS=1")
-def test_fault_4_the_only_actor_leaves_a_machine_that_is_told_to_go(cluster, folder, calm_content):
-    """Nobody takes the machine away: who stays on it gets no work and waits without end."""
+def test_fault_4_the_only_actor_leaves_a_draining_node(cluster, folder, calm_content):
+    """The node drains but stays: an actor that stayed on it would get no work and wait forever."""
     recipe = make_corpus(
         cluster,
         folder,

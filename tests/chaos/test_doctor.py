@@ -1,4 +1,4 @@
-"""`rayfuse doctor` as a user types it, on a cluster without a token and a storage that lies."""
+"""`rayfuse doctor` on a cluster without a token, with a storage that ignores conditions."""
 
 import json
 
@@ -17,7 +17,9 @@ def test_faults_of_a_cluster_and_its_storage_are_named_with_exit_code_1(
     s3_proxy.rules = [Rule("412-ignored", times=float("inf"))]
     result = run_command(cluster, "doctor", str(recipe), "--json")
     assert result.returncode == 1, result.stderr
-    found = {(each["check"], each["severity"]) for each in json.loads(result.stdout)["findings"]}
+    found = {
+        (finding["check"], finding["severity"]) for finding in json.loads(result.stdout)["findings"]
+    }
     assert found == {
         ("authentication", "error"),
         ("storage", "error"),

@@ -33,18 +33,18 @@ def test_fault_11_30_two_identical_jobs_at_once_share_the_work(cluster, folder, 
         )
         for _ in range(2)
     ]
-    said = [job.communicate(timeout=400)[0] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], said
+    outputs = [job.communicate(timeout=400)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], outputs
     assert run_command(cluster, "align", str(recipe)).returncode == 0
     assert read_content(recipe) == calm_content
-    assert any("by another job" in text for text in said), said
+    assert any("by another job" in text for text in outputs), outputs
 
 
 JOB = """
 import sys, time
 from pathlib import Path
+from rayfuse.config.load import read_recipe
 from rayfuse.pipeline import prepare_run, run_stages
-from rayfuse.recipe import read_recipe
 
 me, other = sys.argv[1:3]
 for recipe in map(Path, sys.argv[3:]):
@@ -52,22 +52,22 @@ for recipe in map(Path, sys.argv[3:]):
     while not recipe.with_suffix("." + other).exists():
         time.sleep(0.01)
     notes = [""]
-    tell = lambda title, done, total, unit="", note="": notes.append(note)
+    record = lambda event: notes.append(event.note)
     settings = read_recipe(recipe)
-    run_stages(settings, prepare_run(settings), ("capture",), tell, lambda result: None)
+    run_stages(settings, prepare_run(settings), ("capture",), record, lambda result: None)
     print("shared" if "shards by another job" in notes[-1] else "alone", flush=True)
 """
 
 
-SAID = ("shared", "alone")
+ANSWERS = ("shared", "alone")
 
 
 @pytest.mark.skipif(not IS_LONG, reason="one round is in the short form; RAYFUSE_LONG_CHAOS=1")
 @pytest.mark.parametrize("half", ["first", "second"])
-def test_fault_11_30_in_twenty_rounds_two_identical_jobs_lose_and_double_nothing(
+def test_fault_11_30_in_twenty_rounds_two_identical_jobs_lose_and_duplicate_nothing(
     half, cluster, folder
 ):
-    """The rounds are short: both jobs keep their drivers, and one small source is captured."""
+    """Short rounds: both jobs keep their drivers, and one small source is captured."""
     calm = write_recipe(folder, f"calm-{half}", str(folder / f"storage-calm-{half}"))
     values = yaml.safe_load(calm.read_text())
     lines = (folder / "docs.jsonl").read_text().splitlines()[:120]
@@ -96,15 +96,19 @@ def test_fault_11_30_in_twenty_rounds_two_identical_jobs_lose_and_double_nothing
         )
         for names in (("a", "b"), ("b", "a"))
     ]
-    # Ray has words of its own on stdout.
-    said = [
-        [line == "shared" for line in job.communicate(timeout=1200)[0].splitlines() if line in SAID]
+    # Ray prints lines of its own to stdout.
+    answers = [
+        [
+            line == "shared"
+            for line in job.communicate(timeout=1200)[0].splitlines()
+            if line in ANSWERS
+        ]
         for job in jobs
     ]
     seconds = time.monotonic() - began
     assert [job.returncode for job in jobs] == [0, 0]
     shared = 0
-    for recipe, a, b in zip(recipes, *said, strict=True):
+    for recipe, a, b in zip(recipes, *answers, strict=True):
         assert read_content(recipe) == expected
         layout = plan_layout(read_recipe(recipe))
         assert not verify_data_set(layout.captured["llama"], layout.corpus).orphans

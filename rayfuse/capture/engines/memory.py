@@ -39,7 +39,7 @@ Results = dict[int, TopLogprobs | Failure]
 
 @runtime_checkable
 class PendingBatch(Protocol):
-    """A batch that the device has been given, whose results may still be on their way."""
+    """A batch that was handed to the device; its results may not be on the host yet."""
 
     def wait(self) -> list[TopLogprobs]:
         """Return the result of each row, once it is on the host."""
