@@ -16,7 +16,6 @@ from rayfuse.capture.engines.load import ENGINES
 from rayfuse.cli import app
 from rayfuse.config.load import read_values
 from rayfuse.config.recipe import Recipe
-from rayfuse.fuse.rules import RULES
 from rayfuse.train.divergence import DIVERGENCES
 
 ROOT = Path(__file__).parents[2]
@@ -128,7 +127,7 @@ def test_a_yaml_block_is_a_recipe_or_a_part_of_one_or_a_task(body: str):
 @pytest.fixture
 def registries() -> Iterator[None]:
     """Undo what a block registers."""
-    tables: list[dict[str, Any]] = [RULES, DIVERGENCES, ENGINES]
+    tables: list[dict[str, Any]] = [DIVERGENCES, ENGINES]
     before = [dict(table) for table in tables]
     yield
     for table, entries in zip(tables, before, strict=True):
