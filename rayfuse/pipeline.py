@@ -159,7 +159,7 @@ def _prewarm_if_next(
     from rayfuse.runtime.prewarm import prewarm_sources  # imports ray, which must join first
     from rayfuse.runtime.resources import count_reachable
 
-    todo = [each for each in recipe.sources if not layout.captured[each.name].is_complete()]
+    todo = [source for source in recipe.sources if not layout.captured[source.name].is_complete()]
     seconds = _estimate_corpus_seconds(recipe, layout, count_reachable("CPU"))
     with prewarm_sources(todo, seconds, progress) as report:
         yield report

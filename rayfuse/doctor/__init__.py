@@ -1,5 +1,6 @@
-"""A cluster and a recipe, looked at before anything is spent -> findings, each with its remedy.
+"""Check a cluster and a recipe before a run -> findings, each with its remedy.
 
-Comes in: a recipe, and the cluster of RAY_ADDRESS or this machine. Goes out: what is wrong; nothing
-where all is well. Every node tells `NodeFacts` of itself; what they mean is decided in the driver.
+In: a recipe, and the cluster of RAY_ADDRESS or this machine. Out: a list of findings, empty if all
+is well. A Ray task on each node collects its `NodeFacts`; `checks` evaluates them in the driver.
+Goes wrong: nothing is raised for a fault of the cluster; it becomes a finding.
 """

@@ -15,8 +15,8 @@ from rayfuse.run.layout import plan_layout
 from rayfuse.runtime.connect import ClusterError, join_cluster
 from rayfuse.storage.store import Store, open_store
 
-RETRY_SECONDS = 20.0
-"""For the storage."""
+MAX_RETRY_SECONDS = 20.0
+"""Limit of the time that failed storage requests are retried."""
 
 
 def run_doctor(path: Path, overrides: list[str] | None, console: Console) -> dict[str, Any]:
@@ -44,22 +44,22 @@ def print_findings(findings: Sequence[Finding], console: Console) -> None:
 
 
 def examine(recipe: Recipe) -> list[Finding]:
-    """Return what is wrong with a recipe and the cluster that is to run it, errors first."""
-    patience = min(recipe.storage_retry_seconds, RETRY_SECONDS)
-    quick = recipe.model_copy(update={"storage_retry_seconds": patience})
-    found = [*_check_recipe(quick)]
+    """List the findings about a recipe and the cluster that will run it, errors first."""
+    patience = min(recipe.storage_retry_seconds, MAX_RETRY_SECONDS)
+    recipe_to_check = recipe.model_copy(update={"storage_retry_seconds": patience})
+    found = [*_check_recipe(recipe_to_check)]
     fault = _join()
     if fault is not None:
         return [*found, fault]
-    from rayfuse.doctor.stage import ask_cluster  # after joining, which sets what ray reads
+    from rayfuse.doctor.stage import collect_cluster_facts  # ray reads what join_cluster sets
 
-    store = open_store(quick.storage, patience)
+    store = open_store(recipe.storage, patience)
     marker = f".doctor-{uuid.uuid4().hex}"
     fault = _put_marker(store, marker)
     if fault is not None:
         found.append(fault)
     try:
-        cluster = ask_cluster(quick, marker if fault is None else None)
+        cluster = collect_cluster_facts(recipe_to_check, marker if fault is None else None)
     finally:
         if fault is None:
             store.remove(marker)
@@ -70,7 +70,7 @@ def _check_recipe(recipe: Recipe) -> list[Finding]:
     try:
         plan_layout(recipe)
     except (ValueError, OSError) as error:
-        return [Finding("recipe", "error", str(error), "change the recipe as it says")]
+        return [Finding("recipe", "error", str(error), "change the recipe as the error states")]
     return []
 
 
@@ -95,7 +95,7 @@ def _join() -> Finding | None:
 
 
 def _put_marker(store: Store, marker: str) -> Finding | None:
-    """Write a file that all nodes are to see, or return why that fails."""
+    """Write a file that all nodes must see; return a finding if that fails."""
     try:
         store.write(marker, b"rayfuse doctor")
     except (OSError, ImportError) as error:
@@ -103,6 +103,6 @@ def _put_marker(store: Store, marker: str) -> Finding | None:
             "storage",
             "error",
             f"{store.root} cannot be written from here: {error}",
-            "give a folder or a bucket that this machine, too, may write",
+            "give a folder or a bucket that this machine can write too",
         )
     return None

@@ -1,4 +1,4 @@
-"""What a node tells of itself. Runs on every node of a cluster; imports no ray."""
+"""Collect the facts of one node. Runs on every node of a cluster; imports no ray."""
 
 import os
 import platform
@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import rayfuse
+from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
 from rayfuse.models.files import read_model_files
 from rayfuse.storage.store import check_store, open_store
@@ -20,63 +21,63 @@ PACKAGES = ("ray", "torch", "transformers", "pyarrow")
 SHM = "/dev/shm"
 
 LISTENS = "0A"
-"""The state of a listening socket in /proc/net/tcp."""
+"""State of a listening socket in /proc/net/tcp."""
 
 
 @dataclass(frozen=True)
-class Questions:
-    """What each node is asked."""
+class FactsRequest:
+    """What each node checks."""
 
     storage: str
     retry_seconds: float
     marker: str | None
-    """A file that the driver has put into the storage; None where it could not."""
+    """A file that the driver wrote to the storage; None if that failed."""
     models: tuple[tuple[str, ModelSettings], ...]
     """By role."""
     dashboard_port: int | None
-    """Where the dashboard listens, on the head."""
+    """Port of the dashboard, for the head node only."""
 
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What a node has told."""
+    """The facts of one node."""
 
     node: str
     versions: dict[str, str]
-    asks_for_token: bool
-    """Ray's processes there want the cluster's token."""
+    requires_token: bool
+    """Ray's processes on the node demand the cluster's token."""
     token_file: str | None = None
-    """Where the token is read from, if from a file."""
+    """File of the token; None if it comes from the environment."""
     token_file_mode: int = 0o600
     storage_fault: str | None = None
     sees_marker: bool = True
-    """It sees what the driver has put into the storage."""
+    """The node sees the file that the driver wrote to the storage."""
     model_faults: dict[str, str] = field(default_factory=dict[str, str])
-    """By role: why a model cannot be read there."""
+    """Errors of the models that the node cannot read, by role."""
     shm_bytes: int | None = None
-    """Size of /dev/shm; None where there is none."""
+    """Size of /dev/shm; None if it does not exist."""
     resources: dict[str, float] = field(default_factory=dict[str, float])
-    """What Ray has there to give."""
+    """Ray's resources on the node."""
     free_bytes: dict[str, int] = field(default_factory=dict[str, int])
-    """On the disk, by what the folder is for."""
+    """Free disk space, by the purpose of the folder."""
     dashboard_addresses: tuple[str, ...] = ()
-    """That the dashboard's port listens on there."""
+    """Addresses on which the dashboard's port listens."""
 
 
-def collect_facts(questions: Questions, node: str, *, asks_for_token: bool) -> NodeFacts:
-    """Return what this node has to tell."""
+def collect_facts(request: FactsRequest, node: str, *, requires_token: bool) -> NodeFacts:
+    """Collect the facts of this node."""
     token_file, mode = find_token_file()
-    storage_fault, sees_marker = try_storage(questions)
-    port = questions.dashboard_port
+    storage_fault, sees_marker = check_storage(request)
+    port = request.dashboard_port
     return NodeFacts(
         node=node,
         versions=list_versions(),
-        asks_for_token=asks_for_token,
+        requires_token=requires_token,
         token_file=token_file,
         token_file_mode=mode,
         storage_fault=storage_fault,
         sees_marker=sees_marker,
-        model_faults=try_models(questions.models),
+        model_faults=check_models(request.models),
         shm_bytes=shutil.disk_usage(SHM).total if Path(SHM).is_dir() else None,
         free_bytes={
             "temp": _free_bytes(Path(tempfile.gettempdir())),
@@ -87,7 +88,7 @@ def collect_facts(questions: Questions, node: str, *, asks_for_token: bool) -> N
 
 
 def list_versions() -> dict[str, str]:
-    """Return the versions that must be equal on all nodes."""
+    """List the package versions that must be equal on all nodes."""
     versions = {"python": platform.python_version(), "rayfuse": rayfuse.__version__}
     for package in PACKAGES:
         try:
@@ -98,7 +99,7 @@ def list_versions() -> dict[str, str]:
 
 
 def find_token_file() -> tuple[str | None, int]:
-    """Return the file that Ray reads its token from, and its mode; None where it reads none."""
+    """Find the file that Ray reads its token from, and its mode; None if it reads none."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return None, 0
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
@@ -108,48 +109,48 @@ def find_token_file() -> tuple[str | None, int]:
         return None, 0
 
 
-def try_storage(questions: Questions) -> tuple[str | None, bool]:
-    """Return why shards cannot be kept in the storage, and whether the marker is seen in it."""
+def check_storage(request: FactsRequest) -> tuple[str | None, bool]:
+    """Write to the storage and look for the marker; return the error, and True if it was found."""
     try:
-        store = open_store(questions.storage, questions.retry_seconds)
+        store = open_store(request.storage, request.retry_seconds)
         check_store(store)
     except ValueError as error:
         return str(error), False
-    if questions.marker is None:
+    if request.marker is None:
         return None, True
-    folder, _, name = questions.marker.rpartition("/")
+    folder, _, name = request.marker.rpartition("/")
     return None, name in store.sizes(folder)
 
 
-def try_models(models: tuple[tuple[str, ModelSettings], ...]) -> dict[str, str]:
-    """Return why models cannot be read here, by role; nothing for those that can.
+def check_models(models: tuple[tuple[str, ModelSettings], ...]) -> dict[str, str]:
+    """Try to read each model on this node, and return the errors by role.
 
-    Of one that lies in a folder its files are opened, of one of the hub its config is fetched.
+    For a local folder the first bytes of each file are read, for a hub model its config is fetched.
     """
     faults: dict[str, str] = {}
     for role, settings in models:
         try:
-            _try_model(settings)
+            _check_model(settings)
         except (ValueError, OSError) as error:
             faults[role] = str(error)
     return faults
 
 
-def _try_model(settings: ModelSettings) -> None:
+def _check_model(settings: ModelSettings) -> None:
     folder = Path(settings.model).expanduser()
     if not folder.is_dir():
         read_model_files(settings.model, settings.revision)
         return
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise ValueError(f"{folder} has no *.safetensors")
+        raise UserError(f"{folder} has no *.safetensors")
     for file in (folder / "config.json", *weights):
         with open(file, "rb") as opened:
             opened.read(8)
 
 
 def list_listeners(port: int) -> tuple[str, ...]:
-    """Return the addresses that a port listens on here, such as 127.0.0.1 or 0.0.0.0."""
+    """List the addresses on which a port listens here, such as 127.0.0.1 or 0.0.0.0."""
     found: set[str] = set()
     for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
         table = Path("/proc/net", name)
@@ -163,12 +164,12 @@ def list_listeners(port: int) -> tuple[str, ...]:
 
 
 def find_hub_folder() -> Path:
-    """Return where models of the hub are kept."""
+    """Find the cache folder of hub models."""
     return Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
 
 
 def _free_bytes(folder: Path) -> int:
-    """Return what is free on a folder's disk, be it there yet or not."""
+    """Measure the free space of a folder's disk; the folder need not exist yet."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

@@ -1,4 +1,4 @@
-"""Asking a cluster: every node by a task that is tied to it, the autoscaler by its settings."""
+"""Collect the facts of a cluster: a Ray task on each node, and the autoscaler's settings."""
 
 import sys
 from dataclasses import replace
@@ -11,8 +11,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rayfuse.config.recipe import Recipe
 from rayfuse.doctor.checks import ClusterFacts
 from rayfuse.doctor.facts import (
+    FactsRequest,
     NodeFacts,
-    Questions,
     collect_facts,
     find_token_file,
     list_versions,
@@ -23,19 +23,19 @@ from rayfuse.runtime.autoscaler import HEAD
 from rayfuse.runtime.ray_internals import find_dashboard_port, is_token_auth_enabled
 from rayfuse.runtime.resources import read_autoscaler
 
-ANSWER_SECONDS = 120.0
-"""For a node to answer; on a new one packages are imported first."""
+TASK_TIMEOUT_SECONDS = 120.0
+"""Timeout of a node's task; a new node first imports the packages."""
 
 
-def ask_cluster(recipe: Recipe, marker: str | None) -> ClusterFacts:
-    """Return what the cluster that was joined tells.
+def collect_cluster_facts(recipe: Recipe, marker: str | None) -> ClusterFacts:
+    """Collect the facts of the cluster that was joined.
 
     Args:
-        recipe: What is to run there.
-        marker: A file that was put into its storage; None where that failed.
+        recipe: The recipe that will run there.
+        marker: A file that was written to its storage; None if that failed.
     """
     models = (("target", recipe.target), *((f"source {s.name}", s) for s in recipe.sources))
-    questions = Questions(
+    request = FactsRequest(
         storage=recipe.storage,
         retry_seconds=recipe.storage_retry_seconds,
         marker=marker,
@@ -43,12 +43,14 @@ def ask_cluster(recipe: Recipe, marker: str | None) -> ClusterFacts:
         dashboard_port=None,
     )
     alive: list[dict[str, Any]] = [node for node in ray.nodes() if node["Alive"]]
-    pending = {_ask_node(node, questions): node for node in alive}
-    ready, late = ray.wait(list(pending), num_returns=len(pending), timeout=ANSWER_SECONDS)
-    for each in late:
-        ray.cancel(each, force=True)
-    answers = {id(pending[each]): _fetch(each, pending[each]) for each in ready}
-    nodes = [found for node in alive if (found := answers.get(id(node))) is not None]
+    pending = {_start_task(node, request): node for node in alive}
+    ready, late = ray.wait(list(pending), num_returns=len(pending), timeout=TASK_TIMEOUT_SECONDS)
+    for reference in late:
+        ray.cancel(reference, force=True)
+    facts_by_node = {
+        id(pending[reference]): _fetch(reference, pending[reference]) for reference in ready
+    }
+    nodes = [found for node in alive if (found := facts_by_node.get(id(node))) is not None]
     has_autoscaler, may_come = read_autoscaler()
     token_file, mode = find_token_file()
     own = ray.get_runtime_context().get_node_id()
@@ -56,7 +58,7 @@ def ask_cluster(recipe: Recipe, marker: str | None) -> ClusterFacts:
     return ClusterFacts(
         driver=NodeFacts(driver_node, list_versions(), True, token_file, mode),
         nodes=tuple(nodes),
-        silent=tuple(_name(node) for node in alive if answers.get(id(node)) is None),
+        silent=tuple(_name(node) for node in alive if facts_by_node.get(id(node)) is None),
         resources=tuple(node["Resources"] for node in alive),
         has_autoscaler=has_autoscaler,
         may_come=may_come,
@@ -65,7 +67,10 @@ def ask_cluster(recipe: Recipe, marker: str | None) -> ClusterFacts:
 
 
 def _size_checkpoint(recipe: Recipe) -> float:
-    """Return the bytes of a checkpoint of the target; none if it cannot be read, which is found."""
+    """Estimate the bytes of a checkpoint of the target; 0 if the model cannot be read.
+
+    `check_models` reports a model that cannot be read.
+    """
     try:
         size = size_from_files(recipe.target)
     except (ValueError, OSError):
@@ -73,23 +78,23 @@ def _size_checkpoint(recipe: Recipe) -> float:
     return size_checkpoint(size, recipe.train, recipe.plan)
 
 
-def _ask_node(node: dict[str, Any], questions: Questions) -> Any:
+def _start_task(node: dict[str, Any], request: FactsRequest) -> Any:
     resources = node["Resources"]
     if not resources.get("CPU"):
-        questions = replace(questions, models=())  # no model runs there
+        request = replace(request, models=())  # no model runs on a node without CPUs
     if HEAD in resources:
-        questions = replace(questions, dashboard_port=find_dashboard_port())
+        request = replace(request, dashboard_port=find_dashboard_port())
     options: dict[str, Any] = {
         "num_cpus": 0,
         "max_retries": 0,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
     }
-    return ray.remote(**options)(answer).remote(questions, _name(node))
+    return ray.remote(**options)(collect_on_node).remote(request, _name(node))
 
 
-def answer(questions: Questions, node: str) -> NodeFacts:
-    """Return a node's facts; run by Ray, which finds the function by this name."""
-    return collect_facts(questions, node, asks_for_token=is_token_auth_enabled())
+def collect_on_node(request: FactsRequest, node: str) -> NodeFacts:
+    """Collect the facts of the node that runs this task; Ray pickles the function by its name."""
+    return collect_facts(request, node, requires_token=is_token_auth_enabled())
 
 
 def _fetch(reference: Any, node: dict[str, Any]) -> NodeFacts | None:

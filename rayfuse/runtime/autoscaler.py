@@ -1,4 +1,4 @@
-"""The settings of a cluster's autoscaler: which machines it may add."""
+"""Read the settings of a cluster's autoscaler: which nodes it may add."""
 
 import math
 from collections.abc import Sequence
@@ -8,60 +8,77 @@ from pathlib import Path
 import yaml
 
 HEAD = "node:__internal_head__"
-"""The resource that Ray gives to the head alone."""
+"""The resource that Ray gives to the head node only."""
 
 
 @dataclass(frozen=True)
 class NodeKind:
-    """Nodes that the autoscaler may add."""
+    """A type of node in the cluster, or one that the autoscaler may add."""
 
     resources: dict[str, float]
-    most: int
+    max_count: int
+    """-1 is unlimited."""
+
+    def count_total(self, resource: str) -> float:
+        """Count a resource over all nodes of this type; infinity if their count is unlimited."""
+        amount = self.resources.get(resource, 0.0)
+        if not amount:
+            return 0.0
+        return amount * (math.inf if self.max_count < 0 else self.max_count)
 
 
 def limit_cpus(here: Sequence[NodeKind], may_come: Sequence[NodeKind]) -> int | None:
-    """Return how many CPUs may be asked for at a time without a machine with GPUs being added.
+    """Count the CPUs that may be requested at a time without a GPU node being added for them.
 
-    Ray adds one for work without GPUs too, where machines without them are used up. Those that are
-    here are paid for already.
+    If no CPU node can be added any more, Ray's autoscaler adds GPU nodes for tasks that need only
+    CPUs. Nodes that are up already may be used: they cost the same when idle.
+
+    Args:
+        here: The nodes that are up.
+        may_come: The node types that the autoscaler may add.
 
     Returns:
-        None where there is no such danger, or nothing but such machines.
+        None if no GPU node can be added, or if there are only GPU nodes.
     """
-    if not any(kind.resources.get("GPU") and kind.most for kind in may_come):
+    if not any(kind.resources.get("GPU") and kind.max_count for kind in may_come):
         return None
-    cheap = [kind for kind in may_come if not kind.resources.get("GPU")]
-    most = max(_count_cpus(here), _count_cpus(cheap))
-    return int(most) if 1 <= most < math.inf else None
+    cpu_kinds = [kind for kind in may_come if not kind.resources.get("GPU")]
+    limit = max(_count_cpus(here), _count_cpus(cpu_kinds))
+    return int(limit) if 1 <= limit < math.inf else None
 
 
 def _count_cpus(kinds: Sequence[NodeKind]) -> float:
-    cpus = [(kind.resources.get("CPU", 0.0), kind.most) for kind in kinds]
-    return float(sum(each * (math.inf if most < 0 else most) for each, most in cpus if each))
+    return float(sum(kind.count_total("CPU") for kind in kinds))
 
 
 def find_autoscaling_config(gcs_address: str) -> str:
-    """Return the settings of the autoscaler that runs on this machine for a cluster; "" if none."""
+    """Read the settings of the autoscaler process on this machine for a cluster; "" if none runs.
+
+    The autoscaler has no API for them, but its command line names their file.
+
+    Args:
+        gcs_address: HOST:PORT of the cluster's GCS; several clusters may run on one machine.
+    """
     option = "--autoscaling-config="
     port = gcs_address.rpartition(":")[2]
-    for place in Path("/proc").glob("[0-9]*/cmdline"):
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            arguments = place.read_bytes().decode(errors="replace").split("\0")
-        except OSError:  # it has ended, or is another user's
+            arguments = file.read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # the process has ended or belongs to another user
             continue
-        is_ours = any(each.endswith(f":{port}") for each in arguments)
-        files = [each.removeprefix(option) for each in arguments if each.startswith(option)]
-        if is_ours and files and Path(files[0]).expanduser().is_file():
+        is_this_cluster = any(argument.endswith(f":{port}") for argument in arguments)
+        files = [text.removeprefix(option) for text in arguments if text.startswith(option)]
+        if is_this_cluster and files and Path(files[0]).expanduser().is_file():
             return Path(files[0]).expanduser().read_text()
     return ""
 
 
 def read_node_kinds(text: str) -> tuple[NodeKind, ...]:
-    """Return the node types of an autoscaler's settings, without the head's."""
+    """Parse the node types of an autoscaler's settings, except the head's."""
     config = yaml.safe_load(text)
     kinds: list[NodeKind] = []
-    for name, each in config["available_node_types"].items():
+    for name, node_type in config["available_node_types"].items():
         if name != config.get("head_node_type"):
-            resources = {key: float(value) for key, value in each.get("resources", {}).items()}
-            kinds.append(NodeKind(resources, int(each.get("max_workers", 0))))
+            resources = {key: float(value) for key, value in node_type.get("resources", {}).items()}
+            kinds.append(NodeKind(resources, int(node_type.get("max_workers", 0))))
     return tuple(kinds)

@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting one on this machine."""
+"""Join a Ray cluster, or start one on this machine."""
 
 import logging
 import os
@@ -13,13 +13,13 @@ from typing import Any
 from rayfuse.config.base import UserError
 
 MIN_LOCAL_CPUS = 4
-"""Logical CPUs of a cluster on this machine at least: Ray Data stalls with fewer."""
+"""Minimum of logical CPUs of a cluster on this machine: Ray Data stalls with fewer."""
 
-KNOCK_SECONDS = 20.0
-"""What the head of a cluster may take to listen."""
+PORT_TIMEOUT_SECONDS = 20.0
+"""Time for the head of a cluster to accept connections, which may just be starting."""
 
-REFUSALS = ("Invalid address format", "Failed to connect to GCS")
-"""How errors of Ray begin that are about the address."""
+ADDRESS_ERRORS = ("Invalid address format", "Failed to connect to GCS")
+"""Beginnings of Ray's error messages about a wrong address."""
 
 
 class ClusterError(UserError):
@@ -29,13 +29,14 @@ class ClusterError(UserError):
 def join_cluster() -> None:
     """Join the cluster that RAY_ADDRESS names, or start one on this machine.
 
-    A cluster of our own asks for a token that nobody else knows, and leaves no token file behind.
+    A cluster started here demands a random token that only this process knows, and writes no token
+    file.
 
     Raises:
         ClusterError: RAY_ADDRESS names no cluster that can be joined.
     """
     address = os.environ.get("RAY_ADDRESS")
-    if not address and "ray" not in sys.modules:  # ray reads these as it is imported
+    if not address and "ray" not in sys.modules:  # ray reads these when imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
@@ -60,21 +61,27 @@ def join_cluster() -> None:
     else:
         ray.init(**options)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own, which ends with code 15
-    _quieten_ray_data()
+        signal.signal(
+            signal.SIGTERM, on_sigterm
+        )  # undo Ray's own handler, which exits with code 15
+    _quiet_ray_data()
 
 
 def _join(address: str, options: dict[str, Any]) -> None:
-    """Join the cluster that RAY_ADDRESS names, and say what to do where that fails."""
+    """Join the cluster that RAY_ADDRESS names.
+
+    Raises:
+        ClusterError: It cannot be joined; the message has the remedy.
+    """
     import ray
 
     try:
         _wait_for_port(address)
         ray.init(**options)
     except (OSError, OverflowError, ValueError, RuntimeError) as error:
-        is_vague = isinstance(error, ValueError | RuntimeError)
-        if is_vague and not str(error).startswith(REFUSALS):
-            raise  # it is about something else
+        may_be_unrelated = isinstance(error, ValueError | RuntimeError)
+        if may_be_unrelated and not str(error).startswith(ADDRESS_ERRORS):
+            raise
         raise ClusterError(
             f"RAY_ADDRESS is {address!r}, a cluster that cannot be joined ({error}); see that its "
             "head runs and listens there (not its dashboard), and that RAY_AUTH_MODE and the token "
@@ -83,19 +90,20 @@ def _join(address: str, options: dict[str, Any]) -> None:
 
 
 def _wait_for_port(address: str) -> None:
-    """Wait for somebody to listen, as a head that starts soon does; Ray itself waits for minutes.
+    """Wait until the head accepts connections; Ray itself would wait for minutes.
 
     Raises:
-        OSError: Nobody does.
-        OverflowError: There is no such port.
+        OSError: The port is closed after the timeout.
+        OverflowError: The port is no valid number.
     """
     host, _, port = address.rpartition(":")
     if not port.isdigit() or "/" in host:  # `auto`, ray://
         return
-    until = time.monotonic() + KNOCK_SECONDS
+    endpoint = (host.strip("[]"), int(port))
+    until = time.monotonic() + PORT_TIMEOUT_SECONDS
     while True:
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
+            socket.create_connection(endpoint, timeout=PORT_TIMEOUT_SECONDS).close()
         except OSError:
             if time.monotonic() > until:
                 raise
@@ -105,7 +113,7 @@ def _wait_for_port(address: str) -> None:
 
 
 def shutdown_now() -> None:
-    """Leave the cluster while threads still work on it; what they say of that is not printed."""
+    """Leave the cluster while threads still use it, without printing the errors that they raise."""
     ray = sys.modules.get("ray")
     logging.disable(logging.CRITICAL)
     threading.excepthook = lambda _: None
@@ -114,7 +122,7 @@ def shutdown_now() -> None:
 
 
 def find_root_cause(error: BaseException) -> BaseException:
-    """Find what was raised inside Ray's wrappers."""
+    """Find the error that Ray's wrappers contain."""
     if not type(error).__module__.startswith("ray."):
         return error
     inner = getattr(error, "cause", None) or error.__cause__
@@ -124,7 +132,7 @@ def find_root_cause(error: BaseException) -> BaseException:
 
 
 def on_driver_node() -> dict[str, Any]:
-    """Return Ray's options for what must outlive all machines but the driver's."""
+    """Return Ray's options that keep an actor on the driver's node, so that it lives as long."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -135,8 +143,8 @@ def on_driver_node() -> dict[str, Any]:
     }
 
 
-def _quieten_ray_data() -> None:
-    """Leave progress to ours, which counts shards, and keep warnings and errors."""
+def _quiet_ray_data() -> None:
+    """Disable Ray Data's progress bars, as rayfuse counts shards; keep its warnings and errors."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -149,7 +157,7 @@ def _quieten_ray_data() -> None:
 
 
 def worker_env() -> dict[str, str]:
-    """Return the environment that workers need and do not inherit from the driver."""
+    """Return the environment variables that workers need but do not inherit from the driver."""
     names = ("HF_HUB_OFFLINE", "HF_HOME", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR")
     kept = {name: os.environ[name] for name in names if name in os.environ}
     return kept | {

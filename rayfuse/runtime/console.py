@@ -1,4 +1,4 @@
-"""What the command prints: progress bars on a terminal, now and then a line in a log."""
+"""Print progress: bars on a terminal, a line from time to time in a log file."""
 
 import sys
 import threading
@@ -19,19 +19,19 @@ from rich.progress import (
 from rayfuse.runtime.progress import ProgressEvent
 
 LOG_SECONDS = 15.0
-"""Between two lines of one title where there is no terminal."""
+"""Minimum time between two lines of one title without a terminal."""
 
 
 class ProgressBars:
-    """A bar per title; safe to call from several threads."""
+    """Shows a bar per title; may be called from several threads."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.lock = threading.Lock()
         self.tasks: dict[str, TaskID] = {}
         self.began: dict[str, tuple[float, float]] = {}
-        """When a title was first heard of, and what was done by then."""
-        self.told: dict[str, float] = {}
+        """Time of the first event of a title, and its `done` then."""
+        self.printed_at: dict[str, float] = {}
         self.bars = Progress(
             TextColumn("{task.description:<24}"),
             BarColumn(bar_width=30),
@@ -66,8 +66,8 @@ class ProgressBars:
         now = time.monotonic()
         with self.lock:
             began, done_before = self.began.setdefault(title, (now, done))
-            fresh = done - done_before
-            rate = f"{fresh / (now - began):.2f}/s" if now > began and fresh else ""
+            done_since = done - done_before
+            rate = f"{done_since / (now - began):.2f}/s" if now > began and done_since else ""
             if self.console.is_terminal:
                 if title not in self.tasks:
                     self.tasks[title] = self.bars.add_task(
@@ -76,15 +76,15 @@ class ProgressBars:
                 self.bars.update(
                     self.tasks[title], completed=done, total=total, rate=rate, note=note
                 )
-            elif done >= total or now - self.told.get(title, -LOG_SECONDS) >= LOG_SECONDS:
-                if self.told.get(title) == float("inf"):
+            elif done >= total or now - self.printed_at.get(title, -LOG_SECONDS) >= LOG_SECONDS:
+                if self.printed_at.get(title) == float("inf"):
                     return
-                self.told[title] = float("inf") if done >= total else now
+                self.printed_at[title] = float("inf") if done >= total else now
                 self.console.print(
                     f"  {title}: {done} of {total} {unit} {rate} {note}", highlight=False
                 )
 
 
 def open_console(*, to_stderr: bool) -> Console:
-    """Return where the command prints; stderr where stdout is for a program."""
+    """Open the console of a command: stderr if stdout is reserved for JSON."""
     return Console(file=sys.stderr if to_stderr else sys.stdout, soft_wrap=True)

@@ -1,7 +1,7 @@
-"""What stages tell Ray's metrics: rows and tokens done, and the seconds of work that they took.
+"""Count each stage's rows, tokens and seconds of work in Ray's metrics.
 
-Capture, which has devices that must not wait, tells more: `rayfuse_capture_*`. cluster/grafana.json
-shows all of it.
+The capture stage has its own counters, `rayfuse_capture_*`, which also show idle GPUs.
+cluster/grafana.json shows all of them.
 """
 
 from functools import cache
@@ -11,23 +11,23 @@ TAGS = ("stage", "name")
 
 
 def count_work(stage: str, name: str, *, tokens: int, seconds: float, rows: int = 0) -> None:
-    """Add what this process has done to the counters of a stage.
+    """Add the work of this process to the counters of a stage.
 
     Args:
         stage: corpus, align, train or evaluate.
-        name: Of what was worked on: a data set, a source, a run, a model.
-        tokens: That were done, of the target; in evaluate, the model's own.
-        seconds: That this process took for them.
-        rows: That were done, where they are counted.
+        name: Of the data set, source, run or model that was worked on.
+        tokens: Target tokens done; in evaluate, tokens of the evaluated model.
+        seconds: Time that this process took.
+        rows: Rows done, if they are counted.
     """
     for counter, amount in zip(_build_counters(), (rows, tokens, seconds), strict=True):
-        if amount > 0:  # Ray refuses to count none
+        if amount > 0:  # Ray rejects an increment of 0
             counter.inc(amount, {"stage": stage, "name": name})
 
 
 @cache
 def _build_counters() -> tuple[Any, Any, Any]:
-    from ray.util.metrics import Counter  # here: `rayfuse inspect` aligns without Ray
+    from ray.util.metrics import Counter  # late: `rayfuse inspect` aligns without Ray
 
     return (
         Counter("rayfuse_rows", "Rows done", TAGS),

@@ -1,4 +1,4 @@
-"""Progress events: how stages report to whoever calls them, without knowing how it is shown."""
+"""Progress events: how stages report to their caller, without knowing how it is shown."""
 
 import math
 import time

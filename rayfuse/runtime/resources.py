@@ -1,6 +1,5 @@
-"""Which machines a cluster has or may get, and having them started before they are needed."""
+"""Count a cluster's resources, request GPUs, and start nodes before they are needed."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -21,42 +20,42 @@ from rayfuse.runtime.autoscaler import (
 from rayfuse.runtime.ray_internals import has_autoscaler_v2, read_node_groups
 
 Bundle = dict[str, float]
-"""What one actor asks of Ray, by resource."""
+"""The resources that one actor requests from Ray, by name."""
 
 TASK_RETRIES = 20
-"""How often a task whose process died is begun again. Ray's own 3 are few where machines are taken
-at will; without a limit a task that kills its own process would never fail."""
+"""Retries of a task after its process died. Ray's default of 3 is too few on spot nodes; without a
+limit, a task that crashes its own process would never fail."""
 
 REPORT_WAIT_SECONDS = 60.0
 """Without an actor or a worker, until a note reports which resources are waited for."""
 
 
 def count_reachable(resource: str, accelerator_type: str | None = None) -> float:
-    """Return how much of a resource the cluster has, or may have once its autoscaler has grown it.
+    """Count how much of a resource the cluster has now, or may have after its autoscaler scaled up.
 
     Args:
         resource: `CPU`, `GPU` or one of the cluster's own.
-        accelerator_type: Count machines with this kind of GPU alone.
+        accelerator_type: Count only nodes with this kind of GPU.
 
     Returns:
-        Infinity where the autoscaler has no limit.
+        Infinity if the autoscaler has no limit.
     """
-    there = _list_here()
+    here = _list_here()
     may_come = _read_autoscaler_once(ray.get_runtime_context().gcs_address)[1] or ()
     name = None if accelerator_type is None else _name_kind(accelerator_type)
-    sums = [
-        sum(
-            each.resources.get(resource, 0) * (math.inf if each.most < 0 else each.most)
-            for each in kinds
-            if name in (None, *each.resources) and each.resources.get(resource)
-        )
-        for kinds in (there, may_come)
+    totals = [
+        sum(kind.count_total(resource) for kind in kinds if name in (None, *kind.resources))
+        for kinds in (here, may_come)
     ]
-    return float(max(sums))
+    return float(max(totals))
 
 
 def limit_cpu_tasks() -> int | None:
-    """Return how many tasks of one CPU may run at a time; None where it does not matter."""
+    """Limit the tasks of one CPU that run at a time, so that no GPU node is added for them.
+
+    Returns:
+        None if there is no limit.
+    """
     may_come = _read_autoscaler_once(ray.get_runtime_context().gcs_address)[1] or ()
     return limit_cpus(_list_here(), may_come)
 
@@ -66,10 +65,10 @@ def _list_here() -> list[NodeKind]:
 
 
 def read_autoscaler() -> tuple[bool, tuple[NodeKind, ...] | None]:
-    """Return whether the cluster grows by itself, and what may come, as far as it can be read."""
+    """Detect an autoscaler, and read the node types that it may add; None if they are unknown."""
     groups = read_node_groups()
     if groups is not None:
-        return True, tuple(NodeKind(resources, most) for resources, most in groups)
+        return True, tuple(NodeKind(resources, max_count) for resources, max_count in groups)
     alive = [node for node in ray.nodes() if node["Alive"]]
     head = next((node for node in alive if HEAD in node["Resources"]), alive[0])
     options: dict[str, Any] = {
@@ -89,22 +88,22 @@ def _read_autoscaler_once(gcs_address: str) -> tuple[bool, tuple[NodeKind, ...] 
 
 
 def _name_kind(accelerator_type: str) -> str:
-    """Return the resource that Ray gives to machines with a kind of GPU."""
+    """Name the resource that Ray gives to nodes with a kind of GPU."""
     return f"accelerator_type:{accelerator_type}"
 
 
 def count_default_gpus(accelerator_type: str | None) -> float:
-    """Return the GPUs of one actor or worker that does not say: a whole one if there can be any."""
+    """Count the GPUs of an actor or worker without a setting: 1 if the cluster can have any."""
     return 1.0 if accelerator_type is not None or count_reachable("GPU") > 0 else 0.0
 
 
 def count_actor_gpus(source: SourceSettings) -> float:
-    """Return the GPUs of one actor of a source."""
+    """Count the GPUs of one actor of a source."""
     return count_default_gpus(source.accelerator_type) if source.gpus is None else source.gpus
 
 
 def gpu_options(gpus: float, accelerator_type: str | None) -> dict[str, Any]:
-    """Return what Ray is asked for of GPUs, for one actor or task."""
+    """Return Ray's options that request the GPUs of one actor or task."""
     options: dict[str, Any] = {"num_gpus": gpus} if gpus else {}
     return options if accelerator_type is None else options | {"accelerator_type": accelerator_type}
 
@@ -121,28 +120,28 @@ def describe_needs(resources: Bundle, accelerator_type: str | None) -> str:
 
 
 def list_bundles(source: SourceSettings) -> list[Bundle]:
-    """Return what a source's first actors need of GPUs; nothing where it runs on CPUs."""
+    """List the GPU bundles of a source's first actors; empty if the source runs on CPUs."""
     gpus = count_actor_gpus(source)
     bundle: Bundle = {"GPU": gpus} if gpus else {}
     if gpus and source.accelerator_type is not None:
-        bundle[_name_kind(source.accelerator_type)] = 0.001  # as Ray itself asks for a kind
+        bundle[_name_kind(source.accelerator_type)] = 0.001  # the amount that Ray itself requests
     return [bundle] * source.min_actors if bundle else []
 
 
 @contextmanager
 def prewarm_nodes(groups: Sequence[Sequence[Bundle]]) -> Iterator[None]:
-    """Have machines started for what comes next, while something else runs.
+    """Start nodes for the next stage while the current one runs.
 
-    Nobody uses these placement groups: their wish brings the machines, and ends with this job
-    however it ends. (`ray.autoscaler.sdk.request_resources` outlives a job that is killed, and
-    goes on paying.)
+    No actor uses these placement groups: a pending group makes the autoscaler add nodes, and Ray
+    removes it with this job, however the job ends. `ray.autoscaler.sdk.request_resources` would
+    keep the nodes up, and cost money, after a job that was killed.
 
     Args:
-        groups: The bundles of each source; those of one group are had together.
+        groups: The bundles of each source; the bundles of one group are reserved together.
     """
-    asked = [placement_group([*bundles], strategy="PACK") for bundles in groups if bundles]
+    pending = [placement_group([*bundles], strategy="PACK") for bundles in groups if bundles]
     try:
         yield
     finally:
-        for each in asked:
-            remove_placement_group(each)
+        for group in pending:
+            remove_placement_group(group)

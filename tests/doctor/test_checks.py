@@ -21,7 +21,7 @@ from rayfuse.doctor.checks import (
     check_resources,
     list_findings,
 )
-from rayfuse.doctor.facts import NodeFacts, Questions, collect_facts, list_listeners
+from rayfuse.doctor.facts import FactsRequest, NodeFacts, collect_facts, list_listeners
 from rayfuse.storage.store import open_store
 from tests.fakes import save_model
 from tests.s3 import Rule
@@ -55,14 +55,14 @@ def recipe_of(model: Path, storage: str, **source: object) -> Recipe:
 
 def look(recipe: Recipe, *, dashboard_port: int | None = None) -> NodeFacts:
     """Return what this machine tells."""
-    questions = Questions(
+    request = FactsRequest(
         recipe.storage,
         1.0,
         MARKER,
         (("target", recipe.target), ("source a", recipe.sources[0])),
         dashboard_port,
     )
-    return collect_facts(questions, "node 1", asks_for_token=True)
+    return collect_facts(request, "node 1", requires_token=True)
 
 
 def cluster_of(*nodes: NodeFacts, **changes: object) -> ClusterFacts:
@@ -102,12 +102,14 @@ def test_another_version_on_a_node(good, package):
 
 def test_a_node_that_does_not_answer(good):
     recipe, node = good
-    assert "node 7 has not answered" in find(recipe, cluster_of(node, silent=("node 7",))).text
+    assert (
+        "node 7 does not respond" in find(recipe, cluster_of(node, unresponsive=("node 7",))).text
+    )
 
 
 def test_a_cluster_that_asks_for_no_token(good):
     recipe, node = good
-    finding = find(recipe, cluster_of(node, replace(node, node="node 2", asks_for_token=False)))
+    finding = find(recipe, cluster_of(node, replace(node, node="node 2", requires_token=False)))
     assert (finding.severity, finding.check) == ("error", "authentication")
     assert "no token on node 2" in finding.text and "RAY_AUTH_MODE=token" in finding.remedy
 
@@ -121,7 +123,7 @@ def test_a_dashboard_on_all_interfaces_of_a_cluster_without_a_token(good, host, 
     with socket.create_server((host, 0), family=family) as server:
         port = server.getsockname()[1]
         assert list_listeners(port) == (host,)
-        node = replace(look(recipe, dashboard_port=port), asks_for_token=False)
+        node = replace(look(recipe, dashboard_port=port), requires_token=False)
     assert list_listeners(port) == ()
     found = list_findings(recipe, cluster_of(node))
     checks = ["authentication", *["dashboard"] * is_open]
@@ -344,7 +346,7 @@ def test_the_clusters_that_come_with_rayfuse_can_run_a_recipe_that_says_what_it_
     root = Path(__file__).parents[2]
     kinds = read_node_kinds((root / "cluster" / file).read_text())
     overrides = [f"sources.{name}.accelerator_type=L4" for name in ("mpt", "openllama", "self")]
-    node = NodeFacts("node 1", {}, asks_for_token=True)
+    node = NodeFacts("node 1", {}, requires_token=True)
     head = ({"CPU": 0.0},)
     cluster = cluster_of(node, resources=head, has_autoscaler=True, may_come=kinds)
     recipe = read_recipe(root / "recipes/two-sources.yaml", overrides)

@@ -1,4 +1,4 @@
-"""What an autoscaler may add, and what is asked of it."""
+"""How many CPUs may be requested before an autoscaler adds GPU nodes."""
 
 import pytest
 
@@ -13,14 +13,12 @@ HEAD = {"CPU": 0.0}
     ("here", "may_come", "expected"),
     [
         ([HEAD], [NodeKind(CPU, 8), NodeKind(GPU, 4)], 128),
-        ([HEAD, GPU, GPU, *[CPU] * 8], [NodeKind(CPU, 8), NodeKind(GPU, 4)], 144),  # paid for
+        ([HEAD, GPU, GPU, *[CPU] * 8], [NodeKind(CPU, 8), NodeKind(GPU, 4)], 144),  # they are up
         ([HEAD], [NodeKind(CPU, -1), NodeKind(GPU, 4)], None),
         ([HEAD], [NodeKind(CPU, 8), NodeKind(GPU, 0)], None),
-        ([HEAD], [NodeKind(GPU, 4)], None),  # there is no other way
+        ([HEAD], [NodeKind(GPU, 4)], None),  # only GPU nodes can come
         ([CPU], [], None),
     ],
 )
-def test_work_without_gpus_asks_for_no_more_than_machines_without_them_have(
-    here, may_come, expected
-):
-    assert limit_cpus([NodeKind(each, 1) for each in here], may_come) == expected
+def test_cpu_tasks_request_no_more_than_the_cpu_nodes_have(here, may_come, expected):
+    assert limit_cpus([NodeKind(node, 1) for node in here], may_come) == expected

@@ -1,25 +1,25 @@
-"""What a user is told beside our own lines once the command is on a cluster."""
+"""Which warnings of Ray Data reach the user."""
 
 import logging
 
-from rayfuse.runtime.connect import _quieten_ray_data
+from rayfuse.runtime.connect import _quiet_ray_data
 
 OPERATORS = "ray.data._internal.execution.operators.map_operator"
 
 
-def test_an_actor_on_a_gpu_brings_no_warning_and_others_still_come():
+def test_a_gpu_actor_causes_no_warning_and_other_warnings_stay():
     from ray.data._internal.execution.operators.map_operator import _canonicalize_ray_remote_args
 
-    _quieten_ray_data()
-    told: list[str] = []
+    _quiet_ray_data()
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())
+    handler.emit = lambda record: messages.append(record.getMessage())
     logger = logging.getLogger(OPERATORS)
     logger.addHandler(handler)
     try:
         _canonicalize_ray_remote_args({"num_cpus": 1, "num_gpus": 1})
-        assert told == []
+        assert messages == []
         logger.warning("something else")
     finally:
         logger.removeHandler(handler)
-    assert told == ["something else"]
+    assert messages == ["something else"]
