@@ -59,10 +59,15 @@ def _render_section(part: dict[str, Any], name: str) -> str:
             f"`{key}`",
             describe_values(value),
             "**required**" if is_required else _describe_default(value),
-            " ".join(value.get("description", "").split()).replace("|", "\\|"),
+            _describe_meaning(value),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _describe_meaning(value: dict[str, Any]) -> str:
+    text = " ".join(value.get("description", "").split()).replace("|", "\\|")
+    return text if value.get("affects_result", True) else f"{text} *Result-neutral.*"
 
 
 def describe_values(value: dict[str, Any]) -> str:

@@ -83,13 +83,18 @@ def split_command(words: list[str]) -> list[str]:
     return [Path(words[0]).name, *words[1:]] if words[0].startswith(".venv/") else words
 
 
+def find_command(name: str) -> Any:
+    """Look up a command of rayfuse."""
+    group: Any = typer.main.get_command(app)
+    return group.get_command(group.make_context("rayfuse", [], resilient_parsing=True), name)
+
+
 def check_rayfuse(arguments: list[str]) -> None:
     """Parse a rayfuse command, without running it."""
     if ">" in arguments:
         arguments = arguments[: arguments.index(">")]
-    group: Any = typer.main.get_command(app)
     name, *rest = arguments
-    command = group.get_command(group.make_context("rayfuse", [], resilient_parsing=True), name)
+    command = find_command(name)
     assert command is not None, f"rayfuse has no command {name}"
     command.make_context(name, rest)
 
@@ -178,6 +183,8 @@ def test_every_path_test_and_setting_in_the_prose_exists(page: Path):
         first = code.split()[0]
         if REPO_PATH.fullmatch(first) and not PLACEHOLDERS.search(first.replace("README", "")):
             assert (ROOT / first).exists() or (page.parent / first).exists(), code
+        if match := re.match(r"rayfuse ([a-z]+)", code):
+            assert find_command(match[1]) is not None, code
         if match := TEST.match(code):
             assert match[2] is None or match_names(match[1], match[2]), code
         if (match := re.fullmatch(r"(\w+)\.(\w+)", code)) and match[1] in sections:
