@@ -35,7 +35,7 @@ class VllmEngine:
     def __init__(self, source: SourceSettings, settings: CaptureSettings) -> None:
         # Keep vLLM's core in this process: tensors are not serialised, and it ends with the actor.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        import vllm  # pyright: ignore[reportMissingImports]
+        import vllm  # an extra, slow to import  # pyright: ignore[reportMissingImports]
 
         gpus = source.gpus or 0.0
         self.batch_tokens, self.top_k = settings.batch_tokens, settings.kept_entries
