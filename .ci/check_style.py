@@ -34,7 +34,7 @@ def find_words(path: Path) -> Iterator[str]:
 
 
 def find_long(path: Path) -> Iterator[str]:
-    """Yield a file or its functions that are too long; docstrings, comments and blanks are free."""
+    """Yield long files and functions; docstrings, comments and empty lines do not count."""
     text = path.read_text()
     if (lines := len(text.splitlines())) > RULES["max_file_lines"]:
         yield f"{path}: {lines} lines, more than {RULES['max_file_lines']}"

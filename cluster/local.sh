@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# A Ray cluster of several nodes on this (Linux) machine, to try things on: a token of its own that
-# every port asks for, ports and a folder of its own, the dashboard on loopback. It ends what it has
-# started, and nothing else.
+# A Ray cluster of several nodes on this computer (Linux), for tests: its own token, which every port
+# demands, its own ports and folder, the dashboard on loopback. It ends only processes that it
+# started.
 #
 #   cluster/local.sh start [KIND ...]   a head and a node for each KIND: `cpu`, or a kind of GPU as
 #                                       Ray names it (L4, H100), which the node then claims to have,
 #                                       for `accelerator_type` (with gpus: 0); default: cpu cpu
 #   cluster/local.sh add KIND           one more node
-#   cluster/local.sh kill NUMBER        take a node away without notice, as a spot market does
-#   eval "$(cluster/local.sh env)"      from here on `ray job submit` goes to it
+#   cluster/local.sh kill NUMBER        kill a node without notice, as a spot market does
+#   eval "$(cluster/local.sh env)"      `ray job submit` then uses it
 #   cluster/local.sh stop               end it, and remove its folder
 #
 # RAYFUSE_LOCAL (default ~/.rayfuse-local) is its folder; CPUS (4) and OBJECT_STORE (200000000 bytes)
 # are those of each node.
 set -euo pipefail
 
-folder=$(realpath -m -- "${RAYFUSE_LOCAL:-$HOME/.rayfuse-local}") # jobs run elsewhere, and read the token
+folder=$(realpath -m -- "${RAYFUSE_LOCAL:-$HOME/.rayfuse-local}") # absolute: jobs run in another folder and read the token
 cpus=${CPUS:-4}
 object_store=${OBJECT_STORE:-200000000}
 
@@ -24,13 +24,13 @@ fail() {
     exit 2
 }
 
-free_ports() { # that many ports nobody listens on
+free_ports() { # COUNT: prints that many unused ports
     python3 - "$1" <<'PYTHON'
 import socket, sys
 sockets = [socket.socket() for _ in range(int(sys.argv[1]))]
-for each in sockets:
-    each.bind(("127.0.0.1", 0))
-print(*(each.getsockname()[1] for each in sockets))
+for opened in sockets:
+    opened.bind(("127.0.0.1", 0))
+print(*(opened.getsockname()[1] for opened in sockets))
 PYTHON
 }
 
@@ -42,19 +42,19 @@ set_environment() {
     unset RAY_AUTH_TOKEN RAY_ADDRESS
 }
 
-begins() { # when a process began: tells it from a later one of the same number
+begins() { # PID: prints its start time, to detect a reused process id
     ps -o lstart= -p "$1" 2>/dev/null || true
 }
 
-is_alive() { # whether a process group has one that is more than an entry in a table
+is_alive() { # GROUP: succeeds if any process of the group is not a zombie
     ps -eo pgid=,stat= | awk -v group="$1" '$1 == group && $2 !~ /^Z/ {alive = 1} END {exit !alive}'
 }
 
-start_node() { # NAME ARGUMENT ...: starts it in a process group of its own, and notes whose it is
+start_node() { # NAME ARGUMENT ...: starts it in its own process group, and records the process
     local name=$1 agent grpc runtime metrics process
     shift
     read -r agent grpc runtime metrics <<<"$(free_ports 4)"
-    # The usual ports are those of another cluster of this machine: jobs would not start.
+    # Another cluster of this machine may use the default ports: jobs would not start.
     setsid ray start --block --disable-usage-stats --node-ip-address=127.0.0.1 \
         --dashboard-agent-listen-port="$agent" --dashboard-agent-grpc-port="$grpc" \
         --runtime-env-agent-port="$runtime" --metrics-export-port="$metrics" \
@@ -68,7 +68,7 @@ start_node() { # NAME ARGUMENT ...: starts it in a process group of its own, and
         sleep 0.5
     done
     tail -n 20 "$folder/$name.log" >&2
-    fail "$name did not start; the whole log is $folder/$name.log"
+    fail "$name did not start; the complete log is $folder/$name.log"
 }
 
 add_node() { # KIND
@@ -79,13 +79,13 @@ add_node() { # KIND
         resources="{\"accelerator_type:$kind\": 1}"
         labels+=,ray.io/accelerator-type=$kind
     fi
-    # A folder of its own: nodes that share one unpack a job's files over those in use by another.
+    # Its own folder: nodes that share one would overwrite a job's files while another uses them.
     start_node "$name" --address="127.0.0.1:$gcs" --temp-dir="$temp/$number" --num-cpus="$cpus" \
         --resources="$resources" --labels="$labels"
     echo "$name: $kind, $cpus CPUs"
 }
 
-find_group() { # NAME: prints a node's process group, if it is still the one that was started
+find_group() { # NAME: prints a node's process group if it is still the one that was started
     local process began
     [[ -e $folder/$1.process ]] || fail "there is no $1 in $folder"
     {
@@ -95,7 +95,7 @@ find_group() { # NAME: prints a node's process group, if it is still the one tha
     if [[ -n $began && $(begins "$process") == "$began" ]]; then echo "$process"; fi
 }
 
-end_nodes() { # SIGNAL NAME ...: tells all of them, then waits for each
+end_nodes() { # SIGNAL NAME ...: signals all of them, then waits for each
     local signal=$1 name group groups=()
     shift
     for name in "$@"; do
@@ -121,11 +121,11 @@ start() {
     mkdir -p "$folder"
     chmod 700 "$folder"
     (umask 077 && python3 -c 'import secrets; print(secrets.token_hex(32), end="")' >"$folder/token")
-    temp=$(mktemp -d /tmp/rf.XXXXXX) # short: paths of sockets may have some 100 letters
+    temp=$(mktemp -d /tmp/rf.XXXXXX) # short: a socket's path has at most about 100 characters
     read -r gcs dashboard <<<"$(free_ports 2)"
     printf 'temp=%q\ngcs=%q\ndashboard=%q\n' "$temp" "$gcs" "$dashboard" >"$folder/head"
     set_environment
-    # As in the cloud: nothing but drivers runs on the head.
+    # As in the cloud files: only drivers run on the head.
     start_node head --head --port="$gcs" --temp-dir="$temp/head" --num-cpus=0 \
         --dashboard-host=127.0.0.1 --dashboard-port="$dashboard"
     echo "head: http://127.0.0.1:$dashboard, token in $folder/token"
@@ -142,7 +142,7 @@ stop() {
     end_nodes TERM "${names[@]}"
     rm -rf "${temp:?}"
     rm -f "$folder"/{head,token,head.log,node-*.log}
-    rmdir "$folder" 2>/dev/null || echo "$folder holds files of somebody else, and stays"
+    rmdir "$folder" 2>/dev/null || echo "$folder holds other files, so it is kept"
 }
 
 case ${1:-} in
