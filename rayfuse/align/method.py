@@ -59,7 +59,7 @@ class Method:
     """Map the source's vocabulary to the target's, in about a second; None with a `stored_map`."""
     stored_map: StoredMap | None = None
     map_matched: Callable[[Sequence[int], TextTokenizer, TextTokenizer], IdMap] | None = None
-    """Map these source ids, for a method whose `match` looks at the map; None if it does not. A
+    """Map these source ids, for a method with a `match` that uses the map; None if it does not. A
     report on a text needs the map of the text's own tokens alone."""
     keeps_true_token: bool = True
     """The token that really comes next always keeps an entry, with its chain probability."""

@@ -15,7 +15,7 @@ from rayfuse.storage.codec import (
 )
 
 SLICE_POSITIONS = 8_192
-"""Positions whose distributions are worked on at a time: few enough for a core's own cache."""
+"""Positions mapped or decoded at a time: few enough for a core's own cache."""
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class PlacedTokens:
 
     @property
     def can_match(self) -> Bool[np.ndarray, " tokens"]:
-        """Positions whose prediction is about the text, at a byte that is known."""
+        """Positions with a prediction of the text itself, at a byte that is known."""
         return self.has_next & (self.faults == Fault.NONE)
 
 

@@ -1,4 +1,4 @@
-"""What `rayfuse inspect` does: pairs of tokenizers or a recipe in, numbers and a picture out."""
+"""The command `rayfuse inspect`: pairs of tokenizers or a recipe in, a report and a page out."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from rayfuse.align.task import align_captured, plan_task
 from rayfuse.config.base import UserError
 from rayfuse.config.load import read_recipe
 from rayfuse.config.recipe import Recipe
-from rayfuse.inspect.html import build_picture
+from rayfuse.inspect.html import build_page
 from rayfuse.inspect.report import align_texts, report_pair
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
@@ -23,62 +23,62 @@ def mean(values: list[float]) -> float:
 
 漢字かな交じり文と、中文句子。 Zwölf Boxkämpfer jagen Viktor. Съешь ещё этих мягких булок.
 """
-"""What is tokenised where no text is given."""
+"""The text that is tokenized by default."""
 
 
 NOT_CAPTURED = "nothing captured yet"
 
 
 def inspect_pairs(
-    source: str, target: str | None, text: Path | None, picture: Path | None
+    source: str, target: str | None, text: Path | None, page: Path | None
 ) -> list[dict[str, Any]]:
-    """Return the numbers of each pair, and write the picture of the first.
+    """Report on each pair of tokenizers, and write the page of the first.
 
     Args:
         source: A tokenizer's folder or hub id, or a recipe file.
         target: A tokenizer; with a recipe the name of one of its sources, or nothing for all.
-        text: A file to tokenise; a sample without it.
-        picture: An HTML file to write.
+        text: A file to tokenize; a sample without it.
+        page: An HTML file to write.
 
     Raises:
-        UserError: A tokenizer cannot be loaded, the text cannot be read, the picture cannot be
+        UserError: A tokenizer cannot be loaded, the text cannot be read, the page cannot be
             written, or a pair cannot be aligned.
     """
-    if picture is not None:
-        _check_writable(picture)
+    if page is not None:
+        _check_writable(page)
     texts = _read_pieces(text)
     recipe = read_recipe(source) if is_recipe(source) else None
     method = recipe.align.method if recipe else "bytes"
     results: list[dict[str, Any]] = []
-    for name, ours, theirs in _list_pairs(source, target, recipe):
-        aligned = align_texts(texts, ours, theirs, method)
+    for name, source_tokenizer, target_tokenizer in _list_pairs(source, target, recipe):
+        aligned = align_texts(texts, source_tokenizer, target_tokenizer, method)
         report = report_pair(aligned)
         names = (name, recipe.target.model if recipe else str(target))
-        if picture is not None and not results:
-            picture.write_text(build_picture(aligned, report, names), encoding="utf-8")
+        if page is not None and not results:
+            page.write_text(build_page(aligned, report, names), encoding="utf-8")
         results.append({"source": names[0], "target": names[1]} | report.as_json())
     if recipe is not None:
-        masses = _measure_masses(recipe, [each["source"] for each in results])
-        results = [each | mass for each, mass in zip(results, masses, strict=True)]
+        masses = _measure_masses(recipe, [result["source"] for result in results])
+        results = [result | mass for result, mass in zip(results, masses, strict=True)]
     return results
 
 
 def is_recipe(source: str) -> bool:
-    """Return whether a recipe is to be inspected: a file; tokenizers are folders or hub ids."""
+    """Check that the argument is a recipe file; tokenizers are folders or hub ids."""
     return source.endswith((".yaml", ".yml")) or Path(source).is_file()
 
 
-def _check_writable(picture: Path) -> None:
-    is_new = not picture.exists()
+def _check_writable(page: Path) -> None:
+    is_new = not page.exists()
     try:
-        picture.open("ab").close()
+        page.open("ab").close()
     except OSError as error:
         raise UserError(
-            f"--html is {str(picture)!r}, which cannot be written ({error}); "
+            f"--html is {str(page)!r}, which cannot be written ({error}); "
             "give a file in a folder that exists"
         ) from error
     if is_new:
-        picture.unlink()
+        page.unlink()
 
 
 def _list_pairs(
@@ -88,14 +88,14 @@ def _list_pairs(
         if target is None:
             raise UserError(f"inspect {source}: give a second tokenizer to align it with")
         return [(source, load_tokenizer(source), load_tokenizer(target))]
-    names = [each.name for each in recipe.sources]
+    names = [known.name for known in recipe.sources]
     if target is not None and target not in names:
-        raise UserError(f"{target!r} is no source of {source}; sources: {', '.join(names)}")
-    theirs = load_recipe_tokenizer(recipe.target)
+        raise UserError(f"{target!r} is not a source of {source}; sources: {', '.join(names)}")
+    target_tokenizer = load_recipe_tokenizer(recipe.target)
     return [
-        (each.name, load_recipe_tokenizer(each), theirs)
-        for each in recipe.sources
-        if target in (None, each.name)
+        (chosen.name, load_recipe_tokenizer(chosen), target_tokenizer)
+        for chosen in recipe.sources
+        if target in (None, chosen.name)
     ]
 
 
@@ -103,17 +103,17 @@ def _read_pieces(path: Path | None) -> list[str]:
     if path is None:
         return [SAMPLE]
     try:
-        whole = path.read_bytes().decode()  # as it is: line ends are text too
+        content = path.read_bytes().decode()  # not read_text: that would change line ends
     except OSError as error:
         raise UserError(f"--text is {str(path)!r}, which cannot be read: {error}") from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f"--text is {str(path)!r}, which is no UTF-8 at byte {error.start}; save it as UTF-8"
+            f"--text is {str(path)!r}, which is not UTF-8 at byte {error.start}; save it as UTF-8"
         ) from error
-    if not whole:
+    if not content:
         raise UserError(f"--text is {str(path)!r}, which is empty; give a file with some text")
     pieces, size = [""], 0
-    for line in whole.splitlines(keepends=True):
+    for line in content.splitlines(keepends=True):
         if size > PIECE_CHARACTERS:
             pieces.append("")
             size = 0
@@ -123,9 +123,10 @@ def _read_pieces(path: Path | None) -> list[str]:
 
 
 def _measure_masses(recipe: Recipe, names: list[str]) -> list[dict[str, Any]]:
-    """Return how much of each source's captured probability mapping keeps, or why that is unknown.
+    """Measure how much of each source's captured probability mapping keeps.
 
-    All else is told from the tokenizers alone, so a recipe that cannot be run yet will do.
+    Where that is unknown, a note gives the reason: the rest of the report needs the tokenizers
+    alone, so it is printed for a recipe that cannot be run yet.
     """
     try:
         layout = plan_layout(recipe)
@@ -141,7 +142,7 @@ def _measure_mass(recipe: Recipe, layout: Layout, name: str) -> dict[str, Any]:
     if not _is_map_ready(layout, name):
         note = f"unknown: no map for align.method {recipe.align.method} yet; run `rayfuse align`"
         return {"captured_mass": None, "captured_note": note}
-    source = next(each for each in recipe.sources if each.name == name)
+    source = next(known for known in recipe.sources if known.name == name)
     shard = min(commits)
     _, stats = align_captured(plan_task(recipe, layout, source), shard)
     signals = max(stats["with_signal"], 1.0)
@@ -161,7 +162,7 @@ def _is_map_ready(layout: Layout, name: str) -> bool:
 
 
 def print_report(numbers: dict[str, Any]) -> None:
-    """Print one pair's numbers for people."""
+    """Print one pair's numbers as text."""
     print(f"{numbers['source']} → {numbers['target']}")
     print(f"  align.method           {numbers['method']:>12}")
     print(f"  target tokens          {numbers['target_tokens']:>12,}")

@@ -1,4 +1,4 @@
-"""Two tokenisations of one text above one another, as a self-contained HTML page."""
+"""Two tokenizations of one text above one another, as a self-contained HTML page."""
 
 import html
 import itertools
@@ -13,13 +13,13 @@ from rayfuse.align.token_spans import PlacedTokens, TokenBytes
 from rayfuse.inspect.report import AlignedTexts, PairReport, name_token
 
 CELL, ROW, GAP = 9.0, 26.0, 30.0
-"""Pixels: width of a character, height of a token, height between the two tokenisations."""
+"""Pixels: width of a character, height of a token, height between the two tokenizations."""
 
 LINE_CELLS = 100
-"""Characters in a line of the picture, about."""
+"""Characters in a line of the drawing, about."""
 
 MAX_BYTES = 6000
-"""Of the text, about, that is drawn: what a reader scrolls through."""
+"""Bytes of the text that are drawn, about: more is too long to scroll through."""
 
 SIGNS = {"\n": "⏎", "\t": "→", "\r": "␍", " ": "·"}
 
@@ -30,8 +30,8 @@ KINDS = {
     "several to several": "#8e5bb5",
     "no signal": "#b03030",
 }
-"""What lies between two shared boundaries, and its colour; `no signal`: the target's token there
-learns nothing all the same, as a tokenizer changed the text or the method does not accept it."""
+"""Colour by the tokens between two shared boundaries. `no signal`: a tokenizer changed the text, or
+the method does not accept the tokens."""
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 1010px; margin: 2em auto; }
@@ -60,28 +60,28 @@ class _Token:
 
 @dataclass(frozen=True)
 class _Drawing:
-    """One text in both tokenisations, and where its bytes are drawn."""
+    """One text in both tokenizations, and where its bytes are drawn."""
 
     data: bytes
-    """As much of the text, in UTF-8, as is drawn."""
+    """The part of the text that is drawn, in UTF-8."""
     cells: np.ndarray
     """Where each byte begins, in characters from the start of the text."""
     target: list[_Token]
     source: list[_Token]
     shared: list[int]
-    """Bytes where both sides have a boundary."""
+    """Bytes at which both sides have a boundary."""
     has_signal: np.ndarray
     """Of each target position of the shard."""
     is_one_to_one: np.ndarray
 
 
-def build_picture(aligned: AlignedTexts, report: PairReport, names: tuple[str, str]) -> str:
-    """Return the page: numbers, worst tokens, and the text in both tokenisations.
+def build_page(aligned: AlignedTexts, report: PairReport, names: tuple[str, str]) -> str:
+    """Build the page: numbers, worst tokens, and the text in both tokenizations.
 
     Args:
         aligned: Texts in both tokenizers' tokens.
         report: Its numbers.
-        names: What the source and the target are called.
+        names: Of the source and the target.
     """
     source_name, target_name = (html.escape(name) for name in names)
     keys = "".join(
@@ -95,15 +95,15 @@ def build_picture(aligned: AlignedTexts, report: PairReport, names: tuple[str, s
 <html lang="en"><head><meta charset="utf-8"><title>{source_name} → {target_name}</title>
 <style>{STYLE}</style></head><body>
 <h1>How two tokenizers align</h1>
-<p>Above, in each line, the <b>target</b>'s tokens ({target_name}); below, the
-<b>source</b>'s ({source_name}). Between them, from one shared boundary to the next, what lies there
-on both sides:{keys}. A target position learns from the source where its token begins at a shared
-boundary, the dark line, and the method <b>{report.method}</b> accepts it. What spells nothing of
-the text (EOS, a blank put before it) is counted but not drawn.</p>
+<p>Each line shows the <b>target</b>'s tokens ({target_name}) above the <b>source</b>'s
+({source_name}). Dark lines are token boundaries that both share; colours show how the tokens
+between two of them match:{keys}. A target position learns from the source if its next token begins
+at a shared boundary and the method <b>{report.method}</b> accepts it. Tokens without text of their
+own (EOS, a prefix space) are counted but not drawn.</p>
 {_table_of_numbers(report)}
 <h2>The text{part}</h2>
 {drawn}
-<h2>Target tokens that most often learn nothing</h2>
+<h2>Target tokens that most often have no signal</h2>
 {_table_of_worst(report)}
 </body></html>
 """
@@ -134,7 +134,8 @@ def _table_of_worst(report: PairReport) -> str:
         for worst in report.worst_tokens
     )
     head = (
-        '<th>token</th><th class="number">without</th><th class="number">occurs</th><th>kind</th>'
+        '<th>token</th><th class="number">without signal</th>'
+        '<th class="number">occurrences</th><th>kind</th>'
     )
     return f"<table><tr>{head}</tr>{rows}</table>"
 
@@ -169,7 +170,7 @@ def _draw_text(aligned: AlignedTexts, text: str, start: int, num_bytes: int) -> 
 
 
 def _plan_drawing(aligned: AlignedTexts, data: bytes, start: int, num_bytes: int) -> _Drawing:
-    """Return what is drawn of a text: up to the shared boundary of characters after some bytes."""
+    """Plan the drawing of a text, up to a shared boundary of characters after some bytes."""
     ends = [np.unique(side.ends) - start for side in (aligned.source, aligned.target)]
     shared = np.union1d(np.intersect1d(*ends, assume_unique=True), [0, len(data)])
     stop = len(data)
@@ -193,7 +194,7 @@ def _plan_drawing(aligned: AlignedTexts, data: bytes, start: int, num_bytes: int
 
 
 def _find_line_end(drawing: _Drawing, begin: int) -> int:
-    """Return the next line end among the shared boundaries, else the last that fits.
+    """Find the next line end among the shared boundaries, else the last boundary that fits.
 
     Empty lines are drawn at the end of the line before them.
     """
@@ -209,11 +210,11 @@ def _find_line_end(drawing: _Drawing, begin: int) -> int:
 
 
 def _cell_of_bytes(text: str) -> np.ndarray:
-    """Return where each byte of a text is drawn, in characters; wide characters count twice."""
+    """Place each byte of a text, in characters from its start; wide characters count twice."""
     cells = [0.0]
     for char in text:
         num_bytes = len(char.encode())
-        # One that stands on the character before it still needs room, as a token of its own may.
+        # A combining character may be a token of its own, so it gets a cell as well.
         width = 2.0 if unicodedata.east_asian_width(char) in "WF" else 1.0
         at = cells[-1]
         cells += [at + width * (byte + 1) / num_bytes for byte in range(num_bytes)]
@@ -236,7 +237,7 @@ def _list_tokens(
 
 
 def _list_within(tokens: list[_Token], low: int, high: int) -> list[_Token]:
-    """Return the tokens that begin from one byte to before another."""
+    """List the tokens that begin from one byte to before another."""
     first, stop = (bisect_left(tokens, byte, key=lambda token: token.start) for byte in (low, high))
     return tokens[first:stop]
 
@@ -267,8 +268,8 @@ def _draw_line(drawing: _Drawing, begin: int, end: int) -> str:
 
 
 def _kind_of(drawing: _Drawing, above: list[_Token], below: list[_Token]) -> str:
-    """Return what lies between two shared boundaries, as the numbers count its first position."""
-    position = above[0].at - 1 if above else -1  # -1 is the last of all, which says nothing
+    """Choose the kind of the tokens between two shared boundaries, by their first position."""
+    position = above[0].at - 1 if above else -1  # -1 is the last position, which has no signal
     if not drawing.has_signal[position]:
         return "no signal"
     if drawing.is_one_to_one[position]:
@@ -286,7 +287,7 @@ def _draw_token(drawing: _Drawing, left: float, token: _Token, y: float, colour:
     try:
         covered = drawing.data[token.start : token.stop].decode()
     except UnicodeDecodeError:
-        covered = "▪"  # a part of a character
+        covered = "▪"  # part of a character
     places = [(cells[token.start] - left) * CELL + 1.0]
     for char in covered[:-1]:
         wide = unicodedata.east_asian_width(char) in "WF"

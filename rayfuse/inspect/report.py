@@ -1,4 +1,4 @@
-"""How two tokenizers align on a text: what is shared, what is lost, and which tokens are worst."""
+"""How two tokenizers align on a text: shares, losses, and the tokens that align worst."""
 
 import re
 import time
@@ -26,10 +26,10 @@ FLAGS = {
     "newlines": re.compile(r"[\n\r]"),
     "digits": re.compile(r"\d"),
     "CJK": re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]"),
-    "blanks": re.compile(r"^\s+$|\s\s"),
+    "whitespace": re.compile(r"^\s+$|\s\s"),
     "code": re.compile(r"[{}()\[\]<>=;_/\\|*#&$@^~`]"),
 }
-"""What a token is called after, by what it spells; the first that fits."""
+"""Kinds of token that often align badly, by their text; the first that fits is reported."""
 
 PROBES = ("Hello world", "12 + 30 = 42", "Zwölf Boxkämpfer", "漢字かな", "a\n\n  b")
 """Texts on one of which two tokenizers must share a boundary, to be aligned at all."""
@@ -37,7 +37,7 @@ PROBES = ("Hello world", "12 + 30 = 42", "Zwölf Boxkämpfer", "漢字かな", "
 
 @dataclass(frozen=True)
 class WorstToken:
-    """A target token that often learns nothing."""
+    """A target token that often has no signal."""
 
     token: str
     without_signal: int
@@ -58,11 +58,11 @@ class PairReport:
     share_one_to_one: float
     """Of target positions: the next token is exactly one source token."""
     unplaced: dict[str, int]
-    """Target positions lost for other reasons than `no_shared_boundary`, by the reason."""
+    """Target positions without a signal for other reasons than `no_shared_boundary`, by reason."""
     no_shared_boundary: int
     """Target positions that start inside a source token."""
     tokens_per_second: float
-    """Target tokens placed and matched, on one core; tokenising is not counted."""
+    """Target tokens placed and matched, on one core; time for tokenizing is not counted."""
     worst_tokens: tuple[WorstToken, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def check_pair(source: TextTokenizer, target: TextTokenizer) -> None:
 
 
 def report_pair(aligned: AlignedTexts) -> PairReport:
-    """Return the numbers of an alignment."""
+    """Summarize an alignment of texts."""
     matches, target = aligned.matches, aligned.target
     positions = int(target.has_next.sum())
     one_to_one = keep_one_to_one(matches, aligned.source, target)
@@ -169,7 +169,7 @@ def report_pair(aligned: AlignedTexts) -> PairReport:
 
 
 def _find_worst(aligned: AlignedTexts) -> tuple[WorstToken, ...]:
-    """Return the target tokens that most often have no signal, the most frequent first."""
+    """Find the target tokens that most often have no signal, the most frequent first."""
     target = aligned.target
     at = np.flatnonzero(target.has_next)
     next_ids = target.ids[at + 1]
@@ -187,20 +187,20 @@ def _find_worst(aligned: AlignedTexts) -> tuple[WorstToken, ...]:
 
 
 def name_token(vocabulary: TokenBytes, token_id: int) -> str:
-    """Return what a token spells, or its bytes in hexadecimal where it is no whole character."""
-    spelled = vocabulary.spell(token_id)
-    if not spelled:
+    """Show a token as text, or its bytes in hexadecimal where they are not complete characters."""
+    token = vocabulary.spell(token_id)
+    if not token:
         return "EOS" if token_id == vocabulary.eos_id else f"[{token_id}]"
     try:
-        return spelled.decode()
+        return token.decode()
     except UnicodeDecodeError:
-        return "".join(f"<{byte:02X}>" for byte in spelled)
+        return "".join(f"<{byte:02X}>" for byte in token)
 
 
-def flag_token(spelled: bytes) -> str:
-    """Return the kind of a token, by what it spells, that is known for trouble, or nothing."""
+def flag_token(token: bytes) -> str:
+    """Find the kind in `FLAGS` that a token belongs to; empty if none."""
     try:
-        text = spelled.decode()
+        text = token.decode()
     except UnicodeDecodeError:
         return "part of a character"
     return next((name for name, pattern in FLAGS.items() if pattern.search(text)), "")

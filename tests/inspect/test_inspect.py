@@ -19,7 +19,7 @@ from rayfuse.align.shard import align_shard
 from rayfuse.align.vocab_map import build_maps, map_vocabulary
 from rayfuse.config.load import read_recipe
 from rayfuse.inspect.command import _read_pieces, inspect_pairs, print_report
-from rayfuse.inspect.html import KINDS, build_picture
+from rayfuse.inspect.html import KINDS, build_page
 from rayfuse.inspect.report import align_texts, check_pair, flag_token, report_pair
 from rayfuse.models.tokenizer import build_tokenizer, load_tokenizer
 from rayfuse.run.layout import plan_layout
@@ -64,7 +64,7 @@ def test_a_tokenizer_with_itself_has_nothing_lost():
     [
         ("12", "digits"),
         ("\n\n", "newlines"),
-        ("   ", "blanks"),
+        ("   ", "whitespace"),
         ("漢", "CJK"),
         ("({", "code"),
         ("a", ""),
@@ -146,7 +146,7 @@ def test_a_text_is_read_byte_by_byte(tmp_path):
     path.write_bytes(b"one\r\ntwo\rthree\n")
     assert _read_pieces(path) == ["one\r\ntwo\rthree\n"]
     path.write_bytes(b"12345\xff6")
-    with pytest.raises(ValueError, match=r"text.txt', which is no UTF-8 at byte 5; save it as"):
+    with pytest.raises(ValueError, match=r"text.txt', which is not UTF-8 at byte 5; save it as"):
         _read_pieces(path)
 
 
@@ -229,7 +229,7 @@ def test_what_is_drawn_is_what_is_counted(ours, theirs, method):
     source, target = PICTURE_TOKENIZERS[ours], PICTURE_TOKENIZERS[theirs]
     texts = ["The CAT sat.\n", "a b\n\n", "cats e\u0301 12", "Zwölf 漢字\n"]
     aligned = align_texts(texts, source, target, method)
-    bands = list_bands(build_picture(aligned, report_pair(aligned), ("s", "t")))
+    bands = list_bands(build_page(aligned, report_pair(aligned), ("s", "t")))
     one_to_one = keep_one_to_one(aligned.matches, aligned.source, aligned.target)
 
     def count_drawn(matches: Matches) -> int:
@@ -247,7 +247,7 @@ def test_the_time_of_a_picture_does_not_grow_with_a_line_of_which_little_is_draw
         aligned = align_texts([text], SOURCE, TARGET)
         report = report_pair(aligned)
         began = time.process_time()
-        page = build_picture(aligned, report, ("s", "t"))
+        page = build_page(aligned, report, ("s", "t"))
         seconds.append(time.process_time() - began)
         assert 0 < len(page) < 3_000_000
     assert seconds[1] < 3 * seconds[0]  # 20 times as much text
@@ -256,7 +256,7 @@ def test_the_time_of_a_picture_does_not_grow_with_a_line_of_which_little_is_draw
 def test_the_picture_shows_every_token_of_both_sides_once():
     text = ENGLISH + PYTHON + CHINESE
     aligned = align_texts([text], SOURCE, TARGET)
-    page = build_picture(aligned, report_pair(aligned), ("source", "target"))
+    page = build_page(aligned, report_pair(aligned), ("source", "target"))
     assert "http" not in page.replace("http://www.w3.org", "")
     shown = len(re.findall("<g><title>", page))
     placed = [side.ends[side.ends > 0] for side in (aligned.source, aligned.target)]
@@ -265,11 +265,11 @@ def test_the_picture_shows_every_token_of_both_sides_once():
 
 def test_empty_lines_take_no_line_of_the_picture_and_what_is_left_out_is_said():
     aligned = align_texts(["The cat\n\n\nsat\n"], SOURCE, TARGET)
-    page = build_picture(aligned, report_pair(aligned), ("s", "t"))
+    page = build_page(aligned, report_pair(aligned), ("s", "t"))
     assert page.count("<svg") == 2
     assert "<h2>The text</h2>" in page
     aligned = align_texts(["The cat sat.\n" * 1000], SOURCE, TARGET)
-    page = build_picture(aligned, report_pair(aligned), ("s", "t"))
+    page = build_page(aligned, report_pair(aligned), ("s", "t"))
     assert "<h2>The text: about 6,000 of its 13,000 bytes</h2>" in page
 
 
@@ -281,7 +281,7 @@ def test_a_browser_draws_the_picture(text, tmp_path, shared_data):
     aligned = align_texts([text * 8], source, target)
     page, shot = tmp_path / "page.html", tmp_path / "page.png"
     names = ("gpt-neox-20b", "phi-3-mini")
-    page.write_text(build_picture(aligned, report_pair(aligned), names), encoding="utf-8")
+    page.write_text(build_page(aligned, report_pair(aligned), names), encoding="utf-8")
     subprocess.run(
         [
             *(str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
