@@ -234,6 +234,18 @@ def verify(
 
 
 @app.command()
+def migrate(
+    storage: Annotated[str, typer.Argument(help="A run's storage: a folder or a URI.")],
+    as_json: AsJson = False,
+) -> None:
+    """Migrate a storage of an earlier version of rayfuse; run it again to resume. Needs no GPU."""
+    with command_output(as_json) as output:
+        from rayfuse.status import migrate_storage
+
+        output.values |= migrate_storage(storage, output.console)
+
+
+@app.command()
 def inspect(
     source: Annotated[str, typer.Argument(help="A tokenizer (folder or hub id), or a recipe.")],
     target: Annotated[

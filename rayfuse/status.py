@@ -1,4 +1,4 @@
-"""`rayfuse status` and `rayfuse verify`: the progress of a run, and the integrity of its data."""
+"""`rayfuse status`, `verify`, `migrate`: progress of a run, integrity and version of its data."""
 
 import time
 from dataclasses import dataclass
@@ -14,7 +14,10 @@ from rayfuse.pipeline import STAGES, is_stage_done, run_recipe
 from rayfuse.run.layout import Layout, plan_layout
 from rayfuse.runtime.console import ProgressBars
 from rayfuse.runtime.progress import Progress, ProgressEvent
+from rayfuse.schema import SCHEMA_VERSION
 from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.migrate import count_migrated, migrate_store
+from rayfuse.storage.store import open_store
 from rayfuse.storage.verify import (
     Status,
     Verified,
@@ -42,7 +45,7 @@ def show_status(path: Path, overrides: list[str] | None, console: Console) -> di
 def verify_recipe(
     path: Path, overrides: list[str] | None, console: Console, *, repair: bool
 ) -> dict[str, Any]:
-    """Check every shard of a recipe's run, repair it if wanted, and return what was found.
+    """Check every shard of a recipe's run, repair it if wanted, and return the results.
 
     Raises:
         UserError: The recipe cannot be used, or the store has another schema version.
@@ -57,6 +60,27 @@ def verify_recipe(
         if stages:
             run_recipe(path, overrides, tuple(stages), console)
     return {"data_sets": list_numbers(found), "repaired": repair}
+
+
+def migrate_storage(uri: str, console: Console) -> dict[str, Any]:
+    """Migrate a store to the current schema version, print what was written, and return counts.
+
+    Raises:
+        UserError: There is nothing to migrate, or a version that cannot be migrated.
+        ShardError: A run record is corrupt.
+    """
+    store = open_store(uri)
+    with ProgressBars(console) as bars:
+        migration = migrate_store(store, bars)
+    for text in migration.corrupt:
+        console.print(f"left as it is: {text}", highlight=False, style="red")
+    console.print(
+        f"{store.root} has schema version {SCHEMA_VERSION}: {migration.data_sets} data sets with "
+        f"{migration.shards} shards migrated, {migration.files} other files, "
+        f"{len(migration.corrupt)} corrupt",
+        highlight=False,
+    )
+    return count_migrated(migration)
 
 
 @dataclass(frozen=True)

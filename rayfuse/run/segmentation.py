@@ -6,6 +6,7 @@ therefore written down, and recipes over the same documents keep to it.
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from rayfuse.config.models import ModelSettings
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.run.fingerprint import fingerprint_of
 from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.manifest import ShardError, decode_run
 from rayfuse.storage.store import Store
 
 
@@ -80,6 +82,8 @@ def plan_segmentation(
     if recut or store.sizes(data.folder, "run.json"):
         return data, own
     kept = _read_kept(store, record_file)
+    if kept is None:
+        _check_versions(store)
     if kept is None or kept.fingerprint == own.fingerprint:
         return data, own
     return _place(store, name, kept.fingerprint, target), kept
@@ -107,6 +111,21 @@ def _cut_for(
         tokenizers=tuple(tokenizers),
         is_reused=False,
     )
+
+
+def _check_versions(store: Store) -> None:
+    """Check that no corpus has another schema version.
+
+    Its segmentation would lie under another name, so that the documents would be cut again.
+
+    Raises:
+        UserError: A corpus has another version; the message names the migration.
+    """
+    for folder in store.folders("corpus"):
+        # A corrupt record is no reason to refuse: it may belong to another recipe's corpus.
+        with suppress(FileNotFoundError, ShardError):
+            path = f"corpus/{folder}/run.json"
+            decode_run(store.read(path), f"{store.root}/{path}", store.root)
 
 
 def _place(store: Store, name: str, rows: str, target: str) -> DataSet:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["corpus", "capture", "align", "train", "evaluate", "verify", "demo"]
+Stage = Literal["corpus", "capture", "align", "train", "evaluate", "verify", "migrate", "demo"]
 
 CorpusPart = Literal["rows", "held-out"]
 """The parts of the corpus stage, in order: rows to train on, then rows to evaluate on."""

@@ -154,6 +154,10 @@ class DataSet:
         self.store.remove(f"{self.folder}/{commit.file}")
         return self.read_commit(shard)
 
+    def replace_commit(self, commit: Commit) -> None:
+        """Replace a shard's commit record; only for a migration, when no worker writes shards."""
+        self.store.write(self._commit_name(commit.shard), encode_json(asdict(commit)))
+
     def read_shard(self, commit: Commit, columns: list[str] | None = None) -> pa.Table:
         """Read a committed shard and check it against its record's sha256.
 
@@ -349,8 +353,8 @@ class DataSet:
             raise ShardError(f"{self.folder}: {len(missing)} shards missing, first {missing[0]}")
         self.write_manifest([commits[shard] for shard in range(num_shards)], self.read_run())
 
-    def write_manifest(self, commits: Sequence[Commit], run: dict[str, Any]) -> None:
-        """Write the records of all shards, and then the manifest.
+    def write_manifest(self, commits: Sequence[Commit], run: dict[str, Any]) -> Manifest:
+        """Write the records of all shards, and then the manifest, which is returned.
 
         Args:
             commits: The commit records, sorted by shard.
@@ -360,6 +364,7 @@ class DataSet:
         manifest = build_manifest(commits, records)
         self.store.write(f"{self.folder}/{manifest.records}", records)
         self.store.write(f"{self.folder}/manifest.json", encode_json(run | asdict(manifest)))
+        return manifest
 
     def is_complete(self) -> bool:
         """Check that every shard is committed and its file exists, with its committed size.

@@ -21,7 +21,7 @@ class ShardError(RuntimeError):
 
 @dataclass(frozen=True)
 class Commit:
-    """The record whose existence makes a shard part of its data set."""
+    """The record that makes a shard part of its data set."""
 
     shard: int
     file: str

@@ -106,6 +106,15 @@ class ObjectStore:
         }
 
     @retry_transient
+    def folders(self, folder: str) -> list[str]:
+        try:
+            entries = self._fs.ls(self._path(folder), detail=True, refresh=True)
+        except FileNotFoundError:
+            return []
+        names = (entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory")
+        return sorted(posixpath.basename(name) for name in names)
+
+    @retry_transient
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(name))

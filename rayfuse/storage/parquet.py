@@ -12,11 +12,13 @@ from rayfuse.schema import SCHEMA_VERSION
 DICTIONARY_COLUMNS = ("top_logprobs",)
 
 
-def encode_table(table: pa.Table, fingerprint: str, shard: int) -> bytes:
+def encode_table(
+    table: pa.Table, fingerprint: str, shard: int, *, version: int = SCHEMA_VERSION
+) -> bytes:
     """Encode a table as Parquet: byte planes for lists of numbers, zstd, page checksums."""
     table = table.replace_schema_metadata(
         {
-            "rayfuse.schema_version": str(SCHEMA_VERSION),
+            "rayfuse.schema_version": str(version),
             "rayfuse.fingerprint": fingerprint,
             "rayfuse.shard": str(shard),
         }

@@ -15,7 +15,7 @@ FIRST_BACKOFF_SECONDS = 0.1
 MAX_BACKOFF_SECONDS = 20.0
 
 CLIENT_PACKAGES = ("aiohttp", "botocore", "urllib3")
-"""Packages below fsspec whose errors come from the network or the store."""
+"""Packages below fsspec. Their errors come from the network or the store."""
 
 FINAL_ERRORS = (
     *("FileNotFoundError", "FileExistsError", "PermissionError", "IsADirectoryError"),
@@ -48,7 +48,7 @@ class StorageUnavailableError(OSError):
 @runtime_checkable
 @runtime_checkable
 class Connection(Protocol):
-    """A store whose requests are retried."""
+    """A store that retries its requests."""
 
     @property
     def root(self) -> str:

@@ -88,6 +88,10 @@ class Store(Protocol):
         """
         ...
 
+    def folders(self, folder: str) -> list[str]:
+        """List the folders directly in a folder, sorted; one that does not exist has none."""
+        ...
+
     def remove(self, name: str) -> None:
         """Delete a file; a missing one is no error."""
         ...
@@ -148,6 +152,12 @@ class LocalStore:
             and entry.is_file()
             and not entry.name.startswith(TEMPORARY_PREFIX)
         }
+
+    def folders(self, folder: str) -> list[str]:
+        try:
+            return sorted(e.name for e in os.scandir(self._path(folder)) if e.is_dir())
+        except FileNotFoundError:
+            return []
 
     def remove(self, name: str) -> None:
         self._path(name).unlink(missing_ok=True)
