@@ -67,8 +67,8 @@ def add_adapters(model: nn.Module, settings: LoraSettings) -> nn.Module:
     """Add low-rank adapters (LoRA, arXiv 2106.09685); only they are trained.
 
     Raises:
-        UserError: peft is not installed.
-        ValueError: The model has no layers of the names in `train.lora.modules`.
+        UserError: peft is not installed, or the model has no layers of the names in
+            `train.lora.modules`.
     """
     try:
         from peft import LoraConfig, get_peft_model  # optional: rayfuse[lora]
@@ -82,4 +82,7 @@ def add_adapters(model: nn.Module, settings: LoraSettings) -> nn.Module:
         target_modules=modules if isinstance(modules, str) else list(modules),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    try:
+        return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        raise UserError(f"train.lora.modules is {modules!r}: {error}") from error

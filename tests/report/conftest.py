@@ -92,7 +92,7 @@ def make_curve(seed: int, loss: float) -> Curve:
 
 @pytest.fixture(scope="session")
 def findings() -> Findings:
-    """Return findings in which fused beats all but the source `big`."""
+    """Make findings in which fused is better than all but the source `big`."""
     evaluations = {name: make_evaluation(name, cost) for name, cost in COSTS.items()}
     fused = evaluations["fused"]
     wins = {
@@ -133,7 +133,7 @@ def findings() -> Findings:
 
 @pytest.fixture(scope="session")
 def winning(findings: Findings) -> Findings:
-    """Return the findings without the source that fused does not beat."""
+    """Make findings without the source that is better than fused."""
     evaluations = {name: each for name, each in findings.evaluations.items() if name != "big"}
     differences = {name: each for name, each in findings.differences.items() if name != "big"}
     return replace(findings, evaluations=evaluations, differences=differences)

@@ -1,4 +1,4 @@
-"""What the report tells is what lies in the store."""
+"""The report shows the results that are in the store."""
 
 from dataclasses import replace
 

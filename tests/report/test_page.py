@@ -1,4 +1,4 @@
-"""The page and the model card: whole in themselves, and safe to open."""
+"""The page and the model card are self-contained, and safe to open."""
 
 import re
 

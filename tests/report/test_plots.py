@@ -1,4 +1,4 @@
-"""Pictures are drawn for whatever a run holds, and say what was done to the numbers."""
+"""Plots are drawn for any results of a run, and are labelled with how they were made."""
 
 import struct
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The report is written whole, and is current until a result changes."""
+"""The report is written completely, and is current until a result changes."""
 
 import json
 from dataclasses import replace

@@ -84,7 +84,7 @@ def test_what_cannot_be_merged_is_told_with_the_reason(findings: Findings):
     sentences = judge(replace(findings, merge=merged)).sentences
     assert any(each.startswith("The merged weights leave sources out (big:") for each in sentences)
     silent = judge(replace(findings, merge=Merge())).sentences
-    assert not any("averaged" in each or "merged" in each for each in silent[-2:])
+    assert not any("averaged" in sentence or "merged" in sentence for sentence in silent[-2:])
 
 
 def test_at_tasks_better_goes_by_each_metric(findings: Findings):

@@ -1,4 +1,4 @@
-"""A corpus and what sources say of it, made up, as data sets on a disk."""
+"""A random corpus and aligned sources as data sets on a local disk."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,13 +65,13 @@ def _make_aligned(shard: int, lengths: Sequence[int], random: np.random.Generato
         codes = encode_probs(probs[:, :ENTRIES]).tolist()
         return np.concatenate(ids).tolist(), codes, np.log(probs[:, ENTRIES]).tolist()
 
-    told = [heads(length) for length in lengths]
+    heads_of_rows = [heads(length) for length in lengths]
     columns = {
         "row_id": [f"d{shard}-{row}#0" for row in range(len(lengths))],
         "has_signal": [(random.random(length) < 0.7).tolist() for length in lengths],
-        "top_ids": [ids for ids, _, _ in told],
-        "top_logprobs": [codes for _, codes, _ in told],
-        "tail_logprobs": [tails for _, _, tails in told],
+        "top_ids": [ids for ids, _, _ in heads_of_rows],
+        "top_logprobs": [codes for _, codes, _ in heads_of_rows],
+        "tail_logprobs": [tails for _, _, tails in heads_of_rows],
         "nats_per_byte": [random.random(length).tolist() for length in lengths],
         "nats": [2.0 * length * random.random() for length in lengths],
         "num_tokens": list(lengths),

@@ -28,7 +28,7 @@ def test_every_row_is_in_one_sequence_and_none_is_too_long(lengths, capacity):
     assert sorted(row for sequence in sequences for row in sequence) == list(range(len(lengths)))
     for sequence in sequences:
         assert sum(lengths[row] for row in sequence) <= capacity or len(sequence) == 1
-    half_full = sum(2 * sum(lengths[row] for row in each) <= capacity for each in sequences)
+    half_full = sum(2 * sum(lengths[row] for row in sequence) <= capacity for sequence in sequences)
     assert half_full <= 1  # else two of them would have become one
 
 
@@ -46,7 +46,7 @@ def random_rows(num_rows: int, seed: int = 0) -> FusedRows:
 
 @pytest.mark.parametrize("is_packed", [True, False])
 @pytest.mark.parametrize("sequences", [1, 3])
-def test_micro_batches_hold_each_position_once_with_what_it_is_to_learn(is_packed, sequences):
+def test_micro_batches_hold_each_position_once_with_its_targets(is_packed, sequences):
     rows = random_rows(17)
     batches = build_micro_batches(rows, Packing(32, sequences, is_packed))
     found = []

@@ -60,14 +60,14 @@ def test_two_attempts_at_one_step_are_not_mixed(checkpoints):
     assert not checkpoints.list_complete()
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_a_corrupt_file_is_found_before_anything_is_loaded(damage, checkpoints, tmp_path):
+@pytest.mark.parametrize("fault", ["flip", "cut", "remove"])
+def test_a_corrupt_file_is_found_before_anything_is_loaded(fault, checkpoints, tmp_path):
     name = save(checkpoints, 5)
     path = tmp_path / "train/fused-x/checkpoints" / name / "ds/part_1.pt"
-    if damage == "remove":
+    if fault == "remove":
         path.unlink()
     else:
-        path.write_bytes(b"1 of 6" if damage == "flip" else b"1 of")
+        path.write_bytes(b"1 of 6" if fault == "flip" else b"1 of")
     (records,) = checkpoints.list_complete().values()
     assert not checkpoints.download(records, tmp_path / "back")
 

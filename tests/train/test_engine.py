@@ -87,25 +87,25 @@ def test_every_setting_of_adamw_and_its_schedule_reaches_the_engine(process_grou
     assert rates == pytest.approx([1.5e-3, 3e-3, *falling])
 
 
-def test_lambda_and_temperature_go_their_way(process_group):
+def test_lambda_and_temperature_follow_their_ramps(process_group):
     settings = TrainSettings.model_validate(
         {"lambda": {"start": 0.9, "end": 0.1}, "temperature": {"start": 1, "end": 3}}
     )
     seen = train(start_engine(settings), settings, 5)
-    assert [each.clm_weight for each in seen] == pytest.approx([0.9, 0.7, 0.5, 0.3, 0.1])
-    assert [each.temperature for each in seen] == pytest.approx([1, 1.5, 2, 2.5, 3])
-    for each in seen:
-        assert set(each.source_losses) == {"a", "b"}
-        assert each.tokens_per_second > 0
-        assert each.flops_per_second > 0
-        assert each.gradient_norm > 0
+    assert [metrics.clm_weight for metrics in seen] == pytest.approx([0.9, 0.7, 0.5, 0.3, 0.1])
+    assert [metrics.temperature for metrics in seen] == pytest.approx([1, 1.5, 2, 2.5, 3])
+    for metrics in seen:
+        assert set(metrics.source_losses) == {"a", "b"}
+        assert metrics.tokens_per_second > 0
+        assert metrics.flops_per_second > 0
+        assert metrics.gradient_norm > 0
 
 
 @of_zero_3
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
-@pytest.mark.parametrize("damage", ["loss", "gradient"])
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
 def test_fault_20_a_step_that_is_not_finite_is_skipped_and_counted(
-    damage, zero_stage, process_group
+    fault, zero_stage, process_group
 ):
     settings = TrainSettings(learning_rate=1e-2, zero_stage=zero_stage)
     engine = start_engine(settings)
@@ -114,25 +114,27 @@ def test_fault_20_a_step_that_is_not_finite_is_skipped_and_counted(
     embedding = engine.module.lm[0].model.get_input_embeddings()
     forward = embedding.forward
 
-    def forward_damaged_in_step_3(*args: Any) -> torch.Tensor:
+    def forward_with_a_fault_in_step_3(*args: Any) -> torch.Tensor:
         weights[len(seen)] = engine.module.head_loss.weight.detach().clone()
         hidden = forward(*args)
-        if len(seen) == 2 and damage == "loss":
+        if len(seen) == 2 and fault == "loss":
             return hidden * float("inf")
         if len(seen) == 2:
             hidden.register_hook(lambda gradient: gradient * float("nan"))
         return hidden
 
-    embedding.forward = forward_damaged_in_step_3
+    embedding.forward = forward_with_a_fault_in_step_3
     train(engine, settings, 5, seen)
     assert [metrics.is_skipped for metrics in seen] == [False, False, True, False, False]
-    assert (seen[2].loss is None) == (damage == "loss")
+    assert (seen[2].loss is None) == (fault == "loss")
     assert seen[2].gradient_norm is None
     assert all(metrics.loss is not None for metrics in seen[3:])
     changed = [not torch.equal(weights[step], weights[step + 1]) for step in range(4)]
     assert changed == [True, True, False, True]
     again = train(start_engine(settings), settings, 5)
-    assert [each.learning_rate for each in seen] == [each.learning_rate for each in again]
+    assert [metrics.learning_rate for metrics in seen] == [
+        metrics.learning_rate for metrics in again
+    ]
 
 
 def test_fault_20_several_such_steps_in_a_row_stop_the_run_with_the_weights_untouched(
@@ -150,7 +152,7 @@ def test_fault_20_several_such_steps_in_a_row_stop_the_run_with_the_weights_unto
 
 @of_zero_3
 @pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"zero_stage": 3}])
-def test_a_target_with_adapters_trains_them_alone_and_is_exported_whole(
+def test_a_target_with_adapters_trains_them_alone_and_is_exported_merged(
     changes, process_group, tmp_path
 ):
     pytest.importorskip("peft")
@@ -198,7 +200,7 @@ def test_training_with_offload_and_gradient_checkpointing_gives_the_same_losses(
     runs = []
     for changes in ({}, {"offload": True}, {"gradient_checkpointing": True}):
         settings = TrainSettings(learning_rate=1e-2, **changes)
-        runs.append([each.loss for each in train(start_engine(settings), settings, 4)])
+        runs.append([metrics.loss for metrics in train(start_engine(settings), settings, 4)])
     assert runs[1] == pytest.approx(runs[0], rel=1e-5)
     assert runs[2] == pytest.approx(runs[0], rel=1e-5)
 
@@ -207,20 +209,20 @@ def test_training_with_offload_and_gradient_checkpointing_gives_the_same_losses(
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_in_bfloat16_every_zero_stage_learns_what_float32_does(zero_stage, process_group):
     settings = TrainSettings(learning_rate=1e-2, zero_stage=zero_stage)
-    exact = [each.loss for each in train(start_engine(settings), settings, 4)]
+    exact = [metrics.loss for metrics in train(start_engine(settings), settings, 4)]
     engine = start_engine(settings, dtype=torch.bfloat16)
     rough = train(engine, settings, 4)
     assert engine.module.head_loss.weight.dtype == torch.bfloat16
-    assert [each.loss for each in rough] == pytest.approx(exact, rel=0.01)
-    assert all(each.gradient_norm > 0 for each in rough)
+    assert [metrics.loss for metrics in rough] == pytest.approx(exact, rel=0.01)
+    assert all(metrics.gradient_norm > 0 for metrics in rough)
 
 
 def test_chance_in_a_step_is_its_own_so_that_a_run_goes_on_to_the_bit(process_group, tmp_path):
     settings = TrainSettings(learning_rate=1e-2, clm_weight=0.5)  # of any number of steps
     dropout = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}
-    whole = train(start_engine(settings, "gpt2", **dropout), settings, 4)
+    uninterrupted = train(start_engine(settings, "gpt2", **dropout), settings, 4)
     other = train(start_engine(settings, "gpt2", **dropout), settings, 1, seed=1)
-    assert other[0].loss != whole[0].loss
+    assert other[0].loss != uninterrupted[0].loss
     engine = start_engine(settings, "gpt2", **dropout)
     train(engine, settings, 2)
     engine.save_checkpoint(str(tmp_path), tag="ds", save_latest=False)
@@ -228,7 +230,7 @@ def test_chance_in_a_step_is_its_own_so_that_a_run_goes_on_to_the_bit(process_gr
     engine = start_engine(settings, "gpt2", **dropout)
     engine.load_checkpoint(str(tmp_path), tag="ds")
     rest = train(engine, settings, 4, first_step=2)
-    assert [each.loss for each in rest] == [each.loss for each in whole[2:]]
+    assert [metrics.loss for metrics in rest] == [metrics.loss for metrics in uninterrupted[2:]]
 
 
 def test_bits_per_byte_are_those_of_the_model_librarys_own_loss(process_group):
@@ -264,11 +266,11 @@ def test_flops_are_6_a_token_and_weight_and_those_of_attention_within_rows(is_ti
     expected = 6 * matrices * tokens + attention
     assert found["flops_per_second"] * 0.5 == pytest.approx(expected, abs=6 * 2 * 32 * padding)
     assert found["tokens_per_second"] == 2 * tokens
-    assert found["mfu"] is None  # of a CPU nobody knows the most
+    assert found["mfu"] is None  # the peak of a CPU is unknown
     assert found["memory_gib"] > 0.1
 
 
-def test_waiting_for_data_is_told_apart(process_group):
+def test_waiting_for_data_is_measured(process_group):
     settings, seen = TrainSettings(), []
 
     def slowly():
@@ -279,4 +281,4 @@ def test_waiting_for_data_is_told_apart(process_group):
     objective = Objective(0.5, 1.0, 2, ("a", "b"))
     engine = start_engine(settings)
     train_steps(engine, slowly(), objective, first_step=0, num_workers=1, after_step=seen.append)
-    assert all(0.2 <= each.wait_seconds < each.seconds for each in seen)
+    assert all(0.2 <= metrics.wait_seconds < metrics.seconds for metrics in seen)

@@ -1,4 +1,4 @@
-"""A training goes on from the checkpoints of equal trainings alone: others have other folders."""
+"""A run resumes only from checkpoints of an equal run: others have other folders."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ OF_NONE: dict[str, Any] = {
     "trackers": ("tensorboard",),
     "max_failures": 0,
 }
-"""They change rounding at most, so that a run may go on under others."""
+"""They change rounding at most, so a run may be resumed with other values."""
 
 
 def folders(recipe: Recipe) -> dict[str, str]:

@@ -52,9 +52,9 @@ def start(cluster: LocalCluster, stage: str, recipe: Path, *settings: str) -> su
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    said = process.communicate(timeout=600)[0]
-    assert process.returncode == 0, said[-4000:]
-    return said
+    output = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, output[-4000:]
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -110,19 +110,19 @@ def test_fault_1_a_killed_worker_changes_no_bit_of_the_curve_or_the_model(
     chance = random.Random(seed)
     time.sleep(chance.uniform(0, 2))
     chance.choice(cluster.find_workers("RayTrainWorker")).kill()
-    said = finish(process)
-    assert "resuming from the checkpoint of step" in said
+    output = finish(process)
+    assert "resuming from the checkpoint of step" in output
     assert read_run(captured / name) == calm
 
 
-def test_fault_5_a_killed_driver_changes_nothing_either(cluster, captured, calm):
+def test_fault_5_a_killed_driver_changes_no_bit_either(cluster, captured, calm):
     storage = make_storage(captured, "driver")
     process = start(cluster, "train", captured / "recipe.yaml", storage, *SETTINGS)
     wait_for_checkpoint(captured, "driver", process)
     process.kill()
     process.communicate()
-    said = finish(start(cluster, "train", captured / "recipe.yaml", storage, *SETTINGS))
-    assert "resuming from the checkpoint of step" in said
+    output = finish(start(cluster, "train", captured / "recipe.yaml", storage, *SETTINGS))
+    assert "resuming from the checkpoint of step" in output
     assert read_run(captured / "driver") == calm
 
 
@@ -151,8 +151,8 @@ def test_fault_7_on_s3_where_one_request_in_twenty_fails_nothing_changes(
     assert sum(done is not None for _, _, done in s3_proxy.log) > 5
 
 
-@only_long  # what a checkpoint that was cut off is taken for: test_checkpoint.py
-def test_fault_7_8_a_checkpoint_cut_off_on_bad_s3_is_not_used_and_said_to_be(
+@only_long  # how an incomplete checkpoint is handled: test_checkpoint.py
+def test_fault_7_8_an_incomplete_checkpoint_on_bad_s3_is_not_used_and_reported(
     cluster, captured, calm, s3_root, s3_proxy, tmp_path
 ):
     storage = put_on_s3(captured, s3_root)
@@ -161,28 +161,28 @@ def test_fault_7_8_a_checkpoint_cut_off_on_bad_s3_is_not_used_and_said_to_be(
     s3_proxy.rules = [Rule("reset", method, cut, math.inf) for method in ("PUT", "POST")]
     settings = [storage, "storage_retry_seconds=12", *SETTINGS]
     process = start(cluster, "train", captured / "recipe.yaml", *settings)
-    said = process.communicate(timeout=300)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 1
-    assert f"storage {s3_root} has failed for" in said
-    assert "run the same command again once the storage is back" in said
+    assert f"storage {s3_root} has failed for" in output
+    assert "run the same command again once the storage is back" in output
     s3_proxy.rules = []
-    said = finish(start(cluster, "train", captured / "recipe.yaml", storage, *SETTINGS))
-    assert "resuming from the checkpoint of step 5; a later checkpoint is incomplete" in said
+    output = finish(start(cluster, "train", captured / "recipe.yaml", storage, *SETTINGS))
+    assert "resuming from the checkpoint of step 5; a later checkpoint is incomplete" in output
     s3_proxy.heal()
     assert read_run_on_s3(s3_root, tmp_path) == calm
     assert sum(done is not None for _, _, done in s3_proxy.log) > 5
 
 
 @only_long
-def test_fault_11_two_identical_jobs_train_once_and_the_second_says_who_does(
+def test_fault_11_two_identical_jobs_train_once_and_the_second_names_the_first(
     cluster, captured, calm
 ):
     settings = ["train", captured / "recipe.yaml", make_storage(captured, "twice"), *SETTINGS]
     jobs = [start(cluster, *settings) for _ in range(2)]
-    said = [finish(job) for job in jobs]
-    waited = ["trains this run already; this job waits" in text for text in said]
+    output = [finish(job) for job in jobs]
+    waited = ["trains this run already; this job waits" in text for text in output]
     assert sorted(waited) == [False, True]
-    assert f"process {jobs[waited.index(False)].pid} of" in said[waited.index(True)]
+    assert f"process {jobs[waited.index(False)].pid} of" in output[waited.index(True)]
     assert read_run(captured / "twice") == calm
 
 
@@ -202,7 +202,7 @@ def refuse(module, args, kwargs):
 
 
 def start_narrow(cluster: LocalCluster, captured: Path, most: int) -> subprocess.Popen[str]:
-    """Train a target of whose sequences so many fit the memory."""
+    """Train a target with memory for only so many sequences per micro-batch."""
     folder = captured / f"narrow{most}"
     shutil.copytree(captured / "target", folder)
     (folder / "narrow.py").write_text(NARROW.format(most=most))
@@ -216,22 +216,20 @@ def start_narrow(cluster: LocalCluster, captured: Path, most: int) -> subprocess
 
 @only_long
 def test_fault_15_micro_batches_that_do_not_fit_the_memory_are_halved(cluster, captured, calm):
-    said = finish(start_narrow(cluster, captured, 2))
+    output = finish(start_narrow(cluster, captured, 2))
     for sequences in (8, 4):
-        assert f"out of memory with {sequences} sequences per micro-batch" in said
-    assert "out of memory with 2 sequences" not in said
+        assert f"out of memory with {sequences} sequences per micro-batch" in output
+    assert "out of memory with 2 sequences" not in output
     found, _ = read_run(captured / "storage-narrow2")
-    assert [each["batch_id"] for each in found] == [each["batch_id"] for each in calm[0]]
+    assert [record["batch_id"] for record in found] == [record["batch_id"] for record in calm[0]]
 
 
 @only_long
-def test_fault_15_one_sequence_beyond_the_memory_stops_the_run_and_says_what_to_do(
-    cluster, captured
-):
+def test_fault_15_one_sequence_beyond_the_memory_stops_the_run_with_a_remedy(cluster, captured):
     process = start_narrow(cluster, captured, 0)
-    said = process.communicate(timeout=600)[0]
-    assert process.returncode == 2  # the recipe asks for more than the machine has
-    assert "out of memory with micro-batches of one sequence; lower train.sequence_tokens" in said
+    output = process.communicate(timeout=600)[0]
+    assert process.returncode == 2  # the recipe needs more memory than this machine has
+    assert "out of memory with micro-batches of one sequence; lower train.sequence_tokens" in output
 
 
 def wait_until(is_true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -243,7 +241,7 @@ def wait_until(is_true: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 @only_long
-def test_fault_4_on_notice_a_checkpoint_is_made_and_nothing_before_it_is_done_again(tmp_path):
+def test_fault_4_a_preemption_notice_saves_a_checkpoint_and_no_step_is_repeated(tmp_path):
     recipe = write_recipe(tmp_path)
     head = LocalCluster(tmp_path, num_cpus=1)
     try:
@@ -261,16 +259,16 @@ def test_fault_4_on_notice_a_checkpoint_is_made_and_nothing_before_it_is_done_ag
         wait_for_checkpoint(tmp_path, "spot", process)
         time.sleep(20)
         head.kill_node(node)
-        said = finish(process)
+        output = finish(process)
     finally:
         head.stop()
-    assert "a node is about to be preempted: saving a checkpoint" in said
+    assert "a node is about to be preempted: saving a checkpoint" in output
     found, _ = read_run(tmp_path / "spot")
-    assert [each["step"] for each in found] == list(range(1, len(found) + 1))
-    saved = sum(each["num_workers"] == 2 for each in found)
+    assert [record["step"] for record in found] == list(range(1, len(found) + 1))
+    saved = sum(record["num_workers"] == 2 for record in found)
     assert saved > 0
-    assert f"resuming from the checkpoint of step {saved} (of 2 workers)" in said
-    assert {each["num_workers"] for each in found[saved:]} == {1}
+    assert f"resuming from the checkpoint of step {saved} (of 2 workers)" in output
+    assert {record["num_workers"] for record in found[saved:]} == {1}
 
 
 @only_long
@@ -303,8 +301,8 @@ def test_fault_3_two_workers_become_one_and_two_again_on_the_same_batches(tmp_pa
         head.stop()
     expected, _ = read_run(tmp_path / "calm")
     found, _ = read_run(tmp_path / "elastic")
-    assert [each["batch_id"] for each in found] == [each["batch_id"] for each in expected]
-    assert {each["num_workers"] for each in found} == {1, 2}
+    assert [record["batch_id"] for record in found] == [record["batch_id"] for record in expected]
+    assert {record["num_workers"] for record in found} == {1, 2}
     differences = [
         abs(ours["loss"] / theirs["loss"] - 1) for ours, theirs in zip(found, expected, strict=True)
     ]

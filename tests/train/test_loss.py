@@ -56,7 +56,7 @@ def test_every_divergence_of_the_recipe_is_registered_and_no_other():
 def dense_divergence(
     p: torch.Tensor, q: torch.Tensor, settings: TrainSettings, heat: float
 ) -> torch.Tensor:
-    """D of two lists of outcomes, each a distribution, both heated up."""
+    """D of two lists of outcomes, each a distribution, both at a temperature."""
     p, q = p ** (1 / heat), q ** (1 / heat)
     p, q = p / p.sum(), q / q.sum()
     total = torch.zeros((), dtype=q.dtype)
@@ -158,11 +158,11 @@ def test_gradients_are_those_of_finite_differences(divergence):
 
     shapes = [(POSITIONS, WIDTH), (VOCAB, WIDTH), (VOCAB,)]
     inputs = tuple(torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
-    assert torch.autograd.gradcheck(partial(Afresh.apply, loss), inputs, atol=1e-6)
+    assert torch.autograd.gradcheck(partial(Recomputed.apply, loss), inputs, atol=1e-6)
 
 
-class Afresh(torch.autograd.Function):
-    """A function computed anew for each backward pass: gradcheck takes several, the loss one."""
+class Recomputed(torch.autograd.Function):
+    """A loss computed again for each backward pass: gradcheck needs several, the loss has one."""
 
     @staticmethod
     def forward(ctx: Any, function: Any, *inputs: Any) -> Any:
@@ -172,7 +172,7 @@ class Afresh(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        inputs = [each.detach().requires_grad_() for each in ctx.saved_tensors]
+        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
         with torch.enable_grad():
             return None, *torch.autograd.grad(ctx.function(*inputs), inputs, grad_outputs)
 

@@ -1,4 +1,4 @@
-"""Metrics reach the trackers that a recipe asks for, under names that can be told apart."""
+"""Metrics reach the trackers that a recipe asks for, under distinct names."""
 
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def test_other_workers_write_nothing(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # of its own libraries
-def test_mlflow_goes_on_with_the_same_run(tmp_path, monkeypatch):
+def test_mlflow_resumes_the_same_run(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     for step in (3, 4):  # the second one as after a restart
@@ -91,7 +91,7 @@ def test_mlflow_goes_on_with_the_same_run(tmp_path, monkeypatch):
         assert [(scalar.step, scalar.value) for scalar in history] == [(3, value), (4, value)]
 
 
-def test_weights_and_biases_goes_on_with_the_same_run(tmp_path, monkeypatch):
+def test_weights_and_biases_resumes_the_same_run(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))

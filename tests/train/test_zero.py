@@ -70,5 +70,5 @@ def test_every_zero_stage_on_two_workers_trains_like_one_process_and_goes_on_wit
                     continue
                 torch.testing.assert_close(other[name], weight, rtol=1e-4, atol=2e-5)
     rest = train_in_processes(1, ["0", "1", "2", "3"], tmp_path, start=2)
-    for name, losses in rest.items():  # what two have begun, one has gone on with
+    for name, losses in rest.items():  # two workers have started, one has resumed
         np.testing.assert_allclose(losses, together[name][2:], rtol=2e-6)
