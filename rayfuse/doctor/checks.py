@@ -260,7 +260,7 @@ def check_defaults(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
         yield Finding(
             "resources",
             "warning",
-            f"the cluster has no GPU yet: without {_join(unset)} these would run on CPUs",
+            f"the cluster has no GPU yet, so the default of {_join(unset)} would be CPUs",
             f"set {' and '.join(f'{setting}=1' for setting in unset)}",
         )
 

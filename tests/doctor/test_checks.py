@@ -210,7 +210,7 @@ def test_more_gpus_than_the_cluster_has(model, good):
     finding = find(recipe, few)
     assert (finding.severity, finding.check) == ("error", "resources")
     assert (
-        "source a needs 3 times 2 GPUs and 1 CPUs; the cluster has room for 2 now" in finding.text
+        "source a needs 3 x 2 GPUs and 1 CPUs; the cluster has room for 2 now" in finding.text
     )
     assert list_findings(recipe, replace(few, resources=({"CPU": 8.0, "GPU": 6.0},))) == []
 
@@ -220,7 +220,7 @@ def test_a_kind_of_gpu_that_is_not_in_the_cluster(model, good):
     recipe = recipe_of(model, recipe.storage, gpus=1, accelerator_type="L4")
     t4 = {"CPU": 8.0, "GPU": 1.0, "accelerator_type:T4": 1.0}
     finding = find(recipe, cluster_of(node, resources=(t4,)))
-    assert "source a needs 1 times 1 GPUs of kind L4" in finding.text
+    assert "source a needs 1 x 1 GPUs of kind L4" in finding.text
     l4 = {"CPU": 8.0, "GPU": 1.0, "accelerator_type:L4": 1.0}
     assert list_findings(recipe, cluster_of(node, resources=(t4, l4))) == []
 
@@ -240,12 +240,12 @@ def test_what_the_autoscaler_may_add_counts(model, good):
     l4 = gpu | {"accelerator_type:L4": 1.0}
     assert look_at(NodeKind(l4, 2)) == []
     (finding,) = look_at(NodeKind(l4, 1))
-    assert finding.severity == "error" and "2 at most with what the autoscaler" in finding.text
+    assert finding.severity == "error" and "at most 2 with the nodes that the autoscaler" in finding.text
     (finding,) = look_at(NodeKind(gpu, 9))  # a label alone does not bring it up
     assert "`accelerator_type:L4: 1` in the node type's resources" in finding.remedy
     unknown = cluster_of(node, resources=head, has_autoscaler=True, may_come=None)
     finding = find(recipe, unknown)
-    assert finding.severity == "warning" and "the rest may come" in finding.text
+    assert finding.severity == "warning" and "the autoscaler may add the rest" in finding.text
 
 
 def test_what_would_run_on_cpus_where_nobody_knows_whether_gpus_may_come(good):
@@ -255,7 +255,7 @@ def test_what_would_run_on_cpus_where_nobody_knows_whether_gpus_may_come(good):
     assert list_findings(recipe, growing) == []
     finding = find(recipe, replace(growing, may_come=None))
     assert (finding.severity, finding.check) == ("warning", "resources")
-    assert "leaves sources.a.gpus, train.gpus_per_worker to it would run on CPUs" in finding.text
+    assert "the default of sources.a.gpus, train.gpus_per_worker would be CPUs" in finding.text
     assert list_findings(recipe, replace(growing, may_come=(NodeKind({"CPU": 4.0}, 2),))) == []
     here = {"CPU": 8.0, "GPU": 2.0}
     assert list_findings(recipe, replace(growing, resources=(here,))) == []
@@ -305,7 +305,7 @@ def test_workers_that_must_be_on_one_node_or_on_many(good):
 
     assert look_at("pack", 16) == look_at("strict_pack", 8) == look_at("strict_spread", 2) == []
     (finding,) = look_at("strict_pack", 16)
-    assert "16 times 1 CPUs on one node; the cluster has room for 8 now" in finding.text
+    assert "16 x 1 CPUs on one node; the cluster has room for 8 now" in finding.text
     (finding,) = look_at("strict_spread", 3)
     assert "each on a node of its own; the cluster has room for 2 now" in finding.text
     assert look_at("pack", 100, NodeKind({"CPU": 8.0}, -1)) == []  # without a limit

@@ -44,5 +44,5 @@ def test_what_is_wrong_with_a_recipe_is_found_on_the_cluster(folder, tmp_path, r
     assert [finding.check for finding in found] == ["recipe", "storage", "storage", "models"]
     asking = recipe_of(folder, tmp_path, gpus=1, accelerator_type="L4", min_actors=2)
     (finding,) = examine(asking)
-    assert "source a needs 2 times 1 GPUs of kind L4" in finding.text
+    assert "source a needs 2 x 1 GPUs of kind L4" in finding.text
     assert finding.severity == "error"
