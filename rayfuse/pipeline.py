@@ -16,6 +16,8 @@ from rich.console import Console
 
 from rayfuse.config.load import read_recipe
 from rayfuse.config.recipe import Recipe
+from rayfuse.report.results import print_scores
+from rayfuse.report.stage import is_report_current, write_report
 from rayfuse.run.layout import Layout, plan_layout
 from rayfuse.runtime.connect import join_cluster
 from rayfuse.runtime.console import ProgressBars
@@ -121,8 +123,6 @@ def _print_results(layout: Layout, stages: tuple[str, ...], console: Console) ->
             text = f"  {name:<18} {len(commits)} shards, {tokens:,} tokens, {rejects} rejected"
             console.print(text, highlight=False)
     if is_stage_done("evaluate", layout) and stages[-1] in ("evaluate", "report"):
-        from rayfuse.report.results import print_scores  # imports matplotlib
-
         values |= print_scores(layout, console)
     return values
 
@@ -142,8 +142,6 @@ def is_stage_done(stage: str, layout: Layout) -> bool:
         present = store.sizes("evaluate")
         names = [name.removeprefix("evaluate/") for name in layout.list_results()]
         return all(name in present for name in names)
-    from rayfuse.report.stage import is_report_current
-
     return is_report_current(layout)
 
 
@@ -180,8 +178,6 @@ def _estimate_corpus_seconds(recipe: Recipe, layout: Layout, cpus: float) -> flo
 
 def _run_stage(stage: str, recipe: Recipe, layout: Layout, progress: Progress) -> None:
     if stage == "report":
-        from rayfuse.report.stage import write_report
-
         write_report(recipe, layout)
         return
     join_cluster()

@@ -32,9 +32,14 @@ from rayfuse.config.base import UserError
 from rayfuse.config.recipe import Recipe
 from rayfuse.run.layout import Layout
 from rayfuse.run.segmentation import write_segmentation
-from rayfuse.runtime.connect import find_root_cause, on_driver_node
+from rayfuse.runtime.connect import find_root_cause
 from rayfuse.runtime.progress import Progress, ProgressEvent
-from rayfuse.runtime.resources import REPORT_WAIT_SECONDS, describe_needs, gpu_options
+from rayfuse.runtime.resources import (
+    REPORT_WAIT_SECONDS,
+    describe_needs,
+    gpu_options,
+    on_driver_node,
+)
 from rayfuse.storage.todo import split_shards
 
 NO_PROGRESS_SECONDS = 86_400

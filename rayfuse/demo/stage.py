@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 
 import rayfuse
 from rayfuse.demo.recipe_text import render_recipe
 from rayfuse.demo.specs import SOURCES, TARGET, ModelSpec
 from rayfuse.demo.text import Document, collect_domains, split_documents, write_documents
+from rayfuse.demo.tiny_models import pretrain
 from rayfuse.run.fingerprint import fingerprint_of
 from rayfuse.runtime.progress import Progress, ProgressEvent
 from rayfuse.train.monitor import RunState, RunStatus
@@ -105,10 +107,6 @@ def _pretrain(
     status: Any,
 ) -> None:
     """Train one model on one thread; `done.json` is written last."""
-    import torch
-
-    from rayfuse.demo.tiny_models import pretrain
-
     torch.set_num_threads(1)
 
     def on_step(step: int, num_steps: int, loss: float) -> None:

@@ -10,6 +10,16 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch.nn.functional import cross_entropy
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+)
 
 from rayfuse.demo.specs import ModelSpec
 from rayfuse.demo.text import DOMAINS, Document
@@ -110,8 +120,6 @@ def build_model(spec: ModelSpec, tokenizer: TextTokenizer, seed: int) -> Any:
 
 
 def _build_llama(spec: ModelSpec, shared: dict[str, Any]) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     return LlamaForCausalLM(
         LlamaConfig(
             **shared,
@@ -125,8 +133,6 @@ def _build_llama(spec: ModelSpec, shared: dict[str, Any]) -> Any:
 
 
 def _build_neox(spec: ModelSpec, shared: dict[str, Any]) -> Any:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
     return GPTNeoXForCausalLM(
         GPTNeoXConfig(
             **shared,
@@ -140,8 +146,6 @@ def _build_neox(spec: ModelSpec, shared: dict[str, Any]) -> Any:
 
 
 def _build_mpt(spec: ModelSpec, shared: dict[str, Any]) -> Any:
-    from transformers import MptConfig, MptForCausalLM
-
     return MptForCausalLM(
         MptConfig(
             **shared,
@@ -154,8 +158,6 @@ def _build_mpt(spec: ModelSpec, shared: dict[str, Any]) -> Any:
 
 
 def _build_gpt2(spec: ModelSpec, shared: dict[str, Any]) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     return GPT2LMHeadModel(
         GPT2Config(
             **shared,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from rayfuse.models.tokenizer import BLANK
 
@@ -32,8 +33,6 @@ def train_tokenizer(kind: Kind, texts: Sequence[str], vocab_size: int) -> Tokeni
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write the files that `AutoTokenizer` and rayfuse read."""
-    from transformers import PreTrainedTokenizerFast
-
     start, end = special_tokens(tokenizer)
     wrapped: Any = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=start, eos_token=end

@@ -4,6 +4,8 @@ import html
 import re
 from dataclasses import dataclass
 
+from rich.markup import escape
+
 from rayfuse.evaluate.scores import Evaluation, bits_per_byte
 from rayfuse.evaluate.task_scores import TaskScore
 from rayfuse.report.gather import Findings
@@ -133,8 +135,6 @@ def _render_html_row(table: ScoreTable, row: int) -> str:
 
 def render_rich(table: ScoreTable) -> list[list[str]]:
     """Return header and rows for a rich table: markup escaped, the best scores in bold."""
-    from rich.markup import escape
-
     rows = [[escape(cell) for cell in row] for row in table.rows]
     marked = [
         [f"[bold]{cell}[/bold]" if table.is_best(i, j) else cell for j, cell in enumerate(row)]

@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rayfuse.config.base import UserError
@@ -57,7 +58,7 @@ def join_cluster() -> None:
     options["logging_level"] = logging.WARNING
     on_sigterm = signal.getsignal(signal.SIGTERM)
     if address:
-        _join(address, options)
+        _join(ray.init, address, options)
     else:
         ray.init(**options)
     if threading.current_thread() is threading.main_thread():
@@ -67,17 +68,15 @@ def join_cluster() -> None:
     _quiet_ray_data()
 
 
-def _join(address: str, options: dict[str, Any]) -> None:
+def _join(init: Callable[..., Any], address: str, options: dict[str, Any]) -> None:
     """Join the cluster that RAY_ADDRESS names.
 
     Raises:
         ClusterError: It cannot be joined; the message has the remedy.
     """
-    import ray
-
     try:
         _wait_for_port(address)
-        ray.init(**options)
+        init(**options)
     except (OSError, OverflowError, ValueError, RuntimeError) as error:
         may_be_unrelated = isinstance(error, ValueError | RuntimeError)
         if may_be_unrelated and not str(error).startswith(ADDRESS_ERRORS):
@@ -129,18 +128,6 @@ def find_root_cause(error: BaseException) -> BaseException:
     for failure in getattr(error, "worker_failures", {}).values():
         inner = failure
     return find_root_cause(inner) if isinstance(inner, BaseException) else error
-
-
-def on_driver_node() -> dict[str, Any]:
-    """Return Ray's options that keep an actor on the driver's node, so that it lives as long."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    node = ray.get_runtime_context().get_node_id()
-    return {
-        "num_cpus": 0,
-        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
-    }
 
 
 def _quiet_ray_data() -> None:

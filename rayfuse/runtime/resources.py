@@ -128,6 +128,15 @@ def list_bundles(source: SourceSettings) -> list[Bundle]:
     return [bundle] * source.min_actors if bundle else []
 
 
+def on_driver_node() -> dict[str, Any]:
+    """Return Ray's options that keep an actor on the driver's node, so that it lives as long."""
+    node = ray.get_runtime_context().get_node_id()
+    return {
+        "num_cpus": 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+    }
+
+
 @contextmanager
 def prewarm_nodes(groups: Sequence[Sequence[Bundle]]) -> Iterator[None]:
     """Start nodes for the next stage while the current one runs.

@@ -14,12 +14,12 @@ from rayfuse.config.base import UserError
 from rayfuse.config.recipe import Recipe
 from rayfuse.fuse.source_filter import select_active_sources
 from rayfuse.run.layout import Layout, TrainRun
-from rayfuse.runtime.connect import on_driver_node
 from rayfuse.runtime.progress import Progress, ProgressEvent
 from rayfuse.runtime.resources import (
     count_default_gpus,
     count_reachable,
     describe_needs,
+    on_driver_node,
 )
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.lease import Lease

@@ -18,8 +18,8 @@ from rayfuse.capture.shard import ShardStats
 from rayfuse.capture.stats import StatsAccumulator, to_line
 from rayfuse.config.load import parse_recipe
 from rayfuse.pipeline import prepare_run, run_stages
-from rayfuse.runtime.connect import on_driver_node
 from rayfuse.runtime.progress import report_nothing
+from rayfuse.runtime.resources import on_driver_node
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 
 DONE = ShardStats(

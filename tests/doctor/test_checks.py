@@ -209,9 +209,7 @@ def test_more_gpus_than_the_cluster_has(model, good):
     few = cluster_of(node, resources=({"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 3.0}))
     finding = find(recipe, few)
     assert (finding.severity, finding.check) == ("error", "resources")
-    assert (
-        "source a needs 3 x 2 GPUs and 1 CPUs; the cluster has room for 2 now" in finding.text
-    )
+    assert "source a needs 3 x 2 GPUs and 1 CPUs; the cluster has room for 2 now" in finding.text
     assert list_findings(recipe, replace(few, resources=({"CPU": 8.0, "GPU": 6.0},))) == []
 
 
@@ -240,7 +238,8 @@ def test_what_the_autoscaler_may_add_counts(model, good):
     l4 = gpu | {"accelerator_type:L4": 1.0}
     assert look_at(NodeKind(l4, 2)) == []
     (finding,) = look_at(NodeKind(l4, 1))
-    assert finding.severity == "error" and "at most 2 with the nodes that the autoscaler" in finding.text
+    assert finding.severity == "error"
+    assert "at most 2 with the nodes that the autoscaler" in finding.text
     (finding,) = look_at(NodeKind(gpu, 9))  # a label alone does not bring it up
     assert "`accelerator_type:L4: 1` in the node type's resources" in finding.remedy
     unknown = cluster_of(node, resources=head, has_autoscaler=True, may_come=None)
