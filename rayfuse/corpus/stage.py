@@ -12,6 +12,7 @@ import pyarrow as pa
 import ray
 from ray.data import TaskPoolStrategy
 
+from rayfuse.config.base import UserError
 from rayfuse.config.corpus import CorpusSettings
 from rayfuse.config.models import ModelSettings
 from rayfuse.config.recipe import Recipe, dump_recipe
@@ -54,7 +55,7 @@ class CutTask:
         """Read a group's documents, shard by shard.
 
         Raises:
-            ValueError: A file is no longer the one that was listed.
+            UserError: A file is no longer the one that was listed.
         """
         files, most = self.groups[group], self.settings.max_document_bytes
         documents: Iterator[Document] = chain.from_iterable(
@@ -75,7 +76,7 @@ def build_corpora(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     """Make the corpus and the held-out rows; what is committed already stays.
 
     Raises:
-        ValueError: There is not one usable document, or a file is no longer what was listed.
+        UserError: There is not one usable document, or a file is no longer what was listed.
     """
     share = recipe.evaluate.held_out_share if recipe.evaluate.documents is None else 0.0
     corpus, held_out = (
@@ -103,7 +104,7 @@ def build_corpus(recipe: Recipe, task: CutTask, progress: Progress, part: Corpus
     """Make one data set of rows from files of documents.
 
     Raises:
-        ValueError: There is not one usable document, or a file is no longer what was listed, or
+        UserError: There is not one usable document, or a file is no longer what was listed, or
             the tokenizers that its rows fit are not there.
     """
     data, groups = task.data, task.groups
@@ -172,7 +173,7 @@ def _cut_groups(batch: pa.Table, task: CutTask) -> Iterator[pa.Table]:
         start, stop, began = record["start"], record["start"] + record["count"], time.monotonic()
         for shard, documents in enumerate(task.batches(record["group"]), start):
             if shard >= stop:  # the next group's number: its documents would be lost
-                raise ValueError(
+                raise UserError(
                     f"documents {task.groups[record['group']][0].path} make more shards than the "
                     f"{stop - start} that were counted; they have changed: start again"
                 )
@@ -194,7 +195,7 @@ def _check_lengths(rows: pa.Table, task: CutTask) -> None:
     lengths = np.diff(flatten_column(rows, "target_ids")[1])
     if task.target_context is not None and lengths.max(initial=0) > task.target_context:
         longest = int(lengths.argmax())
-        raise ValueError(
+        raise UserError(
             f"row {rows['row_id'][longest].as_py()!r}, cut for other tokenizers, is "
             f"{lengths[longest]} tokens of the target {task.target.model!r}, which takes "
             f"{task.target_context}; set corpus.recut: true, which captures every source again"
@@ -226,7 +227,7 @@ def _check_not_empty(data: DataSet, part: CorpusPart) -> None:
         return
     rejects = sum(commit.rejects for commit in commits)
     where = f"{data.store.root}/{data.folder}/rejects"
-    raise ValueError(
+    raise UserError(
         f"the documents of corpus {part} hold no usable text: {rejects} documents rejected "
         f"(reasons in {where}); check the paths and the `text` setting"
     )

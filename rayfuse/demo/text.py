@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from rayfuse.config.base import UserError
 from rayfuse.demo.arithmetic import write_sheets
 
 PASSAGE_CHARS = 2500
@@ -91,7 +92,7 @@ def collect_domains(seed: int = 0) -> dict[str, list[Document]]:
         seed: Of the arithmetic. Code and prose depend on the Python version alone.
 
     Raises:
-        ValueError: The standard library's sources are not there.
+        UserError: The standard library's sources are not there.
     """
     code, docstrings = _read_library(Path(sysconfig.get_path("stdlib")))
     seen: set[str] = set()
@@ -116,7 +117,7 @@ def split_documents(
     """Return documents dealt to three parts by whole groups, each part in an order of its own.
 
     Raises:
-        ValueError: A domain has too little text.
+        UserError: A domain has too little text.
     """
     corpus: list[Document] = []
     held_out: list[Document] = []
@@ -128,7 +129,7 @@ def split_documents(
         held_out += _take_groups(rest, wanted.held_out, LARGEST_FRESH_GROUP_BYTES)
         own = _take_groups(rest, wanted.pretrain, None)
         if count_bytes(own) < wanted.corpus:
-            raise ValueError(
+            raise UserError(
                 f"the demo's text comes from this Python's standard library, which holds too "
                 f"little {domain} ({count_bytes(documents)} bytes); use a Python with its sources"
             )

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
 
+from rayfuse.config.base import UserError
 from rayfuse.config.recipe import Recipe
 from rayfuse.evaluate.bootstrap import Difference
 from rayfuse.evaluate.scores import Evaluation, compare_evaluations, parse_evaluation
@@ -16,7 +17,7 @@ from rayfuse.fuse.source_filter import is_noise
 from rayfuse.report.timeline import ShardSpan, read_spells
 from rayfuse.run.layout import Layout, Merge, TrainRun
 from rayfuse.storage.dataset import DataSet
-from rayfuse.storage.manifest import Commit
+from rayfuse.storage.manifest import Commit, ShardError
 from rayfuse.storage.store import Store
 
 MAX_SHARDS = 64
@@ -149,7 +150,7 @@ def read_evaluations(layout: Layout) -> dict[str, Evaluation]:
         try:
             found[name] = parse_evaluation(layout.store.read(file))
         except FileNotFoundError as error:
-            raise ValueError(
+            raise UserError(
                 f"the model {name} is not evaluated; run `rayfuse evaluate` first"
             ) from error
     ordered = sorted(found, key=lambda name: ROLE_ORDER.index(found[name].role))
@@ -168,7 +169,7 @@ def read_task_scores(layout: Layout, names: list[str]) -> dict[str, dict[str, Ta
             try:
                 score = parse_task_score(layout.store.read(file))
             except FileNotFoundError as error:
-                raise ValueError(
+                raise UserError(
                     f"the model {name} has no score at {task}; run `rayfuse evaluate` first"
                 ) from error
             if score.subtasks:
@@ -260,7 +261,7 @@ def _read_nats(
     commit = commits.get(shard) or data.read_commit(shard)
     table = data.read_shard(commit, columns=["row_id", "nats"])
     if not table["row_id"].equals(rows["row_id"]):
-        raise ValueError(
+        raise ShardError(
             f"{data.folder}: shard {shard} holds other rows than the corpus; run `rayfuse verify`"
         )
     return table["nats"].to_numpy().astype(np.float64)

@@ -17,6 +17,7 @@ from rayfuse.report.gather import (
     read_evaluations,
 )
 from rayfuse.run.layout import Layout
+from rayfuse.storage.manifest import ShardError
 from tests.report.conftest import make_aligned, make_data
 
 
@@ -41,7 +42,7 @@ def test_a_large_run_is_counted_on_its_first_shards_and_says_so(layout: Layout, 
 def test_a_shard_of_other_rows_is_not_counted(layout: Layout):
     tables = [make_aligned(range(5, 7), [1.0, 1.0]), make_aligned(range(2, 4), [1.0, 1.0])]
     foreign = make_data(layout.store, "aligned/foreign", tables)
-    with pytest.raises(ValueError, match="shard 0 holds other rows than the corpus"):
+    with pytest.raises(ShardError, match="shard 0 holds other rows than the corpus"):
         count_wins(layout.corpus, {"foreign": foreign})
 
 
