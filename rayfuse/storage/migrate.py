@@ -250,7 +250,7 @@ RECIPE_KEYS_5 = {"storage_patience_seconds": "storage_retry_seconds"}
 
 ALIGN_METHODS_5 = {"mined": "min_edit_distance", "statistics": "cooccurrence"}
 
-METRIC_NAMES_5 = {b'"utilisation":': b'"mfu":'}
+METRIC_NAMES_5 = {b'"utilisation":': b'"mfu":', b'"storage_repeats":': b'"storage_retries":'}
 
 
 def migrate_4_to_5(migration: Migration) -> None:
@@ -260,6 +260,9 @@ def migrate_4_to_5(migration: Migration) -> None:
         for file in store.sizes("corpus", f"{prefix}kept-"):
             new = f"{prefix}segmentation-{file.removeprefix(f'{prefix}kept-')}"
             _rename(migration, f"corpus/{file}", f"corpus/{new}")
+    for folder in store.folders("captured"):
+        if "metrics.jsonl" in store.sizes(f"captured/{folder}"):
+            _rename_metrics(migration, f"captured/{folder}/metrics.jsonl")
     for folder in store.folders("train"):
         _migrate_training_4_to_5(migration, f"train/{folder}")
     migrate_data_sets(migration, 4, convert_recipe_4_to_5)
