@@ -25,6 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from align import read_texts
 
+from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.align.task import plan_align_step
 from rayfuse.capture.engines.transformers_engine import TransformersEngine
 from rayfuse.capture.rows import tokenise_rows
@@ -123,7 +124,7 @@ def measure(data: Path, size: int, num_tokens: int) -> dict[str, Any]:
     rounds: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory(prefix="rayfuse-capture-") as name:
         recipe = write_recipe(Path(name), data, size, num_tokens)
-        layout = plan_layout(recipe)
+        layout = plan_layout(recipe, ALIGN_FACTS)
         build_corpora(recipe, layout, report_nothing)
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         engine = TransformersEngine(recipe.sources[0], recipe.capture)

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.config.load import read_recipe
 from rayfuse.config.recipe import Recipe
 from rayfuse.report.results import print_scores
@@ -43,7 +44,7 @@ def prepare_run(recipe: Recipe) -> Layout:
     Raises:
         UserError: A model, the documents, the storage or a task cannot be used.
     """
-    layout = plan_layout(recipe)
+    layout = plan_layout(recipe, ALIGN_FACTS)
     check_store(layout.store)
     if recipe.evaluate.tasks is not None and not is_stage_done("evaluate", layout):
         from rayfuse.evaluate.lm_eval_tasks import check_tasks  # lm-eval is optional
@@ -106,9 +107,11 @@ def run_recipe(
 
 
 def _print_reuse(layout: Layout, console: Console) -> None:
-    if layout.corpus_rows.is_reused:
-        models = ", ".join(model.model for model in layout.corpus_rows.cut_for)
-        console.print(f"rows: reused, as split for {models} (corpus.recut: true splits them again)")
+    if layout.corpus_documents.segmentation.is_reused:
+        models = ", ".join(model.model for model in layout.corpus_documents.segmentation.split_for)
+        console.print(
+            f"rows: reused, as split for {models} (corpus.resplit: true splits them again)"
+        )
 
 
 def _print_results(layout: Layout, stages: tuple[str, ...], console: Console) -> dict[str, Any]:
@@ -140,7 +143,7 @@ def is_stage_done(stage: str, layout: Layout) -> bool:
         return all("done.json" in store.sizes(run.folder) for run in layout.runs)
     if stage == "evaluate":
         present = store.sizes("evaluate")
-        names = [name.removeprefix("evaluate/") for name in layout.list_results()]
+        names = [name.removeprefix("evaluate/") for name in layout.evaluation.list_files()]
         return all(name in present for name in names)
     return is_report_current(layout)
 
@@ -167,7 +170,7 @@ def _estimate_corpus_seconds(recipe: Recipe, layout: Layout, cpus: float) -> flo
     """Estimate the corpus stage's duration by the plan's assumptions; infinity if unknown."""
     sizes = [
         file.num_bytes * (recipe.plan.unpacked_ratio if file.is_packed else 1.0)
-        for file in layout.corpus_inputs
+        for file in layout.corpus_documents.files
     ]
     if not all(sizes):
         return math.inf

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.config.load import read_recipe
 from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.pipeline import STAGES, is_stage_done, run_recipe
@@ -35,7 +36,7 @@ def show_status(path: Path, overrides: list[str] | None, console: Console) -> di
         UserError: The recipe cannot be used, or the store has another schema version.
         ShardError: A record is corrupt.
     """
-    layout = plan_layout(read_recipe(path, overrides))
+    layout = plan_layout(read_recipe(path, overrides), ALIGN_FACTS)
     statuses = read_statuses(layout)
     print_status(layout, statuses, console)
     stages = {stage: is_stage_done(stage, layout) for stage in STAGES}
@@ -51,7 +52,7 @@ def verify_recipe(
         UserError: The recipe cannot be used, or the store has another schema version.
     """
     recipe = read_recipe(path, overrides)
-    layout = plan_layout(recipe)
+    layout = plan_layout(recipe, ALIGN_FACTS)
     with ProgressBars(console) as bars:
         found = verify_layout(layout, bars)
     print_verified(found, console)

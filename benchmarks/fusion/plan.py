@@ -23,7 +23,7 @@ next token. The name is part of the keys of stored units."""
 
 UNFINISHED = "bytes, certain or not"
 """As `bytes`, but a token that ends inside a character maps to the token of its first bytes, as
-before ALIGN_RULES 4. The name is part of the keys of stored units."""
+before ALIGN_VERSION 4. The name is part of the keys of stored units."""
 
 FUSE_FIELDS = {"method", "unit", "span_tokens", "cost", "temperature", "tail"}
 TRAIN_FIELDS = {

@@ -24,6 +24,16 @@ from rayfuse.storage.codec import (
     flatten_column,
 )
 
+ALIGN_VERSION = 4
+"""Increased when the same captured shards are aligned to other rows or maps, so that stored results
+of older code are never reused.
+2: `min_edit_distance` counts distances above 255 bytes; a row's NLL does not depend on the next
+row (LOG.md).
+3: tokens that share a character are placed by their bytes where a tokenizer normalizes its text.
+4: a token that ends inside a character goes to the tail if the tokens after it may change the
+target's.
+"""
+
 KNOWN_SHARE = 0.9
 """A row counts as known if the source's NLL of it is below this share of chance, ln V nats per
 token. Random weights have 0.97 and more of it; knowing no more than token frequencies, about 0.7.

@@ -70,7 +70,7 @@ def capture_sources(
     """
     if not layout.corpus.is_complete():
         raise UserError("the corpus is incomplete; run `rayfuse corpus` first")
-    for rows in (layout.corpus_rows, layout.held_out_rows):
+    for rows in (layout.corpus_documents.segmentation, layout.held_out_documents.segmentation):
         write_segmentation(layout.store, rows)
     # For the entire process: Ray's context manager swaps a global, and each source has a thread.
     context = DataContext.get_current()

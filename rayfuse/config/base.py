@@ -1,10 +1,11 @@
-"""What all parts of a recipe have in common."""
+"""The base of every settings class: what it refuses, and which settings affect the result."""
 
 import re
 from collections.abc import Collection
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic.fields import FieldInfo
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -13,9 +14,14 @@ SECRET_PATTERN = re.compile(
     r"|(?<=[?&])[\w.-]*(?:sig|token|secret|password|credential|key)[\w.-]*=[^&\s'\"]+",
     re.IGNORECASE,
 )
-"""The name and the secret in an address that has them, before the host or as settings behind it."""
+"""Credentials in an address: `name:secret` before the host, or a secret query parameter."""
 
 UNUSABLE_PATTERN = re.compile("[\x00\ud800-\udfff]")
+
+FUSION_ONLY: dict[str, Any] = {"fusion_only": True}
+"""`json_schema_extra` of a setting that a training without fusion (the CLM baseline) ignores."""
+
+T = TypeVar("T")
 
 
 class UserError(ValueError):
@@ -37,8 +43,37 @@ def check_known(name: str, registry: Collection[str]) -> str:
     return name
 
 
+def first_line(error: BaseException) -> str:
+    """Shorten an error to the first line of its message, or to its class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def result_neutral(default: T) -> T:
+    """Declare a setting that changes how a run proceeds (speed, cost, logs), never its result.
+
+    Fingerprints exclude it, so a run that resumes with another value keeps what it has computed.
+    Every other setting affects the result.
+    """
+    return Field(default=default, json_schema_extra={"affects_result": False})
+
+
+def affects_result(field: FieldInfo) -> bool:
+    """Look up whether fingerprints include a setting; true unless it is declared otherwise."""
+    return bool(_extra_of(field).get("affects_result", True))
+
+
+def is_fusion_only(field: FieldInfo) -> bool:
+    """Look up whether a training without fusion ignores a setting."""
+    return bool(_extra_of(field).get("fusion_only", False))
+
+
+def _extra_of(field: FieldInfo) -> dict[str, Any]:
+    extra = field.json_schema_extra
+    return cast(dict[str, Any], extra) if isinstance(extra, dict) else {}
+
+
 class Settings(BaseModel):
-    """A part of the recipe: frozen, and closed to keys it does not know."""
+    """One section of the recipe: immutable, and closed to unknown keys."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True
@@ -48,10 +83,23 @@ class Settings(BaseModel):
     @classmethod
     def _check_characters(cls, value: Any) -> Any:
         if isinstance(value, str) and UNUSABLE_PATTERN.search(value):
-            raise ValueError("remove the NUL or the half of a surrogate pair, no name can hold it")
+            raise ValueError("contains a NUL byte or an unpaired surrogate; remove it")
         if isinstance(value, str) and SECRET_PATTERN.search(value):
             raise ValueError(
-                "remove the credentials from the address: recipes are stored beside the data; "
-                "machines have roles, and people AWS_PROFILE and the like"
+                "contains credentials; remove them: recipes are stored beside the data. Use an "
+                "instance role, or AWS_PROFILE and the like"
             )
         return value
+
+    def dump_result_settings(self, *, with_fusion: bool = True) -> dict[str, Any]:
+        """Dump the settings that affect the result as plain JSON values, for fingerprints.
+
+        Args:
+            with_fusion: Also those that a training without fusion ignores.
+        """
+        excluded = {
+            name
+            for name, field in type(self).model_fields.items()
+            if not affects_result(field) or (is_fusion_only(field) and not with_fusion)
+        }
+        return self.model_dump(mode="json", by_alias=True, exclude=excluded)

@@ -8,7 +8,7 @@ from pydantic import (
     model_validator,
 )
 
-from rayfuse.config.base import Settings, Share
+from rayfuse.config.base import Settings, Share, result_neutral
 
 MAX_ENTRIES = 255
 """At a position: what alignment has ranks for."""
@@ -25,11 +25,11 @@ class CaptureSettings(Settings):
     """Log-probabilities kept per position, 255 at most; the rest becomes one tail mass."""
     draws: Annotated[int, Field(ge=1, le=128)] = 12
     """Draws per position, where the signal has any."""
-    batch_tokens: PositiveInt = 16_384
+    batch_tokens: PositiveInt = result_neutral(16_384)
     """Tokens in one forward pass, padding counted; raise it until the GPU's memory is used."""
-    chunk_positions: PositiveInt = 1024
+    chunk_positions: PositiveInt = result_neutral(1024)
     """Positions that the head is applied to at a time: they alone exist as full logits."""
-    max_rejected_share: Share = 0.01
+    max_rejected_share: Share = result_neutral(0.01)
     """Rows that may be rejected, of a source's rows, before the run stops."""
 
     @model_validator(mode="after")

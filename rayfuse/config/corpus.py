@@ -8,7 +8,7 @@ from pydantic import (
     PositiveInt,
 )
 
-from rayfuse.config.base import Settings
+from rayfuse.config.base import Settings, result_neutral
 
 
 class DocumentsSettings(Settings):
@@ -50,7 +50,7 @@ class CorpusSettings(Settings):
     """About how many tokens go into one shard, counted as four bytes of text each."""
     max_document_bytes: PositiveInt = 50_000_000
     """Documents longer than this are rejected: a dump that lost its line ends, most likely."""
-    recut: bool = False
+    resplit: bool = result_neutral(False)
     """Cut the documents for the tokenizers of this recipe even where they are cut already, for
     another. By default they stay as they were first captured: a source or target that comes later
     may then need more than max_tokens for a row, and what is captured keeps its use."""

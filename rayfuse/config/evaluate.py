@@ -10,7 +10,7 @@ from pydantic import (
     field_validator,
 )
 
-from rayfuse.config.base import Settings
+from rayfuse.config.base import Settings, result_neutral
 from rayfuse.config.corpus import Documents
 from rayfuse.config.overrides import shorten
 
@@ -52,11 +52,11 @@ class EvaluateSettings(Settings):
     """Text that no model here was trained on; by default a share of the corpus is kept back."""
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Share of the corpus' documents that is kept back where `documents` is not given."""
-    batch_tokens: PositiveInt = 16_384
+    batch_tokens: PositiveInt = result_neutral(16_384)
     """Tokens in one forward pass."""
     bootstrap_samples: PositiveInt = 2000
     """Resamples of the documents for the confidence intervals."""
     tasks: TasksSettings | None = None
     """Tasks for lm-eval; by default none."""
-    run_generated_code: bool = False
+    run_generated_code: bool = result_neutral(False)
     """Let tasks run the code that models write (HumanEval, MultiPL-E), in a sandbox."""

@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from rayfuse.config.base import Settings
+from rayfuse.config.base import Settings, result_neutral
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 BackendName = Literal["transformers", "vllm"]
@@ -59,21 +59,21 @@ class SourceSettings(ModelSettings):
     backend: BackendName = "transformers"
     """What runs the model. `vllm`, an extra of its own, spreads a model over all GPUs of an actor;
     it gives the likeliest tokens only, no draws."""
-    gpus: NonNegativeFloat | None = None
+    gpus: NonNegativeFloat | None = result_neutral(None)
     """GPUs of one actor, fractions allowed; by default 1 where a kind is named or the cluster has
     or may get any, else 0."""
-    accelerator_type: str | None = None
+    accelerator_type: str | None = result_neutral(None)
     """The kind of GPU, as Ray names it: `L4`, `A10G`, `H100`, ..."""
-    cpus: PositiveFloat = 1.0
+    cpus: PositiveFloat = result_neutral(1.0)
     """CPUs of one actor."""
-    min_actors: PositiveInt = 1
+    min_actors: PositiveInt = result_neutral(1)
     """Actors that are started at once."""
-    max_actors: PositiveInt | None = None
+    max_actors: PositiveInt | None = result_neutral(None)
     """Actors that the cluster may grow to; by default the source's share of what the cluster has,
     such that all sources finish together."""
-    batch_tokens: PositiveInt | None = None
+    batch_tokens: PositiveInt | None = result_neutral(None)
     """Tokens in one forward pass of this source, instead of capture.batch_tokens."""
-    dollars_per_hour: NonNegativeFloat | None = None
+    dollars_per_hour: NonNegativeFloat | None = result_neutral(None)
     """What one actor's share of its machine costs; the money spent and left is then shown."""
 
     @field_validator("name")

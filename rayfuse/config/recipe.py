@@ -11,7 +11,7 @@ from pydantic import (
 )
 
 from rayfuse.config.align import AlignSettings
-from rayfuse.config.base import Settings
+from rayfuse.config.base import Settings, result_neutral
 from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.corpus import CorpusSettings
 from rayfuse.config.evaluate import EvaluateSettings
@@ -37,7 +37,7 @@ class Recipe(Settings):
 
     storage: str
     """The folder or `s3://` prefix that everything is kept under."""
-    storage_retry_seconds: PositiveFloat = 300.0
+    storage_retry_seconds: PositiveFloat = result_neutral(300.0)
     """How long a request to object storage may fail again and again before the run stops."""
     seed: NonNegativeInt = 0
     """Of the order in which rows are trained on."""
@@ -49,7 +49,7 @@ class Recipe(Settings):
     fuse: FuseSettings = FuseSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
-    plan: PlanSettings = PlanSettings()
+    plan: PlanSettings = result_neutral(PlanSettings())
     fusion: Literal["default", "paper"] = "default"
     """`paper` sets what FuseLLM's own experiments had: capture.top_k 10, align.method
     min_edit_distance, fuse.cost nats_per_token, fuse.tail renormalise, train.lambda 0.9, one choice

@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from rayfuse.config.base import Settings, Share
+from rayfuse.config.base import FUSION_ONLY, Settings, Share, result_neutral
 
 
 class Ramp(Settings):
@@ -65,17 +65,21 @@ class LoraSettings(Settings):
 class TrainSettings(Settings):
     """How the target is trained on the fused rows."""
 
-    clm_weight: Curve = Field(default=Ramp(start=0.5, end=0.9), alias="lambda")
+    clm_weight: Curve = Field(
+        default=Ramp(start=0.5, end=0.9), alias="lambda", json_schema_extra=FUSION_ONLY
+    )
     """lambda of L = lambda * CLM + (1 - lambda) * D(fused || target); the paper has 0.9. A number,
     or `{start: 0.5, end: 0.9, shape: linear | cosine}`, as by default: the sources are heard most
     while the target knows least of the text (`benchmarks/fusion`)."""
-    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl"] = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl"] = Field(
+        default="forward_kl", json_schema_extra=FUSION_ONLY
+    )
     """D: how far the target is from the fused distribution."""
-    skew: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    skew: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.1, json_schema_extra=FUSION_ONLY)
     """Share of the fused distribution in what skewed KL compares it with."""
-    temperature: Curve = 1.0
+    temperature: Curve = Field(default=1.0, json_schema_extra=FUSION_ONLY)
     """Of D, above 0; a number or a ramp, as lambda is."""
-    baseline: bool = True
+    baseline: bool = result_neutral(True)
     """Also train the target on the same rows, in the same order, without fusion (CLM)."""
     learning_rate: PositiveFloat = 1e-5
     """The peak, reached after the warm-up."""
@@ -97,48 +101,48 @@ class TrainSettings(Settings):
     """Times that every row is seen."""
     rows_per_step: PositiveInt = 128
     """Rows of one optimiser step, over all workers."""
-    pack: bool = True
+    pack: bool = result_neutral(True)
     """Put several rows into one sequence, each blind to the others, where the target's attention
     can tell them apart; else each row is padded to the longest."""
-    sequence_tokens: PositiveInt | None = None
+    sequence_tokens: PositiveInt | None = result_neutral(None)
     """Tokens of a sequence at most; by default corpus.max_tokens."""
-    micro_batch_sequences: PositiveInt = 1
+    micro_batch_sequences: PositiveInt = result_neutral(1)
     """Sequences of one forward pass of one worker."""
-    chunk_positions: PositiveInt | None = None
+    chunk_positions: PositiveInt | None = result_neutral(None)
     """Positions whose logits exist at a time; by default those of 64 MiB, on a GPU 256."""
-    num_workers: PositiveInt = 1
+    num_workers: PositiveInt = result_neutral(1)
     """Ray Train workers."""
-    min_workers: PositiveInt | None = None
+    min_workers: PositiveInt | None = result_neutral(None)
     """Workers that training goes on with at least when machines go away, and until others come; by
     default it waits for all. Steps hold the same rows with any number."""
-    gpus_per_worker: NonNegativeFloat | None = None
+    gpus_per_worker: NonNegativeFloat | None = result_neutral(None)
     """By default 1 where a kind is named or the cluster has or may get any, else 0 (gloo, CPUs)."""
-    cpus_per_worker: PositiveFloat = 1.0
+    cpus_per_worker: PositiveFloat = result_neutral(1.0)
     """CPUs of one worker."""
-    accelerator_type: str | None = None
+    accelerator_type: str | None = result_neutral(None)
     """The kind of GPU of the workers, as Ray names it; the trained models are scored there, too."""
-    placement: Literal["pack", "strict_pack", "spread", "strict_spread"] = "pack"
+    placement: Literal["pack", "strict_pack", "spread", "strict_spread"] = result_neutral("pack")
     """Of the workers. `pack`: on as few machines as can be; `strict_pack`: on one, or not at all;
     `spread`: on many; `strict_spread`: each on a machine of its own."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed's ZeRO: 1 shards optimiser states, 2 gradients as well, 3 weights as well."""
     offload: bool = False
     """Keep optimiser states in the host's memory (and with ZeRO 3, weights)."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = result_neutral(False)
     """Compute activations twice instead of keeping them."""
     lora: LoraSettings | None = None
     """Train adapters instead of all weights."""
-    checkpoint_every_steps: PositiveInt = 500
+    checkpoint_every_steps: PositiveInt = result_neutral(500)
     """Steps between checkpoints."""
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: PositiveInt = result_neutral(2)
     """The newest ones are kept, and the one with the best validation."""
-    validate_every_steps: PositiveInt = 500
+    validate_every_steps: PositiveInt = result_neutral(500)
     """Steps between measurements of bits per byte on held-out rows."""
-    validation_rows: NonNegativeInt = 64
+    validation_rows: NonNegativeInt = result_neutral(64)
     """Held-out rows measured; 0 for none."""
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = result_neutral(())
     """Where metrics go besides metrics.jsonl; each must be installed."""
-    max_failures: NonNegativeInt = 3
+    max_failures: NonNegativeInt = result_neutral(3)
     """Failures of workers that are answered by going on from the last checkpoint; machines that go
     with notice do not count. On a spot market that gives none, more."""
 

@@ -47,7 +47,7 @@ class CutTask:
     target: ModelSettings
     target_context: int | None
     """The longest row that the target takes."""
-    rows: Segmentation
+    segmentation: Segmentation
     part: Part
     groups: list[list[InputFile]]
 
@@ -87,13 +87,13 @@ def build_corpora(recipe: Recipe, layout: Layout, progress: Progress) -> None:
             target_context=read_model_files(
                 recipe.target.model, recipe.target.revision
             ).context_tokens,
-            rows=rows,
+            segmentation=documents.segmentation,
             part=Part(share, takes_held_out),
-            groups=group_inputs(files, recipe.corpus.shard_tokens * BYTES_PER_TOKEN),
+            groups=group_inputs(documents.files, recipe.corpus.shard_tokens * BYTES_PER_TOKEN),
         )
-        for data, rows, takes_held_out, files in (
-            (layout.corpus, layout.corpus_rows, False, layout.corpus_inputs),
-            (layout.held_out, layout.held_out_rows, True, layout.held_out_inputs),
+        for data, documents, takes_held_out in (
+            (layout.corpus, layout.corpus_documents, False),
+            (layout.held_out, layout.held_out_documents, True),
         )
     )
     build_corpus(recipe, corpus, progress, "rows")
@@ -111,7 +111,7 @@ def build_corpus(recipe: Recipe, task: CutTask, progress: Progress, part: Corpus
     if data.is_complete():
         _check_not_empty(data, part)
         return
-    task.rows.check_tokenizers()
+    task.segmentation.check_tokenizers()
     data.claim({"recipe": dump_recipe(recipe)})
     data.drop_missing_shards()
     counts = _count_shards(task)
@@ -168,7 +168,7 @@ def _count_batches(batch: pa.Table, task: CutTask) -> pa.Table:
 def _cut_groups(batch: pa.Table, task: CutTask) -> Iterator[pa.Table]:
     """Cut and commit the shards of groups, and yield a row of numbers for each new one."""
     target = load_recipe_tokenizer(task.target)
-    tokenizers = [load_recipe_tokenizer(model) for model in task.rows.cut_for]
+    tokenizers = [load_recipe_tokenizer(model) for model in task.segmentation.split_for]
     for record in batch.to_pylist():
         start, stop, began = record["start"], record["start"] + record["count"], time.monotonic()
         for shard, documents in enumerate(task.batches(record["group"]), start):
@@ -198,7 +198,7 @@ def _check_lengths(rows: pa.Table, task: CutTask) -> None:
         raise UserError(
             f"row {rows['row_id'][longest].as_py()!r}, cut for other tokenizers, is "
             f"{lengths[longest]} tokens of the target {task.target.model!r}, which takes "
-            f"{task.target_context}; set corpus.recut: true, which captures every source again"
+            f"{task.target_context}; set corpus.resplit: true, which captures every source again"
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.config.load import read_recipe
 from rayfuse.config.recipe import Recipe
 from rayfuse.doctor.checks import Finding, list_findings
@@ -68,7 +69,7 @@ def examine(recipe: Recipe) -> list[Finding]:
 
 def _check_recipe(recipe: Recipe) -> list[Finding]:
     try:
-        plan_layout(recipe)
+        plan_layout(recipe, ALIGN_FACTS)
     except (ValueError, OSError) as error:
         return [Finding("recipe", "error", str(error), "change the recipe as the error states")]
     return []

@@ -80,7 +80,7 @@ def evaluate_models(recipe: Recipe, layout: Layout, progress: Progress) -> dict[
         UserError: The held-out rows are incomplete or empty, a model is not trained yet, or a model
             or a task cannot be used.
     """
-    names = [name for name in layout.evaluations if not _is_evaluated(layout, name)]
+    names = [name for name in layout.evaluation.scores if not _is_evaluated(layout, name)]
     if names:
         groups = _plan_groups(recipe, layout)
         if ENSEMBLE in names:
@@ -92,7 +92,8 @@ def evaluate_models(recipe: Recipe, layout: Layout, progress: Progress) -> dict[
     if recipe.evaluate.tasks is not None:
         _score_tasks(recipe, layout, progress)
     return {
-        name: parse_evaluation(layout.store.read(file)) for name, file in layout.evaluations.items()
+        name: parse_evaluation(layout.store.read(file))
+        for name, file in layout.evaluation.scores.items()
     }
 
 
@@ -102,7 +103,7 @@ def _claim_token_nll(
     """Claim the sources' token NLL, and list the sources to score again because shards lack it."""
     shards = {shard for group in groups for shard in group}
     incomplete: list[str] = []
-    for name, token_nll in layout.token_nll.items():
+    for name, token_nll in layout.evaluation.token_nll.items():
         token_nll.claim({"recipe": dump_recipe(recipe), "source": name})
         if shards - token_nll.list_committed() and name not in names:
             incomplete.append(name)
@@ -139,19 +140,19 @@ def _score_models(
         pending |= {remote.remote(job, group, merge): (name, i) for i, group in enumerate(groups)}
     for name, parts in _gather(pending, groups, progress):
         evaluation = _join_parts(name, jobs[name].model.model, parts)
-        layout.store.write(layout.evaluations[name], evaluation.to_json())
+        layout.store.write(layout.evaluation.scores[name], evaluation.to_json())
 
 
 def _score_ensemble(layout: Layout, groups: list[list[int]], progress: Progress) -> None:
     average: Any = ray.remote(max_retries=TASK_RETRIES)(average_shards)
-    token_nll = list(layout.token_nll.values())
+    token_nll = list(layout.evaluation.token_nll.values())
     pending = {
         average.remote(layout.held_out, token_nll, group): (ENSEMBLE, i)
         for i, group in enumerate(groups)
     }
     for name, parts in _gather(pending, groups, progress):
-        evaluation = _join_parts(name, ", ".join(layout.token_nll), parts)
-        layout.store.write(layout.evaluations[name], evaluation.to_json())
+        evaluation = _join_parts(name, ", ".join(layout.evaluation.token_nll), parts)
+        layout.store.write(layout.evaluation.scores[name], evaluation.to_json())
 
 
 def _gather(
@@ -182,8 +183,8 @@ def _score_tasks(recipe: Recipe, layout: Layout, progress: Progress) -> None:
 
     present = layout.store.sizes("evaluate")
     jobs: dict[str, LmEvalJob] = {}
-    for name, score_files in layout.task_scores.items():
-        nll_files = layout.task_costs.get(name, {})
+    for name, score_files in layout.evaluation.task_scores.items():
+        nll_files = layout.evaluation.task_nll.get(name, {})
         missing = {
             task: file
             for task, file in score_files.items()
@@ -201,7 +202,7 @@ def _score_tasks(recipe: Recipe, layout: Layout, progress: Progress) -> None:
             pending[remote.remote(job, model, find_own_folder(name, layout))] = name
     _wait_for_jobs(pending, progress)
     if ENSEMBLE in jobs:
-        sources = list(layout.task_costs.values())
+        sources = list(layout.evaluation.task_nll.values())
         remote = ray.remote(max_retries=TASK_RETRIES)(run_ensemble_job)
         _wait_for_jobs({remote.remote(jobs[ENSEMBLE], sources): ENSEMBLE}, progress)
 
@@ -225,11 +226,13 @@ def _base(file: str) -> str:
 
 def _start_merge(recipe: Recipe, layout: Layout) -> Any:
     """Start to average the weights, and return the task's reference; None where it is done."""
-    folder = layout.merge.folder
+    folder = layout.evaluation.merge.folder
     assert folder is not None, "no model is merged"
     if "done.json" in layout.store.sizes(folder):
         return None
-    sources = [source for source in recipe.sources if source.name in layout.merge.sources]
+    sources = [
+        source for source in recipe.sources if source.name in layout.evaluation.merge.sources
+    ]
     merge: Any = ray.remote(max_retries=TASK_RETRIES)(merge_models)
     return merge.remote([recipe.target, *sources], layout.store, folder)
 
@@ -251,7 +254,7 @@ def _plan_job(recipe: Recipe, layout: Layout, name: str) -> ScoringJob:
         held_out=layout.held_out,
         batch_tokens=recipe.evaluate.batch_tokens,
         own_folder=find_own_folder(name, layout),
-        token_nll=layout.token_nll.get(name),
+        token_nll=layout.evaluation.token_nll.get(name),
     )
 
 
@@ -262,7 +265,7 @@ def _check_trained(layout: Layout, name: str) -> None:
 
 
 def _is_evaluated(layout: Layout, name: str) -> bool:
-    folder, _, file = layout.evaluations[name].rpartition("/")
+    folder, _, file = layout.evaluation.scores[name].rpartition("/")
     return file in layout.store.sizes(folder)
 
 

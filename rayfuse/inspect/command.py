@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from rayfuse.align.facts import ALIGN_FACTS
+from rayfuse.align.pair import align_texts
 from rayfuse.align.task import align_captured, plan_task
 from rayfuse.config.base import UserError
 from rayfuse.config.load import read_recipe
 from rayfuse.config.recipe import Recipe
 from rayfuse.inspect.html import build_page
-from rayfuse.inspect.report import align_texts, report_pair
+from rayfuse.inspect.report import report_pair
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
 from rayfuse.run.layout import Layout, plan_layout
@@ -129,7 +131,7 @@ def _measure_masses(recipe: Recipe, names: list[str]) -> list[dict[str, Any]]:
     alone, so it is printed for a recipe that cannot be run yet.
     """
     try:
-        layout = plan_layout(recipe)
+        layout = plan_layout(recipe, ALIGN_FACTS)
     except ValueError as error:
         return [{"captured_mass": None, "captured_note": f"{NOT_CAPTURED} ({error})"}] * len(names)
     return [_measure_mass(recipe, layout, name) for name in names]

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayfuse.align.matches import keep_one_to_one
+from rayfuse.align.pair import AlignedTexts
 from rayfuse.align.token_spans import PlacedTokens, TokenBytes
-from rayfuse.inspect.report import AlignedTexts, PairReport, name_token
+from rayfuse.inspect.report import PairReport, name_token
 
 CELL, ROW, GAP = 9.0, 26.0, 30.0
 """Pixels: width of a character, height of a token, height between the two tokenizations."""

@@ -1,24 +1,17 @@
 """How two tokenizers align on a text: shares, losses, and the tokens that align worst."""
 
 import re
-import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from rayfuse.align.matches import NO_SHARED_BOUNDARY, Matches, keep_one_to_one
-from rayfuse.align.method import Alignment, load_method, map_for_matching
+from rayfuse.align.matches import NO_SHARED_BOUNDARY, keep_one_to_one
+from rayfuse.align.pair import AlignedTexts
 from rayfuse.align.token_spans import (
-    PlacedTokens,
     TokenBytes,
-    list_token_bytes,
-    place_tokens,
 )
-from rayfuse.config.base import UserError
-from rayfuse.models.tokenizer import TextTokenizer
 
 WORST_TOKENS = 20
 
@@ -30,9 +23,6 @@ FLAGS = {
     "code": re.compile(r"[{}()\[\]<>=;_/\\|*#&$@^~`]"),
 }
 """Kinds of token that often align badly, by their text; the first that fits is reported."""
-
-PROBES = ("Hello world", "12 + 30 = 42", "Zwölf Boxkämpfer", "漢字かな", "a\n\n  b")
-"""Texts on one of which two tokenizers must share a boundary, to be aligned at all."""
 
 
 @dataclass(frozen=True)
@@ -68,83 +58,6 @@ class PairReport:
     def as_json(self) -> dict[str, Any]:
         """Return plain values for one JSON object."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class AlignedTexts:
-    """Texts in both tokenizers' tokens, for a report and for a picture."""
-
-    texts: tuple[str, ...]
-    source: PlacedTokens
-    target: PlacedTokens
-    source_vocabulary: TokenBytes
-    target_vocabulary: TokenBytes
-    matches: Matches
-    method: str
-    seconds: float
-
-
-def align_texts(
-    texts: Sequence[str],
-    source: TextTokenizer,
-    target: TextTokenizer,
-    method: str = "bytes",
-) -> AlignedTexts:
-    """Return texts, each taken for a whole document, in both tokenizers' tokens.
-
-    Raises:
-        UserError: The two cannot be aligned; the message shows a text on which they differ.
-    """
-    check_pair(source, target)
-    return _align_texts(texts, source, target, method)
-
-
-def _align_texts(
-    texts: Sequence[str], source: TextTokenizer, target: TextTokenizer, method: str
-) -> AlignedTexts:
-    encoded = [text.encode() for text in texts]
-    ours, theirs = list_token_bytes(source), list_token_bytes(target)
-    rows = [each.encode_rows(list(texts), [True] * len(texts)) for each in (source, target)]
-    loaded = load_method(method)
-    used = np.unique(np.concatenate([np.zeros(0, dtype=np.int32), *rows[0]]))
-    alignment = Alignment(ours, theirs, map_for_matching(loaded, used, source, target), loaded)
-    began = time.perf_counter()
-    source_tokens = _place_rows(rows[0], encoded, ours)
-    target_tokens = _place_rows(rows[1], encoded, theirs)
-    matches = loaded.match(source_tokens, target_tokens, alignment)
-    seconds = time.perf_counter() - began
-    return AlignedTexts(
-        tuple(texts), source_tokens, target_tokens, ours, theirs, matches, method, seconds
-    )
-
-
-def _place_rows(rows: list[np.ndarray], texts: list[bytes], vocabulary: TokenBytes) -> PlacedTokens:
-    offsets = np.cumsum([0, *(len(row) for row in rows)])
-    ids = np.concatenate([np.zeros(0, dtype=np.int32), *rows])
-    return place_tokens(ids, offsets, texts, vocabulary, [True] * len(texts))
-
-
-def check_pair(source: TextTokenizer, target: TextTokenizer) -> None:
-    """Check that two tokenizers share a boundary inside at least one of some simple texts.
-
-    Raises:
-        UserError: They share none.
-    """
-    reasons: Counter[str] = Counter()
-    for text in PROBES:
-        aligned = _align_texts([text], source, target, "bytes")
-        starts = aligned.source.ends[aligned.matches.source_at]
-        if ((starts > 0) & (starts < len(text.encode()))).any():
-            return
-        reasons += Counter(aligned.matches.unmatched)
-    told = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
-    ours, theirs = (
-        each.backend.encode(PROBES[0], add_special_tokens=False).tokens for each in (source, target)
-    )
-    raise UserError(
-        f"these tokenizers cannot be aligned: on simple texts no position of the target has one of "
-        f"the source ({told}); {PROBES[0]!r} is {ours} to the source and {theirs} to the target"
-    )
 
 
 def report_pair(aligned: AlignedTexts) -> PairReport:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import nn
 
+from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
 from rayfuse.models.batching import pad_rows
 
@@ -110,7 +111,7 @@ def load_causal_lm(settings: ModelSettings, device: str) -> CausalLM:
         device: A torch device, such as `cuda` or `cpu`.
 
     Raises:
-        ValueError: It cannot be loaded, or its logits are not its head applied to its body.
+        UserError: It cannot be loaded, or its logits are not its head applied to its body.
     """
     from transformers import AutoModelForCausalLM
 
@@ -123,7 +124,7 @@ def load_causal_lm(settings: ModelSettings, device: str) -> CausalLM:
             dtype=resolve_dtype(settings.dtype, device),
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(
+        raise UserError(
             f"model is {settings.model!r}, which cannot be loaded: {str(error).strip()}"
         ) from error
     return split_head(loaded.to(device).eval(), name=settings.model)
@@ -133,11 +134,11 @@ def split_head(model: Any, *, name: str) -> CausalLM:
     """Return a model taken apart at its head, after checking that nothing comes behind it.
 
     Raises:
-        ValueError: The model has no linear head on top of a body, or changes the head's logits.
+        UserError: The model has no linear head on top of a body, or changes the head's logits.
     """
     head, body = model.get_output_embeddings(), model.base_model
     if not isinstance(head, nn.Linear) or body is model:
-        raise ValueError(f"model is {name!r}, which has no linear head on top of a body")
+        raise UserError(f"model is {name!r}, which has no linear head on top of a body")
     parts = CausalLM(model, body, head, read_transform(model.config))
     probe = torch.arange(1, 9, device=parts.device)[None]
     was_training = model.training
@@ -147,7 +148,7 @@ def split_head(model: Any, *, name: str) -> CausalLM:
         ours = parts.logits(parts.hidden_states(probe)[0])[None]
     model.train(was_training)
     if logits.shape != ours.shape or not torch.allclose(logits, ours, rtol=0.02, atol=0.02):
-        raise ValueError(
+        raise UserError(
             f"model is {name!r}, whose logits are not its head applied to its last hidden state, "
             "scaled and capped as its config.json says; rayfuse cannot use this family yet"
         )

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
 from rayfuse.models.tokenizer import TextTokenizer, check_folder, load_tokenizer
 
@@ -42,7 +43,7 @@ def load_recipe_tokenizer(settings: ModelSettings) -> TextTokenizer:
     """Return the tokenizer of a recipe's model.
 
     Raises:
-        ValueError: As for `load_tokenizer`.
+        UserError: As for `load_tokenizer`.
     """
     return load_tokenizer(settings.model, settings.revision, settings.trust_remote_code)
 
@@ -51,21 +52,21 @@ def check_model(settings: ModelSettings, max_tokens: int, *, role: str) -> Model
     """Return what a model's files say, once it is clear that it can be used.
 
     Raises:
-        ValueError: The model is missing, has no safetensors, has fewer logits than its tokenizer
+        UserError: The model is missing, has no safetensors, has fewer logits than its tokenizer
             has ids, or takes no rows of `max_tokens`.
     """
     try:
         files = read_model_files(settings.model, settings.revision)
         vocab_size = load_recipe_tokenizer(settings).vocab_size
     except ValueError as error:
-        raise ValueError(f"{role}: {error}") from error
+        raise UserError(f"{role}: {error}") from error
     if files.head_width < vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{role}: model is {settings.model!r}, whose tokenizer has {vocab_size} ids but whose "
             f"head gives only {files.head_width} logits; the tokenizer is another model's"
         )
     if files.context_tokens is not None and files.context_tokens < max_tokens:
-        raise ValueError(
+        raise UserError(
             f"corpus.max_tokens is {max_tokens}, more than the {files.context_tokens} tokens that "
             f"{role} {settings.model!r} takes; use <= {files.context_tokens}"
         )
@@ -77,7 +78,7 @@ def read_model_files(model: str, revision: str | None) -> ModelFiles:
     """Return what the files of a folder or hub id say of a model.
 
     Raises:
-        ValueError: There is no such folder or id, or it holds no config or no safetensors.
+        UserError: There is no such folder or id, or it holds no config or no safetensors.
     """
     folder = Path(model).expanduser()
     check_folder(model)
@@ -114,7 +115,7 @@ def _is_of_weights(key: str) -> bool:
 def _read_folder(folder: Path) -> tuple[dict[str, Any], str]:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights or not (folder / "config.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"model is {str(folder)!r}, a folder without config.json and *.safetensors; "
             "save the model there with save_pretrained"
         )
@@ -130,7 +131,7 @@ def _read_hub(model: str, revision: str | None) -> tuple[dict[str, Any], str]:
         path = Path(hf_hub_download(model, "config.json", revision=revision))
     except Exception as error:  # the hub's errors share no class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"model is {model!r}, which is no folder here and cannot be had from the hub "
             f"({reason}); check the name, or log in if it is gated"
         ) from error

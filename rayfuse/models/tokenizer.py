@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 
+from rayfuse.config.base import UserError
+
 BLANK = "\u2581"
 """SentencePiece's sign for a blank."""
 
@@ -119,7 +121,7 @@ def load_tokenizer(
     """Return the tokenizer of a model folder or hub id.
 
     Raises:
-        ValueError: It cannot be loaded.
+        UserError: It cannot be loaded.
     """
     check_folder(model)
     plain = _read_plain_folder(Path(model).expanduser())
@@ -132,12 +134,12 @@ def load_tokenizer(
             model, revision=revision, trust_remote_code=trust_remote_code, use_fast=True
         )
     except Exception as error:  # every loader of the library raises its own kind
-        raise ValueError(
+        raise UserError(
             f"model is {model!r}, whose tokenizer cannot be loaded ({_first_line(error)}); "
             "give a folder with tokenizer.json or a hub id that this machine may read"
         ) from error
     if not loaded.is_fast:
-        raise ValueError(f"model is {model!r}, which has no fast tokenizer (tokenizer.json)")
+        raise UserError(f"model is {model!r}, which has no fast tokenizer (tokenizer.json)")
     return build_tokenizer(
         loaded.backend_tokenizer.to_str(),
         start_id=_first_of(loaded.bos_token_id, loaded.eos_token_id),
@@ -149,12 +151,12 @@ def check_folder(model: str) -> None:
     """Check that a model which can only be a folder is there: a hub id is NAME or OWNER/NAME.
 
     Raises:
-        ValueError: There is no such folder.
+        UserError: There is no such folder.
     """
     folder = Path(model).expanduser()
     is_path = folder.is_absolute() or model.startswith(("./", "../", "~")) or model.count("/") > 1
     if is_path and "://" not in model and not folder.is_dir():
-        raise ValueError(f"model is {model!r}, a folder that does not exist; check the path")
+        raise UserError(f"model is {model!r}, a folder that does not exist; check the path")
 
 
 def _read_plain_folder(folder: Path) -> TextTokenizer | None:
@@ -163,7 +165,7 @@ def _read_plain_folder(folder: Path) -> TextTokenizer | None:
     It spares the import of transformers, 5 seconds on a slow core.
 
     Raises:
-        ValueError: A file is damaged.
+        UserError: A file is damaged.
     """
     config_path, path = folder / "tokenizer_config.json", folder / "tokenizer.json"
     if not config_path.is_file() or not path.is_file():
@@ -186,12 +188,12 @@ def _read_checked(path: Path, read: Callable[[bytes], Any]) -> Any:
     """Return what is read from a file's bytes.
 
     Raises:
-        ValueError: They are damaged in any way.
+        UserError: They are damaged in any way.
     """
     try:
         return read(path.read_bytes())
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged or no tokenizer's ({_first_line(error)}); "
             "save it again with save_pretrained, or download it again"
         ) from error

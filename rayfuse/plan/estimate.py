@@ -212,7 +212,7 @@ def _plan_evaluate(inputs: PlanInputs) -> Work:
     """Plan the evaluation of every source, the target, and the trained and merged models."""
     recipe, held_out = inputs.recipe, inputs.held_out
     names = ["fused", "clm"] if recipe.train.baseline else ["fused"]
-    if inputs.layout is not None and "merged" in inputs.layout.evaluations:
+    if inputs.layout is not None and "merged" in inputs.layout.evaluation.scores:
         names.append("merged")
     models = [*inputs.sources, *[inputs.target] * (1 + len(names))]
     tokens = [held_out.num_bytes / model.bytes_per_token for model in models]

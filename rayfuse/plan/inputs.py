@@ -9,6 +9,7 @@ from typing import TypeVar
 import pyarrow as pa
 import yaml
 
+from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.config.base import UserError
 from rayfuse.config.corpus import Documents
 from rayfuse.config.load import read_values
@@ -120,7 +121,9 @@ def read_inputs(recipe: Recipe, *, is_example: bool = False) -> PlanInputs:
     if not is_example:
         retry_seconds = min(recipe.storage_retry_seconds, MAX_RETRY_SECONDS)
         hasty = recipe.model_copy(update={"storage_retry_seconds": retry_seconds})
-        layout = _try(lambda: plan_layout(hasty), warnings, "completed work is unknown")
+        layout = _try(
+            lambda: plan_layout(hasty, ALIGN_FACTS), warnings, "completed work is unknown"
+        )
         files = _try(
             lambda: _list_all(recipe.corpus.documents, "corpus.documents"), warnings, "documents"
         )

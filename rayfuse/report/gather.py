@@ -135,7 +135,7 @@ def gather_findings(recipe: Recipe, layout: Layout) -> Findings:
         counts=count_stages(layout),
         task_scores=tasks,
         task_differences={task: compare_to_fused(each, recipe) for task, each in tasks.items()},
-        merge=layout.merge,
+        merge=layout.evaluation.merge,
     )
 
 
@@ -146,7 +146,7 @@ def read_evaluations(layout: Layout) -> dict[str, Evaluation]:
         ValueError: One is missing.
     """
     found: dict[str, Evaluation] = {}
-    for name, file in layout.evaluations.items():
+    for name, file in layout.evaluation.scores.items():
         try:
             found[name] = parse_evaluation(layout.store.read(file))
         except FileNotFoundError as error:
@@ -165,7 +165,7 @@ def read_task_scores(layout: Layout, names: list[str]) -> dict[str, dict[str, Ta
     """
     found: dict[str, dict[str, TaskScore]] = {}
     for name in names:
-        for task, file in layout.task_scores.get(name, {}).items():
+        for task, file in layout.evaluation.task_scores.get(name, {}).items():
             try:
                 score = parse_task_score(layout.store.read(file))
             except FileNotFoundError as error:

@@ -135,9 +135,9 @@ def note_tasks(differences: dict[str, dict[str, Difference]]) -> list[str]:
 
 def note_merge(merge: Merge) -> list[str]:
     """Return why there is no model of averaged weights, or which sources it leaves out."""
-    if not merge.left_out:
+    if not merge.excluded:
         return []
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in merge.left_out.items())
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in merge.excluded.items())
     if merge.sources:
         return [f"The merged weights leave sources out ({reasons})."]
     return [f"No source's weights can be averaged with the target's ({reasons})."]

@@ -1,15 +1,24 @@
-"""Fingerprints: short hashes of everything that decides a result."""
+"""Fingerprints: short hashes of everything that decides a result, one function for each stage.
+
+A folder is named by its fingerprint, so that results of other settings are never mixed with it.
+"""
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
+from rayfuse.config.models import SourceSettings
+from rayfuse.config.recipe import Recipe
+from rayfuse.models.files import ModelFiles
+from rayfuse.run.inputs import InputFile
+
 FINGERPRINT_VERSION = 4
-"""Bumped when the same settings compute another result. A renamed setting or column is no reason:
-it would make every captured data set useless (`rayfuse migrate` renames in place)."""
+"""Increased when the same settings compute another result. A renamed setting or column is no
+reason: it would make every captured data set useless (`rayfuse migrate` renames in place)."""
 
 _FIRST_NAMES = {"min_edit_distance": "mined", "cooccurrence": "statistics"}
-"""Values that were renamed keep the name in fingerprints that they were introduced with."""
+"""Renamed values of settings, with the names that fingerprints were first computed from."""
 
 
 def fingerprint_of(**parts: Any) -> str:
@@ -18,6 +27,101 @@ def fingerprint_of(**parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def first_name(value: str) -> str:
-    """Name the value of a setting as fingerprints have always named it."""
-    return _FIRST_NAMES.get(value, value)
+def describe_split(
+    recipe: Recipe, inputs: Iterable[list[InputFile]], held_out_share: float
+) -> dict[str, Any]:
+    """List what decides how documents are split into rows, apart from the tokenizers.
+
+    Args:
+        recipe: Its corpus settings count.
+        inputs: The files of each entry of `documents`.
+        held_out_share: Share of the documents that the other data set gets.
+    """
+    settings = recipe.corpus.dump_result_settings()
+    del settings["documents"]  # the files that were found stand for them
+    return settings | {
+        "held_out_share": held_out_share,
+        "inputs": [
+            [
+                files[0].settings.dump_result_settings(),
+                [[file.path, file.num_bytes, file.version] for file in files],
+            ]
+            for files in inputs
+        ],
+    }
+
+
+def fingerprint_captured(
+    recipe: Recipe, source: SourceSettings, files: ModelFiles, *, tokenizer: str, rows: str
+) -> str:
+    """Hash what decides the captured rows of one source.
+
+    Args:
+        recipe: Its capture settings count.
+        source: The source.
+        files: The source's files.
+        tokenizer: The source's tokenizer, by its hash.
+        rows: The segmentation of the corpus, by its fingerprint.
+    """
+    return fingerprint_of(
+        rows=rows,
+        model=files.identity,
+        dtype=source.dtype,
+        backend=source.backend,
+        tokenizer=tokenizer,
+        top_k=recipe.capture.kept_entries,
+        draws=recipe.capture.num_draws,
+    )
+
+
+def fingerprint_aligned(captured: str, *, target_tokenizer: str, method: str, version: int) -> str:
+    """Hash what decides the aligned rows of one source.
+
+    Args:
+        captured: The source's captured rows, by their fingerprint.
+        target_tokenizer: The target's tokenizer, by its hash.
+        method: `align.method`.
+        version: Of the alignment's code.
+    """
+    return fingerprint_of(
+        of=captured,
+        target=target_tokenizer,
+        method=_FIRST_NAMES.get(method, method),
+        rules=version,
+    )
+
+
+def fingerprint_map(tokenizers: list[str], *, text: str | None, method: str, version: int) -> str:
+    """Hash what decides a stored vocabulary map.
+
+    Args:
+        tokenizers: Hashes of the source's tokenizer and of the target's.
+        text: The corpus, by its fingerprint, if the method counts tokens in it.
+        method: `align.method`.
+        version: Of the alignment's code.
+    """
+    return fingerprint_of(
+        method=_FIRST_NAMES.get(method, method), pair=tokenizers, text=text, rules=version
+    )
+
+
+def fingerprint_training(
+    recipe: Recipe, target: ModelFiles, *, corpus: str, aligned: list[str] | None
+) -> str:
+    """Hash what decides the weights of a trained target.
+
+    Args:
+        recipe: Its settings of training and fusion count, and its seed.
+        target: The target's files.
+        corpus: The corpus, by its fingerprint.
+        aligned: The aligned rows of each source, by their fingerprints; None without fusion.
+    """
+    common: dict[str, Any] = {
+        "corpus": corpus,
+        "target": [target.identity, recipe.target.dtype],
+        "seed": recipe.seed,
+        "train": recipe.train.dump_result_settings(with_fusion=aligned is not None),
+    }
+    if aligned is None:
+        return fingerprint_of(**common)
+    return fingerprint_of(**common, aligned=aligned, fuse=recipe.fuse.dump_result_settings())

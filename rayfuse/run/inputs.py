@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 
 import zstandard
 
+from rayfuse.config.base import UserError
 from rayfuse.config.corpus import DocumentsSettings
 
 Format = Literal["jsonl", "parquet", "text", "dataset"]
@@ -61,7 +62,7 @@ def list_inputs(settings: DocumentsSettings, setting: str) -> list[InputFile]:
         setting: Its name in the recipe, for errors.
 
     Raises:
-        ValueError: There are none, or a file's name does not say what it is.
+        UserError: There are none, or a file's name does not say what it is.
     """
     if settings.format == "dataset" or is_saved_dataset(settings.path):
         return [InputFile(settings.path, "dataset", 0, _version_of_dataset(settings), settings)]
@@ -70,14 +71,14 @@ def list_inputs(settings: DocumentsSettings, setting: str) -> list[InputFile]:
     for path, num_bytes, version in sorted(found):
         kind = settings.format if settings.format != "auto" else _format_of(path)
         if kind is None and path == settings.path:
-            raise ValueError(
+            raise UserError(
                 f"{setting} is {path!r}, whose name does not say what it is; "
                 "set format: jsonl, parquet, text or dataset"
             )
         if kind is not None:
             inputs.append(InputFile(path, cast(Format, kind), num_bytes, version, settings))
     if not inputs:
-        raise ValueError(
+        raise UserError(
             f"{setting} is {settings.path!r}, where no documents were found; give an existing "
             "file, folder or pattern (.jsonl, .parquet, .txt, also .gz and .zst), or write "
             "format: dataset for a data set of the hub"
@@ -89,7 +90,7 @@ def check_unchanged(file: InputFile) -> None:
     """Do nothing where a file is still the one that was listed.
 
     Raises:
-        ValueError: It has changed, or is gone.
+        UserError: It has changed, or is gone.
         OSError: Its storage cannot be asked.
     """
     remedy = (
@@ -100,9 +101,9 @@ def check_unchanged(file: InputFile) -> None:
     try:
         num_bytes, version = _look_up(file)
     except FileNotFoundError as error:
-        raise ValueError(f"documents {file.path} are gone since the run began; {remedy}") from error
+        raise UserError(f"documents {file.path} are gone since the run began; {remedy}") from error
     if (num_bytes, version) != (file.num_bytes, file.version):
-        raise ValueError(
+        raise UserError(
             f"documents {file.path} have changed since the run began ({num_bytes} bytes of version "
             f"{version}, not {file.num_bytes} of {file.version}); {remedy}"
         )
@@ -157,7 +158,7 @@ def _list_local(path: str) -> list[tuple[str, int, str]]:
         found = list(root.glob(pattern))
     for file in found:
         if file.is_symlink() and not file.exists() and _format_of(str(file)):
-            raise ValueError(f"documents {file} are a link to nothing; restore or remove it")
+            raise UserError(f"documents {file} are a link to nothing; restore or remove it")
     stats = ((str(file), file.stat()) for file in found if file.is_file())
     return [(name, stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats]
 

@@ -1,8 +1,8 @@
-"""Rows that are cut once and kept: models that come later are shown the same rows.
+"""The segmentation of documents into rows: stored once, and reused by later recipes.
 
-Rows are cut to fit every tokenizer of a recipe, so that another source or target would cut them
-anew and make all that is captured useless. The first cut that something is computed from is
-therefore written down, and recipes over the same documents keep to it.
+Rows are split to fit every tokenizer of a recipe, so that another source or target would change
+the rows and make all captured shards useless. The first segmentation that something is computed
+from is therefore recorded, and later recipes over the same documents reuse it.
 """
 
 import json
@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.run.fingerprint import fingerprint_of
@@ -20,37 +21,37 @@ from rayfuse.storage.store import Store
 
 @dataclass(frozen=True)
 class Segmentation:
-    """How the documents of a data set are cut."""
+    """How the documents of a data set are split into rows."""
 
     fingerprint: str
-    """Hash of the documents and of all that decides on the cuts."""
+    """Hash of the documents and of all that decides the row boundaries."""
     record_file: str
-    """Where the first cut of these documents is written down."""
-    cut_for: tuple[ModelSettings, ...]
-    """The models whose tokenizers the rows fit."""
+    """Where the first segmentation of these documents is recorded."""
+    split_for: tuple[ModelSettings, ...]
+    """The models with the tokenizers that the rows fit."""
     tokenizers: tuple[str, ...]
-    """Hashes of these."""
+    """Hashes of these tokenizers."""
     is_reused: bool
-    """They are cut for another recipe's models."""
+    """Whether the rows were split for another recipe's models."""
 
     def check_tokenizers(self) -> None:
-        """Check that the tokenizers are still those that the rows were first cut for.
+        """Check that the tokenizers are still those that the rows were first split for.
 
         Raises:
-            ValueError: One is gone or has changed.
+            UserError: A tokenizer is missing or has changed.
         """
-        remedy = "bring it back, or set corpus.recut: true, which captures every source again"
-        for model, known in zip(self.cut_for, self.tokenizers, strict=True):
+        remedy = "restore it, or set corpus.resplit: true, which captures every source again"
+        for model, recorded in zip(self.split_for, self.tokenizers, strict=True):
             try:
                 found = load_recipe_tokenizer(model).content_hash
-            except ValueError as error:
-                raise ValueError(
-                    f"the rows were first cut for another: {error}; {remedy}"
+            except UserError as error:
+                raise UserError(
+                    f"the rows were first split for another model: {error}; {remedy}"
                 ) from error
-            if found != known:
-                raise ValueError(
-                    f"the rows were first cut for {model.model!r}, whose tokenizer has changed; "
-                    f"{remedy}"
+            if found != recorded:
+                raise UserError(
+                    f"the rows were first split for {model.model!r}, and its tokenizer has "
+                    f"changed; {remedy}"
                 )
 
 
@@ -60,46 +61,62 @@ def plan_segmentation(
     documents: dict[str, Any],
     models: tuple[ModelSettings, ...],
     *,
-    recut: bool,
-) -> tuple[DataSet, Segmentation]:
-    """Return the data set of a recipe's rows, in its target's tokens, and how they are cut.
+    resplit: bool,
+) -> Segmentation:
+    """Choose how documents are split: as first recorded, else to fit the models of this recipe.
 
     Args:
-        store: Where rows are kept.
+        store: The store of the run.
         name: The data set's name within the corpus stage: empty, or `held-out`.
-        documents: The documents and the settings of the cut, but for tokenizers.
-        models: The recipe's, the target first.
-        recut: Cut them for these models, whatever there is.
+        documents: The documents and all settings of the split, apart from the tokenizers.
+        models: The models of the recipe, the target first.
+        resplit: Split them for these models even if another segmentation is recorded.
 
     Raises:
-        ValueError: The record of an earlier cut is damaged.
+        UserError: The record of an earlier segmentation is corrupt, or a stored corpus has another
+            schema version.
     """
     target = load_recipe_tokenizer(models[0]).content_hash
     prefix = f"{name}-" if name else ""
     record_file = f"corpus/{prefix}segmentation-{fingerprint_of(**documents)}.json"
-    own = _cut_for(models, documents, record_file)
-    data = _place(store, name, own.fingerprint, target)
-    if recut or store.sizes(data.folder, "run.json"):
-        return data, own
-    kept = _read_kept(store, record_file)
-    if kept is None:
+    own = _split_for(models, documents, record_file)
+    if resplit or store.sizes(place_rows(store, name, own.fingerprint, target).folder, "run.json"):
+        return own
+    recorded = _read_record(store, record_file)
+    if recorded is None:
         _check_versions(store)
-    if kept is None or kept.fingerprint == own.fingerprint:
-        return data, own
-    return _place(store, name, kept.fingerprint, target), kept
+    if recorded is None or recorded.fingerprint == own.fingerprint:
+        return own
+    return recorded
 
 
-def write_segmentation(store: Store, rows: Segmentation) -> None:
-    """Write down how documents are cut, unless a cut of them is written down already."""
+def place_rows(store: Store, name: str, segmentation: str, target_tokenizer: str) -> DataSet:
+    """Name the data set of rows that are stored in the target's tokens.
+
+    Args:
+        store: The store of the run.
+        name: As for `plan_segmentation`.
+        segmentation: Its fingerprint.
+        target_tokenizer: The hash of the target's tokenizer.
+    """
+    fingerprint = fingerprint_of(rows=segmentation, target=target_tokenizer)
+    return DataSet(store, "corpus", name, fingerprint)
+
+
+def write_segmentation(store: Store, segmentation: Segmentation) -> None:
+    """Record how documents are split, unless a segmentation of them is recorded already."""
     record = {
-        "rows": rows.fingerprint,
-        "cut_for": [{"model": model.model, "revision": model.revision} for model in rows.cut_for],
-        "tokenizers": rows.tokenizers,
+        "rows": segmentation.fingerprint,
+        "cut_for": [
+            {"model": model.model, "revision": model.revision} for model in segmentation.split_for
+        ],
+        "tokenizers": segmentation.tokenizers,
     }
-    store.create(rows.record_file, json.dumps(record, indent=1).encode())
+    # A conditional PUT: of two recipes that start at once, one records and the other must reuse.
+    store.create(segmentation.record_file, json.dumps(record, indent=1).encode())
 
 
-def _cut_for(
+def _split_for(
     models: tuple[ModelSettings, ...], documents: dict[str, Any], record_file: str
 ) -> Segmentation:
     by_hash = {load_recipe_tokenizer(model).content_hash: model for model in models}
@@ -107,7 +124,7 @@ def _cut_for(
     return Segmentation(
         fingerprint=fingerprint_of(**documents, tokenizers=tokenizers),
         record_file=record_file,
-        cut_for=tuple(by_hash[tokenizer] for tokenizer in tokenizers),
+        split_for=tuple(by_hash[tokenizer] for tokenizer in tokenizers),
         tokenizers=tuple(tokenizers),
         is_reused=False,
     )
@@ -116,7 +133,7 @@ def _cut_for(
 def _check_versions(store: Store) -> None:
     """Check that no corpus has another schema version.
 
-    Its segmentation would lie under another name, so that the documents would be cut again.
+    Its segmentation would have another file name, so that the documents would be split again.
 
     Raises:
         UserError: A corpus has another version; the message names the migration.
@@ -128,25 +145,22 @@ def _check_versions(store: Store) -> None:
             decode_run(store.read(path), f"{store.root}/{path}", store.root)
 
 
-def _place(store: Store, name: str, rows: str, target: str) -> DataSet:
-    return DataSet(store, "corpus", name, fingerprint_of(rows=rows, target=target))
-
-
-def _read_kept(store: Store, record_file: str) -> Segmentation | None:
+def _read_record(store: Store, record_file: str) -> Segmentation | None:
     try:
         record = json.loads(store.read(record_file))
         return Segmentation(
             fingerprint=record["rows"],
             record_file=record_file,
-            # Whether a model may run code of its own is for recipes to say, never for a storage.
-            cut_for=tuple(ModelSettings.model_validate(model) for model in record["cut_for"]),
+            # Only a recipe may allow a model to run its own code (trust_remote_code): the record
+            # may come from a storage that others can write.
+            split_for=tuple(ModelSettings.model_validate(model) for model in record["cut_for"]),
             tokenizers=tuple(record["tokenizers"]),
             is_reused=True,
         )
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{store.root}/{record_file} is corrupt ({error}); remove it: the next run writes it "
             "again"
         ) from error

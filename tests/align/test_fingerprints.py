@@ -1,11 +1,13 @@
-"""What is stored under a name that older rules gave it must not be met again."""
+"""Results of older alignment code are never reused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.config.load import read_recipe
-from rayfuse.run import layout
+from rayfuse.run.layout import plan_layout
 from tests.fakes import byte_level_tokenizer, save_model, save_tokenizer, sentencepiece_tokenizer
 from tests.test_cli import write_recipe
 
@@ -21,12 +23,12 @@ def models(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("method", ["min_edit_distance", "cooccurrence"])
-def test_new_rules_of_alignment_name_new_maps_rows_and_runs(method, models, tmp_path, monkeypatch):
+def test_a_new_version_of_alignment_renames_maps_rows_and_runs(method, models, tmp_path):
     path = write_recipe(tmp_path, models, align={"method": method})
     recipe = read_recipe(path)
-    now = layout.plan_layout(recipe)
-    monkeypatch.setattr(layout, "ALIGN_RULES", layout.ALIGN_RULES - 1)
-    before = layout.plan_layout(recipe)
+    now = plan_layout(recipe, ALIGN_FACTS)
+    older = replace(ALIGN_FACTS, version=ALIGN_FACTS.version - 1)
+    before = plan_layout(recipe, older)
     assert now.map_files["a"] != before.map_files["a"]
     assert now.aligned["a"].folder != before.aligned["a"].folder
     assert now.captured["a"].folder == before.captured["a"].folder

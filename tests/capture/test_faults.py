@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.capture.engines.base import EngineMemoryError, Failure
 from rayfuse.capture.engines.memory import RETRY_SECONDS
 from rayfuse.capture.engines.transformers_engine import TransformersEngine
@@ -361,14 +362,14 @@ def folder(tmp_path) -> Path:
 
 def test_fault_18_a_changed_tokenizer_gets_new_folders(folder, tmp_path):
     recipe = write_recipe(folder, tmp_path / "storage", "a", "b")
-    before = plan_layout(recipe)
+    before = plan_layout(recipe, ALIGN_FACTS)
     path = folder / "a" / "tokenizer.json"
     content = json.loads(path.read_text())
     merges = content["model"]["merges"]
     merges[-1], merges[-2] = merges[-2], merges[-1]
     path.write_text(json.dumps(content))
     load_tokenizer.cache_clear()
-    after = plan_layout(recipe)
+    after = plan_layout(recipe, ALIGN_FACTS)
     assert after.captured["a"].folder != before.captured["a"].folder
     assert after.aligned["a"].folder != before.aligned["a"].folder
     assert after.runs[0].folder != before.runs[0].folder

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.config.load import read_recipe
 from rayfuse.run.layout import plan_layout
 from rayfuse.storage.verify import verify_data_set
@@ -62,7 +63,7 @@ def write_recipe(folder: Path, name: str, storage: str, **source: object) -> Pat
 
 def read_content(recipe: Path) -> Content:
     """Read every shard of every source, after verifying it."""
-    layout = plan_layout(read_recipe(recipe))
+    layout = plan_layout(read_recipe(recipe), ALIGN_FACTS)
     found: Content = {}
     for data in (*layout.captured.values(), *layout.aligned.values()):
         assert not verify_data_set(data, layout.corpus).corrupt
@@ -103,7 +104,7 @@ def start_capture(
     driver = subprocess.Popen(
         [COMMAND, "capture", str(recipe)], env=env, stderr=subprocess.PIPE, text=True
     )
-    layout = plan_layout(read_recipe(recipe))
+    layout = plan_layout(read_recipe(recipe), ALIGN_FACTS)
     while not any(data.list_committed() for data in layout.captured.values()):
         assert driver.poll() is None
         time.sleep(0.2)

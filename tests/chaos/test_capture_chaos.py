@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.config.load import read_recipe
 from rayfuse.run.layout import plan_layout
 from tests.chaos.runs import (
@@ -137,7 +138,7 @@ def test_fault_8_unavailable_storage_stops_the_run_and_it_resumes_once_the_stora
     driver = subprocess.Popen(
         [COMMAND, "capture", str(recipe), timeout], env=env, stderr=subprocess.PIPE, text=True
     )
-    layout = plan_layout(read_recipe(recipe))
+    layout = plan_layout(read_recipe(recipe), ALIGN_FACTS)
     while not any(data.list_committed() for data in layout.captured.values()):
         assert driver.poll() is None
         time.sleep(0.3)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.config.load import read_recipe
 from rayfuse.run.layout import plan_layout
 from rayfuse.storage.verify import verify_data_set
@@ -110,7 +111,7 @@ def test_fault_11_30_in_twenty_rounds_two_identical_jobs_lose_and_duplicate_noth
     shared = 0
     for recipe, a, b in zip(recipes, *answers, strict=True):
         assert read_content(recipe) == expected
-        layout = plan_layout(read_recipe(recipe))
+        layout = plan_layout(read_recipe(recipe), ALIGN_FACTS)
         assert not verify_data_set(layout.captured["llama"], layout.corpus).orphans
         shared += a or b
     print(f"{ROUNDS} rounds in {seconds:.0f} s; in {shared} both jobs made shards")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.config.load import read_recipe
 from rayfuse.run.layout import Layout, plan_layout
 from tests.chaos.runs import COMMAND
@@ -235,7 +236,7 @@ def run_and_watch(folder: Path) -> Growth:
         is_empty = cloud.wait_until_empty(6 * IDLE_SECONDS)
     finally:
         cloud.stop()
-    layout = plan_layout(read_recipe(recipe, list(SETTINGS)))
+    layout = plan_layout(read_recipe(recipe, list(SETTINGS)), ALIGN_FACTS)
     return Growth(cloud.list_samples(), list_ends(layout), may_have, is_empty)
 
 
@@ -246,7 +247,7 @@ def list_ends(layout: Layout) -> dict[str, float]:
         "corpus": f"{layout.held_out.folder}/manifest.json",
         "capture": f"{source.folder}/manifest.json",
         "train": f"{layout.runs[0].folder}/done.json",
-        "evaluate": layout.evaluations["fused"],
+        "evaluate": layout.evaluation.scores["fused"],
     }
     return {
         stage: (Path(layout.store.root) / file).stat().st_mtime for stage, file in files.items()

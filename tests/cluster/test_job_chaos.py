@@ -15,6 +15,7 @@ import psutil
 import pytest
 import s3fs
 
+from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.config.load import read_recipe
 from rayfuse.run.layout import Layout, plan_layout
 from rayfuse.storage.verify import verify_data_set
@@ -140,7 +141,7 @@ def test_nodes_and_the_driver_die_under_a_job_and_every_byte_is_that_of_a_calm_o
     said = run_job(cluster, calm)
     print(f"calm: {time.monotonic() - began:.0f} s")
     assert len(said) == 1
-    check_report(said[0], plan_layout(read_recipe(calm)))
+    check_report(said[0], plan_layout(read_recipe(calm), ALIGN_FACTS))
     chaos = write_recipe(folder, "chaos", f"{s3_root}/chaos")
     s3_proxy.share = 0.02
     began = time.monotonic()
@@ -152,7 +153,9 @@ def test_nodes_and_the_driver_die_under_a_job_and_every_byte_is_that_of_a_calm_o
         f"chaos: {time.monotonic() - began:.0f} s, {len(said) - 1} jobs, {faults} requests failed, "
         f"{len(killer.kills)} nodes killed at {'; '.join(killer.kills)}"
     )
-    expected, found = (read_everything(plan_layout(read_recipe(each))) for each in (calm, chaos))
+    expected, found = (
+        read_everything(plan_layout(read_recipe(each), ALIGN_FACTS)) for each in (calm, chaos)
+    )
     assert len(expected) > 10
     assert any(name.endswith(".safetensors") for name in expected)
     assert found.keys() == expected.keys()
@@ -177,7 +180,7 @@ def submit_bad_recipe(cluster: LocalCluster, folder: Path) -> str:
     job = cluster.submit("jobs/run.py", str(bad))
     said = job.communicate(timeout=600)[0]
     assert job.returncode == 1
-    assert "remove the credentials from the address" in said
+    assert "contains credentials; remove them" in said
     return said
 
 

@@ -214,7 +214,7 @@ def test_fault_28_nothing_in_a_value_is_expanded(text, tmp_path):
 def test_fault_28_characters_that_no_name_can_hold_are_refused(text):
     documents = [{"path": "docs.jsonl", "domain": text}]
     for path, value in (("storage", text), ("corpus.documents", documents)):
-        with pytest.raises(RecipeError, match="remove the NUL or the half"):
+        with pytest.raises(RecipeError, match="contains a NUL byte or an unpaired surrogate"):
             parse_recipe(with_setting(path, value))
 
 
@@ -257,7 +257,7 @@ def test_fault_29_a_source_name_that_is_no_plain_name_is_refused(name):
 )
 @pytest.mark.parametrize("setting", ["storage", "corpus.documents", "sources.0.model"])
 def test_an_address_with_a_secret_is_refused_and_not_repeated(setting, address):
-    with pytest.raises(RecipeError, match="remove the credentials from the address") as raised:
+    with pytest.raises(RecipeError, match="contains credentials; remove them") as raised:
         parse_recipe(with_setting(setting, address))
     assert "canary" not in str(raised.value)
 

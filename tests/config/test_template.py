@@ -7,6 +7,7 @@ import sys
 
 import yaml
 
+from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.config.load import read_recipe
 from rayfuse.config.recipe import dump_recipe
 from rayfuse.config.template import STARTER
@@ -38,7 +39,7 @@ def test_it_is_printed_and_has_a_run_once_paths_are_filled_in(tmp_path):
             *(f"{each}.model={tmp_path}/model" for each in ("target", "sources.0", "sources.mpt")),
         ],
     )
-    assert set(plan_layout(recipe).captured) == {"openllama", "mpt"}
+    assert set(plan_layout(recipe, ALIGN_FACTS).captured) == {"openllama", "mpt"}
 
 
 def test_what_is_commented_out_are_settings_with_their_defaults(tmp_path):

@@ -29,7 +29,8 @@ from rayfuse.evaluate.scores import bits_per_byte, sum_documents
 from rayfuse.evaluate.stage import _resource_options, evaluate_models, group_shards
 from rayfuse.evaluate.task_scores import parse_task_score
 from rayfuse.models.tokenizer import load_tokenizer
-from rayfuse.run.layout import Layout, Merge, TrainRun
+from rayfuse.run.layout import EvaluationFiles, Layout, Merge, TrainRun
+from rayfuse.run.prepare import SplitDocuments
 from rayfuse.run.segmentation import Segmentation
 from rayfuse.runtime.progress import ProgressEvent
 from rayfuse.storage.dataset import DataSet
@@ -117,10 +118,25 @@ def layout(recipe: Recipe, rows: pa.Table) -> Layout:
     shutil.copytree(recipe.target.model, f"{recipe.storage}/{run.folder}/model")
     names = ["small", "other", "target", "fused", "ensemble", "merged"]
     evaluations = {name: f"evaluate/{name}-0.json" for name in names}
-    cut = Segmentation("0", "corpus/held-out-segmentation-0.json", (), (), is_reused=False)
-    plain = Layout(store, held_out, held_out, {}, {}, {}, (run,), evaluations, cut, cut)
+    segmentation = Segmentation("0", "corpus/held-out-segmentation-0.json", (), (), is_reused=False)
+    documents = SplitDocuments((), segmentation)
     token_nll = {n: DataSet(store, "evaluate", f"tokens-{n}", f"{n}0") for n in ("small", "other")}
-    return replace(plain, token_nll=token_nll, merge=Merge("evaluate/merged-model-0", ("other",)))
+    return Layout(
+        store=store,
+        corpus=held_out,
+        corpus_documents=documents,
+        held_out=held_out,
+        held_out_documents=documents,
+        captured={},
+        aligned={},
+        map_files={},
+        runs=(run,),
+        evaluation=EvaluationFiles(
+            scores=evaluations,
+            token_nll=token_nll,
+            merge=Merge("evaluate/merged-model-0", ("other",)),
+        ),
+    )
 
 
 def score_source(model: str, rows: pa.Table) -> list[TokenNLL]:
@@ -216,13 +232,14 @@ def test_every_model_runs_every_task_once(
     recipe = recipe.model_copy(update={"evaluate": EvaluateSettings(tasks=tasks)})
     files = {
         name: {task: f"evaluate/task-{name}-{task}-0.json" for task in tasks.names}
-        for name in layout.evaluations
+        for name in layout.evaluation.scores
     }
     costs = {
         name: {task: f"evaluate/task-{name}-{task}-0.parquet" for task in tasks.names}
-        for name in layout.token_nll
+        for name in layout.evaluation.token_nll
     }
-    layout = replace(layout, task_scores=files, task_costs=costs)
+    results = replace(layout.evaluation, task_scores=files, task_nll=costs)
+    layout = replace(layout, evaluation=results)
     evaluate_models(recipe, layout, Notes())
     found = {
         name: {task: parse_task_score(layout.store.read(file)) for task, file in own.items()}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.config.load import parse_recipe
 from rayfuse.config.models import ModelSettings
 from rayfuse.evaluate.bits_per_byte import load_scored_model
@@ -112,7 +113,7 @@ def plan(tmp_path: Path, sources: dict[str, Path], target: Path, **sections: Any
         "target": {"model": str(target)},
         "sources": [{"name": name, "model": str(folder)} for name, folder in sources.items()],
     }
-    return plan_layout(parse_recipe(recipe | sections))
+    return plan_layout(parse_recipe(recipe | sections), ALIGN_FACTS)
 
 
 def test_a_run_plans_to_merge_what_can_be_and_says_why_the_rest_cannot(tmp_path: Path):
@@ -125,16 +126,22 @@ def test_a_run_plans_to_merge_what_can_be_and_says_why_the_rest_cannot(tmp_path:
     }
     save_tokenizer(byte_level_tokenizer(260), others["words"], bos=None, eos="<|end|>")
     layout = plan(tmp_path, others, target)
-    assert layout.merge.sources == ("alike",)
-    assert layout.merge.left_out == {
+    assert layout.evaluation.merge.sources == ("alike",)
+    assert layout.evaluation.merge.excluded == {
         "itself": "it is the target itself",
         "wider": "its vocab_size is 300, not 260",
         "words": "its tokenizer is not the target's",
     }
-    assert set(layout.evaluations) == {*others, "target", "fused", "clm", "ensemble", "merged"}
+    own = {"target", "fused", "clm", "ensemble", "merged"}
+    assert set(layout.evaluation.scores) == {*others, *own}
     lonely = plan(tmp_path, {"wider": others["wider"]}, target)
-    assert lonely.merge.folder is None
-    assert set(lonely.evaluations) == {"wider", "target", "fused", "clm"}  # one is no ensemble
+    assert lonely.evaluation.merge.folder is None
+    assert set(lonely.evaluation.scores) == {
+        "wider",
+        "target",
+        "fused",
+        "clm",
+    }  # one is no ensemble
 
 
 def test_sources_that_are_not_heard_are_not_in_the_ensemble(tmp_path: Path):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.config.load import parse_recipe
 from rayfuse.config.recipe import Recipe
 from rayfuse.pipeline import is_stage_done, prepare_run
@@ -33,32 +34,32 @@ def change(values: dict[str, Any], **tasks: Any) -> Recipe:
 
 
 def files_of(layout: Layout) -> set[str]:
-    return {file for files in layout.task_scores.values() for file in files.values()}
+    return {file for files in layout.evaluation.task_scores.values() for file in files.values()}
 
 
 def test_every_model_has_a_file_for_every_task(values: dict[str, Any]):
-    layout = plan_layout(parse_recipe(values))
-    assert set(layout.task_scores) == set(layout.evaluations)
-    assert set(layout.task_costs) == {"a", "b"}
-    assert len(files_of(layout)) == len(layout.evaluations)
-    for file in layout.evaluations.values():
+    layout = plan_layout(parse_recipe(values), ALIGN_FACTS)
+    assert set(layout.evaluation.task_scores) == set(layout.evaluation.scores)
+    assert set(layout.evaluation.task_nll) == {"a", "b"}
+    assert len(files_of(layout)) == len(layout.evaluation.scores)
+    for file in layout.evaluation.scores.values():
         layout.store.write(file, b"{}")
     assert not is_stage_done("evaluate", layout)  # the tasks are still to be asked
     for file in files_of(layout):
         layout.store.write(file, b"{}")
     assert is_stage_done("evaluate", layout)
-    silent = plan_layout(parse_recipe(values | {"evaluate": {}}))
-    assert silent.evaluations == layout.evaluations
+    silent = plan_layout(parse_recipe(values | {"evaluate": {}}), ALIGN_FACTS)
+    assert silent.evaluation.scores == layout.evaluation.scores
     assert silent.input_fingerprint() != layout.input_fingerprint()
 
 
 def test_a_file_is_named_by_settings_definition_and_data(values: dict[str, Any]):
-    before = files_of(plan_layout(parse_recipe(values)))
-    assert files_of(plan_layout(change(values))) == before
-    assert not files_of(plan_layout(change(values, limit=2))) & before
-    assert not files_of(plan_layout(change(values, num_fewshot=0))) & before
+    before = files_of(plan_layout(parse_recipe(values), ALIGN_FACTS))
+    assert files_of(plan_layout(change(values), ALIGN_FACTS)) == before
+    assert not files_of(plan_layout(change(values, limit=2), ALIGN_FACTS)) & before
+    assert not files_of(plan_layout(change(values, num_fewshot=0), ALIGN_FACTS)) & before
     make_tasks(Path(values["evaluate"]["tasks"]["folder"]), target_delimiter="")
-    assert not files_of(plan_layout(parse_recipe(values))) & before
+    assert not files_of(plan_layout(parse_recipe(values), ALIGN_FACTS)) & before
 
 
 def test_a_task_that_cannot_be_asked_stops_the_run_before_a_cluster(values: dict[str, Any]):

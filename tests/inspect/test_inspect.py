@@ -12,15 +12,17 @@ import pytest
 from matplotlib import image
 
 from benchmarks.synthetic import make_captured, make_corpus
+from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.align.matches import Matches, keep_one_to_one
 from rayfuse.align.method import build_alignment
 from rayfuse.align.methods.min_edit_distance import map_to_nearest
+from rayfuse.align.pair import align_texts, check_pair
 from rayfuse.align.shard import align_shard
 from rayfuse.align.vocab_map import build_maps, map_vocabulary
 from rayfuse.config.load import read_recipe
 from rayfuse.inspect.command import _read_pieces, inspect_pairs, print_report
 from rayfuse.inspect.html import KINDS, build_page
-from rayfuse.inspect.report import align_texts, check_pair, flag_token, report_pair
+from rayfuse.inspect.report import flag_token, report_pair
 from rayfuse.models.tokenizer import build_tokenizer, load_tokenizer
 from rayfuse.run.layout import plan_layout
 from tests.align.test_families import LOSSY, wordpiece
@@ -194,7 +196,7 @@ def test_of_what_is_captured_the_mass_is_told(tmp_path, capsys):
     save_tokenizer(byte_level_tokenizer(300), models / "source", bos="<|end|>", eos="<|end|>")
     path = write_recipe(tmp_path, models)
     assert inspect_pairs(str(path), None, None, None)[0]["captured_note"] == "nothing captured yet"
-    layout = plan_layout(read_recipe(path))
+    layout = plan_layout(read_recipe(path), ALIGN_FACTS)
     source, target = (load_tokenizer(str(models / each)) for each in ("source", "target"))
     corpus = make_corpus(SAMPLE, target, max_tokens=512)
     captured = make_captured(corpus, source, top_k=16)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 import yaml
 
+from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.config.load import parse_recipe, read_recipe
 from rayfuse.config.recipe import Recipe
 from rayfuse.plan.cost import make_plan
@@ -126,8 +127,8 @@ def test_missing_models_and_documents_are_warnings_and_the_recipe_gives_their_si
 
 def test_stored_shards_are_counted_and_replace_estimates(root, tmp_path):
     recipe = recipe_of(root, tmp_path)
-    layout = plan_layout(recipe)
-    rows = sample_rows(recipe, layout.corpus_inputs)
+    layout = plan_layout(recipe, ALIGN_FACTS)
+    rows = sample_rows(recipe, layout.corpus_documents.files)
     assert rows is not None
     tokens = sum(map(len, rows["target_ids"].to_pylist()))
     num_bytes = sum(rows["num_bytes"].to_pylist())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.align.task import align_committed, plan_task
 from rayfuse.capture.engines.load import load_recipe_engine
 from rayfuse.capture.shard import ShardCapturer
@@ -63,13 +64,13 @@ def cut_corpus(recipe: Recipe, layout: Layout) -> int:
     from rayfuse.corpus.shards import Part, group_inputs
     from rayfuse.corpus.stage import CutTask, _count_batches, _cut_groups
 
-    files = layout.corpus_inputs
+    files = layout.corpus_documents.files
     task = CutTask(
         layout.corpus,
         recipe.corpus,
         recipe.target,
         None,
-        layout.corpus_rows,
+        layout.corpus_documents.segmentation,
         Part(0.0, False),
         group_inputs(files, recipe.corpus.shard_tokens * 4),
     )
@@ -97,7 +98,7 @@ def test_corpus_capture_alignment_and_training_make_the_requests_that_are_planne
     s3_proxy, s3_root, tmp_path
 ):
     recipe = write_recipe(tmp_path, s3_root)
-    layout = plan_layout(recipe)
+    layout = plan_layout(recipe, ALIGN_FACTS)
     count_requests(s3_proxy)
     shards = cut_corpus(recipe, layout)
     assert shards > 8

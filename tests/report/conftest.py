@@ -12,7 +12,8 @@ from rayfuse.evaluate.scores import DocumentScore, Evaluation, compare_evaluatio
 from rayfuse.evaluate.task_scores import SubtaskScore, TaskScore, compare_tasks
 from rayfuse.report.gather import Curve, Findings, SourceSignal, SourceWins, StageCount
 from rayfuse.report.timeline import ShardSpan
-from rayfuse.run.layout import Layout, Merge, TrainRun
+from rayfuse.run.layout import EvaluationFiles, Layout, Merge, TrainRun
+from rayfuse.run.prepare import SplitDocuments
 from rayfuse.run.segmentation import Segmentation
 from rayfuse.schema import ALIGNED, CORPUS
 from rayfuse.storage.dataset import DataSet, Reject
@@ -127,7 +128,7 @@ def findings() -> Findings:
             }
             for task, by_model in TASKS.items()
         },
-        merge=Merge(left_out={"big": "its model_type is 'mpt', not 'llama'"}),
+        merge=Merge(excluded={"big": "its model_type is 'mpt', not 'llama'"}),
     )
 
 
@@ -224,5 +225,17 @@ def layout(recipe: Recipe) -> Layout:
     clm = "".join(line % (step, 3.5 - step, "null", 100 * step) for step in (1, 2, 3))
     store.write("train/fused-0/metrics.jsonl", fused.encode())
     store.write("train/clm-0/metrics.jsonl", clm.encode())
-    cut = Segmentation("0", "corpus/segmentation-0.json", (), (), is_reused=False)
-    return Layout(store, corpus, corpus, aligned, aligned, {}, runs, evaluations, cut, cut)
+    segmentation = Segmentation("0", "corpus/segmentation-0.json", (), (), is_reused=False)
+    documents = SplitDocuments((), segmentation)
+    return Layout(
+        store=store,
+        corpus=corpus,
+        corpus_documents=documents,
+        held_out=corpus,
+        held_out_documents=documents,
+        captured=aligned,
+        aligned=aligned,
+        map_files={},
+        runs=runs,
+        evaluation=EvaluationFiles(scores=evaluations),
+    )

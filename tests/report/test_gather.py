@@ -88,7 +88,7 @@ def test_sources_come_first_and_fused_last(layout: Layout):
 
 
 def test_a_model_that_is_not_evaluated_is_named(layout: Layout):
-    layout.store.remove(layout.evaluations["clm"])
+    layout.store.remove(layout.evaluation.scores["clm"])
     with pytest.raises(ValueError, match="model clm is not evaluated; run `rayfuse evaluate`"):
         read_evaluations(layout)
 

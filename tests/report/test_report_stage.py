@@ -8,7 +8,7 @@ import pytest
 
 from rayfuse.config.recipe import Recipe
 from rayfuse.report.stage import is_report_current, write_report
-from rayfuse.run.layout import Layout
+from rayfuse.run.layout import EvaluationFiles, Layout
 
 
 def test_a_report_is_current_once_written_and_until_a_result_changes(
@@ -19,8 +19,8 @@ def test_a_report_is_current_once_written_and_until_a_result_changes(
     assert is_report_current(layout)
     assert place == f"{layout.store.root}/report/index.html"
     assert Path(place).read_text().startswith("<!doctype html>")
-    changed = layout.evaluations | {"clm": "evaluate/clm-1.json"}
-    assert not is_report_current(replace(layout, evaluations=changed))
+    changed = layout.evaluation.scores | {"clm": "evaluate/clm-1.json"}
+    assert not is_report_current(replace(layout, evaluation=EvaluationFiles(scores=changed)))
     layout.store.remove("report/index.html")
     assert not is_report_current(layout)
 
@@ -52,7 +52,7 @@ def test_the_findings_are_json_that_any_reader_takes(layout: Layout, recipe: Rec
 
 
 def test_a_report_of_what_is_not_evaluated_is_refused(layout: Layout, recipe: Recipe):
-    layout.store.remove(layout.evaluations["fused"])
+    layout.store.remove(layout.evaluation.scores["fused"])
     with pytest.raises(ValueError, match="model fused is not evaluated"):
         write_report(recipe, layout)
     assert not is_report_current(layout)

@@ -81,7 +81,7 @@ def test_a_source_with_another_tokenizer_is_captured_on_the_rows_that_are_there(
     before = {name: commits(first.captured[name]) for name in ("a", "b")}
     assert longest(first.corpus, "target_ids") <= 100
     later = run(write_recipe(folder, tmp_path, "a", "b", "fine"), "corpus", "capture", "align")
-    assert later.corpus_rows.is_reused
+    assert later.corpus_documents.segmentation.is_reused
     assert later.corpus.folder == first.corpus.folder
     assert {name: commits(later.captured[name]) for name in ("a", "b")} == before
     assert {name: data.folder for name, data in later.aligned.items() if name != "fine"} == {
@@ -130,11 +130,11 @@ def test_another_top_k_has_folders_of_its_own_and_leaves_the_old_ones_whole(
 
 
 @pytest.mark.ray
-def test_recut_captures_everything_again(folder, tmp_path, ray_cluster):
+def test_resplit_captures_everything_again(folder, tmp_path, ray_cluster):
     first = run(write_recipe(folder, tmp_path, "a"), "corpus", "capture")
-    recipe = write_recipe(folder, tmp_path, "a", "fine", recut=True)
+    recipe = write_recipe(folder, tmp_path, "a", "fine", resplit=True)
     layout = run(recipe, "corpus")
-    assert not layout.corpus_rows.is_reused
+    assert not layout.corpus_documents.segmentation.is_reused
     assert layout.captured["a"].folder != first.captured["a"].folder
     assert longest(layout.corpus, "target_ids") < 100
     # Without the setting, what this recipe has made already stays its own.
@@ -153,7 +153,7 @@ def test_a_lost_shard_of_kept_rows_is_cut_as_at_first(folder, tmp_path, ray_clus
 
 
 @pytest.mark.ray
-def test_a_tokenizer_that_rows_were_cut_for_and_that_is_gone_is_named(
+def test_a_tokenizer_that_rows_were_split_for_and_that_is_missing_is_named(
     folder, tmp_path, ray_cluster
 ):
     save_model("llama", 352, folder / "passing")
@@ -163,12 +163,13 @@ def test_a_tokenizer_that_rows_were_cut_for_and_that_is_gone_is_named(
     (folder / "passing").rename(tmp_path / "gone")
     load_tokenizer.cache_clear()  # the next command is another process
     recipe = write_recipe(folder, storage, "a", target="other-target")
-    with pytest.raises(ValueError, match=r"passing.*corpus\.recut: true"):
+    with pytest.raises(ValueError, match=r"passing.*corpus\.resplit: true"):
         run(recipe, "corpus")
     save_tokenizer(byte_level_tokenizer(280), folder / "passing", bos=None, eos="<|end|>")
     load_tokenizer.cache_clear()
-    with pytest.raises(ValueError, match=r"passing.*has changed.*corpus\.recut: true"):
+    with pytest.raises(ValueError, match=r"passing.*has changed.*corpus\.resplit: true"):
         run(recipe, "corpus")
-    (storage / "corpus").joinpath(prepare_run(recipe).corpus_rows.record_file[7:]).write_text("{")
-    with pytest.raises(ValueError, match=r"damaged.*remove it"):
+    record_file = prepare_run(recipe).corpus_documents.segmentation.record_file
+    (storage / record_file).write_text("{")
+    with pytest.raises(ValueError, match=r"corrupt.*remove it"):
         prepare_run(recipe)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.pipeline import _prewarm_if_next
 from rayfuse.run.layout import plan_layout
 from rayfuse.runtime import connect, prewarm, resources
@@ -46,7 +47,7 @@ def test_a_large_corpus_requests_nodes_when_it_is_nearly_done(
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     recipe = recipe_of(root, tmp_path, plan={"tokenise_bytes_per_core_second": 0.001})
-    layout = plan_layout(recipe)
+    layout = plan_layout(recipe, ALIGN_FACTS)
     with _prewarm_if_next("corpus", STAGES, recipe, layout, report_nothing) as progress:
         report(progress, "rows", 0)
         clock[0] = 100.0
@@ -65,7 +66,7 @@ def test_a_large_corpus_requests_nodes_when_it_is_nearly_done(
 
 def test_a_small_corpus_requests_nodes_at_once(root, tmp_path, requests):
     recipe = recipe_of(root, tmp_path)
-    layout = plan_layout(recipe)
+    layout = plan_layout(recipe, ALIGN_FACTS)
     with _prewarm_if_next("corpus", STAGES, recipe, layout, report_nothing) as progress:
         assert len(requests) == 1
         report(progress, "rows", 0, 12)
@@ -76,7 +77,7 @@ def test_a_small_corpus_requests_nodes_at_once(root, tmp_path, requests):
 @pytest.mark.parametrize(("stage", "stages"), [("corpus", ("corpus",)), ("capture", ("capture",))])
 def test_nothing_is_requested_unless_capture_comes_next(stage, stages, root, tmp_path, requests):
     recipe = recipe_of(root, tmp_path)
-    layout = plan_layout(recipe)
+    layout = plan_layout(recipe, ALIGN_FACTS)
     with _prewarm_if_next(stage, stages, recipe, layout, report_nothing) as progress:
         report(progress, "rows", 0, 12)
     assert requests == []

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.config.recipe import Recipe
 from rayfuse.config.train import TrainSettings
 from rayfuse.run.layout import plan_layout
@@ -58,7 +59,7 @@ OF_NONE: dict[str, Any] = {
 
 
 def folders(recipe: Recipe) -> dict[str, str]:
-    return {run.name: run.folder for run in plan_layout(recipe).runs}
+    return {run.name: run.folder for run in plan_layout(recipe, ALIGN_FACTS).runs}
 
 
 @pytest.mark.parametrize("name", [*OF_FUSION, *OF_ALL, *OF_NONE])

@@ -1,0 +1,161 @@
+"""Check what a recipe names before a cluster is used: models, tokenizers, documents, storage.
+
+What the checks find decides the names of a run's folders (`rayfuse.run.layout`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from rayfuse.config.base import UserError
+from rayfuse.config.corpus import Documents
+from rayfuse.config.recipe import Recipe
+from rayfuse.models.files import ModelFiles, check_model, find_difference, load_recipe_tokenizer
+from rayfuse.models.tokenizer import TextTokenizer
+from rayfuse.run.fingerprint import describe_split
+from rayfuse.run.inputs import InputFile, list_inputs
+from rayfuse.run.segmentation import Segmentation, plan_segmentation
+from rayfuse.run.tasks import describe_tasks
+from rayfuse.storage.store import Store, open_store
+
+TARGET = "target"
+
+
+@dataclass(frozen=True)
+class AlignFacts:
+    """What checks and folder names depend on in `rayfuse.align`, which this package cannot import.
+
+    The instance to pass is `rayfuse.align.facts.ALIGN_FACTS`.
+    """
+
+    version: int
+    """Of the alignment's code."""
+    check_pair: Callable[[TextTokenizer, TextTokenizer], None]
+    """Raises UserError if a source's and the target's tokenizer cannot be aligned."""
+
+
+@dataclass(frozen=True)
+class SplitDocuments:
+    """Documents as they were listed, and how they are split into rows."""
+
+    files: tuple[InputFile, ...]
+    segmentation: Segmentation
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What checking a recipe found: everything that decides the names of its folders."""
+
+    store: Store
+    models: dict[str, ModelFiles]
+    """The files of each source, by its name, and of `target`."""
+    tokenizers: dict[str, str]
+    """Hashes of their tokenizers, by the same names."""
+    corpus: SplitDocuments
+    held_out: SplitDocuments
+    unmergeable: dict[str, str]
+    """The sources whose weights cannot be averaged with the target's, each with the reason."""
+    tasks: dict[str, Any] | None
+    """What decides task scores besides model and task; None without tasks."""
+    align: AlignFacts
+
+
+def check_recipe(recipe: Recipe, align: AlignFacts) -> Prepared:
+    """Check that the models, documents, storage and tasks of a recipe can be used.
+
+    Reads model files and lists documents, but reads none of their text.
+
+    Args:
+        recipe: The recipe.
+        align: `rayfuse.align.facts.ALIGN_FACTS`.
+
+    Raises:
+        UserError: A model, a pair of tokenizers, the documents or the tasks cannot be used.
+    """
+    models = _check_models(recipe)
+    _check_pairs(recipe, align)
+    store = open_store(recipe.storage, recipe.storage_retry_seconds)
+    corpus, held_out = _plan_documents(recipe, store)
+    tokenizers = {
+        name: load_recipe_tokenizer(settings).content_hash
+        for name, settings in _list_models(recipe).items()
+    }
+    tasks = recipe.evaluate.tasks
+    return Prepared(
+        store=store,
+        models=models,
+        tokenizers=tokenizers,
+        corpus=corpus,
+        held_out=held_out,
+        unmergeable=_find_unmergeable(models, tokenizers),
+        tasks=None if tasks is None else describe_tasks(tasks),
+        align=align,
+    )
+
+
+def _list_models(recipe: Recipe) -> dict[str, Any]:
+    return {TARGET: recipe.target} | {source.name: source for source in recipe.sources}
+
+
+def _check_models(recipe: Recipe) -> dict[str, ModelFiles]:
+    return {
+        name: check_model(
+            settings,
+            recipe.corpus.max_tokens,
+            role=TARGET if name == TARGET else f"source {name}",
+        )
+        for name, settings in _list_models(recipe).items()
+    }
+
+
+def _check_pairs(recipe: Recipe, align: AlignFacts) -> None:
+    target = load_recipe_tokenizer(recipe.target)
+    for source in recipe.sources:
+        try:
+            align.check_pair(load_recipe_tokenizer(source), target)
+        except UserError as error:
+            raise UserError(f"source {source.name}: {error}") from error
+
+
+def _plan_documents(recipe: Recipe, store: Store) -> list[SplitDocuments]:
+    """List the documents of corpus and held-out rows, and plan how each is split."""
+    own = recipe.evaluate.documents
+    inputs = _list_documents(recipe.corpus.documents, "corpus.documents")
+    held_out = inputs if own is None else _list_documents(own, "evaluate.documents")
+    share = recipe.evaluate.held_out_share if own is None else 0.0
+    return [
+        SplitDocuments(
+            files=tuple(chain.from_iterable(lists)),
+            segmentation=plan_segmentation(
+                store,
+                name,
+                describe_split(recipe, lists, share),
+                (recipe.target, *recipe.sources),
+                resplit=recipe.corpus.resplit,
+            ),
+        )
+        for name, lists in (("", inputs), ("held-out", held_out))
+    ]
+
+
+def _list_documents(documents: Documents, setting: str) -> list[list[InputFile]]:
+    """List the files of each entry of a `documents` setting; no list is empty."""
+    return [list_inputs(entry, setting) for entry in documents]
+
+
+def _find_unmergeable(models: dict[str, ModelFiles], tokenizers: dict[str, str]) -> dict[str, str]:
+    """Find the sources that differ from the target in tensors or tokens, each with the reason."""
+    target = models[TARGET]
+    reasons: dict[str, str] = {}
+    for name, files in models.items():
+        difference = find_difference(target, files)
+        if name == TARGET:
+            continue
+        if files.identity == target.identity:
+            reasons[name] = "it is the target itself"
+        elif difference is not None:
+            reasons[name] = difference
+        elif tokenizers[name] != tokenizers[TARGET]:
+            reasons[name] = "its tokenizer is not the target's"
+    return reasons

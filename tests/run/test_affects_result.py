@@ -1,0 +1,131 @@
+"""A setting changes the names of folders exactly if it is declared to affect the result."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import pytest
+
+from rayfuse.config.base import Settings, affects_result
+from rayfuse.config.load import parse_recipe
+from rayfuse.config.overrides import RecipeError
+from rayfuse.config.recipe import Recipe
+from rayfuse.run.layout import name_folders
+from tests.run.test_folder_names import BASE, list_names, prepare
+
+VALUES: dict[str, Any] = BASE | {
+    "storage": "/run",
+    "capture": {"signal": "top_k_and_sampled_tail"},
+    "train": {"lora": {"rank": 2}, "lambda": {"start": 0.2, "end": 0.8}},
+    "evaluate": {"tasks": {"names": ["arc"]}},
+}
+"""A recipe in which every section has a value."""
+
+ELSEWHERE = {
+    "storage": "folders are named below it",
+    "fusion": "it sets other settings, which are part of fingerprints",
+    "target.trust_remote_code": "fingerprints contain the files that it lets load",
+    "sources.0.trust_remote_code": "fingerprints contain the files that it lets load",
+    "evaluate.bootstrap_samples": "intervals are computed for each report again",
+    "train.baseline": "it adds the folders of one more model and changes no other",
+    "plan": "a section: its settings are listed below it",
+}
+"""Settings that affect the result in another way than by the names of folders."""
+
+SPARE_VALUES: list[Any] = [
+    *(
+        1,
+        2,
+        4096,
+        0.5,
+        True,
+        "x",
+        "exact",
+        "avg_ce",
+        "other.jsonl",
+        ["x"],
+        ["tensorboard"],
+        [0.5, 0.5],
+    ),
+    *({"a": 3.0}, {"rank": 4}, {"names": ["x"]}, {"start": 0.1, "end": 0.2}),
+    *({"m": {"parameters": 1e9}}, {"T4": {"spot_dollars": 0.1}}),
+]
+"""Values of many types; one of them fits a setting that has no value of its own to change."""
+
+
+def list_settings(
+    settings: Settings, prefix: str = "", is_effective: bool = True
+) -> Iterator[tuple[str, bool]]:
+    """Yield the path of each setting, and whether it is declared to affect the result."""
+    for name, field in type(settings).model_fields.items():
+        path = f"{prefix}{field.alias or name}"
+        effective = is_effective and affects_result(field)
+        value = getattr(settings, name)
+        inner = value[0] if isinstance(value, tuple) and value else value
+        if isinstance(inner, Settings):
+            inner_prefix = f"{path}.0." if isinstance(value, tuple) else f"{path}."
+            yield from list_settings(inner, inner_prefix, effective)
+        else:
+            yield path, effective
+
+
+def change(plain: Recipe, path: str) -> Recipe:
+    """Build a recipe that differs from another in one setting."""
+    values = plain.model_dump(mode="json", by_alias=True)
+    *sections, last = path.split(".")
+    for candidate in list_candidates(plain, path):
+        changed = copy.deepcopy(values)
+        place: Any = changed
+        for section in sections:
+            place = place[int(section)] if section.isdigit() else place[section]
+        place[last] = candidate
+        try:
+            recipe = parse_recipe(changed)
+        except RecipeError:
+            continue
+        if recipe != plain:
+            return recipe
+    raise AssertionError(f"no other value found for {path}; add one to SPARE_VALUES")
+
+
+def list_candidates(recipe: Recipe, path: str) -> Iterator[Any]:
+    settings, field = recipe, None
+    for part in path.split("."):
+        if part.isdigit():
+            settings = settings[int(part)]
+            continue
+        fields = {field.alias or name: name for name, field in type(settings).model_fields.items()}
+        field = type(settings).model_fields[fields[part]]
+        settings: Any = getattr(settings, fields[part])
+    value, options = settings, get_args(field and field.annotation)
+    if isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int | float):
+        yield from (value * 2, value / 2, value + 1)
+    elif isinstance(value, str):
+        yield from (*options, f"{value}x")
+    yield from SPARE_VALUES
+
+
+SETTINGS = dict(list_settings(parse_recipe(VALUES)))
+
+WITHOUT_DRAWS = {"sources.0.backend"}
+"""Settings with a value that excludes draws."""
+
+
+@pytest.mark.parametrize("path", [path for path in SETTINGS if path not in ELSEWHERE])
+def test_folder_names_depend_on_exactly_the_settings_that_affect_the_result(path: str):
+    plain = parse_recipe(VALUES | ({"capture": {}} if path in WITHOUT_DRAWS else {}))
+    changed = change(plain, path)
+    names, new_names = (list_names(name_folders(r, prepare(r))) for r in (plain, changed))
+    assert (names != new_names) == SETTINGS[path]
+
+
+def test_exceptions_are_settings():
+    assert {*ELSEWHERE} <= {*SETTINGS, "plan"}
+
+
+def test_every_settings_class_is_reached():
+    reached = {path.rpartition(".")[0] for path in SETTINGS}
+    assert {"", "corpus", "corpus.documents.0", "target", "sources.0", "capture"} <= reached
+    assert {"align", "fuse", "train", "train.lora", "evaluate", "evaluate.tasks"} <= reached
