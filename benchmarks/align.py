@@ -2,7 +2,7 @@
 
     python benchmarks/align.py [--data DIR] [--json]
 
-Real text and tokenizers (gpt-neox-20b to phi-3-mini), top 10; the records' numbers are made up.
+Real text and tokenizers (gpt-neox-20b to phi-3-mini), top 10; the probabilities are synthetic.
 Timed is `align_shard`, Arrow table to Arrow table: tokens placed and matched, distributions
 decoded, mapped, merged and encoded. Rows of 512, 2,048 and 8,192 tokens, interleaved; each figure
 is the median of several runs. `--profile` shows where the time goes.
@@ -75,7 +75,7 @@ def main() -> None:
             make_captured(corpus, source, top_k=arguments.top_k, uniform=arguments.uniform),
         )
     if arguments.profile:
-        align_shard(*shards[2048], alignment)  # the first run pays for cold memory
+        align_shard(*shards[2048], alignment)  # warm up
         profile = cProfile.Profile()
         profile.runcall(align_shard, *shards[2048], alignment)
         pstats.Stats(profile).sort_stats("tottime").print_stats(15)
@@ -84,7 +84,7 @@ def main() -> None:
     for _ in range(RUNS):
         for row_tokens, (corpus, captured) in shards.items():
             speeds[row_tokens].append(time_shard(corpus, captured, alignment))
-    medians = {row_tokens: float(np.median(each)) for row_tokens, each in speeds.items()}
+    medians = {row_tokens: float(np.median(rates)) for row_tokens, rates in speeds.items()}
     result = {
         "benchmark": "align",
         "value": round(medians[2048]),
@@ -93,17 +93,22 @@ def main() -> None:
         "holds": medians[2048] >= BAR,
         "top_k": arguments.top_k,
         "entries": "any tokens" if arguments.uniform else "tokens by their frequency",
-        "by_row_tokens": {str(row_tokens): round(each) for row_tokens, each in medians.items()},
-        "best": {str(row_tokens): round(max(each)) for row_tokens, each in speeds.items()},
+        "by_row_tokens": {str(row_tokens): round(median) for row_tokens, median in medians.items()},
+        "best": {str(row_tokens): round(max(rates)) for row_tokens, rates in speeds.items()},
         "tokens": len(flatten_column(shards[2048][0], "target_ids")[0]),
         "runs": RUNS,
     }
-    if arguments.json:
-        print(json.dumps(result))
-        return
-    for row_tokens, median in medians.items():
-        print(f"rows of {row_tokens:>5} tokens: {median:>12,.0f} target tokens/s/core")
-    print(f"bar {BAR:,}: {'holds' if result['holds'] else 'MISSED'}")
+    print(json.dumps(result) if arguments.json else _describe(medians))
+
+
+def _describe(medians: dict[int, float]) -> str:
+    """Render the medians as text."""
+    lines = [
+        f"rows of {row_tokens:>5} tokens: {median:>12,.0f} target tokens/s/core"
+        for row_tokens, median in medians.items()
+    ]
+    verdict = "holds" if medians[2048] >= BAR else "MISSED"
+    return "\n".join([*lines, f"bar {BAR:,}: {verdict}"])
 
 
 if __name__ == "__main__":

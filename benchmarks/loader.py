@@ -2,7 +2,7 @@
 
     python benchmarks/loader.py [--data DIR] [--tokens N] [--top-k N] [--json]
 
-Real text and tokenizers of four families; distributions are made up and aligned as `rayfuse align`
+Real text and tokenizers of four families; distributions are synthetic and aligned as `rayfuse align`
 does. Shards lie on a local disk, in the page cache; every byte is checked against its sha256. What
 counts is the processor's time of all threads.
 """
@@ -37,12 +37,12 @@ MAX_TOKENS, NUM_SHARDS, RUNS = 2048, 8, 5
 
 
 def write_shards(data: Path, folder: Path, num_tokens: int, top_k: int) -> dict[str, DataSet]:
-    """Write a corpus and what three sources say of it; return the data sets by name."""
+    """Write a corpus and the aligned rows of three sources; return the data sets by name."""
     models = {name: load_tokenizer(str(data / "tokenizers" / name)) for name in (TARGET, *SOURCES)}
     store = LocalStore(str(folder))
     sets = {name: DataSet(store, name, "", "f") for name in ("corpus", *SOURCES)}
-    for each in sets.values():
-        each.claim({})
+    for data_set in sets.values():
+        data_set.claim({})
     share = 5 * num_tokens // len(DOMAINS)
     texts = [text for domain in DOMAINS for text in read_texts(data, domain, share)]
     random = np.random.default_rng(0)
@@ -61,13 +61,13 @@ def write_shards(data: Path, folder: Path, num_tokens: int, top_k: int) -> dict[
             sets[name].write_shard(
                 shard, align_shard(corpus, captured, alignment)[0], tokens=tokens
             )
-    for each in sets.values():
-        each.finish(NUM_SHARDS)
+    for data_set in sets.values():
+        data_set.finish(NUM_SHARDS)
     return sets
 
 
 def measure(sets: dict[str, DataSet], fuse: FuseSettings, token_bytes: np.ndarray) -> float:
-    """Return the tokens a second of processor time of one pass over all shards."""
+    """Time one pass over all shards: tokens per second of CPU time."""
     aligned = {name: sets[name] for name in SOURCES}
     began = time.process_time()
     reader = ShardReader(sets["corpus"], aligned, fuse, token_bytes)
@@ -98,7 +98,7 @@ def main() -> None:
         for _ in range(RUNS):
             for kind, fuse in kinds.items():
                 rates[kind].append(measure(sets, fuse, target.count_bytes()))
-    medians = {kind: round(statistics.median(each)) for kind, each in rates.items()}
+    medians = {kind: round(statistics.median(values)) for kind, values in rates.items()}
     value = medians["min_ce by row"]
     result = {
         "value": value,

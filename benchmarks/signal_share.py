@@ -1,8 +1,8 @@
-"""What share of target positions each method gives a signal to: all pairs of tokenizers, by domain.
+"""Share of target positions with a signal by method: all pairs of tokenizers, by domain.
 
     python benchmarks/signal_share.py [--data DIR] [--json]
 
-Prints a Markdown table: `bytes / exact / mined`, percent of target positions. `min_edit_distance`
+Prints a Markdown table: `bytes / exact / min_edit_distance`, percent of target positions. `min_edit_distance`
 counts the positions that the papers' rule accepts, with its own vocabulary map.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from align import DOMAINS, read_texts
 
-from rayfuse.align.matches import keep_one_to_one, match_positions
-from rayfuse.align.methods.min_edit_distance import map_to_nearest, match_by_edit_distance
+from rayfuse.align.method import Alignment, load_method
+from rayfuse.align.methods.min_edit_distance import map_to_nearest
 from rayfuse.align.token_spans import (
     PlacedTokens,
     TokenBytes,
@@ -29,6 +29,7 @@ NAMES = (
     *("gpt2", "gpt-neox-20b", "mistral-7b", "open-llama-3b", "phi-3-mini", "stories260k"),
     *("t5-small", "bert-base-uncased"),
 )
+COMPARED = ("bytes", "exact", "min_edit_distance")
 ROW_CHARACTERS, ROWS = 3000, 10
 
 Placed = tuple[PlacedTokens, TokenBytes]
@@ -46,13 +47,14 @@ def place(tokenizer: TextTokenizer, texts: list[str]) -> Placed:
 
 
 def share_of_methods(source: Placed, target: Placed, maps: np.ndarray) -> list[float]:
-    """Return the percent of target positions with a signal: bytes, exact, mined."""
-    matches = match_positions(source[0], target[0])
-    exact = keep_one_to_one(matches, source[0], target[0])
-    vocabularies = source[1], target[1]
-    mined = match_by_edit_distance(source[0], target[0], vocabularies, maps)
+    """Compute the percent of target positions with a signal for each of `COMPARED`."""
     positions = int(target[0].has_next.sum())
-    return [100 * len(each.target_at) / positions for each in (matches, exact, mined)]
+    shares: list[float] = []
+    for name in COMPARED:
+        alignment = Alignment(source[1], target[1], maps, load_method(name))
+        matches = alignment.method.match(source[0], target[0], alignment)
+        shares.append(100 * len(matches.target_at) / positions)
+    return shares
 
 
 def main() -> None:
