@@ -2,9 +2,9 @@
 
     python benchmarks/loader.py [--data DIR] [--tokens N] [--top-k N] [--json]
 
-Real text and tokenizers of four families; distributions are synthetic and aligned as `rayfuse align`
-does. Shards lie on a local disk, in the page cache; every byte is checked against its sha256. What
-counts is the processor's time of all threads.
+Real text and tokenizers of four families; distributions are synthetic and aligned as
+`rayfuse align` does. Shards are on a local disk, in the page cache; every byte is checked against
+its sha256. The rate is per second of CPU time of all threads.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python benchmarks/signal_share.py [--data DIR] [--json]
 
-Prints a Markdown table: `bytes / exact / min_edit_distance`, percent of target positions. `min_edit_distance`
+Prints a Markdown table: `bytes / exact / min_edit_distance`, percent of target positions. The last
 counts the positions that the papers' rule accepts, with its own vocabulary map.
 """
 
