@@ -17,7 +17,7 @@ class DocumentsSettings(Settings):
     path: str
     """A file, a folder, a pattern such as `s3://bucket/*.parquet`, or a data set of the hub."""
     format: Literal["auto", "jsonl", "parquet", "text", "dataset"] = "auto"
-    """By the file's name, or said: `dataset` is a Hugging Face data set, a folder or a hub id."""
+    """`auto`: by the file's name. `dataset`: a Hugging Face data set, a folder or a hub id."""
     text: str = "text"
     """The field or column that holds the text."""
     domain: str | None = None

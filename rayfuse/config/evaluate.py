@@ -28,7 +28,7 @@ class TasksSettings(Settings):
     data: str | None = None
     """What the definitions of `folder` are given as `data`: the folder that their sets lie in."""
     num_fewshot: NonNegativeInt | None = None
-    """Examples before each question; by default as many as each definition says."""
+    """Examples before each question; by default as many as each definition sets."""
     limit: PositiveInt | None = None
     """Questions of each task at most, the first ones; by default all."""
 

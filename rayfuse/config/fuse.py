@@ -35,26 +35,25 @@ class FuseSettings(Settings):
     a window of `span_tokens` target tokens around each position, or each token by itself."""
     span_tokens: PositiveInt = 32
     """Width of the window of the unit `span`: half of it to each side of the position's own token,
-    cut off at the row's ends."""
+    limited to the row."""
     cost: Literal["nats_per_byte", "nats_per_token"] = "nats_per_byte"
     """What sources are compared by. Per token, as the papers do, favours the finer tokenizer."""
     temperature: PositiveFloat = 1.0
     """Of the `avg_ce` weights, softmax(-cost / temperature)."""
     weights: dict[str, NonNegativeFloat] = Field(default_factory=dict[str, NonNegativeFloat])
-    """By source: its share of `avg_ce` is multiplied by it; 0 leaves the source out. Default 1."""
+    """By source: its share of `avg_ce` is multiplied by it; 0 excludes the source. Default 1."""
     skip_noise: bool = True
-    """Leave out a source that predicts no row better than chance, ln V nats a token: its weights or
+    """Skip a source that predicts no row better than chance, ln V nats a token: its weights or
     its tokenizer are not what they should be."""
     tail: Literal["bucket", "truth", "renormalise"] = "bucket"
     """`bucket`: the mass outside the top k is one more outcome. `truth`: it goes to the token that
-    really comes next. `renormalise`: it is left out and the top k scaled up to 1, as the papers
-    do."""
+    really comes next. `renormalise`: it is dropped and the top k scaled up to 1, as the papers do."""
 
     @model_validator(mode="after")
     def _check_cost(self) -> "FuseSettings":
         if self.cost == "nats_per_token" and self.unit in ("span", "token"):
             raise ValueError(
-                f"cost nats_per_token cannot be told for unit {self.unit}, where sources have no "
-                "whole tokens; use unit row or document, or cost nats_per_byte"
+                f"cost nats_per_token is not defined for unit {self.unit}, where sources have no "
+                "complete tokens; use unit row or document, or cost nats_per_byte"
             )
         return self

@@ -48,11 +48,11 @@ class ModelSettings(Settings):
     dtype: DType = "auto"
     """`auto`: bfloat16 on a GPU, float32 on a CPU; a capture stays in what it was begun in."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for models whose code you have read."""
+    """Run Python code that comes with the model. Only for models with code that you have read."""
 
 
 class SourceSettings(ModelSettings):
-    """One source LLM and the machines it runs on."""
+    """One source LLM and the nodes it runs on."""
 
     name: str
     """What the source is called in folders and tables."""
@@ -74,7 +74,7 @@ class SourceSettings(ModelSettings):
     batch_tokens: PositiveInt | None = result_neutral(None)
     """Tokens in one forward pass of this source, instead of capture.batch_tokens."""
     dollars_per_hour: NonNegativeFloat | None = result_neutral(None)
-    """What one actor's share of its machine costs; the money spent and left is then shown."""
+    """Price of one actor's share of its node, in dollars; the cost so far and left is then shown."""
 
     @field_validator("name")
     @classmethod

@@ -24,7 +24,7 @@ class GpuKind(Settings):
     on_demand_dollars: NonNegativeFloat
     """The same on demand."""
     has_bfloat16: bool = True
-    """It computes in bfloat16, which models use on GPUs unless told otherwise."""
+    """It computes in bfloat16, the default of models on GPUs."""
     forward_share: PositiveShare | None = None
     """In place of plan.forward_share, where it is known of this kind."""
     train_share: PositiveShare | None = None
@@ -88,12 +88,12 @@ class PlanSettings(Settings):
     """What `rayfuse plan` takes for granted; nothing here changes what a run computes."""
 
     tokens: PositiveFloat | None = None
-    """Target tokens of the corpus, in place of what its files' sizes say. tokens."""
+    """Target tokens of the corpus, in place of an estimate from file sizes. tokens."""
     row_tokens: PositiveFloat | None = None
     """Mean length of a row, for attention's cost; by default as found in the documents, else
     corpus.max_tokens. tokens."""
     models: dict[str, SizeSettings] = Field(default_factory=dict[str, SizeSettings])
-    """Sizes by a source's name or `target`, in place of what the models' files say."""
+    """Sizes by a source's name or `target`, in place of those of the models' files."""
     gpus: GpuKinds = Field(default_factory=lambda: {k: GpuKind(**v) for k, v in GPU_KINDS.items()})
     """Kinds of GPU: what they can do, hold and cost."""
 
@@ -117,9 +117,9 @@ class PlanSettings(Settings):
     """Time of a fused step over that of a plain one. Source: benchmarks/RESULTS.md, 0.98 to
     1.02."""
     start_minutes: NonNegativeFloat = 10.0
-    """Until a GPU computes: machine, image, weights. minutes for each GPU. Source: assumed."""
+    """Until a GPU computes: node, image, weights. minutes for each GPU. Source: assumed."""
     spot_lost_share: Share = 0.05
-    """Work on spot that is done again because a machine went away. Source: assumed."""
+    """Work on spot that is repeated because a node was lost. Source: assumed."""
 
     corpus_bytes_per_byte: PositiveFloat = 0.9
     """Stored corpus, text and target tokens, for a byte of text. bytes. Source: six domains of
@@ -152,7 +152,7 @@ class PlanSettings(Settings):
     `min_edit_distance`."""
 
     dollars_per_core_hour: NonNegativeFloat = 0.045
-    """A CPU core, for corpus and alignment. Source: general-purpose machines on demand, rough."""
+    """A CPU core, for corpus and alignment. Source: general-purpose nodes on demand, rough."""
     dollars_per_gb_month: NonNegativeFloat = 0.023
     """10^9 bytes kept a month. Source: S3 standard, us-east, as of mid 2025, from memory."""
     dollars_per_million_puts: NonNegativeFloat = 5.0

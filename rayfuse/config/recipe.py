@@ -33,7 +33,7 @@ PAPER: dict[tuple[str, str], Any] = {
 
 
 class Recipe(Settings):
-    """A whole run."""
+    """All settings of a run."""
 
     storage: str
     """The folder or `s3://` prefix that everything is kept under."""

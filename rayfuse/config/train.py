@@ -69,8 +69,8 @@ class TrainSettings(Settings):
         default=Ramp(start=0.5, end=0.9), alias="lambda", json_schema_extra=FUSION_ONLY
     )
     """lambda of L = lambda * CLM + (1 - lambda) * D(fused || target); the paper has 0.9. A number,
-    or `{start: 0.5, end: 0.9, shape: linear | cosine}`, as by default: the sources are heard most
-    while the target knows least of the text (`benchmarks/fusion`)."""
+    or `{start: 0.5, end: 0.9, shape: linear | cosine}`, as by default: the sources weigh most while
+    the target knows least of the text (`benchmarks/fusion`)."""
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl"] = Field(
         default="forward_kl", json_schema_extra=FUSION_ONLY
     )
@@ -96,25 +96,25 @@ class TrainSettings(Settings):
     weight_decay: NonNegativeFloat = 0.1
     """Of AdamW; not applied to vectors (norms and biases)."""
     gradient_clipping: PositiveFloat = 1.0
-    """Norm that the gradient is cut to."""
+    """Maximum norm of the gradient."""
     epochs: PositiveInt = 1
     """Times that every row is seen."""
     rows_per_step: PositiveInt = 128
     """Rows of one optimiser step, over all workers."""
     pack: bool = result_neutral(True)
-    """Put several rows into one sequence, each blind to the others, where the target's attention
-    can tell them apart; else each row is padded to the longest."""
+    """Put several rows into one sequence, each hidden from the others, where the target's attention
+    supports it; else each row is padded to the longest."""
     sequence_tokens: PositiveInt | None = result_neutral(None)
     """Tokens of a sequence at most; by default corpus.max_tokens."""
     micro_batch_sequences: PositiveInt = result_neutral(1)
     """Sequences of one forward pass of one worker."""
     chunk_positions: PositiveInt | None = result_neutral(None)
-    """Positions whose logits exist at a time; by default those of 64 MiB, on a GPU 256."""
+    """Positions with logits in memory at a time; by default those of 64 MiB, on a GPU 256."""
     num_workers: PositiveInt = result_neutral(1)
     """Ray Train workers."""
     min_workers: PositiveInt | None = result_neutral(None)
-    """Workers that training goes on with at least when machines go away, and until others come; by
-    default it waits for all. Steps hold the same rows with any number."""
+    """Minimum of workers with which training continues when nodes are lost, until others come; by
+    default it waits for all. Steps have the same rows with any number."""
     gpus_per_worker: NonNegativeFloat | None = result_neutral(None)
     """By default 1 where a kind is named or the cluster has or may get any, else 0 (gloo, CPUs)."""
     cpus_per_worker: PositiveFloat = result_neutral(1.0)
@@ -122,8 +122,8 @@ class TrainSettings(Settings):
     accelerator_type: str | None = result_neutral(None)
     """The kind of GPU of the workers, as Ray names it; the trained models are scored there, too."""
     placement: Literal["pack", "strict_pack", "spread", "strict_spread"] = result_neutral("pack")
-    """Of the workers. `pack`: on as few machines as can be; `strict_pack`: on one, or not at all;
-    `spread`: on many; `strict_spread`: each on a machine of its own."""
+    """Of the workers. `pack`: on as few nodes as possible; `strict_pack`: on one, or not at all;
+    `spread`: on many; `strict_spread`: each on its own node."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed's ZeRO: 1 shards optimiser states, 2 gradients as well, 3 weights as well."""
     offload: bool = False
@@ -143,8 +143,8 @@ class TrainSettings(Settings):
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = result_neutral(())
     """Where metrics go besides metrics.jsonl; each must be installed."""
     max_failures: NonNegativeInt = result_neutral(3)
-    """Failures of workers that are answered by going on from the last checkpoint; machines that go
-    with notice do not count. On a spot market that gives none, more."""
+    """Failures of workers after which training resumes from the last checkpoint; nodes that are lost
+    with notice do not count. Raise it on a spot market that gives no notice."""
 
     @field_validator("clm_weight")
     @classmethod
@@ -177,5 +177,5 @@ class TrainSettings(Settings):
 
     @property
     def is_fused(self) -> bool:
-        """Whether the sources are heard at all."""
+        """Whether the sources have any weight."""
         return self.clm_weight != 1

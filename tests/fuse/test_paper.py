@@ -177,7 +177,7 @@ def test_before_it_is_stored_the_mapped_distribution_is_the_formulas_to_float32(
 def test_the_preset_and_a_contrary_setting_are_refused():
     with pytest.raises(RecipeError, match=r"fusion paper sets fuse.unit to 'row'.*'token'"):
         parse_recipe(RECIPE | {"fusion": "paper", "fuse": {"unit": "token"}})
-    with pytest.raises(RecipeError, match=r"nats_per_token cannot be told for unit span"):
+    with pytest.raises(RecipeError, match=r"nats_per_token is not defined for unit span"):
         parse_recipe(RECIPE | {"fuse": {"unit": "span", "cost": "nats_per_token"}})
     with pytest.raises(RecipeError, match=r"fuse.weights names 'fin'"):
         parse_recipe(RECIPE | {"fuse": {"weights": {"fin": 1.0}}})
