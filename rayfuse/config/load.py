@@ -14,6 +14,16 @@ from rayfuse.config.base import Settings
 from rayfuse.config.overrides import RecipeError, apply_override, parse_yaml, shorten
 from rayfuse.config.recipe import Recipe
 
+RENAMED_KEYS = {
+    "storage_patience_seconds": "storage_retry_seconds",
+    "corpus.recut": "corpus.resplit",
+}
+RENAMED_VALUES = {
+    ("align.method", "mined"): "min_edit_distance",
+    ("align.method", "statistics"): "cooccurrence",
+}
+"""Keys and values of older recipes, with the names that replaced them."""
+
 
 def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Return the recipe of a YAML file, with `section.key=value` overrides applied.
@@ -58,8 +68,13 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
 
 
 def _explain(fault: dict[str, Any]) -> str:
-    """Say one of pydantic's faults as setting, value and remedy."""
+    """Describe one of pydantic's faults by setting, value and remedy."""
     setting = ".".join(str(part) for part in fault["loc"]) or "the recipe"
+    if setting in RENAMED_KEYS:
+        return f"{setting} is now {RENAMED_KEYS[setting]}; rename it"
+    value = fault["input"]
+    if isinstance(value, str) and (setting, value) in RENAMED_VALUES:
+        return f"{setting} {value!r} is now {RENAMED_VALUES[setting, value]!r}; rename it"
     if fault["type"] == "extra_forbidden":
         known = _known_keys(fault["loc"][:-1])
         near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from rayfuse.align.facts import ALIGN_FACTS
+from rayfuse.config.base import first_line
 from rayfuse.config.load import read_recipe
 from rayfuse.config.recipe import Recipe
 from rayfuse.doctor.checks import Finding, list_findings
@@ -84,7 +85,7 @@ def _join() -> Finding | None:
         if not isinstance(error, ConnectionError | ClusterError) and not is_rays:
             raise
         cause = error.__cause__ if isinstance(error, ClusterError) else error
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        reason = first_line(cause)
         return Finding(
             "cluster",
             "error",

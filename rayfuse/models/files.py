@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rayfuse.config.base import UserError
+from rayfuse.config.base import UserError, first_line
 from rayfuse.config.models import ModelSettings
 from rayfuse.models.tokenizer import TextTokenizer, check_folder, load_tokenizer
 
@@ -130,7 +130,7 @@ def _read_hub(model: str, revision: str | None) -> tuple[dict[str, Any], str]:
     try:
         path = Path(hf_hub_download(model, "config.json", revision=revision))
     except Exception as error:  # the hub's errors share no class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"model is {model!r}, which is no folder here and cannot be had from the hub "
             f"({reason}); check the name, or log in if it is gated"

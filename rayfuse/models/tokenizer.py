@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 
-from rayfuse.config.base import UserError
+from rayfuse.config.base import UserError, first_line
 
 BLANK = "\u2581"
 """SentencePiece's sign for a blank."""
@@ -135,7 +135,7 @@ def load_tokenizer(
         )
     except Exception as error:  # every loader of the library raises its own kind
         raise UserError(
-            f"model is {model!r}, whose tokenizer cannot be loaded ({_first_line(error)}); "
+            f"model is {model!r}, whose tokenizer cannot be loaded ({first_line(error)}); "
             "give a folder with tokenizer.json or a hub id that this machine may read"
         ) from error
     if not loaded.is_fast:
@@ -194,7 +194,7 @@ def _read_checked(path: Path, read: Callable[[bytes], Any]) -> Any:
         return read(path.read_bytes())
     except Exception as error:  # the tokenizers library raises plain Exception
         raise UserError(
-            f"{path} is damaged or no tokenizer's ({_first_line(error)}); "
+            f"{path} is damaged or no tokenizer's ({first_line(error)}); "
             "save it again with save_pretrained, or download it again"
         ) from error
 
@@ -361,7 +361,3 @@ def _adds_prefix_space(backend: Tokenizer) -> bool:
 
 def _first_of(*ids: int | None) -> int | None:
     return next((token_id for token_id in ids if token_id is not None), None)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -10,7 +10,7 @@ import pyarrow as pa
 import yaml
 
 from rayfuse.align.facts import ALIGN_FACTS
-from rayfuse.config.base import UserError
+from rayfuse.config.base import UserError, first_line
 from rayfuse.config.corpus import Documents
 from rayfuse.config.load import read_values
 from rayfuse.config.models import ModelSettings
@@ -163,7 +163,7 @@ def _try(read: Callable[[], Result], warnings: list[str], subject: str) -> Resul
     try:
         return read()
     except Exception as error:  # the clients of object stores and of the hub share no error class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         warnings.append(f"{subject}: {reason}")
         return None
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from rayfuse.capture.engines.load import load_recipe_engine
+from rayfuse.config.base import first_line
 from rayfuse.config.load import parse_recipe
 from rayfuse.config.models import SourceSettings
 from rayfuse.config.recipe import Recipe
@@ -177,7 +178,7 @@ def measure_item(
         for measurement in measurements:
             report(measurement)
     except (ValueError, RuntimeError, MemoryError, OSError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         report(Measurement(title, name_device(), None, reason[:200]))
 
 
