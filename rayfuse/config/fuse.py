@@ -47,7 +47,8 @@ class FuseSettings(Settings):
     its tokenizer are not what they should be."""
     tail: Literal["bucket", "truth", "renormalise"] = "bucket"
     """`bucket`: the mass outside the top k is one more outcome. `truth`: it goes to the token that
-    really comes next. `renormalise`: it is dropped and the top k scaled up to 1, as the papers do."""
+    really comes next. `renormalise`: it is dropped and the top k scaled up to 1, as in the
+    papers."""
 
     @model_validator(mode="after")
     def _check_cost(self) -> "FuseSettings":

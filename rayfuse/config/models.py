@@ -74,7 +74,8 @@ class SourceSettings(ModelSettings):
     batch_tokens: PositiveInt | None = result_neutral(None)
     """Tokens in one forward pass of this source, instead of capture.batch_tokens."""
     dollars_per_hour: NonNegativeFloat | None = result_neutral(None)
-    """Price of one actor's share of its node, in dollars; the cost so far and left is then shown."""
+    """Price of one actor's share of its node, in dollars; the cost so far and the remaining
+    cost are then shown."""
 
     @field_validator("name")
     @classmethod

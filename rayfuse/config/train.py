@@ -143,8 +143,8 @@ class TrainSettings(Settings):
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = result_neutral(())
     """Where metrics go besides metrics.jsonl; each must be installed."""
     max_failures: NonNegativeInt = result_neutral(3)
-    """Failures of workers after which training resumes from the last checkpoint; nodes that are lost
-    with notice do not count. Raise it on a spot market that gives no notice."""
+    """Failures of workers after which training resumes from the last checkpoint; nodes lost with
+    notice do not count. Raise it on a spot market that gives no notice."""
 
     @field_validator("clm_weight")
     @classmethod
