@@ -1,4 +1,4 @@
-"""What the report tells, read from the store into one frozen value."""
+"""The results of a run, read from the store into one frozen value."""
 
 import json
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from rayfuse.evaluate.bootstrap import Difference
 from rayfuse.evaluate.scores import Evaluation, compare_evaluations, parse_evaluation
 from rayfuse.evaluate.task_scores import TaskScore, compare_tasks, parse_task_score
 from rayfuse.fuse.source_filter import is_noise
-from rayfuse.report.timeline import ShardSpan, read_spells
+from rayfuse.report.timeline import ShardSpan, read_spans
 from rayfuse.run.layout import Layout, Merge, TrainRun
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.manifest import Commit, ShardError
 from rayfuse.storage.store import Store
 
 MAX_SHARDS = 64
-"""Shards that the sources' wins are counted on: 64 million tokens by default."""
+"""Shards on which the best source of each row is counted: 64 million tokens by default."""
 
 ROLE_ORDER = ("source", "ensemble", "merged", "target", "clm", "fused")
 
@@ -42,23 +42,23 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class SourceWins:
-    """How many rows each source has the lowest cross-entropy on, in nats per byte."""
+class SourceSelection:
+    """In how many rows each source has the lowest NLL per byte."""
 
     counts: dict[str, dict[str, int]]
     """By domain, then by source; every domain has every source."""
     unscored_rows: int
-    """Rows that no source has scored."""
+    """Rows without a score of any source."""
     shards_read: int
     num_shards: int
 
 
 @dataclass(frozen=True)
 class SourceSignal:
-    """How much one source has to say in the target's tokens."""
+    """How much of one source's distributions is left in the target's tokens."""
 
     positions: int
-    """Target positions that a token follows."""
+    """Target positions with a next token."""
     with_signal: int
     tail_mass: float
     """Mean probability outside the top k, over the positions with a signal."""
@@ -75,7 +75,7 @@ class SourceSignal:
 
 @dataclass(frozen=True)
 class StageCount:
-    """What one data set holds, and what it had to leave out."""
+    """The size of one data set, and its rejected rows."""
 
     stage: str
     rows: int
@@ -85,34 +85,35 @@ class StageCount:
 
 @dataclass(frozen=True)
 class Findings:
-    """All that the report tells."""
+    """Everything that the report shows."""
 
     evaluations: dict[str, Evaluation]
     """By name: sources, ensemble, merged weights, target, CLM, fused."""
     differences: dict[str, dict[str, Difference]]
-    """What fused pays more than another model: by that model's name, then by group."""
+    """Bits per byte of fused minus those of another model: by its name, then by group."""
     curves: dict[str, Curve]
-    """By run; runs without metrics are not there."""
-    wins: SourceWins
+    """By run; runs without metrics are missing."""
+    selection: SourceSelection
     signals: dict[str, SourceSignal]
     """By source."""
-    spells: dict[str, list[ShardSpan]]
-    """By source: when its workers had which shard."""
+    spans: dict[str, list[ShardSpan]]
+    """By source: which worker captured which shard when."""
     counts: list[StageCount]
     task_scores: dict[str, dict[str, TaskScore]]
     """By task, then by model."""
     task_differences: dict[str, dict[str, Difference]]
     """By task, then by the model that fused is compared with."""
     merge: Merge
-    """Whose weights are averaged as a baseline, and why others are not."""
+    """The sources of the merged weights, and why others are excluded."""
 
 
 def gather_findings(recipe: Recipe, layout: Layout) -> Findings:
-    """Return what the report tells of a run that is done.
+    """Gather the results of a run.
 
     Raises:
-        ValueError: A model is not evaluated, or not on the same documents as another.
-        ShardError: A shard is missing or corrupt.
+        UserError: A model is not evaluated.
+        ValueError: Models are evaluated on different documents.
+        ShardError: A shard is missing or corrupt, or holds other rows than the corpus.
     """
     evaluations = read_evaluations(layout)
     fused = evaluations["fused"]
@@ -129,21 +130,21 @@ def gather_findings(recipe: Recipe, layout: Layout) -> Findings:
         evaluations=evaluations,
         differences=differences,
         curves={name: curve for name, curve in curves.items() if curve is not None},
-        wins=count_wins(layout.corpus, layout.aligned),
+        selection=count_selected_rows(layout.corpus, layout.aligned),
         signals={name: measure_signal(data) for name, data in layout.aligned.items()},
-        spells={name: read_spells(data) for name, data in layout.captured.items()},
+        spans={name: read_spans(data) for name, data in layout.captured.items()},
         counts=count_stages(layout),
         task_scores=tasks,
-        task_differences={task: compare_to_fused(each, recipe) for task, each in tasks.items()},
+        task_differences={task: compare_to_fused(scores, recipe) for task, scores in tasks.items()},
         merge=layout.evaluation.merge,
     )
 
 
 def read_evaluations(layout: Layout) -> dict[str, Evaluation]:
-    """Return every model's evaluation, sources first and the fused model last.
+    """Read every model's evaluation, sources first and the fused model last.
 
     Raises:
-        ValueError: One is missing.
+        UserError: One is missing.
     """
     found: dict[str, Evaluation] = {}
     for name, file in layout.evaluation.scores.items():
@@ -158,10 +159,10 @@ def read_evaluations(layout: Layout) -> dict[str, Evaluation]:
 
 
 def read_task_scores(layout: Layout, names: list[str]) -> dict[str, dict[str, TaskScore]]:
-    """Return the scores by task and model, models in order; those not asked are not there.
+    """Read the scores by task and model, models in order; a model without a score is missing.
 
     Raises:
-        ValueError: A score is missing.
+        UserError: The layout has a score that the store has not.
     """
     found: dict[str, dict[str, TaskScore]] = {}
     for name in names:
@@ -178,7 +179,7 @@ def read_task_scores(layout: Layout, names: list[str]) -> dict[str, dict[str, Ta
 
 
 def compare_to_fused(scores: dict[str, TaskScore], recipe: Recipe) -> dict[str, Difference]:
-    """Return by how much fused scores more than each other model at one task."""
+    """Compare the fused model with each other model at one task."""
     return {
         name: compare_tasks(
             scores["fused"], other, samples=recipe.evaluate.bootstrap_samples, seed=recipe.seed
@@ -189,9 +190,9 @@ def compare_to_fused(scores: dict[str, TaskScore], recipe: Recipe) -> dict[str, 
 
 
 def read_curve(store: Store, run: TrainRun) -> Curve | None:
-    """Return a run's metrics by step, or nothing where it has none.
+    """Read a run's metrics by step; None if it has none.
 
-    A run that went on from a checkpoint may have a step twice: the later line counts.
+    A run that was resumed from a checkpoint may have a step twice: the later line counts.
     """
     try:
         lines = store.read(f"{run.folder}/metrics.jsonl").splitlines()
@@ -214,12 +215,11 @@ def read_curve(store: Store, run: TrainRun) -> Curve | None:
     )
 
 
-def count_wins(corpus: DataSet, aligned: dict[str, DataSet]) -> SourceWins:
-    """Return how often each source wins, on the first `MAX_SHARDS` shards.
+def count_selected_rows(corpus: DataSet, aligned: dict[str, DataSet]) -> SourceSelection:
+    """Count the rows in which each source has the lowest NLL, on the first `MAX_SHARDS` shards.
 
     Raises:
-        ValueError: A shard holds other rows than the corpus.
-        ShardError: A shard is missing or corrupt.
+        ShardError: A shard is missing or corrupt, or holds other rows than the corpus.
     """
     commits = corpus.commits()
     shards = sorted(commits)[:MAX_SHARDS]
@@ -232,27 +232,27 @@ def count_wins(corpus: DataSet, aligned: dict[str, DataSet]) -> SourceWins:
         nats = np.stack(
             [_read_nats(aligned[name], by_source[name], shard, rows) for name in sources]
         )
-        winners = choose_winners(nats, rows["num_bytes"].to_numpy())
-        unscored += int((winners < 0).sum())
-        for domain, winner in zip(rows["domain"].to_pylist(), winners, strict=True):
+        selected = select_lowest_nll(nats, rows["num_bytes"].to_numpy())
+        unscored += int((selected < 0).sum())
+        for domain, number in zip(rows["domain"].to_pylist(), selected, strict=True):
             row = counts.setdefault(domain, dict.fromkeys(sources, 0))
-            if winner >= 0:
-                row[sources[winner]] += 1
+            if number >= 0:
+                row[sources[number]] += 1
     ordered = {domain: counts[domain] for domain in sorted(counts)}
-    return SourceWins(ordered, unscored, len(shards), len(commits))
+    return SourceSelection(ordered, unscored, len(shards), len(commits))
 
 
-def choose_winners(
+def select_lowest_nll(
     nats: Float[np.ndarray, "num_sources rows"], num_bytes: Int[np.ndarray, " rows"]
 ) -> Int[np.ndarray, " rows"]:
-    """Return the source with the lowest nats per byte of each row, ties to the first; -1 for none.
+    """Select the source with the lowest NLL of each row, ties to the first; -1 for none.
 
     Args:
-        nats: Not finite where a source has not scored the row.
-        num_bytes: Of each row's text.
+        nats: NLL of each row; not finite where a source has not scored it.
+        num_bytes: Bytes of each row's text.
     """
-    costs = np.where(np.isfinite(nats), nats / np.maximum(num_bytes, 1), np.inf)
-    return np.where(np.isfinite(costs).any(axis=0), costs.argmin(axis=0), -1)
+    nll_per_byte = np.where(np.isfinite(nats), nats / np.maximum(num_bytes, 1), np.inf)
+    return np.where(np.isfinite(nll_per_byte).any(axis=0), nll_per_byte.argmin(axis=0), -1)
 
 
 def _read_nats(
@@ -268,15 +268,15 @@ def _read_nats(
 
 
 def measure_signal(aligned: DataSet) -> SourceSignal:
-    """Return how much one source has to say, from its commit records alone."""
+    """Measure a source's signal from its commit records, without reading any shard."""
     commits = aligned.commits().values()
     stats = [commit.stats for commit in commits]
-    with_signal = sum(each["with_signal"] for each in stats)
-    tail = sum(each["tail_mass"] for each in stats)
-    captured = [each["captured_tail_mass"] for each in stats if "captured_tail_mass" in each]
+    with_signal = sum(shard["with_signal"] for shard in stats)
+    tail = sum(shard["tail_mass"] for shard in stats)
+    captured = [shard["captured_tail_mass"] for shard in stats if "captured_tail_mass" in shard]
     is_recorded = bool(captured) and len(captured) == len(stats)
     return SourceSignal(
-        positions=int(sum(each["positions"] for each in stats)),
+        positions=int(sum(shard["positions"] for shard in stats)),
         with_signal=int(with_signal),
         tail_mass=float(tail / max(with_signal, 1)),
         captured_tail_mass=float(sum(captured) / max(with_signal, 1)) if is_recorded else None,
@@ -285,7 +285,7 @@ def measure_signal(aligned: DataSet) -> SourceSignal:
 
 
 def count_stages(layout: Layout) -> list[StageCount]:
-    """Return what each data set of the run holds, and how many rows it left out."""
+    """Count the rows, tokens and rejects of every data set of the run."""
     stages = {"corpus": layout.corpus, "held-out": layout.held_out}
     stages |= {f"capture {name}": data for name, data in layout.captured.items()}
     stages |= {f"align {name}": data for name, data in layout.aligned.items()}

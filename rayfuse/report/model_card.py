@@ -1,4 +1,4 @@
-"""Findings -> the README.md that goes with the trained model."""
+"""The results of a run -> the model card: README.md beside the trained model."""
 
 import yaml
 
@@ -10,11 +10,11 @@ from rayfuse.report.verdict import Verdict
 
 
 def build_model_card(findings: Findings, verdict: Verdict, recipe: Recipe) -> str:
-    """Return the model card: what the model is made from, how, and how good it is.
+    """Write the model card: what the model is made from, how, and its scores.
 
     Args:
-        findings: All numbers.
-        verdict: What may be claimed of them.
+        findings: The results.
+        verdict: The claims that they support.
         recipe: The run's.
     """
     front = {
@@ -28,7 +28,7 @@ def build_model_card(findings: Findings, verdict: Verdict, recipe: Recipe) -> st
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
-# {_code(recipe.target.model)}, fused with {_say_sources(recipe)}
+# {_code(recipe.target.model)}, fused with {_count_sources(recipe)}
 
 {escape_markdown(verdict.headline)}
 
@@ -41,7 +41,7 @@ Bits per byte on held-out text, lower is better, the lowest of each column in bo
 {render_tables(findings)}
 ## What it is made from
 
-- Base model (the target): {_say_model(recipe.target.model, recipe.target.revision)}
+- Base model (the target): {_name_model(recipe.target.model, recipe.target.revision)}
 {_list_sources(recipe)}
 
 The licences and terms of use of the base model, of every source and of the text apply.
@@ -52,9 +52,9 @@ Every source scored the training text; its distributions over next tokens were a
 target's tokens byte by byte, fused by `{recipe.fuse.method}`, and the target was trained on
 lambda \\* CLM + (1 - lambda) \\* D(fused || target), lambda =
 {describe_curve(recipe.train.clm_weight)}.
-The method is that of FuseLLM (arXiv 2401.10491) as rayfuse computes it.
+The method follows FuseLLM (arXiv 2401.10491).
 
-The whole recipe:
+The complete recipe:
 
 ```yaml
 {yaml.safe_dump(dump_recipe(recipe), sort_keys=False, allow_unicode=True).strip()}
@@ -62,19 +62,19 @@ The whole recipe:
 """
 
 
-def _say_sources(recipe: Recipe) -> str:
+def _count_sources(recipe: Recipe) -> str:
     number = len(recipe.sources)
     return "1 source" if number == 1 else f"{number} sources"
 
 
 def _list_sources(recipe: Recipe) -> str:
     return "\n".join(
-        f"- Source {escape_markdown(source.name)}: {_say_model(source.model, source.revision)}"
+        f"- Source {escape_markdown(source.name)}: {_name_model(source.model, source.revision)}"
         for source in recipe.sources
     )
 
 
-def _say_model(model: str, revision: str | None) -> str:
+def _name_model(model: str, revision: str | None) -> str:
     return _code(model) if revision is None else f"{_code(model)} at {_code(revision)}"
 
 

@@ -1,4 +1,4 @@
-"""Findings -> one HTML page that needs nothing but itself: no script, no link, pictures inside."""
+"""The results of a run -> one self-contained HTML page: no scripts, no links, plots embedded."""
 
 import base64
 import html
@@ -9,36 +9,36 @@ import yaml
 from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.evaluate.bootstrap import Difference
 from rayfuse.evaluate.scores import ALL
-from rayfuse.report.gather import Findings, SourceWins, StageCount
+from rayfuse.report.gather import Findings, SourceSelection, StageCount
 from rayfuse.report.tables import TASK_NOTE, build_table, build_task_table, render_html
 from rayfuse.report.timeline import ShardSpan, share_waited, sum_busy
-from rayfuse.report.verdict import MINUS, Verdict, name_domain, order_names, sign
+from rayfuse.report.verdict import MINUS, Verdict, format_signed, name_domain, order_names
 
 CAPTIONS = {
-    "bits_per_byte": "Each group is a domain, each bar a model: the shorter bar has spent fewer "
-    "bits on the same text.",
-    "differences": "Where a point and its whole line lie left of zero, the fused model is better, "
-    "and not by the luck of which documents were held out.",
-    "task_differences": "Where a point and its whole line lie right of zero, the fused model is "
-    "better at the task; a line across zero is no claim.",
-    "training_curves": "Both runs see the same rows in the same order, so where the difference "
-    "stays below zero, fusion helps the target to fit the text.",
-    "source_wins": "The longer a colour, the more rows of that domain this source predicts best; "
-    "one colour everywhere means that the other sources add little.",
-    "alignment": "The further the left bar reaches, the more of the text a source can teach; "
-    "what the right bar gains over the source's own is probability lost in translation.",
-    "timeline": "Each line is one worker with a source LLM: coloured while its device computed, "
-    "grey while it waited for work. Dashed: nobody worked, time left out.",
+    "bits_per_byte": "Each group is a domain, each bar a model: a shorter bar means fewer bits "
+    "per byte, a lower NLL of the same text.",
+    "differences": "If a point and its entire interval lie left of zero, the fused model is "
+    "better, and the choice of held-out documents does not explain it.",
+    "task_differences": "If a point and its entire interval lie right of zero, the fused model is "
+    "better at the task; an interval that includes zero supports no claim.",
+    "training_curves": "Both runs see the same rows in the same order, so a difference below zero "
+    "means that fusion helps the target to fit the text.",
+    "source_selection": "In how many rows of each domain a source has the lowest NLL per byte; one "
+    "colour everywhere means that the other sources add little.",
+    "alignment": "Left: the share of target positions for which a source has a distribution. "
+    "Right: the difference to the bar in the source's own tokens is probability lost in alignment.",
+    "timeline": "Each row is one worker with a source LLM: coloured while its device computed, "
+    "grey while it waited for work. Dashed: no worker was busy, the pause is skipped.",
 }
 
 TITLES = {
     "bits_per_byte": "Scores by domain",
-    "differences": "How sure the differences are",
-    "task_differences": "How sure the differences at tasks are",
+    "differences": "Differences, with intervals",
+    "task_differences": "Differences at tasks, with intervals",
     "training_curves": "Training",
-    "source_wins": "What each source is good at",
-    "alignment": "How much of the sources reaches the target",
-    "timeline": "What the sources' devices did",
+    "source_selection": "The best source of each row",
+    "alignment": "How much of the sources' distributions reaches the target",
+    "timeline": "Busy and idle time of the sources' devices",
 }
 
 STYLE = """
@@ -83,13 +83,13 @@ pre { overflow-x: auto; margin: 12px 0;
 def build_page(
     findings: Findings, verdict: Verdict, recipe: Recipe, plots: dict[str, bytes]
 ) -> str:
-    """Return the page.
+    """Render the page.
 
     Args:
-        findings: All numbers.
-        verdict: What may be claimed of them.
+        findings: The results.
+        verdict: The claims that they support.
         recipe: The run's.
-        plots: PNG pictures by name.
+        plots: PNG files by name.
     """
     figures = "".join(_render_figure(name, plots[name]) for name in TITLES if name in plots)
     return f"""<!doctype html>
@@ -125,9 +125,9 @@ def _render_tasks(findings: Findings) -> str:
         return ""
     table = render_html(build_task_table(findings.evaluations, findings.task_scores))
     rows = [
-        [name, task, *_say_interval(each)]
+        [name, task, *_format_interval(difference)]
         for task, others in findings.task_differences.items()
-        for name, each in others.items()
+        for name, difference in others.items()
     ]
     header = ["other model", "task", "difference", "from", "to", "questions", "fused is"]
     return (
@@ -164,9 +164,9 @@ def _render_details(findings: Findings, recipe: Recipe) -> str:
     text = yaml.safe_dump(dump_recipe(recipe), sort_keys=False, allow_unicode=True)
     parts = {
         "Fused minus other, with 95 % intervals": _render_differences(findings.differences),
-        "Rows that each source wins": _render_wins(findings.wins),
+        "Rows in which each source has the lowest NLL": _render_selection(findings.selection),
         "Models and time": _render_models(findings),
-        "Capturing": _render_spells(findings.spells),
+        "Capture": _render_spans(findings.spans),
         "Rows, tokens and rejects of each stage": _render_counts(findings.counts),
         "The recipe, with every default": f"<pre>{html.escape(text)}</pre>",
     }
@@ -178,29 +178,37 @@ def _render_details(findings: Findings, recipe: Recipe) -> str:
 
 def _render_differences(differences: dict[str, dict[str, Difference]]) -> str:
     rows = [
-        [name, "all text" if group == ALL else name_domain(group), *_say_interval(each)]
+        [name, "all text" if group == ALL else name_domain(group), *_format_interval(difference)]
         for name in order_names(differences)
-        for group, each in differences[name].items()
+        for group, difference in differences[name].items()
     ]
     header = ["other model", "text", "difference", "from", "to", "documents", "fused is"]
     return _render_plain_table(header, rows)
 
 
-def _say_interval(each: Difference) -> list[str]:
-    bounds = [sign(each.low), sign(each.high)] if math.isfinite(each.low) else [MINUS, MINUS]
-    outcome = {"unclear": "not clearly different"}.get(each.outcome, each.outcome)
-    return [sign(each.difference), *bounds, f"{each.num_documents:,}", outcome]
+def _format_interval(difference: Difference) -> list[str]:
+    low, high = difference.low, difference.high
+    bounds = [format_signed(low), format_signed(high)] if math.isfinite(low) else [MINUS, MINUS]
+    outcome = {"unclear": "not clearly different"}.get(difference.outcome, difference.outcome)
+    return [
+        format_signed(difference.difference),
+        *bounds,
+        f"{difference.num_documents:,}",
+        outcome,
+    ]
 
 
-def _render_wins(wins: SourceWins) -> str:
-    sources = list(next(iter(wins.counts.values()), {}))
+def _render_selection(selection: SourceSelection) -> str:
+    sources = list(next(iter(selection.counts.values()), {}))
     rows = [
         [name_domain(domain), *(f"{count:,}" for count in row.values())]
-        for domain, row in wins.counts.items()
+        for domain, row in selection.counts.items()
     ]
-    notes = [f"Lowest cross-entropy in nats per byte; {wins.unscored_rows:,} rows unscored."]
-    if wins.shards_read < wins.num_shards:
-        notes.append(f"Only the first {wins.shards_read} of {wins.num_shards:,} shards were read.")
+    notes = [f"NLL in nats per byte; {selection.unscored_rows:,} rows have no score."]
+    if selection.shards_read < selection.num_shards:
+        notes.append(
+            f"Only the first {selection.shards_read} of {selection.num_shards:,} shards were read."
+        )
     table = _render_plain_table(["domain", *sources], rows)
     return f'{table}<p class="note">{html.escape(" ".join(notes))}</p>'
 
@@ -210,29 +218,29 @@ def _render_models(findings: Findings) -> str:
     rows = [
         [
             name,
-            each.model,
-            say_seconds(training[name]) if name in training else "",
-            say_seconds(each.seconds),
+            evaluation.model,
+            format_seconds(training[name]) if name in training else "",
+            format_seconds(evaluation.seconds),
         ]
-        for name, each in findings.evaluations.items()
+        for name, evaluation in findings.evaluations.items()
     ]
     return _render_plain_table(["model", "folder or hub id", "training", "evaluation"], rows)
 
 
-def _render_spells(spells: dict[str, list[ShardSpan]]) -> str:
+def _render_spans(spans: dict[str, list[ShardSpan]]) -> str:
     rows = [
         [
-            name,
-            str(len({spell.worker for spell in each})),
-            f"{sum(spell.tokens for spell in each):,}",
-            f"{round(sum(spell.tokens for spell in each) / sum_busy(each)):,}",
-            say_seconds(sum_busy(each)),
-            f"{share_waited(each):.1%}",
+            source,
+            str(len({span.worker for span in shards})),
+            f"{sum(span.tokens for span in shards):,}",
+            f"{round(sum(span.tokens for span in shards) / sum_busy(shards)):,}",
+            format_seconds(sum_busy(shards)),
+            f"{share_waited(shards):.1%}",
         ]
-        for name, each in spells.items()
-        if each
+        for source, shards in spans.items()
+        if shards
     ]
-    header = ["source", "workers", "tokens", "tokens/s of a device", "computed", "waited"]
+    header = ["source", "workers", "tokens", "tokens/s per device", "busy", "idle"]
     return _render_plain_table(header, rows)
 
 
@@ -253,8 +261,8 @@ def _render_plain_table(header: list[str], rows: list[list[str]]) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n{body}</table></div>\n'
 
 
-def say_seconds(seconds: float) -> str:
-    """Return a time as hours, minutes and seconds, or as seconds where it is short."""
+def format_seconds(seconds: float) -> str:
+    """Format a time as hours, minutes and seconds, or as seconds if it is short."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""Findings -> PNG pictures, 900 pixels wide where shown, twice that in the file."""
+"""The results of a run -> PNG plots, shown 900 pixels wide and stored at twice that."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +10,7 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from rayfuse.evaluate.bootstrap import Difference
 from rayfuse.evaluate.scores import ALL, Evaluation, bits_per_byte, count_bytes
-from rayfuse.report.gather import Curve, Findings, SourceSignal, SourceWins
+from rayfuse.report.gather import Curve, Findings, SourceSelection, SourceSignal
 from rayfuse.report.style import (
     INK,
     OWN_COLOURS,
@@ -23,19 +23,19 @@ from rayfuse.report.style import (
     to_png,
 )
 from rayfuse.report.timeline import draw_timeline
-from rayfuse.report.verdict import name_domain, order_names, sign
+from rayfuse.report.verdict import format_signed, name_domain, order_names
 
 MAX_GROUPS = 10
-"""Groups of documents in a picture; the largest are shown, the table has all."""
+"""Groups of documents in a plot: the largest; the table has all."""
 
 MAX_VALUES = 24
-"""More bars than this, and their values are left to the table."""
+"""Bars up to which their values are printed; the table has them in any case."""
 
 
 def draw_plots(findings: Findings) -> dict[str, bytes]:
-    """Return the report's pictures by name; those without data are not there."""
+    """Draw the report's plots, by name; those without data are missing."""
     evaluations = findings.evaluations
-    sources = [name for name, each in evaluations.items() if each.role == "source"]
+    sources = [name for name, model in evaluations.items() if model.role == "source"]
     plots = {
         "bits_per_byte": draw_bits_per_byte(evaluations),
         "differences": draw_differences(findings.differences),
@@ -44,20 +44,20 @@ def draw_plots(findings: Findings) -> dict[str, bytes]:
         plots["task_differences"] = draw_task_differences(findings.task_differences)
     if findings.curves:
         plots["training_curves"] = draw_training_curves(findings.curves)
-    if findings.wins.counts:
-        plots["source_wins"] = draw_source_wins(findings.wins, sources)
+    if findings.selection.counts:
+        plots["source_selection"] = draw_source_selection(findings.selection, sources)
     if findings.signals:
         plots["alignment"] = draw_alignment(findings.signals)
-    if any(findings.spells.values()):
-        plots["timeline"] = draw_timeline(findings.spells)
+    if any(findings.spans.values()):
+        plots["timeline"] = draw_timeline(findings.spans)
     return plots
 
 
 def draw_bits_per_byte(evaluations: dict[str, Evaluation]) -> bytes:
-    """Return bars of bits per byte, grouped by domain, one bar a model."""
-    scores = {name: bits_per_byte(each.documents) for name, each in evaluations.items()}
+    """Draw bars of bits per byte, grouped by domain, one bar per model."""
+    scores = {name: bits_per_byte(model.documents) for name, model in evaluations.items()}
     groups, is_cut = _choose_groups(evaluations)
-    sources = [name for name, each in evaluations.items() if each.role == "source"]
+    sources = [name for name, model in evaluations.items() if model.role == "source"]
     figure, (axes,) = new_figure(4.4, rows=1)
     width = 0.84 / len(scores)
     has_values = len(groups) * len(scores) <= MAX_VALUES
@@ -76,13 +76,13 @@ def draw_bits_per_byte(evaluations: dict[str, Evaluation]) -> bytes:
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("bits per byte (lower is better)")
     axes.margins(y=0.2 if has_values else 0.06)
-    axes.set_title("Held-out text: what each model pays" + (" (largest domains)" * is_cut))
+    axes.set_title("Held-out text: bits per byte of each model" + (" (largest domains)" * is_cut))
     put_legend_outside(axes, len(scores))
     return to_png(figure)
 
 
 def draw_differences(differences: dict[str, dict[str, Difference]]) -> bytes:
-    """Return fused minus each other model as points with 95 % intervals; left of 0 is better."""
+    """Draw fused minus each other model as points with 95 % intervals; left of 0 is better."""
     names = order_names(differences)
     lines = [(f"{name}, all text", differences[name][ALL]) for name in names]
     domains = [group for group in differences.get("clm", {}) if group != ALL]
@@ -96,13 +96,15 @@ def draw_differences(differences: dict[str, dict[str, Difference]]) -> bytes:
 
 
 def draw_task_differences(differences: dict[str, dict[str, Difference]]) -> bytes:
-    """Return how much better fused is at each task than the baseline, with 95 % intervals.
+    """Draw how much better fused is at each task than the baseline, with 95 % intervals.
 
     Args:
         differences: By task, then by the model that fused is compared with; at least one.
     """
-    other = order_names({name: None for each in differences.values() for name in each})[0]
-    lines = [(task, _turn(each[other])) for task, each in differences.items() if other in each]
+    other = order_names({name: None for others in differences.values() for name in others})[0]
+    lines = [
+        (task, _orient(others[other])) for task, others in differences.items() if other in others
+    ]
     return _draw_intervals(
         lines,
         "gain of fused in the task's own metric (right of 0: fused is better)",
@@ -110,28 +112,30 @@ def draw_task_differences(differences: dict[str, dict[str, Difference]]) -> byte
     )
 
 
-def _turn(each: Difference) -> Difference:
-    """Return a difference turned such that more is better."""
-    if each.higher_is_better:
-        return each
+def _orient(difference: Difference) -> Difference:
+    """Negate a difference if lower is better, so that higher is."""
+    if difference.higher_is_better:
+        return difference
     return replace(
-        each,
-        difference=-each.difference,
-        low=-each.high,
-        high=-each.low,
+        difference,
+        difference=-difference.difference,
+        low=-difference.high,
+        high=-difference.low,
         higher_is_better=True,
     )
 
 
 def _draw_intervals(lines: list[tuple[str, Difference]], label: str, title: str) -> bytes:
-    """Return differences as points with their intervals; the mark says the outcome too."""
+    """Draw differences as points with their intervals; marker and colour show the outcome."""
     figure, (axes,) = new_figure(1.4 + 0.34 * len(lines), rows=1)
-    for at, (_, each) in enumerate(lines):
-        colour = {"better": "#0072B2", "worse": "#D55E00", "unclear": "#8C8C8C"}[each.outcome]
-        marker = {"better": "o", "worse": "X", "unclear": "s"}[each.outcome]
-        if np.isfinite(each.low):
-            axes.plot([each.low, each.high], [at, at], color=colour, linewidth=3, alpha=0.6)
-        axes.plot(each.difference, at, color=colour, marker=marker, markersize=7)
+    for at, (_, difference) in enumerate(lines):
+        colour = {"better": "#0072B2", "worse": "#D55E00", "unclear": "#8C8C8C"}[difference.outcome]
+        marker = {"better": "o", "worse": "X", "unclear": "s"}[difference.outcome]
+        if np.isfinite(difference.low):
+            axes.plot(
+                [difference.low, difference.high], [at, at], color=colour, linewidth=3, alpha=0.6
+            )
+        axes.plot(difference.difference, at, color=colour, marker=marker, markersize=7)
     axes.axvline(0, color=INK, linewidth=1)
     axes.set_yticks(range(len(lines)), [plain(title, 34) for title, _ in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
@@ -140,16 +144,18 @@ def _draw_intervals(lines: list[tuple[str, Difference]], label: str, title: str)
     axes.set_xlabel(label)
     axes.set_title(title)
     values = axes.secondary_yaxis("right")
-    values.set_yticks(range(len(lines)), [sign(each.difference) for _, each in lines])
+    values.set_yticks(
+        range(len(lines)), [format_signed(difference.difference) for _, difference in lines]
+    )
     values.tick_params(length=0)
     values.spines["right"].set_visible(False)
     return to_png(figure)
 
 
 def draw_training_curves(curves: dict[str, Curve]) -> bytes:
-    """Return CLM loss of every run, the gap between fused and CLM, and the fusion loss beneath."""
+    """Draw the CLM loss of every run, the gap between fused and CLM, and the fusion loss."""
     gap = _measure_gap(curves)
-    fusion = {name: each for name, each in curves.items() if np.isfinite(each.fusion_loss).any()}
+    fusion = {name: curve for name, curve in curves.items() if np.isfinite(curve.fusion_loss).any()}
     panels = 1 + (gap is not None) + bool(fusion)
     figure, rows = new_figure(1.6 + 2.1 * panels, rows=panels)
     window = max(smoothing_window(len(curve.steps)) for curve in curves.values())
@@ -176,15 +182,15 @@ def draw_training_curves(curves: dict[str, Curve]) -> bytes:
     return to_png(figure)
 
 
-def draw_source_wins(wins: SourceWins, sources: Sequence[str]) -> bytes:
-    """Return, for each domain, the share of rows that each source wins."""
-    totals = {domain: sum(row.values()) for domain, row in wins.counts.items()}
+def draw_source_selection(selection: SourceSelection, sources: Sequence[str]) -> bytes:
+    """Return, for each domain, the share of rows that each source selection."""
+    totals = {domain: sum(row.values()) for domain, row in selection.counts.items()}
     largest = sorted((d for d in totals if totals[d]), key=lambda domain: -totals[domain])
     domains = sorted(largest[: 2 * MAX_GROUPS])
     figure, (axes,) = new_figure(1.7 + 0.38 * len(domains), rows=1)
     left = np.zeros(len(domains))
     for name in sources:
-        shares = np.array([wins.counts[domain][name] / totals[domain] for domain in domains])
+        shares = np.array([selection.counts[domain][name] / totals[domain] for domain in domains])
         bars = axes.barh(
             range(len(domains)), shares, 0.72, left, label=plain(name), **style_of(name, sources)
         )
@@ -197,16 +203,16 @@ def draw_source_wins(wins: SourceWins, sources: Sequence[str]) -> bytes:
     axes.set_xlim(0, 1)
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_xlabel("share of rows with the lowest nats per byte")
-    is_cut = wins.shards_read < wins.num_shards
-    part = f", first {wins.shards_read} of {wins.num_shards} shards" if is_cut else ""
-    axes.set_title(f"Which source knows which domain best{part}")
+    axes.set_xlabel("share of rows with the lowest NLL per byte")
+    is_cut = selection.shards_read < selection.num_shards
+    part = f", first {selection.shards_read} of {selection.num_shards} shards" if is_cut else ""
+    axes.set_title(f"Source with the lowest NLL, by domain{part}")
     put_legend_outside(axes, len(sources))
     return to_png(figure)
 
 
 def draw_alignment(signals: dict[str, SourceSignal]) -> bytes:
-    """Return, for each source, the share of positions with a signal and the mean tail mass."""
+    """Draw, for each source, the share of positions with a signal and the mean tail mass."""
     sources = list(signals)
     figure, (left, right) = new_figure(1.9 + 0.42 * len(sources), rows=1, columns=2)
     at = np.arange(len(sources))
@@ -237,12 +243,12 @@ def draw_alignment(signals: dict[str, SourceSignal]) -> bytes:
 
 
 def smoothing_window(num_steps: int) -> int:
-    """Return how many steps a smoothed loss is the mean of: one in forty."""
+    """Choose the number of steps to average for a smoothed loss: one in forty."""
     return max(1, num_steps // 40)
 
 
 def smooth(values: Float[np.ndarray, " steps"], window: int) -> Float[np.ndarray, " steps"]:
-    """Return the mean of each step and those before it, `window` in all; NaN are left out."""
+    """Average each step with those before it, `window` in all; NaN are skipped."""
     is_there = np.isfinite(values)
     sums = np.cumsum(np.concatenate([[0.0], np.where(is_there, values, 0.0)]))
     counts = np.cumsum(np.concatenate([[0], is_there]))
@@ -257,7 +263,7 @@ def smooth(values: Float[np.ndarray, " steps"], window: int) -> Float[np.ndarray
 def _measure_gap(
     curves: dict[str, Curve],
 ) -> tuple[np.ndarray, Float[np.ndarray, " steps"]] | None:
-    """Return tokens and fused minus CLM of each step, where both runs have seen the same steps."""
+    """Subtract CLM from fused step by step; None unless both runs have the same steps."""
     fused, clm = curves.get("fused"), curves.get("clm")
     if fused is None or clm is None or not np.array_equal(fused.tokens, clm.tokens):
         return None
@@ -265,7 +271,7 @@ def _measure_gap(
 
 
 def _choose_groups(evaluations: dict[str, Evaluation]) -> tuple[list[str], bool]:
-    """Return the groups to show, `all` first, and whether some are left out."""
+    """Choose the groups to show, `all` first, and check whether others are hidden."""
     sizes = count_bytes(next(iter(evaluations.values())).documents)
     domains = [group for group in sizes if group != ALL]
     if len(domains) == 1:

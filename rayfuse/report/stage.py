@@ -1,4 +1,4 @@
-"""The report stage: results in the store -> page, pictures, tables and model card in the store."""
+"""The report stage: results in the store -> page, plots, tables and model card in the store."""
 
 import json
 import math
@@ -23,15 +23,17 @@ FINDINGS_FILE = "report/findings.json"
 
 
 def write_report(recipe: Recipe, layout: Layout) -> str:
-    """Write the report and the fused model's card, and return where the page is.
+    """Write the report and the fused model's card, and return the address of the page.
 
-    `findings.json` is written last: the report is there once it is.
+    `findings.json` is written last: it commits the report.
 
     Raises:
-        ValueError: A model is not evaluated, or not on the same documents as another.
-        ShardError: A shard is missing or corrupt.
+        UserError: A model is not evaluated.
+        ValueError: Models are evaluated on different documents.
+        ShardError: A shard is missing or corrupt, or holds other rows than the corpus.
     """
-    from rayfuse.report.plots import draw_plots  # a second of imports that `status` can do without
+    # matplotlib takes a second to import, and `rayfuse status` imports this module.
+    from rayfuse.report.plots import draw_plots
 
     findings = gather_findings(recipe, layout)
     verdict = judge(findings)
@@ -51,7 +53,7 @@ def write_report(recipe: Recipe, layout: Layout) -> str:
 
 
 def is_report_current(layout: Layout) -> bool:
-    """Return whether the report is there and tells of what the run holds now."""
+    """Check whether the report is complete and made from the run's current results."""
     try:
         findings = json.loads(layout.store.read(FINDINGS_FILE))
     except FileNotFoundError:
@@ -61,57 +63,58 @@ def is_report_current(layout: Layout) -> bool:
 
 
 def dump_findings(findings: Findings, verdict: Verdict, input_fingerprint: str) -> str:
-    """Return the numbers of the report as JSON.
+    """Serialise the report's numbers as JSON.
 
     Args:
-        findings: All numbers.
-        verdict: What may be claimed of them.
-        input_fingerprint: Hash of everything that is reported on.
+        findings: The results.
+        verdict: The claims that they support.
+        input_fingerprint: Hash of everything that the report is made from.
     """
     record = {
         "input": input_fingerprint,
         "verdict": asdict(verdict),
         "bits_per_byte": {
-            name: bits_per_byte(each.documents) for name, each in findings.evaluations.items()
+            name: bits_per_byte(model.documents) for name, model in findings.evaluations.items()
         },
         "fused_minus": {
-            name: {group: _dump_difference(each) for group, each in groups.items()}
+            name: {group: _dump_difference(value) for group, value in groups.items()}
             for name, groups in findings.differences.items()
         },
         "tasks": {
-            task: {name: each.value for name, each in scores.items()}
+            task: {name: score.value for name, score in scores.items()}
             for task, scores in findings.task_scores.items()
         },
         "fused_minus_at_tasks": {
-            task: {name: _dump_difference(each) for name, each in others.items()}
+            task: {name: _dump_difference(value) for name, value in others.items()}
             for task, others in findings.task_differences.items()
         },
         "merged_weights": asdict(findings.merge),
         "training": {name: _dump_curve(curve) for name, curve in findings.curves.items()},
-        "source_wins": asdict(findings.wins),
+        "source_selection": asdict(findings.selection),
         "signals": {
-            name: asdict(each) | {"share": each.share} for name, each in findings.signals.items()
+            name: asdict(signal) | {"share": signal.share}
+            for name, signal in findings.signals.items()
         },
         "capture": {
             name: {
-                "workers": len({spell.worker for spell in each}),
-                "tokens": sum(spell.tokens for spell in each),
-                "busy_seconds": sum_busy(each),
-                "share_waited": share_waited(each),
+                "workers": len({span.worker for span in shards}),
+                "tokens": sum(span.tokens for span in shards),
+                "busy_seconds": sum_busy(shards),
+                "share_waited": share_waited(shards),
             }
-            for name, each in findings.spells.items()
+            for name, shards in findings.spans.items()
         },
         "stages": [asdict(count) for count in findings.counts],
-        "evaluation_seconds": {n: each.seconds for n, each in findings.evaluations.items()},
+        "evaluation_seconds": {name: model.seconds for name, model in findings.evaluations.items()},
     }
     return json.dumps(record, indent=1, allow_nan=False)
 
 
-def _dump_difference(each: Difference) -> dict[str, Any]:
-    """Return a difference as JSON values; an interval without bounds has none."""
-    bounds = {"low": each.low, "high": each.high}
+def _dump_difference(difference: Difference) -> dict[str, Any]:
+    """Convert a difference to JSON values; infinite bounds of its interval become null."""
+    bounds = {"low": difference.low, "high": difference.high}
     finite = {name: value if math.isfinite(value) else None for name, value in bounds.items()}
-    return asdict(each) | finite | {"outcome": each.outcome}
+    return asdict(difference) | finite | {"outcome": difference.outcome}
 
 
 def _dump_curve(curve: Curve) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the report's pictures share: size, colours, legends and how text is written."""
+"""The common style of the report's plots: size, colours, legends and text."""
 
 import io
 import warnings
@@ -21,13 +21,13 @@ OWN_COLOURS = {
 }
 OWN_HATCHES = {"ensemble": "//", "merged": "xx"}
 SOURCE_COLOURS = ("#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#B8A600", "#5D3A9B", "#882255")
-"""After Okabe and Ito: told apart by the colour-blind; repeated with hatches beyond seven."""
+"""Mostly of Okabe and Ito, safe for colour-blind readers; beyond seven they repeat with hatches."""
 
 INK, FAINT = "#222222", "#D9D9D9"
 
 
 def style_of(name: str, sources: Sequence[str]) -> dict[str, Any]:
-    """Return a model's colour in every picture, and a hatch where colours repeat."""
+    """Choose a model's colour, the same in every plot, and a hatch if colours repeat."""
     if name in OWN_COLOURS:
         hatch = OWN_HATCHES.get(name)
         edge = {"hatch": hatch, "edgecolor": "white"} if hatch else {}
@@ -37,15 +37,15 @@ def style_of(name: str, sources: Sequence[str]) -> dict[str, Any]:
     return style | {"hatch": "/" * (2 * turn), "edgecolor": "white"} if turn else style
 
 
-def plain(text: str, most: int = 20) -> str:
-    """Return text on one line, short, and read by matplotlib as it stands."""
+def plain(text: str, max_chars: int = 20) -> str:
+    """Put text on one line, shorten it, and escape it for matplotlib."""
     line = " ".join(text.split())
-    short = line if len(line) <= most else line[: most - 1] + "\u2026"
+    short = line if len(line) <= max_chars else line[: max_chars - 1] + "\u2026"
     return short.replace("$", r"\$")
 
 
 def new_figure(height: float, *, rows: int, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """Return a white figure of a height in inches and its axes, row by row."""
+    """Make a white figure of a height in inches, and its axes row by row."""
     figure = Figure(figsize=(WIDTH_INCHES, height), dpi=PIXELS_PER_INCH, facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=rows > 1)
@@ -80,11 +80,11 @@ def put_legend_below(axes: Axes) -> None:
 
 
 def to_png(figure: Figure) -> bytes:
-    """Return the drawn figure."""
+    """Draw a figure."""
     FigureCanvasAgg(figure)
     file = io.BytesIO()
     with warnings.catch_warnings():
-        # Signs the font lacks are drawn as boxes; the table beside the picture has them.
+        # Characters missing from the font are drawn as boxes; the table beside the plot has them.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(file, format="png")
     return file.getvalue()

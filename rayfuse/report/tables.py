@@ -1,4 +1,4 @@
-"""The table of scores: models x (all text and each domain), in every form that is shown."""
+"""The tables of scores (models by text, or by task), as Markdown, HTML and rich text."""
 
 import html
 import re
@@ -11,40 +11,40 @@ from rayfuse.evaluate.task_scores import TaskScore
 from rayfuse.report.gather import Findings
 from rayfuse.report.verdict import ROLE_TITLES, name_domain
 
-TASK_NOTE = "Tasks, through lm-eval; arrows tell which way is better."
+TASK_NOTE = "Tasks, through lm-eval; arrows show which direction is better."
 
 UP, DOWN, DASH = "\u2191", "\u2193", "\u2013"
-"""More is better, less is better, not asked."""
+"""Higher is better, lower is better, no score."""
 
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Scores as text: bits per byte with four decimals, or of tasks."""
+    """Scores as text, with four decimals."""
 
     header: list[str]
-    """`model`, `what it is`, then a column for each group of documents."""
+    """`model`, `what it is`, then a column for each group of documents or task."""
     rows: list[list[str]]
     best: list[int]
-    """Of each group's column, the row with the best score."""
+    """The row with the best score of each score column."""
 
     def is_best(self, row: int, column: int) -> bool:
-        """Return whether a cell is the best score of its column."""
+        """Check whether a cell is the best score of its column."""
         return column >= 2 and self.best[column - 2] == row
 
 
 def build_table(evaluations: dict[str, Evaluation]) -> ScoreTable:
-    """Return the table of evaluations, in their order.
+    """Build the table of bits per byte.
 
     Args:
         evaluations: By name, all on the same documents.
     """
-    scores = {name: bits_per_byte(each.documents) for name, each in evaluations.items()}
+    scores = {name: bits_per_byte(model.documents) for name, model in evaluations.items()}
     groups = list(next(iter(scores.values())))
-    if len(groups) == 2:  # the one domain is all the text there is
+    if len(groups) == 2:  # a single domain: its column would equal the one of all text
         groups = groups[:1]
     rows = [
-        [name, ROLE_TITLES[each.role], *(f"{scores[name][group]:.4f}" for group in groups)]
-        for name, each in evaluations.items()
+        [name, ROLE_TITLES[model.role], *(f"{scores[name][group]:.4f}" for group in groups)]
+        for name, model in evaluations.items()
     ]
     names = list(scores)
     best = [min(range(len(names)), key=lambda i: scores[names[i]][group]) for group in groups]
@@ -54,19 +54,19 @@ def build_table(evaluations: dict[str, Evaluation]) -> ScoreTable:
 def build_task_table(
     evaluations: dict[str, Evaluation], scores: dict[str, dict[str, TaskScore]]
 ) -> ScoreTable:
-    """Return the table of tasks: models in their order, a column a task, its metric in the header.
+    """Build the table of tasks: a row per model, a column per task, its metric in the header.
 
     Args:
-        evaluations: The models, by name.
-        scores: By task, then by model; a model that was not asked has a dash.
+        evaluations: The models by name.
+        scores: By task, then by model; a model without a score has a dash.
     """
     rows = [
         [
             name,
-            ROLE_TITLES[each.role],
-            *(_say_score(by_model.get(name)) for by_model in scores.values()),
+            ROLE_TITLES[model.role],
+            *(_format_score(by_model.get(name)) for by_model in scores.values()),
         ]
-        for name, each in evaluations.items()
+        for name, model in evaluations.items()
     ]
     names = list(evaluations)
     best = [
@@ -76,7 +76,7 @@ def build_task_table(
         )
         for by_model in scores.values()
     ]
-    heads = [f"{task}, {_say_metric(_first(by_model))}" for task, by_model in scores.items()]
+    heads = [f"{task}, {_format_metric(_first(by_model))}" for task, by_model in scores.items()]
     return ScoreTable(["model", "what it is", *heads], rows, best)
 
 
@@ -84,18 +84,18 @@ def _first(by_model: dict[str, TaskScore]) -> TaskScore:
     return next(iter(by_model.values()))
 
 
-def _say_metric(score: TaskScore) -> str:
-    """Return a task's metric, and which way it is good."""
-    metrics = sorted({each.metric for each in score.list_main()})
+def _format_metric(score: TaskScore) -> str:
+    """Name a task's metric, with an arrow in the better direction."""
+    metrics = sorted({part.metric for part in score.list_main()})
     return f"{', '.join(metrics)} {UP if score.higher_is_better else DOWN}"
 
 
-def _say_score(score: TaskScore | None) -> str:
+def _format_score(score: TaskScore | None) -> str:
     return f"{score.value:.4f}" if score else DASH
 
 
 def render_markdown(table: ScoreTable) -> str:
-    """Return the table as Markdown, the best score of each column in bold."""
+    """Render a table as Markdown, with the best score of each column in bold."""
     lines = [[escape_markdown(cell) for cell in table.header]]
     lines.append(["---", "---", *("---:" for _ in table.best)])
     for i, row in enumerate(table.rows):
@@ -107,7 +107,7 @@ def render_markdown(table: ScoreTable) -> str:
 
 
 def render_tables(findings: Findings) -> str:
-    """Return the tables of held-out text and, where models were asked any, of tasks."""
+    """Render the tables of held-out text and of tasks, if there are any, as Markdown."""
     text = render_markdown(build_table(findings.evaluations))
     if not findings.task_scores:
         return text
@@ -116,7 +116,7 @@ def render_tables(findings: Findings) -> str:
 
 
 def render_html(table: ScoreTable) -> str:
-    """Return the table as HTML, the best score of each column marked as class `best`."""
+    """Render a table as HTML, with the best score of each column in the class `best`."""
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in table.header)
     body = "".join(_render_html_row(table, i) for i in range(len(table.rows)))
     return (
@@ -134,7 +134,7 @@ def _render_html_row(table: ScoreTable, row: int) -> str:
 
 
 def render_rich(table: ScoreTable) -> list[list[str]]:
-    """Return header and rows for a rich table: markup escaped, the best scores in bold."""
+    """Prepare header and rows of a rich table: markup escaped, the best scores in bold."""
     rows = [[escape(cell) for cell in row] for row in table.rows]
     marked = [
         [f"[bold]{cell}[/bold]" if table.is_best(i, j) else cell for j, cell in enumerate(row)]
@@ -144,5 +144,5 @@ def render_rich(table: ScoreTable) -> list[list[str]]:
 
 
 def escape_markdown(text: str) -> str:
-    """Return text that Markdown shows as it is, on one line."""
+    """Escape text for Markdown, on one line."""
     return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", " ".join(text.split()))

@@ -1,4 +1,4 @@
-"""Numbers -> the sentences that may be claimed of them."""
+"""The results of a run -> the claims that they support, as sentences."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ ROLE_TITLES = {
     "clm": "same text, no fusion",
     "fused": "fused target",
 }
-"""What each role means, for tables."""
+"""Each role in words, for tables."""
 
 OWN_TITLES = {
     "clm": "CLM",
@@ -25,14 +25,14 @@ OWN_TITLES = {
     "ensemble": "the ensemble of the sources",
     "merged": "the merged weights",
 }
-"""What the models that are no sources are called in sentences."""
+"""The models other than sources, as sentences name them."""
 
 MINUS = "\u2212"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the run shows."""
+    """The claims that a run's results support."""
 
     outcome: Literal["won", "lost", "unclear"]
     """`won`: better than every other model; `lost`: worse than at least one."""
@@ -41,7 +41,7 @@ class Verdict:
 
 
 def judge(findings: Findings) -> Verdict:
-    """Return whether the fused model beats the others on all held-out text, and how surely.
+    """Judge whether the fused model is better than the others on all held-out text.
 
     A model is better or worse only where the 95 % interval of the difference excludes zero.
     """
@@ -58,23 +58,23 @@ def judge(findings: Findings) -> Verdict:
     notes += note_noise(findings.signals)
     return Verdict(
         outcome="lost" if found["worse"] else "unclear" if found["unclear"] else "won",
-        headline=_say_headline(found["better"], found["worse"], found["unclear"]),
+        headline=_write_headline(found["better"], found["worse"], found["unclear"]),
         sentences=(*pairs, *notes, CAVEAT),
     )
 
 
 NO_BASELINE = (
-    "There is no CLM baseline in this run (train.baseline is false), so what comes from fusion "
-    "cannot be told from what comes from training on the text."
+    "There is no CLM baseline in this run (train.baseline is false), so the effect of fusion "
+    "cannot be separated from the effect of training on the text."
 )
 
 CAVEAT = (
-    "Intervals cover the choice of held-out documents (paired bootstrap), not another seed of "
-    "training; each comparison stands alone, without correction for their number."
+    "Intervals cover the choice of held-out documents (paired bootstrap), not the random seed of "
+    "training; comparisons are not corrected for their number."
 )
 
 
-def _say_headline(better: Sequence[str], worse: Sequence[str], unclear: Sequence[str]) -> str:
+def _write_headline(better: Sequence[str], worse: Sequence[str], unclear: Sequence[str]) -> str:
     if not worse and not unclear:
         return f"The fused model wins: it is better than {join_names(better)}."
     parts = [f"it is worse than {join_names(worse)}"] if worse else []
@@ -86,7 +86,7 @@ def _say_headline(better: Sequence[str], worse: Sequence[str], unclear: Sequence
 
 def _compare_pair(findings: Findings, name: str, difference: Difference) -> str:
     fused, other = (
-        bits_per_byte(findings.evaluations[each].documents)[ALL] for each in ("fused", name)
+        bits_per_byte(findings.evaluations[model].documents)[ALL] for model in ("fused", name)
     )
     start = f"Against {_title(name)}: {fused:.4f} versus {other:.4f} bits per byte"
     if difference.num_documents < MIN_DOCUMENTS:
@@ -96,18 +96,24 @@ def _compare_pair(findings: Findings, name: str, difference: Difference) -> str:
         )
     claim = {
         "better": "better",
-        "worse": "worse, fusion did not win here",
+        "worse": "worse, fusion does not help here",
         "unclear": "no clear difference, the interval includes zero",
     }[difference.outcome]
-    return f"{start}, difference {say_difference(difference)}: {claim}."
+    return f"{start}, difference {format_difference(difference)}: {claim}."
 
 
 def _note_domains(differences: dict[str, dict[str, Difference]]) -> list[str]:
-    domains = {group: each for group, each in differences["clm"].items() if group != ALL}
+    domains = {
+        group: difference for group, difference in differences["clm"].items() if group != ALL
+    }
     if len(domains) < 2:
         return []
     by_outcome = {
-        title: [name_domain(name) for name, each in domains.items() if each.outcome == outcome]
+        title: [
+            name_domain(name)
+            for name, difference in domains.items()
+            if difference.outcome == outcome
+        ]
         for outcome, title in (
             ("better", "better on"),
             ("worse", "worse on"),
@@ -119,68 +125,68 @@ def _note_domains(differences: dict[str, dict[str, Difference]]) -> list[str]:
 
 
 def note_tasks(differences: dict[str, dict[str, Difference]]) -> list[str]:
-    """Return, against each other model, at which tasks fused is better, worse, or neither."""
-    names = order_names({name: None for each in differences.values() for name in each})
+    """Compare fused with each other model over all tasks, in one sentence each."""
+    names = order_names({name: None for others in differences.values() for name in others})
     sentences: list[str] = []
     for name in names:
         by_outcome: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
-        for task, each in differences.items():
-            if name in each:
-                by_outcome[each[name].outcome].append(task)
-        said = {"better": "better at", "worse": "worse at", "unclear": "no clear difference at"}
-        parts = [f"{said[key]} {join_names(tasks)}" for key, tasks in by_outcome.items() if tasks]
+        for task, others in differences.items():
+            if name in others:
+                by_outcome[others[name].outcome].append(task)
+        titles = {"better": "better at", "worse": "worse at", "unclear": "no clear difference at"}
+        parts = [f"{titles[key]} {join_names(tasks)}" for key, tasks in by_outcome.items() if tasks]
         sentences.append(f"Tasks, against {_title(name)}: {'; '.join(parts)}.")
     return sentences
 
 
 def note_merge(merge: Merge) -> list[str]:
-    """Return why there is no model of averaged weights, or which sources it leaves out."""
+    """Explain which sources are excluded from the merged weights, or why there are none."""
     if not merge.excluded:
         return []
     reasons = "; ".join(f"{name}: {reason}" for name, reason in merge.excluded.items())
     if merge.sources:
-        return [f"The merged weights leave sources out ({reasons})."]
+        return [f"Excluded from the merged weights: {reasons}."]
     return [f"No source's weights can be averaged with the target's ({reasons})."]
 
 
 def note_noise(signals: dict[str, SourceSignal]) -> list[str]:
-    """Return which sources know nothing of the corpus."""
-    names = [name for name, each in signals.items() if each.is_noise]
+    """Name the sources that predict no row better than chance."""
+    names = [name for name, signal in signals.items() if signal.is_noise]
     if not names:
         return []
     return [
-        f"No better than chance in any row: {join_names(names)}. Fusion leaves such sources out "
-        "unless fuse.skip_noise is false; the ensemble has them unless fuse.weights gives them 0."
+        f"No better than chance in any row: {join_names(names)}. Fusion skips such sources unless "
+        "fuse.skip_noise is false; the ensemble includes them unless fuse.weights sets them to 0."
     ]
 
 
-def say_difference(difference: Difference) -> str:
-    """Return a difference with its interval and the documents behind it."""
+def format_difference(difference: Difference) -> str:
+    """Format a difference with its interval and number of documents."""
     return (
-        f"{sign(difference.difference)} (95 % interval {sign(difference.low)} to "
-        f"{sign(difference.high)}, {difference.num_documents} documents)"
+        f"{format_signed(difference.difference)} (95 % interval {format_signed(difference.low)} to "
+        f"{format_signed(difference.high)}, {difference.num_documents} documents)"
     )
 
 
-def sign(value: float) -> str:
-    """Return a number of bits per byte with its sign, a real minus."""
+def format_signed(value: float) -> str:
+    """Format a number of bits per byte with its sign, a real minus."""
     return f"{value:+.4f}".replace("-", MINUS)
 
 
 def order_names(names: Iterable[str]) -> list[str]:
-    """Return names of models with the baselines first, CLM before all, then sources."""
+    """Sort names of models: the baselines first, CLM before all, then sources."""
     return sorted(names, key=lambda name: (name not in OWN_TITLES, [*OWN_TITLES, name].index(name)))
 
 
 def join_names(names: Sequence[str]) -> str:
-    """Return names as a list in prose."""
+    """Join names as a list in prose."""
     if len(names) < 2:
         return "".join(names)
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def name_domain(domain: str) -> str:
-    """Return what a domain is called; documents without one have the empty name."""
+    """Name a domain for the reader; documents without one have the empty name."""
     return domain or "(no domain)"
 
 

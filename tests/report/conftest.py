@@ -10,7 +10,7 @@ from rayfuse.config.load import parse_recipe
 from rayfuse.config.recipe import Recipe
 from rayfuse.evaluate.scores import DocumentScore, Evaluation, compare_evaluations, find_role
 from rayfuse.evaluate.task_scores import SubtaskScore, TaskScore, compare_tasks
-from rayfuse.report.gather import Curve, Findings, SourceSignal, SourceWins, StageCount
+from rayfuse.report.gather import Curve, Findings, SourceSelection, SourceSignal, StageCount
 from rayfuse.report.timeline import ShardSpan
 from rayfuse.run.layout import EvaluationFiles, Layout, Merge, TrainRun
 from rayfuse.run.prepare import SplitDocuments
@@ -96,7 +96,7 @@ def findings() -> Findings:
     """Make findings in which fused is better than all but the source `big`."""
     evaluations = {name: make_evaluation(name, cost) for name, cost in COSTS.items()}
     fused = evaluations["fused"]
-    wins = {
+    counts = {
         domain: {"big": 900 - 100 * i, "coder": 200 * i, "small": 40}
         for i, domain in enumerate(DOMAINS)
     }
@@ -108,13 +108,13 @@ def findings() -> Findings:
             if name != "fused"
         },
         curves={"fused": make_curve(1, 2.95), "clm": make_curve(2, 3.0)},
-        wins=SourceWins(wins, unscored_rows=3, shards_read=64, num_shards=112),
+        selection=SourceSelection(counts, unscored_rows=3, shards_read=64, num_shards=112),
         signals={
             "big": SourceSignal(1000, 860, 0.05, 0.03),
             "coder": SourceSignal(1000, 790, 0.09, 0.04),
             "small": SourceSignal(1000, 1000, 0.06, 0.06),
         },
-        spells={
+        spans={
             "big": [ShardSpan("w", 100.0 * i, 90.0, 10.0, 5000) for i in range(1, 9)],
             "coder": [],
         },

@@ -8,42 +8,42 @@ import pytest
 from rayfuse.config.recipe import Recipe
 from rayfuse.report import gather
 from rayfuse.report.gather import (
-    SourceWins,
-    choose_winners,
-    count_wins,
+    SourceSelection,
+    count_selected_rows,
     gather_findings,
     measure_signal,
     read_curve,
     read_evaluations,
+    select_lowest_nll,
 )
 from rayfuse.run.layout import Layout
 from rayfuse.storage.manifest import ShardError
 from tests.report.conftest import make_aligned, make_data
 
 
-def test_the_lowest_cost_wins_a_row_and_ties_go_to_the_first():
+def test_the_lowest_nll_is_selected_and_ties_go_to_the_first():
     nats = np.array([[1.0, 5.0, 4.0, np.inf, np.inf], [2.0, 4.0, 4.0, 9.0, np.nan]])
-    found = choose_winners(nats, np.full(5, 10))
+    found = select_lowest_nll(nats, np.full(5, 10))
     np.testing.assert_array_equal(found, [0, 1, 0, 1, -1])
 
 
-def test_wins_are_counted_by_domain(layout: Layout):
+def test_selected_rows_are_counted_by_domain(layout: Layout):
     counts = {"code": {"big": 1, "coder": 1}, "wiki": {"big": 1, "coder": 0}}
-    assert count_wins(layout.corpus, layout.aligned) == SourceWins(counts, 1, 2, 2)
+    assert count_selected_rows(layout.corpus, layout.aligned) == SourceSelection(counts, 1, 2, 2)
 
 
 def test_a_large_run_is_counted_on_its_first_shards_and_says_so(layout: Layout, monkeypatch):
     monkeypatch.setattr(gather, "MAX_SHARDS", 1)
-    found = count_wins(layout.corpus, layout.aligned)
+    found = count_selected_rows(layout.corpus, layout.aligned)
     assert (found.shards_read, found.num_shards) == (1, 2)
     assert sum(sum(row.values()) for row in found.counts.values()) == 2
 
 
 def test_a_shard_of_other_rows_is_not_counted(layout: Layout):
     tables = [make_aligned(range(5, 7), [1.0, 1.0]), make_aligned(range(2, 4), [1.0, 1.0])]
-    foreign = make_data(layout.store, "aligned/foreign", tables)
+    foreign = make_data(layout.store, "aligned", "foreign", tables)
     with pytest.raises(ShardError, match="shard 0 holds other rows than the corpus"):
-        count_wins(layout.corpus, {"foreign": foreign})
+        count_selected_rows(layout.corpus, {"foreign": foreign})
 
 
 def test_signal_and_tail_are_means_over_all_shards(layout: Layout):
@@ -55,7 +55,7 @@ def test_signal_and_tail_are_means_over_all_shards(layout: Layout):
 def test_a_source_without_signal_has_no_tail_rather_than_a_division_by_zero(layout: Layout):
     stats = {"positions": 0.0, "with_signal": 0.0, "tail_mass": 0.0}
     tables = [make_aligned(range(1), [1.0])]
-    found = measure_signal(make_data(layout.store, "aligned/mute", tables, stats=stats))
+    found = measure_signal(make_data(layout.store, "aligned", "mute", tables, stats=stats))
     assert (found.share, found.tail_mass, found.captured_tail_mass) == (0.0, 0.0, None)
 
 

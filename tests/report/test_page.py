@@ -8,7 +8,7 @@ from rayfuse.config.load import parse_recipe
 from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.report.gather import Findings
 from rayfuse.report.model_card import build_model_card
-from rayfuse.report.page import build_page, say_seconds
+from rayfuse.report.page import build_page, format_seconds
 from rayfuse.report.verdict import judge
 
 PNG = {"bits_per_byte": b"\x89PNG", "alignment": b"\x89PNG"}
@@ -39,14 +39,14 @@ def test_the_verdict_stands_before_the_table_and_the_pictures(findings: Findings
     assert 'class="verdict lost"' in page
 
 
-def test_a_count_on_a_part_of_the_shards_says_so(findings: Findings, recipe: Recipe):
+def test_a_count_on_a_part_of_the_shards_is_marked(findings: Findings, recipe: Recipe):
     page = build_page(findings, judge(findings), recipe, {})
     assert "Only the first 64 of 112 shards were read." in page
 
 
-def test_times_are_said_in_fitting_units():
-    said = [say_seconds(seconds) for seconds in (2.34, 61.0, 3725.0)]
-    assert said == ["2.3 s", "1 min 01 s", "1 h 02 min"]
+def test_times_are_formatted_in_fitting_units():
+    texts = [format_seconds(seconds) for seconds in (2.34, 61.0, 3725.0)]
+    assert texts == ["2.3 s", "1 min 01 s", "1 h 02 min"]
 
 
 def test_the_model_card_holds_the_recipe_and_the_verdict(winning: Findings, recipe: Recipe):

@@ -8,13 +8,13 @@ import pytest
 
 from rayfuse.evaluate.bootstrap import Difference
 from rayfuse.evaluate.scores import DocumentScore
-from rayfuse.report.gather import Findings, SourceWins
+from rayfuse.report.gather import Findings, SourceSelection
 from rayfuse.report.plots import (
     draw_alignment,
     draw_bits_per_byte,
     draw_differences,
     draw_plots,
-    draw_source_wins,
+    draw_source_selection,
     draw_training_curves,
     smooth,
     smoothing_window,
@@ -33,7 +33,7 @@ def test_a_run_has_seven_pictures_twice_900_pixels_wide(findings: Findings):
         "alignment",
         "bits_per_byte",
         "differences",
-        "source_wins",
+        "source_selection",
         "task_differences",
         "timeline",
         "training_curves",
@@ -61,9 +61,10 @@ def test_many_domains_without_a_font_are_drawn_all_the_same(findings: Findings):
 
 def test_more_sources_than_colours_are_drawn(findings: Findings):
     sources = [f"source-{i}" for i in range(9)]
-    wins = SourceWins({"wiki": dict.fromkeys(sources, 5), "empty": dict.fromkeys(sources, 0)},
-                      0, 1, 1)  # fmt: skip
-    assert width_of(draw_source_wins(wins, sources)) == 1800
+    selection = SourceSelection(
+        {"wiki": dict.fromkeys(sources, 5), "empty": dict.fromkeys(sources, 0)}, 0, 1, 1
+    )
+    assert width_of(draw_source_selection(selection, sources)) == 1800
 
 
 @pytest.mark.parametrize("kept", ["fused", "clm"])

@@ -33,7 +33,7 @@ def test_every_part_of_the_report_is_written(layout: Layout, recipe: Recipe):
         "differences.png",
         "findings.json",
         "index.html",
-        "source_wins.png",
+        "source_selection.png",
         "table.md",
         "training_curves.png",
     }
@@ -45,7 +45,7 @@ def test_the_findings_are_json_that_any_reader_takes(layout: Layout, recipe: Rec
     found = json.loads(layout.store.read("report/findings.json"))
     assert found["input"] == layout.input_fingerprint()
     assert found["verdict"]["outcome"] == "lost"
-    assert found["source_wins"]["counts"]["wiki"] == {"big": 1, "coder": 0}
+    assert found["source_selection"]["counts"]["wiki"] == {"big": 1, "coder": 0}
     assert found["training"]["fused"]["steps"] == 3
     assert found["training"]["clm"]["last_fusion_loss"] is None
     assert found["fused_minus"]["clm"]["all"]["outcome"] == "better"

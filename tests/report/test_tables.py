@@ -75,7 +75,7 @@ def test_hostile_domains_stay_text_in_every_form(findings: Findings):
     assert escape_markdown(HOSTILE).startswith(r"\<script\>")
 
 
-def test_the_table_of_tasks_knows_which_way_is_better_and_who_was_not_asked(findings: Findings):
+def test_the_table_of_tasks_shows_the_better_direction_and_missing_scores(findings: Findings):
     table = build_task_table(findings.evaluations, findings.task_scores)
     assert table.header[2:] == ["choose, acc \u2191", f"{HOSTILE}, bits_per_byte \u2193"]
     names = list(findings.evaluations)

@@ -7,7 +7,7 @@ import pytest
 
 from rayfuse.evaluate.bootstrap import Difference
 from rayfuse.report.gather import Findings
-from rayfuse.report.verdict import NO_BASELINE, join_names, judge, note_tasks, sign
+from rayfuse.report.verdict import NO_BASELINE, format_signed, join_names, judge, note_tasks
 from rayfuse.run.layout import Merge
 from tests.report.conftest import HOSTILE
 
@@ -21,7 +21,7 @@ def with_outcomes(findings: Findings, **outcomes: Difference) -> Findings:
     return replace(findings, differences={name: {"all": d} for name, d in outcomes.items()})
 
 
-def test_a_run_that_beats_all_says_so(findings: Findings):
+def test_a_run_better_than_every_other_has_won(findings: Findings):
     verdict = judge(with_outcomes(findings, big=BETTER, target=BETTER, clm=BETTER))
     assert verdict.outcome == "won"
     assert verdict.headline == (
@@ -49,10 +49,10 @@ def test_an_interval_that_includes_zero_is_no_clear_difference(findings: Finding
     )
 
 
-def test_losing_to_the_baseline_is_said_plainly(findings: Findings):
+def test_a_loss_against_the_baseline_is_the_headline(findings: Findings):
     verdict = judge(with_outcomes(findings, clm=WORSE))
     assert verdict.headline == "The fused model did not win: it is worse than CLM."
-    assert "worse, fusion did not win here" in verdict.sentences[0]
+    assert "worse, fusion does not help here" in verdict.sentences[0]
 
 
 def test_too_few_documents_make_no_claim_and_no_interval(findings: Findings):
@@ -62,12 +62,12 @@ def test_too_few_documents_make_no_claim_and_no_interval(findings: Findings):
     assert "inf" not in " ".join(verdict.sentences)
 
 
-def test_a_run_without_baseline_says_what_cannot_be_told(findings: Findings):
+def test_a_run_without_baseline_makes_no_claim_about_fusion(findings: Findings):
     assert NO_BASELINE in judge(with_outcomes(findings, big=BETTER)).sentences
     assert NO_BASELINE not in judge(with_outcomes(findings, clm=BETTER)).sentences
 
 
-def test_the_baselines_that_are_no_models_of_the_run_are_named_as_what_they_are(findings):
+def test_the_ensemble_and_the_merge_are_named_in_words(findings):
     verdict = judge(with_outcomes(findings, ensemble=WORSE, merged=UNCLEAR, clm=BETTER))
     assert verdict.headline == (
         "The fused model did not win: it is worse than the ensemble of the sources and there is "
@@ -75,26 +75,28 @@ def test_the_baselines_that_are_no_models_of_the_run_are_named_as_what_they_are(
     )
 
 
-def test_what_cannot_be_merged_is_told_with_the_reason(findings: Findings):
+def test_excluded_sources_of_a_merge_are_named_with_the_reason(findings: Findings):
     assert (
         "No source's weights can be averaged with the target's (big: its model_type is 'mpt', not "
         "'llama')."
     ) in judge(findings).sentences
     merged = replace(findings.merge, folder="evaluate/m", sources=("coder",))
     sentences = judge(replace(findings, merge=merged)).sentences
-    assert any(each.startswith("The merged weights leave sources out (big:") for each in sentences)
+    assert any(
+        sentence.startswith("Excluded from the merged weights: big:") for sentence in sentences
+    )
     silent = judge(replace(findings, merge=Merge())).sentences
     assert not any("averaged" in sentence or "merged" in sentence for sentence in silent[-2:])
 
 
 def test_at_tasks_better_goes_by_each_metric(findings: Findings):
-    told = note_tasks(findings.task_differences)
-    assert told[0] == f"Tasks, against CLM: better at choose; worse at {HOSTILE}."
-    assert told[2] == "Tasks, against the ensemble of the sources: better at choose."
-    assert all(sentence in judge(findings).sentences for sentence in told)
+    sentences = note_tasks(findings.task_differences)
+    assert sentences[0] == f"Tasks, against CLM: better at choose; worse at {HOSTILE}."
+    assert sentences[2] == "Tasks, against the ensemble of the sources: better at choose."
+    assert all(sentence in judge(findings).sentences for sentence in sentences)
 
 
-def test_domains_are_told_apart_against_the_baseline(findings: Findings):
+def test_domains_are_compared_with_the_baseline(findings: Findings):
     groups = {"all": BETTER, "code": WORSE, "": BETTER, "wiki": UNCLEAR}
     verdict = judge(replace(findings, differences={"clm": groups}))
     assert verdict.sentences[1] == (
@@ -103,11 +105,11 @@ def test_domains_are_told_apart_against_the_baseline(findings: Findings):
 
 
 @pytest.mark.parametrize(
-    ("names", "said"), [([], ""), (["a"], "a"), (["a", "b"], "a and b"), ([*"abc"], "a, b and c")]
+    ("names", "joined"), [([], ""), (["a"], "a"), (["a", "b"], "a and b"), ([*"abc"], "a, b and c")]
 )
-def test_names_are_joined_as_in_prose(names: list[str], said: str):
-    assert join_names(names) == said
+def test_names_are_joined_as_in_prose(names: list[str], joined: str):
+    assert join_names(names) == joined
 
 
-def test_a_sign_is_always_there():
-    assert (sign(0.1234), sign(-0.5)) == ("+0.1234", "\u22120.5000")
+def test_a_signed_number_always_has_a_sign():
+    assert (format_signed(0.1234), format_signed(-0.5)) == ("+0.1234", "\u22120.5000")
