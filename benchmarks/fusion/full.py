@@ -62,18 +62,19 @@ class FullSource:
         vocab_size = len(self.alignment.target.lengths)
         device = probs.device
         source_at = self.source_at[at]
-        blanks = self.target.next_has_prefix_space[at].astype(np.int8)
-        blanks -= self.source.next_has_prefix_space[source_at].astype(np.int8)
+        # A map has one view for each difference in prefix spaces between source and target.
+        views = self.target.next_has_prefix_space[at].astype(np.int8)
+        views -= self.source.next_has_prefix_space[source_at].astype(np.int8)
         mapped = torch.zeros(len(at), vocab_size + 1, device=device)
-        for view in np.unique(blanks):
+        for view in np.unique(views):
             goals = self.alignment.maps[view, :-1].astype(np.int64)
             goals = torch.from_numpy(np.where(goals < 0, vocab_size, goals)).to(device)
-            rows = torch.from_numpy(np.flatnonzero(blanks == view)).to(device)
+            rows = torch.from_numpy(np.flatnonzero(views == view)).to(device)
             part = torch.zeros(len(rows), vocab_size + 1, device=device)
             part.index_add_(1, goals, probs[rows, : len(goals)])
             mapped[rows] = part
         first_ids = self.source.ids[source_at + 1].astype(np.int64)
-        goals = self.alignment.maps[blanks, first_ids].astype(np.int64)
+        goals = self.alignment.maps[views, first_ids].astype(np.int64)
         here = torch.arange(len(at), device=device)
         first = probs[here, torch.from_numpy(first_ids).to(device)]
         chain = first * torch.from_numpy(self.continuation[at]).to(device)
