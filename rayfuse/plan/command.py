@@ -1,7 +1,9 @@
 """`rayfuse plan`: plan a recipe or an example, and print it as tables or as plain values."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -18,8 +20,10 @@ from rayfuse.plan.probe import (
     SMALL_BYTES,
     Measurement,
     Probe,
+    ProbeRequest,
     find_kind,
     list_calibrations,
+    probe_locally,
     rates_of,
     run_probe,
     share_of_peak,
@@ -45,11 +49,21 @@ def run_plan(
     if example is not None:
         raise RecipeError("--probe needs a recipe: an example has no models to measure")
     console.print(f"measuring, for at most {MAX_PROBE_SECONDS:.0f} s", highlight=False)
-    found = run_probe(inputs)
+    found = run_probe(inputs, _choose_measure(inputs))
     plan = make_plan(inputs, rates_of(found, inputs))
     print_plan(plan, console)
     print_probe(found, inputs, console)
     return plan_to_values(plan) | {"probe": asdict(found)}
+
+
+def _choose_measure(inputs: PlanInputs) -> Callable[[ProbeRequest], list[Measurement]]:
+    """Choose the cluster of RAY_ADDRESS if it is set, else this machine."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return probe_locally
+    # Without a cluster a probe does not import ray.
+    from rayfuse.plan.stage import probe_on_cluster
+
+    return partial(probe_on_cluster, inputs.recipe)
 
 
 def _read_inputs(recipe: str | None, example: str | None, overrides: list[str]) -> PlanInputs:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -76,8 +76,17 @@ class Probe:
     storage: StorageSpeed | None
 
 
-def run_probe(inputs: PlanInputs, seconds: float = MAX_PROBE_SECONDS) -> Probe:
-    """Measure models and storage within a time limit, on the cluster of RAY_ADDRESS or locally.
+def run_probe(
+    inputs: PlanInputs,
+    measure: Callable[[ProbeRequest], list[Measurement]],
+    seconds: float = MAX_PROBE_SECONDS,
+) -> Probe:
+    """Measure models and storage within a time limit.
+
+    Args:
+        inputs: The recipe, and the text to measure with.
+        measure: Measures the models, such as `probe_locally`.
+        seconds: The time limit.
 
     Raises:
         UserError: There is no text to measure with.
@@ -90,14 +99,7 @@ def run_probe(inputs: PlanInputs, seconds: float = MAX_PROBE_SECONDS) -> Probe:
             inputs.layout.store, _shard_bytes(inputs), min(MAX_STORAGE_SECONDS, seconds / 4)
         )
     left = began + seconds - time.monotonic()
-    request = replace(request, seconds=left)
-    if os.environ.get("RAY_ADDRESS"):
-        # Without a cluster a probe does not import ray.
-        from rayfuse.plan.stage import probe_on_cluster
-
-        found = probe_on_cluster(inputs.recipe, request)
-    else:
-        found = _probe_locally(request)
+    found = measure(replace(request, seconds=left))
     by_title = {measurement.title: measurement for measurement in found}
     missing = f"not measured within {seconds:.0f} s"
     measured = (
@@ -134,8 +136,8 @@ def _make_request(inputs: PlanInputs, seconds: float) -> ProbeRequest:
     )
 
 
-def _probe_locally(request: ProbeRequest) -> list[Measurement]:
-    """Measure in a process of its own, which is killed at the deadline.
+def probe_locally(request: ProbeRequest) -> list[Measurement]:
+    """Measure on this machine, in a process of its own, which is killed at the deadline.
 
     A thread of this process could not be interrupted in a forward pass.
     """

@@ -18,6 +18,7 @@ from rayfuse.plan.probe import (
     ProbeRequest,
     find_kind,
     list_calibrations,
+    probe_locally,
     rates_of,
     run_probe,
     share_of_peak,
@@ -65,7 +66,7 @@ def test_on_a_cluster_each_model_is_measured_by_a_task(root, tmp_path, ray_clust
 def test_the_probe_ends_at_its_deadline(root, tmp_path):
     inputs = read_inputs(recipe_of(root, tmp_path))
     began = time.monotonic()
-    probe = run_probe(inputs, seconds=0.5)
+    probe = run_probe(inputs, probe_locally, seconds=0.5)
     assert time.monotonic() - began < 3
     assert [measurement.note for measurement in probe.measured] == ["not measured within 0 s"] * 2
 
@@ -76,7 +77,7 @@ def test_a_probe_without_text_is_refused(root, tmp_path):
         | {"corpus": {"documents": "nowhere.jsonl", "max_tokens": 64}, "plan": {"tokens": 1e6}}
     )
     with pytest.raises(ValueError, match="no text to probe with"):
-        run_probe(read_inputs(recipe))
+        run_probe(read_inputs(recipe), probe_locally)
 
 
 def test_work_doubles_while_there_is_time():
