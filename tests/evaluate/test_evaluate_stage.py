@@ -257,7 +257,10 @@ def test_every_model_runs_every_task_once(
     layout.store.remove(files["small"]["choose"])
     layout.store.remove(files["ensemble"]["choose"])
     evaluate_models(recipe, layout, again)
-    assert [title for title, *_ in again.calls] == ["tasks of small", "tasks of ensemble"]
+    assert [title for title, *_ in again.calls] == [
+        "evaluate tasks of small",
+        "evaluate tasks of ensemble",
+    ]
     assert parse_task_score(layout.store.read(files["small"]["choose"])).subtasks == (
         found["small"]["choose"].subtasks
     )
