@@ -12,11 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rayfuse.run.fingerprint import fingerprint_of, first_name
+from rayfuse.run.fingerprint import fingerprint_of
 
 VERSIONS = {"aligned": 3}
 """By kind, by default 1: raised when such a unit computes another result, because of a change in
 the study or in rayfuse. All units that depend on it are then computed again."""
+
+FIRST_NAMES = {"min_edit_distance": "mined", "cooccurrence": "statistics"}
+"""Values that were renamed keep their first name in keys, so that stored units stay valid."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,8 @@ class Unit:
     @cached_property
     def key(self) -> str:
         """Hash everything that decides the result."""
-        # Renamed values keep their first name in keys, so that stored units stay valid.
         settings = {
-            name: first_name(value) if isinstance(value, str) else value
+            name: FIRST_NAMES.get(value, value) if isinstance(value, str) else value
             for name, value in self.settings.items()
         }
         return fingerprint_of(
