@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import fsspec
 import zstandard
 
 from rayfuse.config.base import UserError
@@ -116,8 +117,6 @@ def _look_up(file: InputFile) -> tuple[int, str]:
     if "://" not in file.path:
         stat = Path(file.path).stat()
         return stat.st_size, str(stat.st_mtime_ns)
-    import fsspec
-
     fs, path = fsspec.url_to_fs(file.path)
     fs.invalidate_cache()
     key = file.version.partition("=")[0]  # listings and records of one file know different ones
@@ -164,8 +163,6 @@ def _list_local(path: str) -> list[tuple[str, int, str]]:
 
 
 def _list_uri(uri: str) -> list[tuple[str, int, str]]:
-    import fsspec
-
     fs, path = fsspec.url_to_fs(uri)
     fs.invalidate_cache()
     protocol = uri.partition("://")[0]
@@ -208,8 +205,6 @@ def open_input(path: str) -> Iterator[Any]:
 def _open_raw(path: str) -> Any:
     if "://" not in path:
         return open(path, "rb", BUFFER_BYTES)
-    import fsspec
-
     fs, name = fsspec.url_to_fs(path)
     # Files of fsspec cannot stop in the middle of a line.
     return io.BufferedReader(fs.open(name, "rb"), BUFFER_BYTES)

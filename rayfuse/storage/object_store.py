@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import fsspec
+
 from rayfuse.storage.retry import RETRY_SECONDS, retry_transient
 
 S3 = ("s3", "s3a")
@@ -26,8 +28,6 @@ class ObjectStore:
 
     @cached_property
     def _fs(self) -> Any:
-        import fsspec
-
         options: dict[str, Any] = {}
         if self._is_s3:  # `retry_transient` retries; the client's own retries would multiply its
             options["config_kwargs"] = {"retries": {"total_max_attempts": 1}}
