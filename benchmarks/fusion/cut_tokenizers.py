@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from rayfuse.demo.tiny_tokenizers import save_tokenizer
-from rayfuse.models.tokenizer import BLANK, BYTE_PATTERN
+from rayfuse.models.tokenizer import BYTE_PATTERN, SPACE_MARK
 
 SINGLE_SHARE = 8
 """At most 1 / SINGLE_SHARE of the entries are single characters (SentencePiece); other characters
@@ -79,6 +79,6 @@ def _split_merge(merge: str | list[str]) -> tuple[str, str]:
 def _choose_characters(tokens: list[str], texts: Iterable[str], limit: int) -> list[str]:
     """Choose the vocabulary's characters that are most frequent in the texts."""
     singles = {token for token in tokens if len(token) == 1}
-    counts = Counter(char for text in texts for char in text.replace(" ", BLANK))
+    counts = Counter(char for text in texts for char in text.replace(" ", SPACE_MARK))
     found = [char for char, _ in counts.most_common() if char in singles]
     return found[:limit]

@@ -1,4 +1,4 @@
-"""Documents read from one file, one at a time, whatever the file holds."""
+"""Read documents from one file, one at a time and in bounded memory, for any file content."""
 
 import json
 import posixpath
@@ -23,34 +23,34 @@ from rayfuse.run.inputs import (
 )
 
 ESCAPE_BYTES = 6
-"""Of one character's longest spelling in JSON, `\\u0041`."""
+"""Bytes of the longest form of one character in JSON, `\\u0041`."""
 
 MIB = 1 << 20
 
 LINE_ROOM_BYTES = MIB
-"""What a line of JSON may hold beside the longest text."""
+"""Bytes that a JSON line may have besides the longest text."""
 
 SKIP_BYTES = MIB
-"""Of an over-long line, held at a time."""
+"""Bytes of an over-long line that are read at a time."""
 
 PAGE_ROOM_BYTES = 24 * MIB
-"""Of a Parquet page, beside the longest text; usual ones have 1 MiB, those of some writers more."""
+"""Bytes that a Parquet page may have besides the longest text; the usual page size is 1 MiB."""
 
 BATCH_BYTES = 24 * MIB
 MAX_BATCH_ROWS = 256
 
 MAX_NAME_CHARS = 2048
-"""Of a document's own id or domain, which each of its rows repeats."""
+"""Maximum length of a document's id or domain, which each of its rows repeats."""
 
 MAX_REASON_CHARS = 200
 
-DAMAGE = (OSError, EOFError, ValueError, pa.ArrowException, zlib.error, zstandard.ZstdError)
-"""What readers raise on a file that is not what its name says."""
+READ_ERRORS = (OSError, EOFError, ValueError, pa.ArrowException, zlib.error, zstandard.ZstdError)
+"""Errors of the readers for a file whose content does not match its format."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text with a name; or, with `fault`, what stood in its place and why it is no text."""
+    """A text with its id; or, with `fault`, the reason why there is no text in this place."""
 
     doc_id: str
     domain: str
@@ -59,17 +59,18 @@ class Document:
 
 
 def read_documents(file: InputFile, max_document_bytes: int) -> Iterator[Document]:
-    """Yield a file's documents in order; those that are no text have a `fault`.
+    """Yield a file's documents in order; those without text have a `fault`.
 
-    A file that cannot be read on yields one last document with the reason: what came before stays.
+    A read error in the middle yields one last document with the reason; the documents before it
+    are kept.
 
     Args:
         file: As listed.
-        max_document_bytes: Of a longer document little more than this is held in memory.
+        max_document_bytes: Of a longer document, little more than this is held in memory.
 
     Raises:
-        ValueError: The file is not, or no longer, the one that was listed.
-        OSError: Its storage fails, which says nothing of the file.
+        UserError: The file has changed since it was listed.
+        OSError: The storage fails; the file itself may be sound.
     """
     readers = {
         "jsonl": _read_jsonl,
@@ -80,16 +81,16 @@ def read_documents(file: InputFile, max_document_bytes: int) -> Iterator[Documen
     check_unchanged(file)
     try:
         yield from readers[file.format](file, max_document_bytes)
-    except DAMAGE as error:
+    except READ_ERRORS as error:
         if _is_of_storage(error):
             raise
-        reason = f"file is no {file.format} file or is damaged: {_shorten(error)}"
+        reason = f"file is no {file.format} file or is corrupt: {_shorten(error)}"
         yield Document(_printable(file.path), _domain_of(file), "", reason)
     check_unchanged(file)
 
 
 def _is_of_storage(error: BaseException) -> bool:
-    """Return whether an error came with a number of the system, or from a network."""
+    """Recognise an error of the storage by its errno or as a network error."""
     is_of_system = isinstance(error, OSError) and error.errno is not None
     return is_of_system or isinstance(error, ConnectionError | TimeoutError)
 
@@ -100,7 +101,7 @@ def _shorten(error: BaseException) -> str:
 
 
 def _printable(name: str) -> str:
-    """Return a file's name as valid Unicode: disks allow names that are none."""
+    """Convert a file name to valid Unicode: file systems allow names that are not."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -113,20 +114,23 @@ def _read_jsonl(file: InputFile, max_document_bytes: int) -> Iterator[Document]:
             if not line:
                 return
             place = f"{name}:{number}"
-            if len(line) > longest or _count_spelled(line) > max_document_bytes + LINE_ROOM_BYTES:
+            if (
+                len(line) > longest
+                or _count_text_bytes(line) > max_document_bytes + LINE_ROOM_BYTES
+            ):
                 _skip_line(stream, line)
                 yield Document(place, _domain_of(file), "", _too_long("line", max_document_bytes))
             elif line.strip():
                 yield _parse_line(file, place, line)
 
 
-def _count_spelled(line: bytes) -> int:
-    """Return how many bytes a line of JSON spells at least, each escape taken for one."""
+def _count_text_bytes(line: bytes) -> int:
+    """Count the bytes of text in a JSON line, each escape as one: a lower bound."""
     return len(line) - line.count(b"\\") - (ESCAPE_BYTES - 2) * line.count(b"\\u")
 
 
 def _skip_line(stream: Any, line: bytes) -> None:
-    """Read on to the end of a line that has begun, a piece at a time."""
+    """Skip the rest of a line that was read in part, in pieces of bounded size."""
     while line and not line.endswith(b"\n"):
         line = stream.readline(SKIP_BYTES)
 
@@ -164,7 +168,7 @@ def _make_document(file: InputFile, place: str, record: dict[str, Any]) -> Docum
 
 
 def _read_name(record: dict[str, Any], field: str) -> str:
-    """Return a document's own id or domain; empty where it has none.
+    """Read a document's own id or domain; empty if it has none.
 
     Raises:
         ValueError: It cannot be stored, or is too long to be repeated in every row.
@@ -192,7 +196,7 @@ def _decode(doc_id: str, domain: str, data: bytes) -> Document:
 
 def _read_parquet(file: InputFile, max_document_bytes: int) -> Iterator[Document]:
     name = _printable(posixpath.basename(file.path))
-    most = max_document_bytes + PAGE_ROOM_BYTES
+    max_page_bytes = max_document_bytes + PAGE_ROOM_BYTES
     number = 0
     with open_input(file.path) as stream:
         parquet = pq.ParquetFile(
@@ -202,13 +206,13 @@ def _read_parquet(file: InputFile, max_document_bytes: int) -> Iterator[Document
         for group in range(parquet.num_row_groups):
             num_rows = parquet.metadata.row_group(group).num_rows
             page_bytes = find_largest_page(stream, parquet.metadata, group, columns)
-            if page_bytes > most:
+            if page_bytes > max_page_bytes:
                 place = f"{name}:{number + 1}-{number + num_rows}"
                 what = f"{num_rows} rows not read, a page has {page_bytes} bytes"
                 yield Document(place, _domain_of(file), "", _too_long(what, max_document_bytes))
                 number += num_rows
                 continue
-            # No cell is larger than its page, but a dictionary's may be repeated in every row.
+            # No cell is larger than its page, but a dictionary entry may be repeated in every row.
             batch_size = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES // max(page_bytes, 1)))
             for batch in parquet.iter_batches(batch_size, row_groups=[group], columns=columns):
                 for record in _to_records(batch):
@@ -217,7 +221,7 @@ def _read_parquet(file: InputFile, max_document_bytes: int) -> Iterator[Document
 
 
 def _choose_columns(schema: pa.Schema, text: str) -> list[str]:
-    """Return the columns that are read: text, id and domain, as far as they are there and flat."""
+    """Choose the columns to read: text, and id and domain if they exist and are not nested."""
     if text not in schema.names:
         raise ValueError(f"it has no column {text!r}, only {', '.join(schema.names)}")
     if pa.types.is_nested(schema.field(text).type):
@@ -230,7 +234,7 @@ def _choose_columns(schema: pa.Schema, text: str) -> list[str]:
 
 
 def _to_records(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Return a batch's rows, strings as bytes: Arrow does not check that they are UTF-8."""
+    """Convert a batch to records, strings as bytes: Arrow does not check that they are UTF-8."""
     columns = [_view_as_bytes(column) for column in batch.columns]
     return pa.RecordBatch.from_arrays(columns, names=batch.schema.names).to_pylist()
 
@@ -260,7 +264,7 @@ def _read_text(file: InputFile, max_document_bytes: int) -> Iterator[Document]:
 
 
 def _read_dataset(file: InputFile, max_document_bytes: int) -> Iterator[Document]:
-    del max_document_bytes  # the library's records are in memory already, or mapped
+    del max_document_bytes  # the library has the records in memory or mapped already
     for number, record in enumerate(_load_dataset(file.settings), 1):
         yield _make_document(file, f"{file.settings.path}:{number}", cast(dict[str, Any], record))
 

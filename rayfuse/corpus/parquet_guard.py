@@ -1,29 +1,33 @@
-"""How large the pages of a Parquet file are, from their headers: nothing is unpacked to know it."""
+"""Page sizes of a Parquet file from the page headers, without decompressing anything.
+
+A page of a few bytes may decompress to gigabytes; the reader allocates what the page header
+states, so the header is checked first.
+"""
 
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 HEADER_BYTES = (1 << 10, 1 << 14, 1 << 24)
-"""How much is read for a page's header, in turn; readers of Parquet stop at 16 MiB as well."""
+"""Bytes read for a page header, in increasing steps; other Parquet readers stop at 16 MiB too."""
 
-# Thrift's compact protocol: what the low four bits of a field's first byte say.
+# Field types of Thrift's compact protocol: the low four bits of a field's first byte.
 STOP, TRUE, FALSE, BYTE, DOUBLE, BINARY, STRUCT = 0, 1, 2, 3, 7, 8, 12
 INTEGERS = (4, 5, 6)
 
-DEEPEST = 8
-"""Structs within structs; a page header has three."""
+MAX_DEPTH = 8
+"""Maximum nesting of structs; a page header has three levels."""
 
 
 def find_largest_page(stream: BinaryIO, metadata: Any, group: int, columns: list[str]) -> int:
-    """Return the bytes of a row group's largest page, unpacked, as its own header has them.
+    """Find the decompressed bytes of a row group's largest page, by the page headers.
 
-    The footer's sums are not asked: what a reader allocates is what the page's header says.
+    The sums in the file's footer are not used: a reader allocates what the page header states.
 
     Args:
         stream: The Parquet file.
         metadata: Its `pq.FileMetaData`.
         group: The row group.
-        columns: The columns that will be read, none of them nested.
+        columns: The columns to be read, none of them nested.
 
     Raises:
         ValueError: A page has no valid header.
@@ -42,24 +46,24 @@ def find_largest_page(stream: BinaryIO, metadata: Any, group: int, columns: list
 
 
 def _list_pages(stream: BinaryIO, chunk: Any) -> Iterator[int]:
-    """Yield the unpacked bytes of each page of a column chunk."""
-    place = chunk.data_page_offset
+    """Yield the decompressed bytes of each page of a column chunk."""
+    offset = chunk.data_page_offset
     if chunk.has_dictionary_page:
-        place = min(place, chunk.dictionary_page_offset)
-    stop = place + chunk.total_compressed_size
-    while place < stop:
-        unpacked, packed, header = _read_header(stream, place)
+        offset = min(offset, chunk.dictionary_page_offset)
+    stop = offset + chunk.total_compressed_size
+    while offset < stop:
+        unpacked, packed, header = _read_header(stream, offset)
         yield unpacked
-        place += header + packed
+        offset += header + packed
 
 
-def _read_header(stream: BinaryIO, place: int) -> tuple[int, int, int]:
-    """Return a page's unpacked and packed bytes, and those of its header."""
+def _read_header(stream: BinaryIO, offset: int) -> tuple[int, int, int]:
+    """Read a page's decompressed and compressed bytes, and the bytes of its header."""
     for num_bytes in HEADER_BYTES:
-        stream.seek(place)
+        stream.seek(offset)
         data = stream.read(num_bytes)
         try:
-            fields, length = _read_struct(data, 0, DEEPEST)
+            fields, length = _read_struct(data, 0, MAX_DEPTH)
         except IndexError:
             if len(data) < num_bytes:
                 break
@@ -72,11 +76,11 @@ def _read_header(stream: BinaryIO, place: int) -> tuple[int, int, int]:
 
 
 def _read_struct(data: bytes, at: int, depth: int) -> tuple[dict[int, int], int]:
-    """Return a struct's integers by field number, and where it ends.
+    """Read a struct's integers by field number, and the offset of its end.
 
     Raises:
-        IndexError: It goes on behind the data.
-        ValueError: It holds what no page header does.
+        IndexError: The struct is longer than the data.
+        ValueError: It has a field that no page header has.
     """
     fields: dict[int, int] = {}
     number = 0
@@ -96,7 +100,7 @@ def _read_struct(data: bytes, at: int, depth: int) -> tuple[dict[int, int], int]
 
 
 def _skip_value(data: bytes, at: int, kind: int, depth: int) -> int:
-    """Return where a value that is no integer ends."""
+    """Find the offset after a value that is not an integer."""
     if kind in (TRUE, FALSE):
         return at
     if kind == BYTE:

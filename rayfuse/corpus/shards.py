@@ -1,4 +1,4 @@
-"""Which documents go into which shard: a function of the inputs alone, never of the cluster."""
+"""Assignment of documents to shards: a function of the inputs alone, never of the cluster."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -6,30 +6,30 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from rayfuse.corpus.documents import Document
-from rayfuse.corpus.split import Row, cut_document, find_fault, is_held_out
+from rayfuse.corpus.split import Row, find_fault, is_held_out, split_document
 from rayfuse.models.tokenizer import TextTokenizer
 from rayfuse.run.inputs import InputFile
 from rayfuse.schema import CORPUS
 from rayfuse.storage.dataset import Reject
 
 BYTES_PER_TOKEN = 4
-"""What `shard_tokens` takes a token of text to be."""
+"""Assumed text bytes of a token, by which `shard_tokens` is converted."""
 
 REJECT_BYTES = 2
-"""The least that a rejected line takes in its file. Rejects are held until their shard is written:
-a file of nothing else fills shards with them."""
+"""Minimum bytes of a rejected line in its file. Rejects stay in memory until their shard is
+written, so a file of rejects alone is divided into shards as well."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Which of the documents a data set takes."""
+    """The part of the documents that goes into a data set."""
 
     held_out_share: float
-    """0 where evaluation has documents of its own."""
+    """0 if evaluation has documents of its own."""
     takes_held_out: bool
 
     def takes(self, document: Document) -> bool:
-        """Return whether a document belongs to this part."""
+        """Decide whether a document belongs to this part."""
         return self.held_out_share == 0 or (
             is_held_out(document, self.held_out_share) == self.takes_held_out
         )
@@ -37,16 +37,16 @@ class Part:
 
 @dataclass
 class DocumentBatch:
-    """The documents of one shard, and what was rejected on the way."""
+    """The documents of one shard, and the rejects read before or between them."""
 
     documents: list[Document] = field(default_factory=list[Document])
     rejects: list[Reject] = field(default_factory=list[Reject])
 
 
 def group_inputs(files: Sequence[InputFile], shard_bytes: int) -> list[list[InputFile]]:
-    """Return runs of files that are read together: small ones joined up to a shard's size.
+    """Group files that are read together: small ones are joined up to the size of a shard.
 
-    A packed file, whose text may be of any length, is a run of its own.
+    A compressed file is a group of its own, since its text may have any length.
     """
     groups: list[list[InputFile]] = []
     room = 0
@@ -60,9 +60,9 @@ def group_inputs(files: Sequence[InputFile], shard_bytes: int) -> list[list[Inpu
 
 
 def has_one_shard(group: Sequence[InputFile], shard_bytes: int) -> bool:
-    """Return whether a group is known, without reading it, to make exactly one shard."""
+    """Decide from sizes alone whether a group is certain to make exactly one shard."""
     is_packed = any(file.is_packed for file in group)
-    # A file may end in half a reject, and break off with one more.
+    # A file may end in an incomplete reject, and a read error adds one more.
     max_bytes = sum(file.num_bytes + 2 * REJECT_BYTES for file in group)
     return not is_packed and max_bytes < shard_bytes
 
@@ -70,9 +70,9 @@ def has_one_shard(group: Sequence[InputFile], shard_bytes: int) -> bool:
 def batch_documents(
     documents: Iterable[Document], part: Part, *, shard_bytes: int, max_document_bytes: int
 ) -> Iterator[DocumentBatch]:
-    """Yield a part's documents in batches, each closed by the document or reject that fills it.
+    """Yield a part's documents in batches; a batch ends with the document or reject that fills it.
 
-    At least one batch is yielded, so that rejects have a place.
+    At least one batch is yielded, so that every reject belongs to a shard.
     """
     batch, num_bytes, num_batches = DocumentBatch(), 0, 0
     for document in documents:
@@ -98,17 +98,17 @@ def build_rows(
     *,
     max_tokens: int,
 ) -> pa.Table:
-    """Return the CORPUS rows of documents.
+    """Split documents into CORPUS rows.
 
     Args:
-        documents: Without faults.
-        target: The tokenizer whose ids are stored.
-        tokenizers: All that each row must fit.
-        max_tokens: At most this many tokens in a row.
+        documents: Documents without a fault.
+        target: The target's tokenizer; its ids are stored.
+        tokenizers: Each row fits all of them.
+        max_tokens: Maximum tokens of a row.
     """
     rows: list[Row] = []
     for document in documents:
-        rows += cut_document(document, tokenizers, max_tokens)
+        rows += split_document(document, tokenizers, max_tokens)
     texts, ends = [row.text for row in rows], [row.ends_document for row in rows]
     columns = {
         "row_id": [f"{row.document.doc_id}#{row.place}" for row in rows],

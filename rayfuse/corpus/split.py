@@ -1,4 +1,4 @@
-"""Documents -> rows: cut near a line end or blank, where every tokenizer still fits."""
+"""Documents -> rows: split near a line end or a space, so that every tokenizer fits."""
 
 import hashlib
 import re
@@ -9,11 +9,11 @@ from rayfuse.corpus.documents import Document
 from rayfuse.models.tokenizer import TextTokenizer
 
 CUT_SEARCH_SHARE = 0.2
-"""How far back from the last possible cut a line end or blank is looked for, in shares of a row."""
+"""How far before the last possible cut a line end or space is searched, as a share of the row."""
 
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 CONTROL_SHARE = 0.01
-"""More control characters than this and the document is taken for binary."""
+"""A document with a larger share of control characters is rejected as binary."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Row:
 
 
 def find_fault(document: Document, max_bytes: int) -> str | None:
-    """Return why a document cannot be used, or nothing."""
+    """Give the reason why a document cannot be used; None if it can."""
     if document.fault is not None:
         return document.fault
     text = document.text
@@ -47,36 +47,36 @@ def find_fault(document: Document, max_bytes: int) -> str | None:
 
 
 def is_held_out(document: Document, share: float) -> bool:
-    """Return whether a document is among the share kept for evaluation; by its id alone."""
+    """Decide by its id alone whether a document belongs to the held-out share."""
     digest = hashlib.sha256(document.doc_id.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-def cut_document(
+def split_document(
     document: Document, tokenizers: Sequence[TextTokenizer], max_tokens: int
 ) -> list[Row]:
-    """Return a document's rows: their texts joined are its text.
+    """Split a document into rows; their texts, joined, are its text.
 
     Args:
-        document: One without a fault.
-        tokenizers: All that must take each row, start token and EOS counted.
-        max_tokens: At most this many in a row.
+        document: A document without a fault.
+        tokenizers: Each row fits all of them, start token and EOS included.
+        max_tokens: Maximum tokens of a row.
     """
     text = document.text
-    widest = 8 * max_tokens  # more than a row holds of nearly any text
+    widest = 8 * max_tokens  # characters; more than a row of nearly any text has
     num_chars = widest
-    pieces = [(0, len(text))]  # the last is the next
-    whole: list[str] = []
+    pieces = [(0, len(text))]  # a stack: the last one is processed next
+    done: list[str] = []
     while pieces:
         start, stop = pieces.pop()
         cut = start + _find_cut(text, start, stop, num_chars, tokenizers, max_tokens)
         if cut == stop:
-            whole.append(text[start:stop])
+            done.append(text[start:stop])
             num_chars = min(widest, 4 * (stop - start))
         else:
             pieces += [(cut, stop), (start, cut)]
-    last = len(whole) - 1
-    return [Row(document, place, text, place == last) for place, text in enumerate(whole)]
+    last = len(done) - 1
+    return [Row(document, place, text, place == last) for place, text in enumerate(done)]
 
 
 def _find_cut(
@@ -87,21 +87,22 @@ def _find_cut(
     tokenizers: Sequence[TextTokenizer],
     max_tokens: int,
 ) -> int:
-    """Return how many characters the first row of a piece may have; all if it fits whole.
+    """Find the length in characters of the first row of a piece; its own length if it fits.
 
     Args:
         text: The document; the piece is text[start:stop].
         start: In characters.
         stop: In characters.
-        num_chars: How many are tried first. More cost more, fewer may have to be doubled.
-        tokenizers: As for `cut_document`.
-        max_tokens: As for `cut_document`.
+        num_chars: Size of the first window that is tokenised, in characters. It is doubled until
+            it holds a row, so that the time is linear in the text.
+        tokenizers: As for `split_document`.
+        max_tokens: As for `split_document`.
     """
     while True:
         window = text[start : min(stop, start + num_chars)]
-        cut = min(_count_chars_that_fit(window, each, max_tokens) for each in tokenizers)
+        cut = min(_count_chars_that_fit(window, tokenizer, max_tokens) for tokenizer in tokenizers)
         if cut < len(window):
-            return _move_to_blank(window, cut)
+            return _move_to_space(window, cut)
         if start + cut == stop:
             return cut
         num_chars *= 2
@@ -112,15 +113,15 @@ def _count_chars_that_fit(text: str, tokenizer: TextTokenizer, max_tokens: int) 
     room = max_tokens - tokenizer.count_specials()
     if len(encoding.ids) <= room:
         return len(text)
-    # Token number `room` is the first without a place: end where it starts.
+    # Token number `room` is the first that does not fit: end where it starts.
     return max(1, min(encoding.offsets[room][0], len(text) - 1))
 
 
-def _move_to_blank(text: str, cut: int) -> int:
-    """Return the last line end, else the last blank, a little before a cut; else the cut."""
+def _move_to_space(text: str, cut: int) -> int:
+    """Move a cut back to the nearest line end, else to the nearest space, else leave it."""
     start = max(1, int(cut * (1 - CUT_SEARCH_SHARE)))
-    for sign in ("\n", " "):
-        found = text.rfind(sign, start - 1, cut)
+    for separator in ("\n", " "):
+        found = text.rfind(separator, start - 1, cut)
         if found >= 0:
             return found + 1
     return cut

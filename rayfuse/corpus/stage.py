@@ -1,4 +1,4 @@
-"""The corpus stage: Ray Data reads documents, cuts them into rows and commits shards."""
+"""The corpus stage: Ray Data reads documents, splits them into rows and commits shards."""
 
 import time
 from collections.abc import Iterator
@@ -39,8 +39,8 @@ from rayfuse.storage.manifest import Commit
 
 
 @dataclass(frozen=True)
-class CutTask:
-    """All that a worker needs to cut one group of files."""
+class SplitTask:
+    """Everything a worker needs to split one group of files into rows."""
 
     data: DataSet
     settings: CorpusSettings
@@ -80,7 +80,7 @@ def build_corpora(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     """
     share = recipe.evaluate.held_out_share if recipe.evaluate.documents is None else 0.0
     corpus, held_out = (
-        CutTask(
+        SplitTask(
             data=data,
             settings=recipe.corpus,
             target=recipe.target,
@@ -100,7 +100,7 @@ def build_corpora(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     build_corpus(recipe, held_out, progress, "held-out")
 
 
-def build_corpus(recipe: Recipe, task: CutTask, progress: Progress, part: CorpusPart) -> None:
+def build_corpus(recipe: Recipe, task: SplitTask, progress: Progress, part: CorpusPart) -> None:
     """Make one data set of rows from files of documents.
 
     Raises:
@@ -125,7 +125,7 @@ def build_corpus(recipe: Recipe, task: CutTask, progress: Progress, part: Corpus
     done = len(committed)
     if todo:
         shards = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
-            partial(_cut_groups, task=task),
+            partial(_split_groups, task=task),
             batch_size=1,
             batch_format="pyarrow",
             compute=TaskPoolStrategy(limit_cpu_tasks()),
@@ -138,8 +138,8 @@ def build_corpus(recipe: Recipe, task: CutTask, progress: Progress, part: Corpus
     _check_not_empty(data, part)
 
 
-def _count_shards(task: CutTask) -> list[int]:
-    """Return how many shards each group makes; only groups that may make several are read."""
+def _count_shards(task: SplitTask) -> list[int]:
+    """Count the shards of each group; only groups that may make several are read."""
     shard_bytes = task.settings.shard_tokens * BYTES_PER_TOKEN
     counts = [1] * len(task.groups)
     unknown = [
@@ -159,13 +159,13 @@ def _count_shards(task: CutTask) -> list[int]:
     return counts
 
 
-def _count_batches(batch: pa.Table, task: CutTask) -> pa.Table:
+def _count_batches(batch: pa.Table, task: SplitTask) -> pa.Table:
     groups: list[int] = batch["group"].to_pylist()
     counts = [sum(1 for _ in task.batches(group)) for group in groups]
     return pa.table({"group": groups, "count": counts})
 
 
-def _cut_groups(batch: pa.Table, task: CutTask) -> Iterator[pa.Table]:
+def _split_groups(batch: pa.Table, task: SplitTask) -> Iterator[pa.Table]:
     """Cut and commit the shards of groups, and yield a row of numbers for each new one."""
     target = load_recipe_tokenizer(task.target)
     tokenizers = [load_recipe_tokenizer(model) for model in task.segmentation.split_for]
@@ -190,13 +190,13 @@ def _cut_groups(batch: pa.Table, task: CutTask) -> Iterator[pa.Table]:
             yield _numbers_of(commit)
 
 
-def _check_lengths(rows: pa.Table, task: CutTask) -> None:
+def _check_lengths(rows: pa.Table, task: SplitTask) -> None:
     """Raise ValueError if the target cannot take a row; only one that came later has such."""
     lengths = np.diff(flatten_column(rows, "target_ids")[1])
     if task.target_context is not None and lengths.max(initial=0) > task.target_context:
         longest = int(lengths.argmax())
         raise UserError(
-            f"row {rows['row_id'][longest].as_py()!r}, cut for other tokenizers, is "
+            f"row {rows['row_id'][longest].as_py()!r}, split for other tokenizers, is "
             f"{lengths[longest]} tokens of the target {task.target.model!r}, which takes "
             f"{task.target_context}; set corpus.resplit: true, which captures every source again"
         )

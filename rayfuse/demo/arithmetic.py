@@ -50,7 +50,7 @@ def write_sheets(seed: int, *, num_bytes: int, sheet_chars: int) -> list[str]:
 
     Args:
         seed: Of everything.
-        num_bytes: Of the whole text, which is ASCII.
+        num_bytes: Bytes of all sheets together, which are ASCII.
         sheet_chars: About how long a sheet is.
     """
     random = Random(f"arithmetic {seed}")
@@ -75,7 +75,7 @@ def _write_sheet(random: Random, seen: set[str], sheet_chars: int) -> str:
 
 
 def add_aloud(first: int, second: int) -> str:
-    """Return an addition worked from the ones upwards, every carry said.
+    """Return an addition worked from the ones upwards, every carry stated.
 
     Args:
         first: Not negative.

@@ -94,7 +94,7 @@ def _pretrain_all(
 
 
 def _cpus_per_task() -> int:
-    """Return how many of Ray's CPUs make one real one: a small machine claims more than it has."""
+    """Count Ray's CPUs per real CPU: Ray may be started with more than this machine has."""
     return max(1, int(ray.cluster_resources().get("CPU", 1)) // (os.cpu_count() or 1))
 
 
@@ -122,7 +122,7 @@ def _pretrain(
 def _is_done(folder: Path, fingerprint: str) -> bool:
     try:
         return json.loads((folder / "done.json").read_bytes())["fingerprint"] == fingerprint
-    except (OSError, ValueError, KeyError):  # not there, or cut off while it was written
+    except (OSError, ValueError, KeyError):  # missing, or incomplete after a kill
         return False
 
 

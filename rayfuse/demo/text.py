@@ -21,8 +21,8 @@ MIN_BLOCK_CHARS = 60
 LARGEST_FRESH_GROUP_BYTES = 60_000
 """Larger packages serve pre-training only: one of them would be most of the held-out text."""
 
-LEFT_OUT = frozenset(
-    # Tests, tables, copies, what distributions change or leave out, and the topics themselves.
+EXCLUDED = frozenset(
+    # Tests, tables, copies, files that distributions change or omit, and the topics themselves.
     [
         "test",
         "tests",
@@ -114,7 +114,7 @@ def collect_domains(seed: int = 0) -> dict[str, list[Document]]:
 def split_documents(
     domains: dict[str, list[Document]], seed: int = 0, sizes: dict[str, PartSizes] | None = None
 ) -> Parts:
-    """Return documents dealt to three parts by whole groups, each part in an order of its own.
+    """Divide documents into three parts by complete groups, and shuffle each part.
 
     Raises:
         UserError: A domain has too little text.
@@ -140,9 +140,13 @@ def split_documents(
 def write_documents(documents: Iterable[Document], path: Path) -> None:
     """Write documents as JSON Lines of `id`, `domain` and `text`, in the order given.
 
-    A file that has this content already is left alone: its time is part of what a run goes by.
+    A file that has this content already is not rewritten: its modification time is part of the
+    run's fingerprint.
     """
-    records = [{"id": each.doc_id, "domain": each.domain, "text": each.text} for each in documents]
+    records = [
+        {"id": document.doc_id, "domain": document.domain, "text": document.text}
+        for document in documents
+    ]
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     content = "".join(lines).encode()
     if not path.is_file() or path.read_bytes() != content:
@@ -160,7 +164,7 @@ def _read_library(root: Path) -> tuple[dict[str, list[str]], dict[str, list[str]
     docstrings: dict[str, list[str]] = {}
     for path in sorted(root.rglob("*.py")):
         place = path.relative_to(root)
-        if LEFT_OUT.intersection(place.parts) or place.as_posix() in TABLES or _is_built(place):
+        if EXCLUDED.intersection(place.parts) or place.as_posix() in TABLES or _is_built(place):
             continue
         try:
             bare, found = split_docstrings(path.read_text(encoding="utf-8"))
@@ -175,7 +179,7 @@ def _read_library(root: Path) -> tuple[dict[str, list[str]], dict[str, list[str]
 
 
 def _is_built(place: Path) -> bool:
-    """Return whether a file was written when Python was built, and differs between machines."""
+    """Recognise files written when Python was built, which differ between installations."""
     return place.parts[0].startswith(("config-", "_sysconfigdata", "__"))
 
 
@@ -227,20 +231,20 @@ def _read_topics() -> dict[str, list[str]]:
 
 
 def _split_blocks(text: str) -> list[str]:
-    """Return paragraphs: what stands between blank lines, right margin trimmed."""
+    """Split a text into paragraphs at empty lines, trailing spaces removed."""
     lines = "\n".join(line.rstrip() for line in text.expandtabs(8).split("\n"))
     return [block.strip("\n") for block in re.split(r"\n\n+", lines) if block.strip()]
 
 
 def _is_prose(block: str) -> bool:
-    """Return whether a paragraph is English rather than an example, a table or a signature."""
+    """Recognise English prose, as opposed to an example, a table or a signature."""
     words = sum(char.isalpha() or char.isspace() for char in block)
     is_example = ">>>" in block or "::=" in block or "+--" in block or "===" in block
     return not is_example and len(block) >= MIN_BLOCK_CHARS and words > 0.85 * len(block)
 
 
 def _cut_passages(domain: str, groups: dict[str, list[str]], seen: set[str]) -> Iterator[Document]:
-    """Yield each group's paragraphs as documents, leaving out and noting those seen before."""
+    """Yield each group's paragraphs as documents, without those in `seen`, which it updates."""
     for group, blocks in groups.items():
         passages: list[list[str]] = [[]]
         for block in blocks:

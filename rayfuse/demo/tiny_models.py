@@ -1,4 +1,4 @@
-"""A spec and documents -> a tiny LLM with a tokenizer of its own, trained from nothing."""
+"""A spec and documents -> a tiny LLM with a tokenizer of its own, trained from scratch."""
 
 from collections.abc import Callable, Sequence
 from math import cos, pi
@@ -30,11 +30,12 @@ OnStep = Callable[[int, int, float], None]
 """Called with steps done, steps in all, and the loss in nats per token."""
 
 TOKENIZER_BYTES = 400_000
-"""Text that merges are counted on; 4 times as much made 2 % fewer tokens of prose, 1 % of code."""
+"""Bytes of text that merges are counted on. 4 times as much gave 2 % fewer tokens of prose and 1 %
+fewer of code."""
 
 
 def ignore_step(step: int, steps: int, loss: float) -> None:
-    """Take note of nothing."""
+    """Ignore a step: the default of `on_step`."""
 
 
 def pretrain(
@@ -45,16 +46,16 @@ def pretrain(
     seed: int,
     on_step: OnStep = ignore_step,
 ) -> None:
-    """Train a tokenizer and a model from nothing, and save both as a Hugging Face folder.
+    """Train a tokenizer and a model from scratch, and save both as a Hugging Face folder.
 
     The same seed gives the same weights on the same machine with the same number of threads.
 
     Args:
         spec: What to train.
-        documents: Of every domain that the spec names.
-        folder: Where they go; made if need be.
-        seed: Of weights and order.
-        on_step: Hears of every step.
+        documents: Documents of every domain that the spec names.
+        folder: Output folder, created if missing.
+        seed: Seed of the initial weights and the order.
+        on_step: Called after every step.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(

@@ -1,4 +1,4 @@
-"""Tokenizers of two kinds, trained on the spot: as Llama-2 has, and as GPT-NeoX and MPT have."""
+"""Train tokenizers of two kinds: SentencePiece as in Llama-2, byte-level as in GPT-NeoX and MPT."""
 
 import json
 from collections.abc import Sequence
@@ -8,24 +8,24 @@ from typing import Any, Literal
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rayfuse.models.tokenizer import BLANK
+from rayfuse.models.tokenizer import SPACE_MARK
 
 Kind = Literal["sentencepiece", "byte_level"]
 
 END_OF_TEXT = "<|endoftext|>"
 SENTENCEPIECE_SPECIALS = ("<unk>", "<s>", "</s>")
 
-WORD_PATTERN = rf"\d|{BLANK}(?=\d)|{BLANK}+(?={BLANK})|{BLANK}?[^\W\d]+|{BLANK}?[^\w\s{BLANK}]+"
-"""What a SentencePiece token may spell at most: digits stand alone, as in Llama-2."""
+WORD_PATTERN = r"\d|_(?=\d)|_+(?=_)|_?[^\W\d]+|_?[^\w\s_]+".replace("_", SPACE_MARK)
+"""Longest text of one SentencePiece token; digits stand alone, as in Llama-2."""
 
 
 def train_tokenizer(kind: Kind, texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """Return a tokenizer of `vocab_size` entries at most, specials included.
+    """Train a tokenizer of at most `vocab_size` entries, special tokens included.
 
     Args:
-        kind: `sentencepiece`: a blank before the text, bytes as `<0x0A>`; `byte_level`: GPT-2's.
-        texts: What its merges are counted on.
-        vocab_size: More than 300, so that every byte has a token.
+        kind: `sentencepiece`: a prefix space, bytes as `<0x0A>`; `byte_level`: GPT-2's.
+        texts: Texts that merges are counted on.
+        vocab_size: Above 300, so that every byte has a token.
     """
     train = _train_sentencepiece if kind == "sentencepiece" else _train_byte_level
     return train(texts, vocab_size)
@@ -98,7 +98,7 @@ def _train_sentencepiece(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     tokenizer.normalizer = _add_blanks()
     tokenizer.decoder = decoders.Sequence(
         [
-            decoders.Replace(BLANK, " "),
+            decoders.Replace(SPACE_MARK, " "),
             decoders.ByteFallback(),
             decoders.Fuse(),
             decoders.Strip(" ", 1, 0),
@@ -109,4 +109,6 @@ def _train_sentencepiece(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 
 
 def _add_blanks() -> normalizers.Normalizer:
-    return normalizers.Sequence([normalizers.Prepend(BLANK), normalizers.Replace(" ", BLANK)])
+    return normalizers.Sequence(
+        [normalizers.Prepend(SPACE_MARK), normalizers.Replace(" ", SPACE_MARK)]
+    )

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from rayfuse.config.base import UserError, first_line
 
-BLANK = "\u2581"
+SPACE_MARK = "\u2581"
 """SentencePiece's sign for a blank."""
 
 MARKER_PATTERN = re.compile(r"<\S+>")
@@ -288,7 +288,7 @@ def _spell_vocabulary(
             spelled.append(b"")
         elif token_id in added:
             special = added[token_id]["special"]
-            spelled.append(b"" if special else name.replace(BLANK, " ").encode())
+            spelled.append(b"" if special else name.replace(SPACE_MARK, " ").encode())
         else:
             spelled.append(spell(name))
     return tuple(spelled)
@@ -346,7 +346,7 @@ def _spell_sentencepiece(token: str) -> bytes:
 
 
 def _spell_metaspace(token: str) -> bytes:
-    return token.replace(BLANK, " ").encode()
+    return token.replace(SPACE_MARK, " ").encode()
 
 
 def _spell_wordpiece(token: str, mark: str) -> bytes:
@@ -356,7 +356,7 @@ def _spell_wordpiece(token: str, mark: str) -> bytes:
 
 def _adds_prefix_space(backend: Tokenizer) -> bool:
     tokens = backend.encode("a", add_special_tokens=False).tokens
-    return bool(tokens) and tokens[0][0] in (BLANK, "\u0120")
+    return bool(tokens) and tokens[0][0] in (SPACE_MARK, "\u0120")
 
 
 def _first_of(*ids: int | None) -> int | None:

@@ -49,7 +49,7 @@ LLAMA_3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-BLANK = "\u2581"
+SPACE_MARK = "\u2581"
 
 
 def byte_level_with(*before: pre_tokenizers.PreTokenizer, use_regex: bool, nfc: bool = False):
@@ -85,7 +85,7 @@ def unigram(*, byte_fallback: bool, adds_prefix_space: bool) -> Tokenizer:
         worst = min(score for _, score in content["model"]["vocab"])
         content["model"]["vocab"] += [[f"<0x{byte:02X}>", worst - 5] for byte in range(256)]
         content["model"]["byte_fallback"] = True
-        kinds = [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+        kinds = [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
         content["decoder"] = json.loads(decoders.Sequence(kinds).__getstate__())
     else:
         content["decoder"] = json.loads(decoders.Metaspace().__getstate__())

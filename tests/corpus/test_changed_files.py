@@ -92,11 +92,11 @@ def test_fault_33_no_shard_of_a_file_that_changed_is_committed(tmp_path, monkeyp
     data = DataSet(LocalStore(str(tmp_path / "storage")), "corpus", "x", "fp")
     model = ModelSettings(model="m")
     rows = Segmentation("0", "corpus/segmentation-0.json", (model,), ("0",), is_reused=False)
-    task = stage.CutTask(data, corpus, model, None, rows, WHOLE, [list_files(path)])
+    task = stage.SplitTask(data, corpus, model, None, rows, WHOLE, [list_files(path)])
     (count,) = stage._count_batches(pa.table({"group": [0]}), task)["count"].to_pylist()
     assert count > 3
     todo = pa.table({"group": [0], "start": [0], "count": [count]})
-    shards = stage._cut_groups(todo, task)
+    shards = stage._split_groups(todo, task)
     next(shards)
     replace_with_as_many_bytes(path)
     with pytest.raises(ValueError, match=REMEDY):

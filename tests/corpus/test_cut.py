@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from rayfuse.corpus.documents import Document
 from rayfuse.corpus.shards import Part, batch_documents, build_rows
-from rayfuse.corpus.split import cut_document, find_fault, is_held_out
+from rayfuse.corpus.split import find_fault, is_held_out, split_document
 from rayfuse.models.tokenizer import build_tokenizer
 from rayfuse.storage.codec import flatten_column
 from tests.fakes import SAMPLE, byte_level_tokenizer, sentencepiece_tokenizer
@@ -20,7 +20,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=4
 @settings(max_examples=60, deadline=None)
 @given(text=TEXTS)
 def test_rows_join_to_the_document_and_fit_every_tokenizer(text):
-    rows = cut_document(Document("d", "", text), TOKENIZERS, 24)
+    rows = split_document(Document("d", "", text), TOKENIZERS, 24)
     assert "".join(row.text for row in rows) == text
     assert [row.place for row in rows] == list(range(len(rows)))
     assert [row.ends_document for row in rows] == [False] * (len(rows) - 1) + [True]
@@ -31,13 +31,13 @@ def test_rows_join_to_the_document_and_fit_every_tokenizer(text):
 
 def test_cuts_fall_at_line_ends_or_blanks_where_they_are_near():
     text = "".join(SAMPLE) * 20
-    rows = cut_document(Document("d", "", text), TOKENIZERS, 64)
+    rows = split_document(Document("d", "", text), TOKENIZERS, 64)
     assert len(rows) > 10
     assert all(row.text[-1] in "\n " for row in rows)
 
 
 def test_a_text_without_blanks_is_cut_between_characters():
-    rows = cut_document(Document("d", "", "漢字" * 500), TOKENIZERS, 40)
+    rows = split_document(Document("d", "", "漢字" * 500), TOKENIZERS, 40)
     assert "".join(row.text for row in rows) == "漢字" * 500
 
 

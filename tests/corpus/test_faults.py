@@ -22,7 +22,7 @@ from rayfuse.corpus.shards import (
     group_inputs,
     has_one_shard,
 )
-from rayfuse.corpus.split import cut_document, find_fault
+from rayfuse.corpus.split import find_fault, split_document
 from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
 from rayfuse.storage.codec import flatten_column
 from rayfuse.storage.dataset import DataSet
@@ -102,7 +102,7 @@ def test_fault_21_a_text_of_exactly_the_longest_length_is_kept(name, tmp_path):
 
 
 def test_fault_21_one_character_is_one_row():
-    rows = cut_document(Document("d", "", "x"), TOKENIZERS, 24)
+    rows = split_document(Document("d", "", "x"), TOKENIZERS, 24)
     assert [(row.text, row.ends_document) for row in rows] == [("x", True)]
 
 
@@ -213,7 +213,7 @@ def load_real(shared_data: Path, name: str) -> TextTokenizer:
 
 
 def check_rows(text: str, tokenizers: Sequence[TextTokenizer], max_tokens: int) -> None:
-    rows = [row.text for row in cut_document(Document("d", "", text), tokenizers, max_tokens)]
+    rows = [row.text for row in split_document(Document("d", "", text), tokenizers, max_tokens)]
     assert "".join(rows) == text
     for tokenizer in tokenizers:
         encoded = tokenizer.encode_rows(rows, [True] * len(rows))

@@ -62,10 +62,10 @@ def cut_corpus(recipe: Recipe, layout: Layout) -> int:
     import pyarrow as pa
 
     from rayfuse.corpus.shards import Part, group_inputs
-    from rayfuse.corpus.stage import CutTask, _count_batches, _cut_groups
+    from rayfuse.corpus.stage import SplitTask, _count_batches, _split_groups
 
     files = layout.corpus_documents.files
-    task = CutTask(
+    task = SplitTask(
         layout.corpus,
         recipe.corpus,
         recipe.target,
@@ -76,7 +76,7 @@ def cut_corpus(recipe: Recipe, layout: Layout) -> int:
     )
     layout.corpus.claim({})
     (count,) = _count_batches(pa.table({"group": [0]}), task)["count"].to_pylist()
-    list(_cut_groups(pa.table({"group": [0], "start": [0], "count": [count]}), task))
+    list(_split_groups(pa.table({"group": [0], "start": [0], "count": [count]}), task))
     layout.corpus.finish(count)
     return count
 
