@@ -306,7 +306,7 @@ def test_workers_that_must_be_on_one_node_or_on_many(good):
     (finding,) = look_at("strict_pack", 16)
     assert "16 x 1 CPUs on one node; the cluster has room for 8 now" in finding.text
     (finding,) = look_at("strict_spread", 3)
-    assert "each on a node of its own; the cluster has room for 2 now" in finding.text
+    assert "each on its own node; the cluster has room for 2 now" in finding.text
     assert look_at("pack", 100, NodeKind({"CPU": 8.0}, -1)) == []  # without a limit
     (finding,) = look_at("pack", 24, NodeKind({"CPU": 8.0}, 2))  # both are here already
     assert "and for 16 at most" in finding.text
