@@ -309,7 +309,7 @@ def test_workers_that_must_be_on_one_node_or_on_many(good):
     assert "each on its own node; the cluster has room for 2 now" in finding.text
     assert look_at("pack", 100, NodeKind({"CPU": 8.0}, -1)) == []  # without a limit
     (finding,) = look_at("pack", 24, NodeKind({"CPU": 8.0}, 2))  # both are here already
-    assert "and for 16 at most" in finding.text
+    assert "and for at most 16 with" in finding.text
 
 
 def test_the_autoscalers_settings_are_read_from_the_process_that_has_them(tmp_path):
