@@ -184,26 +184,6 @@ def _run_stage(stage: str, recipe: Recipe, layout: Layout, progress: Progress) -
         write_report(recipe, layout)
         return
     join_cluster()
-    if stage == "corpus":
-        from rayfuse.corpus.stage import build_corpora
+    from rayfuse.stages import RUN_STAGE  # imports ray, which must join first
 
-        build_corpora(recipe, layout, progress)
-    elif stage == "capture":
-        from rayfuse.align.stage import build_vocab_maps
-        from rayfuse.align.task import plan_align_step
-        from rayfuse.capture.stage import capture_sources
-
-        build_vocab_maps(recipe, layout, progress)  # each shard is aligned once captured
-        capture_sources(recipe, layout, progress, then=plan_align_step)
-    elif stage == "align":
-        from rayfuse.align.stage import align_sources
-
-        align_sources(recipe, layout, progress)
-    elif stage == "train":
-        from rayfuse.train.stage import train_runs
-
-        train_runs(recipe, layout, progress)
-    else:
-        from rayfuse.evaluate.stage import evaluate_models
-
-        evaluate_models(recipe, layout, progress)
+    RUN_STAGE[stage](recipe, layout, progress)

@@ -4,6 +4,7 @@ import os
 import shutil
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -170,17 +171,17 @@ class LocalStore:
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(TEMPORARY_PREFIX + uuid.uuid4().hex)
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException as error:
-            temporary.unlink(missing_ok=True)
-            if isinstance(error, OSError):
+        with ExitStack() as on_error:
+            on_error.callback(temporary.unlink, missing_ok=True)
+            try:
+                with open(temporary, "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
                 reason = f"{error.strerror}, writing {len(data):,} bytes"
                 raise OSError(error.errno, reason, str(path)) from error
-            raise
+            on_error.pop_all()
         return temporary
 
 

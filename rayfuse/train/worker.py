@@ -90,7 +90,7 @@ def run_worker(config: dict[str, Any]) -> None:
         # Not in a `finally`: close() waits for all workers, and those of a failed attempt may
         # never come. The next attempt clears the scratch folder and continues the trackers' runs.
         trainer.close()
-    except Exception as error:
+    except (OSError, *NON_RETRYABLE_ERRORS) as error:
         if _is_non_retryable(error):
             # Ray Train retries every exception, so the driver cancels the run for this one. It
             # must be recorded before the worker ends, so this call is waited for.
