@@ -270,9 +270,9 @@ def inspect(
 @app.command()
 def init() -> None:
     """Print a commented recipe to start from: `rayfuse init > my.yaml`."""
-    from rayfuse.config.template import STARTER
+    from rayfuse.config.template import read_template
 
-    print(STARTER, end="")
+    print(read_template(), end="")
 
 
 @app.command()

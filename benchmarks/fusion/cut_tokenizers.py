@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from rayfuse.demo.tiny_tokenizers import save_tokenizer
-from rayfuse.models.tokenizer import BYTE_PATTERN, SPACE_MARK
+from rayfuse.models.token_bytes import BYTE_PATTERN, SPACE_MARK
 
 SINGLE_SHARE = 8
 """At most 1 / SINGLE_SHARE of the entries are single characters (SentencePiece); other characters

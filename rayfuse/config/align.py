@@ -10,11 +10,11 @@ from rayfuse.config.base import Settings, check_known
 
 @dataclass(frozen=True)
 class AlignMethod:
-    """What a run must know of an alignment method before its code is loaded."""
+    """The facts about an alignment method that are needed before its code is loaded."""
 
     module: str
-    """Where its `METHOD` is: an `align.method.Method`. It is imported when the method is used, so
-    that a recipe can be read without the libraries that the method needs."""
+    """The module with `METHOD`, an `align.method.Method`. It is imported when the method is used,
+    so that a recipe can be read without the libraries that the method needs."""
     stored_map: Literal["per_pair", "per_corpus"] | None = None
     """The vocabulary map takes long to compute, so it is stored: once per pair of tokenizers, or
     once per pair and corpus. None: the map is computed wherever it is needed."""

@@ -1,4 +1,4 @@
-"""The base of every settings class: what it refuses, and which settings affect the result."""
+"""The base of all settings classes: common checks, and which settings affect the result."""
 
 import re
 from collections.abc import Collection

@@ -11,7 +11,7 @@ from pydantic import (
 from rayfuse.config.base import Settings, Share, result_neutral
 
 MAX_ENTRIES = 255
-"""At a position: what alignment has ranks for."""
+"""Maximum entries at a position: alignment numbers them in 8 bits."""
 
 
 class CaptureSettings(Settings):

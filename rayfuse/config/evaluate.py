@@ -38,10 +38,10 @@ class TasksSettings(Settings):
         for name in names:
             if not TASK_PATTERN.fullmatch(name):
                 raise ValueError(
-                    f"{shorten(name)} is no task's name; give a folder as tasks.folder"
+                    f"{shorten(name)} is not a task name; give a folder as tasks.folder"
                 )
             if names.count(name) > 1:
-                raise ValueError(f"the task {name!r} is there twice")
+                raise ValueError(f"the task {name!r} is listed twice")
         return names
 
 

@@ -1,4 +1,4 @@
-"""Read a recipe file, apply overrides, and explain what is wrong with it."""
+"""Read a recipe file, apply overrides, and report every fault with its remedy."""
 
 import copy
 import difflib
@@ -26,7 +26,7 @@ RENAMED_VALUES = {
 
 
 def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Return the recipe of a YAML file, with `section.key=value` overrides applied.
+    """Read a recipe from a YAML file and apply `section.key=value` overrides.
 
     Raises:
         RecipeError: The file cannot be read, or a setting is unknown or wrong; every fault is
@@ -43,7 +43,7 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def read_values(values: dict[str, Any], overrides: list[str]) -> Recipe:
-    """Return the recipe of plain values, with `section.key=value` overrides applied.
+    """Build a recipe from plain values and `section.key=value` overrides; `values` is not changed.
 
     Raises:
         RecipeError: As for `read_recipe`.
@@ -55,7 +55,7 @@ def read_values(values: dict[str, Any], overrides: list[str]) -> Recipe:
 
 
 def parse_recipe(values: dict[str, Any]) -> Recipe:
-    """Return the recipe of plain values.
+    """Build a recipe from plain values.
 
     Raises:
         RecipeError: As for `read_recipe`.

@@ -20,12 +20,12 @@ BackendName = Literal["transformers", "vllm"]
 
 @dataclass(frozen=True)
 class Backend:
-    """What a capture engine can do, as far as a recipe must fit it."""
+    """The abilities of a capture engine that recipes are checked against."""
 
     uses_several_gpus: bool
-    """One actor can spread a model over any whole number of GPUs."""
+    """Whether one actor can spread a model over any whole number of GPUs."""
     makes_draws: bool
-    """It can sample from the distribution, as `capture.signal` may demand."""
+    """Whether it can sample from the distribution, which some values of `capture.signal` need."""
 
 
 BACKENDS: dict[BackendName, Backend] = {
@@ -44,9 +44,9 @@ class ModelSettings(Settings):
     model: str
     """A folder that `AutoModelForCausalLM.from_pretrained` loads, or a hub id."""
     revision: str | None = None
-    """The hub commit; write it down for a run that can be repeated."""
+    """The hub commit; set it for a reproducible run."""
     dtype: DType = "auto"
-    """`auto`: bfloat16 on a GPU, float32 on a CPU; a capture stays in what it was begun in."""
+    """`auto`: bfloat16 on a GPU, float32 on a CPU; a capture that resumes keeps its dtype."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models with code that you have read."""
 
@@ -55,10 +55,10 @@ class SourceSettings(ModelSettings):
     """One source LLM and the nodes it runs on."""
 
     name: str
-    """What the source is called in folders and tables."""
+    """The source's name in folders and tables."""
     backend: BackendName = "transformers"
-    """What runs the model. `vllm`, an extra of its own, spreads a model over all GPUs of an actor;
-    it gives the likeliest tokens only, no draws."""
+    """The engine that runs the model. `vllm` (`pip install rayfuse[vllm]`) spreads a model over all
+    GPUs of an actor; it gives the likeliest tokens only, no draws."""
     gpus: NonNegativeFloat | None = result_neutral(None)
     """GPUs of one actor, fractions allowed; by default 1 where a kind is named or the cluster has
     or may get any, else 0."""
@@ -83,7 +83,7 @@ class SourceSettings(ModelSettings):
         if not NAME_PATTERN.fullmatch(name):
             raise ValueError("use letters, digits, '.', '_' and '-', a letter or digit first")
         if name in RESERVED_NAMES:
-            raise ValueError(f"{', '.join(RESERVED_NAMES)} are names rayfuse uses itself")
+            raise ValueError(f"{', '.join(RESERVED_NAMES)} are names that rayfuse itself uses")
         return name
 
     @model_validator(mode="after")

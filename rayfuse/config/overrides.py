@@ -1,4 +1,4 @@
-"""A recipe's YAML and the `section.key=value` that change it, before they are settings."""
+"""Parse a recipe's YAML and apply `section.key=value` overrides, before validation."""
 
 import reprlib
 from typing import Any, cast
@@ -13,54 +13,69 @@ class RecipeError(UserError):
 
 
 def parse_yaml(text: str, what: str) -> Any:
-    """Return plain values: tags that would make anything else are refused.
+    """Parse YAML into plain values; tags that would build other objects are refused.
+
+    Args:
+        text: The YAML.
+        what: What the text is, for errors.
 
     Raises:
-        RecipeError: The text is not valid YAML.
+        RecipeError: The text is not valid YAML, or has such a tag.
     """
     try:
         return yaml.safe_load(text)
-    except Exception as error:  # a scalar that is not what its tag says raises any kind
+    except Exception as error:  # a scalar that does not fit its tag raises errors of many types
         reason = "nested too deep" if isinstance(error, RecursionError) else error
         raise RecipeError(f"{what} is not valid YAML: {reason}") from error
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one value, as `section.key=value` says.
+    """Apply one override `section.key=value` to the recipe's values, in place.
+
+    A list's items are addressed by their `name` or their index: `sources.openllama.gpus=1`.
 
     Raises:
-        RecipeError: There is no such place.
+        RecipeError: The override has another form, its value is not valid YAML, or a list has no
+            such item.
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"override {shorten(override)} is not of the form section.key=value")
     value = parse_yaml(text, f"override {shorten(override)}")
     *sections, last = key.split(".")
-    place: Any = values
+    parent: Any = values
     for depth, part in enumerate(sections):
-        place = _step_into(place, part, ".".join(sections[: depth + 1]))
-    if isinstance(place, list):
-        place = cast(list[Any], place)
-        place[_index(place, last, key)] = value
+        parent = _find_child(parent, part, ".".join(sections[: depth + 1]))
+    if isinstance(parent, list):
+        parent = cast(list[Any], parent)
+        parent[_find_item(parent, last, key)] = value
     else:
-        place[last] = value
+        parent[last] = value
 
 
-def _step_into(place: Any, part: str, key: str) -> Any:
-    if isinstance(place, list):
-        place = cast(list[Any], place)
-        inner = place[_index(place, part, key)]
+def _find_child(parent: Any, part: str, key: str) -> Any:
+    """Find the section or list under a key; a missing section is created.
+
+    Args:
+        parent: A section or a list.
+        part: The key or the item.
+        key: The path up to and including `part`, for errors.
+    """
+    if isinstance(parent, list):
+        parent = cast(list[Any], parent)
+        child = parent[_find_item(parent, part, key)]
     else:
-        inner = place.setdefault(part, {})
-    if not isinstance(inner, dict | list):
+        child = parent.setdefault(part, {})
+    if not isinstance(child, dict | list):
         raise RecipeError(
-            f"override of {key!r}: it is {shorten(inner)}, which has no keys of its own"
+            f"override of {key!r}: its value is {shorten(child)}, which has no keys; "
+            "override the value itself"
         )
-    return cast(Any, inner)
+    return cast(Any, child)
 
 
-def _index(items: list[Any], part: str, key: str) -> int:
-    """Find an item of a list by its `name` or its number."""
+def _find_item(items: list[Any], part: str, key: str) -> int:
+    """Find the index of a list's item by its `name` or its number."""
     for index, item in enumerate(items):
         if isinstance(item, dict) and cast(dict[str, Any], item).get("name") == part:
             return index
@@ -70,15 +85,20 @@ def _index(items: list[Any], part: str, key: str) -> int:
 
 
 class _Masked(reprlib.Repr):
+    """Format values for errors, with credentials replaced by `***`."""
+
     def repr_str(self, x: str, level: int) -> str:
-        return super().repr_str(SECRET_PATTERN.sub("***", x), level)  # before it is cut short
+        return super().repr_str(
+            SECRET_PATTERN.sub("***", x), level
+        )  # before it is shortened: a part of a secret would not match the pattern
 
 
-_REPR = _Masked()  # never all of it: a few aliases of YAML can stand for gigabytes
+# Limits are needed because a few YAML aliases can expand to gigabytes.
+_REPR = _Masked()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, 80, 80
 
 
 def shorten(value: object) -> str:
-    """Return a value as an error tells it: without secrets, and not all of it."""
+    """Format a value for an error message, without secrets and in at most 80 characters."""
     text = SECRET_PATTERN.sub("***", _REPR.repr(value))
     return text if len(text) <= 80 else text[:77] + "..."

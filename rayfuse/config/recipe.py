@@ -36,11 +36,11 @@ class Recipe(Settings):
     """All settings of a run."""
 
     storage: str
-    """The folder or `s3://` prefix that everything is kept under."""
+    """The folder or `s3://` prefix under which all data of the run is stored."""
     storage_retry_seconds: PositiveFloat = result_neutral(300.0)
-    """How long a request to object storage may fail again and again before the run stops."""
+    """Seconds for which a failing request to object storage is retried before the run stops."""
     seed: NonNegativeInt = 0
-    """Of the order in which rows are trained on."""
+    """The seed of the order in which rows are trained on."""
     corpus: CorpusSettings
     target: ModelSettings
     sources: Annotated[tuple[SourceSettings, ...], Field(min_length=1)]
@@ -51,7 +51,7 @@ class Recipe(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
     plan: PlanSettings = result_neutral(PlanSettings())
     fusion: Literal["default", "paper"] = "default"
-    """`paper` sets what FuseLLM's own experiments had: capture.top_k 10, align.method
+    """`paper` sets the values of FuseLLM's experiments: capture.top_k 10, align.method
     min_edit_distance, fuse.cost nats_per_token, fuse.tail renormalise, train.lambda 0.9, one choice
     per row."""
 
@@ -66,12 +66,12 @@ class Recipe(Settings):
         for (section, key), value in PAPER.items():
             given = filled.get(section, {})
             if not isinstance(given, dict):
-                continue  # wrong anyway, and said so where it is checked
+                continue  # pydantic reports the wrong type later
             part = cast(dict[str, Any], given)
             if part.get(key, value) != value:
                 raise ValueError(
-                    f"fusion paper sets {section}.{key} to {value!r}, but the recipe says "
-                    f"{part[key]!r}; remove one of the two"
+                    f"fusion paper sets {section}.{key} to {value!r}, but the recipe sets "
+                    f"it to {part[key]!r}; remove one of the two"
                 )
             filled[section] = part | {key: value}
         return filled
@@ -113,13 +113,13 @@ class Recipe(Settings):
         names = [source.name for source in sources]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"two sources are called {twice[0]!r}; give each its own name")
+            raise ValueError(f"two sources have the name {twice[0]!r}; give each its own name")
         return sources
 
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Return the full, resolved recipe as plain values that `parse_recipe` reads back.
+    """Dump the resolved recipe, defaults included, as plain values that `parse_recipe` reads back.
 
-    Without its section `plan`, which changes nothing of what is computed.
+    The section `plan` is excluded, as it does not affect what a run computes.
     """
     return recipe.model_dump(mode="json", by_alias=True, exclude={"plan"})

@@ -17,35 +17,35 @@ from rayfuse.config.base import FUSION_ONLY, Settings, Share, result_neutral
 
 
 class Ramp(Settings):
-    """A setting that moves from one value to another in the course of training."""
+    """A setting that changes from one value to another in the course of training."""
 
     start: NonNegativeFloat
     """At the first step."""
     end: NonNegativeFloat
     """At the last step."""
     shape: Literal["linear", "cosine"] = "linear"
-    """The way there: straight, or slow at both ends."""
+    """`linear`: at a constant rate; `cosine`: slower at both ends."""
 
 
 Curve = float | Ramp
-"""A setting that stays, or that moves."""
+"""A constant setting, or one that changes during training."""
 
 
 def value_at(curve: Curve, done: float) -> float:
-    """Return what a setting is at a point of training.
+    """Compute the value of a setting at a point of training.
 
     Args:
         curve: The setting.
-        done: Share of the training that is done, 0 at the first step and 1 at the last.
+        done: Completed share of the training: 0 at the first step, 1 at the last.
     """
     if not isinstance(curve, Ramp):
         return curve
-    way = done if curve.shape == "linear" else (1 - math.cos(math.pi * done)) / 2
-    return curve.start + (curve.end - curve.start) * way
+    progress = done if curve.shape == "linear" else (1 - math.cos(math.pi * done)) / 2
+    return curve.start + (curve.end - curve.start) * progress
 
 
 def describe_curve(curve: Curve) -> str:
-    """Return a setting in words."""
+    """Format a setting for logs and tables."""
     if isinstance(curve, Ramp):
         return f"{curve.start:g} to {curve.end:g} ({curve.shape})"
     return f"{curve:g}"
@@ -76,17 +76,17 @@ class TrainSettings(Settings):
     )
     """D: how far the target is from the fused distribution."""
     skew: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.1, json_schema_extra=FUSION_ONLY)
-    """Share of the fused distribution in what skewed KL compares it with."""
+    """Share of the fused distribution in the mixture that skewed KL compares it with."""
     temperature: Curve = Field(default=1.0, json_schema_extra=FUSION_ONLY)
-    """Of D, above 0; a number or a ramp, as lambda is."""
+    """Temperature of D, above 0; a number or a ramp, as for lambda."""
     baseline: bool = result_neutral(True)
     """Also train the target on the same rows, in the same order, without fusion (CLM)."""
     learning_rate: PositiveFloat = 1e-5
     """The peak, reached after the warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate goes down from its peak."""
+    """How the learning rate falls from its peak."""
     final_learning_rate_share: Share = 0.0
-    """Where a cosine or a line ends, as a share of the peak."""
+    """Final learning rate of `cosine` and `linear`, as a share of the peak."""
     warmup_share: Share = 0.008
     """Share of all steps in which the learning rate rises."""
     betas: tuple[Share, Share] = (0.9, 0.95)
@@ -149,25 +149,25 @@ class TrainSettings(Settings):
     @field_validator("clm_weight")
     @classmethod
     def _check_clm_weight(cls, value: Curve) -> Curve:
-        for each in (value.start, value.end) if isinstance(value, Ramp) else (value,):
-            if not 0 <= each <= 1:
-                raise ValueError(f"lambda is a share, but {each:g} is not between 0 and 1")
+        for point in (value.start, value.end) if isinstance(value, Ramp) else (value,):
+            if not 0 <= point <= 1:
+                raise ValueError(f"lambda is a share, but {point:g} is not between 0 and 1")
         return value
 
     @field_validator("temperature")
     @classmethod
     def _check_temperature(cls, value: Curve) -> Curve:
-        for each in (value.start, value.end) if isinstance(value, Ramp) else (value,):
-            if each <= 0:
-                raise ValueError(f"temperature {each:g} is not above 0; 1 changes nothing")
+        for point in (value.start, value.end) if isinstance(value, Ramp) else (value,):
+            if point <= 0:
+                raise ValueError(f"temperature {point:g} is not above 0; 1 changes nothing")
         return value
 
     @model_validator(mode="after")
     def _check_workers(self) -> "TrainSettings":
         if self.rows_per_step < self.num_workers:
             raise ValueError(
-                f"rows_per_step {self.rows_per_step} is below num_workers {self.num_workers}: some "
-                "would have nothing to do; raise it"
+                f"rows_per_step {self.rows_per_step} is below num_workers {self.num_workers}, so "
+                "that some workers would have no rows; raise it"
             )
         if (self.min_workers or 1) > self.num_workers:
             raise ValueError(
@@ -177,5 +177,5 @@ class TrainSettings(Settings):
 
     @property
     def is_fused(self) -> bool:
-        """Whether the sources have any weight."""
+        """Whether the sources have any weight in the loss."""
         return self.clm_weight != 1

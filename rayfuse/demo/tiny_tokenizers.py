@@ -8,7 +8,7 @@ from typing import Any, Literal
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rayfuse.models.tokenizer import SPACE_MARK
+from rayfuse.models.token_bytes import SPACE_MARK
 
 Kind = Literal["sentencepiece", "byte_level"]
 

@@ -1,4 +1,4 @@
-"""Rows into windows and padded batches."""
+"""Split rows into windows that fit a model's context, and group rows into padded batches."""
 
 from collections.abc import Iterator
 
@@ -8,14 +8,19 @@ from jaxtyping import Int
 
 
 def cut_windows(length: int, context_tokens: int | None) -> list[tuple[slice, slice]]:
-    """Return the windows that a row is scored in: of its tokens, and of the window's positions.
+    """Split a row into the windows that it is scored in.
 
-    A row that the model takes whole is one window. A longer one is several that overlap by half;
-    each position is scored once, in the first window that holds the token after it.
+    A row that fits the model's context is one window. A longer row is split into windows that
+    overlap by half. Each position is scored once: in the first window that contains the token
+    after it, which gives it at least half of the context.
 
     Args:
-        length: The row's tokens.
-        context_tokens: The most that the model takes, at least 2; None for no limit.
+        length: Tokens of the row.
+        context_tokens: The model's context length, at least 2; None for no limit.
+
+    Returns:
+        For each window, a slice of the row's tokens, and the slice of the positions in the window
+        whose scores are kept.
     """
     if context_tokens is None or length <= context_tokens:
         return [(slice(0, length), slice(0, length))]
@@ -31,7 +36,7 @@ def cut_windows(length: int, context_tokens: int | None) -> list[tuple[slice, sl
 
 
 def pad_rows(rows: list[np.ndarray]) -> Int[torch.Tensor, "batch seq_len"]:
-    """Return rows of ids as one tensor, padded on the right with id 0."""
+    """Stack rows of token ids into one tensor, padded on the right with id 0."""
     padded = np.zeros((len(rows), max(len(row) for row in rows)), dtype=np.int64)
     for index, row in enumerate(rows):
         padded[index, : len(row)] = row
@@ -39,9 +44,11 @@ def pad_rows(rows: list[np.ndarray]) -> Int[torch.Tensor, "batch seq_len"]:
 
 
 def batch_by_tokens(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Yield batches of row numbers, longest rows first, of at most `batch_tokens` with padding.
+    """Yield batches of row indices, longest rows first, so that little of a batch is padding.
 
-    A row longer than that is a batch of its own.
+    Args:
+        lengths: Tokens of each row.
+        batch_tokens: Maximum tokens of a batch, padding included. A longer row is a batch alone.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     batch: list[int] = []

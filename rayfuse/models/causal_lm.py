@@ -1,4 +1,8 @@
-"""A causal LLM as hidden states and a head, and the log-probabilities of a text."""
+"""A causal LLM, split into its body (hidden states) and its head (logits).
+
+The split lets callers compute logits for a few positions at a time: the logits of a complete batch
+of a large vocabulary would not fit a GPU's memory.
+"""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,37 +16,40 @@ from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
 from rayfuse.models.batching import pad_rows
 
-NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What errors say that a smaller batch may help against."""
+OUT_OF_MEMORY_SIGNS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""Parts of the error messages of CPU, CUDA and cuBLAS allocators that have run out of memory."""
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a family does to the head's outputs: z = cap * tanh(scale * raw / cap)."""
+    """The transform of a model family from the head's outputs to logits.
+
+    logits = cap * tanh(scale * raw / cap), or scale * raw without a cap.
+    """
 
     scale: float = 1.0
-    """Cohere and Falcon-H1 multiply, Granite divides."""
+    """Cohere and Falcon-H1 multiply by a scale, Granite divides."""
     cap: float | None = None
-    """Gemma's soft cap."""
+    """Gemma's soft cap on the logits; None for no cap."""
 
     def apply(
         self, raw: Float[torch.Tensor, "positions vocab"]
     ) -> Float[torch.Tensor, "positions vocab"]:
-        """Return the logits of the head's outputs, which may be used up."""
+        """Turn the head's outputs into logits, in place: the argument is overwritten."""
         logits = raw if self.scale == 1 else raw.mul_(self.scale)
         return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
 
     def slope(
         self, logits: Float[torch.Tensor, "positions vocab"]
     ) -> Float[torch.Tensor, "#positions #vocab"] | None:
-        """Return the derivative of the logits by the head's outputs; None where it is 1."""
+        """Compute the derivative of the logits by the head's outputs; None if it is 1."""
         if self.cap is not None:
             return (logits / self.cap).square_().neg_().add_(1).mul_(self.scale)
         return None if self.scale == 1 else logits.new_full((1, 1), self.scale)
 
 
 def read_transform(config: Any) -> LogitTransform:
-    """Return what a model's configuration says of its logits."""
+    """Read the logit transform from a model's configuration, under the keys of all families."""
     text = config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0)
     scale *= float(getattr(text, "lm_head_multiplier", None) or 1.0)
@@ -52,13 +59,14 @@ def read_transform(config: Any) -> LogitTransform:
 
 @dataclass(frozen=True)
 class CausalLM:
-    """A Hugging Face causal LLM, taken apart at its head."""
+    """A Hugging Face causal LLM, split before its head."""
 
     model: nn.Module
+    """The complete model; body and head are parts of it."""
     body: nn.Module
-    """ids -> hidden states, the final norm included."""
+    """Token ids to hidden states, the final norm included."""
     head: nn.Linear
-    """hidden states -> logits, but for the transform."""
+    """Hidden states to logits, without the transform."""
     transform: LogitTransform = LogitTransform()
 
     def hidden_states(
@@ -66,54 +74,55 @@ class CausalLM:
         token_ids: Int[torch.Tensor, "batch seq_len"],
         position_ids: Int[torch.Tensor, "batch seq_len"] | None = None,
     ) -> Float[torch.Tensor, "batch seq_len width"]:
-        """Return the head's inputs. Pad on the right: causal attention never looks there.
+        """Compute the head's inputs.
 
         Args:
-            token_ids: The sequences.
-            position_ids: Each token's place in its row, where a sequence holds several; see
-                `keeps_rows_apart`.
+            token_ids: The sequences, padded on the right: causal attention never reads the padding,
+                so that no mask is needed.
+            position_ids: The position of each token in its row, if sequences contain several rows;
+                see `keeps_rows_apart`. None for one row per sequence.
         """
-        places = {} if position_ids is None else {"position_ids": position_ids}
-        return self.body(input_ids=token_ids, use_cache=False, **places).last_hidden_state
+        positions = {} if position_ids is None else {"position_ids": position_ids}
+        return self.body(input_ids=token_ids, use_cache=False, **positions).last_hidden_state
 
     def logits(
         self, hidden: Float[torch.Tensor, "positions width"]
     ) -> Float[torch.Tensor, "positions vocab"]:
-        """Return the logits in float32 (or wider), without gradients."""
+        """Compute logits in float32 (or wider), for use without gradients."""
         raw = self.head(hidden)
         return self.transform.apply(raw.to(torch.promote_types(raw.dtype, torch.float32)))
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.head.weight.device
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that a device's or the host's memory is full."""
+    """Recognise an out-of-memory error, of a GPU or of the host."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return any(sign in str(error) for sign in NO_MEMORY)
+    return any(sign in str(error) for sign in OUT_OF_MEMORY_SIGNS)
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:
-    """Return the torch dtype of a recipe's `dtype`; `auto` goes by the device."""
+    """Look up a recipe's `dtype`; `auto` is float32 on a CPU and bfloat16 on a GPU."""
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     return cast(torch.dtype, getattr(torch, dtype))
 
 
 def load_causal_lm(settings: ModelSettings, device: str) -> CausalLM:
-    """Load the LLM of a folder or a hub id, from safetensors only, in evaluation mode.
+    """Load an LLM from safetensors, in evaluation mode.
 
     Args:
-        settings: The model, its revision and its dtype; see `resolve_dtype`.
+        settings: A folder or hub id, its revision and its dtype; see `resolve_dtype`.
         device: A torch device, such as `cuda` or `cpu`.
 
     Raises:
-        UserError: It cannot be loaded, or its logits are not its head applied to its body.
+        UserError: The model cannot be loaded, or `split_head` refuses it.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM  # takes seconds; only loading needs it
 
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -131,10 +140,15 @@ def load_causal_lm(settings: ModelSettings, device: str) -> CausalLM:
 
 
 def split_head(model: Any, *, name: str) -> CausalLM:
-    """Return a model taken apart at its head, after checking that nothing comes behind it.
+    """Split a model before its head, and check by a forward pass that the parts give its logits.
+
+    Args:
+        model: A Hugging Face causal LLM.
+        name: The model's name in errors.
 
     Raises:
-        UserError: The model has no linear head on top of a body, or changes the head's logits.
+        UserError: The model has no linear head on top of a body, or transforms the head's outputs
+            in a way that `read_transform` does not know.
     """
     head, body = model.get_output_embeddings(), model.base_model
     if not isinstance(head, nn.Linear) or body is model:
@@ -150,25 +164,26 @@ def split_head(model: Any, *, name: str) -> CausalLM:
     if logits.shape != ours.shape or not torch.allclose(logits, ours, rtol=0.02, atol=0.02):
         raise UserError(
             f"model is {name!r}, whose logits are not its head applied to its last hidden state, "
-            "scaled and capped as its config.json says; rayfuse cannot use this family yet"
+            "scaled and capped as config.json sets; rayfuse does not support this family yet"
         )
     return parts
 
 
 @torch.no_grad()
 def keeps_rows_apart(lm: CausalLM) -> bool:
-    """Return whether rows in one sequence do not see one another, if their positions restart.
+    """Check that rows packed into one sequence do not attend to each other.
 
-    Tried out: attention goes by position ids in most families, by other means in some (ALiBi).
+    The transformers library derives the attention mask from position ids that restart at 0 in most
+    families, but not in all (ALiBi). Therefore a forward pass compares packed rows with rows alone.
     """
     rows = [torch.arange(1, 8, device=lm.device), torch.arange(3, 12, device=lm.device)]
-    places = [torch.arange(len(row), device=lm.device) for row in rows]
+    positions = [torch.arange(len(row), device=lm.device) for row in rows]
     was_training = lm.model.training
     lm.model.eval()
     try:
-        packed = lm.hidden_states(torch.cat(rows)[None], torch.cat(places)[None])[0]
+        packed = lm.hidden_states(torch.cat(rows)[None], torch.cat(positions)[None])[0]
         alone = torch.cat([lm.hidden_states(row[None])[0] for row in rows])
-    except TypeError:  # it takes no position ids
+    except TypeError:  # the model has no position ids
         return False
     finally:
         lm.model.train(was_training)
@@ -179,12 +194,15 @@ def keeps_rows_apart(lm: CausalLM) -> bool:
 def next_token_logprobs(
     lm: CausalLM, rows: list[np.ndarray], chunk_positions: int
 ) -> list[Float[np.ndarray, " _"]]:
-    """Return the log-probability of each row's next tokens, 0 at the row's last position.
+    """Compute the log-probability of the next token at every position of a batch of rows.
 
     Args:
         lm: The LLM.
-        rows: Token ids of each row, one batch.
-        chunk_positions: Positions whose logits exist at a time.
+        rows: Token ids of each row.
+        chunk_positions: Positions whose logits are in memory at a time.
+
+    Returns:
+        For each row, natural logs by position; 0 at the last position, which has no next token.
     """
     token_ids = pad_rows(rows).to(lm.device)
     results = [np.zeros(len(row)) for row in rows]

@@ -1,4 +1,4 @@
-"""What can be told of a model from its files alone, before any weights are loaded."""
+"""Read a model's files without loading its weights: identity, context length, configuration."""
 
 import hashlib
 import json
@@ -11,36 +11,38 @@ from rayfuse.config.base import UserError, first_line
 from rayfuse.config.models import ModelSettings
 from rayfuse.models.tokenizer import TextTokenizer, check_folder, load_tokenizer
 
-WHOLE_HASH_BYTES = 64 * 2**20
-"""Weights up to this size are hashed whole; of larger files, 64 spread blocks of 1 MiB."""
+MAX_FULL_HASH_BYTES = 64 * 2**20
+"""Files up to this size are hashed completely; of larger files, 64 blocks of 1 MiB at equal
+distances."""
 
 PLAIN_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
-"""A model's files besides its weights."""
+"""Patterns of a model's files besides its weights."""
 
-BOOKKEEPING = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
-"""Keys of a config that say where a model comes from and how it is stored."""
+IGNORED_KEYS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+"""Keys of config.json that describe where a model comes from and how it is stored."""
 
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+"""Keys of config.json that limit the context length, in different families."""
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What tells a model from another, and what it can take."""
+    """The identity and the limits of a model."""
 
     identity: str
-    """Hash of the weights and the config of a folder; the commit of a hub model."""
+    """Hash of a folder's weights and config.json; id and commit of a hub model."""
     head_width: int
-    """Rows of the head: logits per position."""
+    """Logits per position; may exceed the tokenizer's vocabulary by padding."""
     context_tokens: int | None
-    """The longest row it takes, where its config says."""
+    """Context length; None if config.json does not limit it."""
     num_bytes: int
-    """Of its weights; 1 where nobody has counted them."""
+    """Bytes of the weights; 1 for a hub model, whose weights are not downloaded to count them."""
     config: dict[str, Any]
-    """Its config.json."""
+    """The content of config.json."""
 
 
 def load_recipe_tokenizer(settings: ModelSettings) -> TextTokenizer:
-    """Return the tokenizer of a recipe's model.
+    """Load the tokenizer of a recipe's model.
 
     Raises:
         UserError: As for `load_tokenizer`.
@@ -49,11 +51,16 @@ def load_recipe_tokenizer(settings: ModelSettings) -> TextTokenizer:
 
 
 def check_model(settings: ModelSettings, max_tokens: int, *, role: str) -> ModelFiles:
-    """Return what a model's files say, once it is clear that it can be used.
+    """Read a model's files and check that a run can use the model.
+
+    Args:
+        settings: The model.
+        max_tokens: Maximum length of a row.
+        role: `target` or the source's name, for errors.
 
     Raises:
         UserError: The model is missing, has no safetensors, has fewer logits than its tokenizer
-            has ids, or takes no rows of `max_tokens`.
+            has ids, or has a context shorter than `max_tokens`.
     """
     try:
         files = read_model_files(settings.model, settings.revision)
@@ -63,22 +70,23 @@ def check_model(settings: ModelSettings, max_tokens: int, *, role: str) -> Model
     if files.head_width < vocab_size:
         raise UserError(
             f"{role}: model is {settings.model!r}, whose tokenizer has {vocab_size} ids but whose "
-            f"head gives only {files.head_width} logits; the tokenizer is another model's"
+            f"head gives only {files.head_width} logits; use the tokenizer of this model"
         )
     if files.context_tokens is not None and files.context_tokens < max_tokens:
         raise UserError(
-            f"corpus.max_tokens is {max_tokens}, more than the {files.context_tokens} tokens that "
-            f"{role} {settings.model!r} takes; use <= {files.context_tokens}"
+            f"corpus.max_tokens is {max_tokens}, more than the context of {files.context_tokens} "
+            f"tokens of {role} {settings.model!r}; use <= {files.context_tokens}"
         )
     return files
 
 
 @lru_cache(maxsize=16)
 def read_model_files(model: str, revision: str | None) -> ModelFiles:
-    """Return what the files of a folder or hub id say of a model.
+    """Read the files of a folder, or the config.json of a hub model.
 
     Raises:
-        UserError: There is no such folder or id, or it holds no config or no safetensors.
+        UserError: The folder or the hub id does not exist, or a folder has no config.json or no
+            safetensors.
     """
     folder = Path(model).expanduser()
     check_folder(model)
@@ -94,25 +102,26 @@ def read_model_files(model: str, revision: str | None) -> ModelFiles:
 
 
 def find_difference(ours: ModelFiles, theirs: ModelFiles) -> str | None:
-    """Return why two models' weights mean different things, by their configs; None if they do not.
+    """Find a reason in two models' configs why their weights cannot be averaged; None without one.
 
-    Their tokenizers are for the caller to compare.
+    Their tokenizers are not compared.
     """
     keys = ours.config.keys() | theirs.config.keys()
-    for key in ["model_type", *sorted(filter(_is_of_weights, keys))]:
+    for key in ["model_type", *sorted(filter(_affects_weights, keys))]:
         own, other = ours.config.get(key), theirs.config.get(key)
         if own != other:
             return f"its {key} is {other!r}, not {own!r}"
     return None
 
 
-def _is_of_weights(key: str) -> bool:
-    """Return whether a key of a config says what weights there are, or what they mean."""
-    is_of_use = key in BOOKKEEPING or key.endswith("_token_id") or key == "use_cache"
-    return not is_of_use and "dropout" not in key and not key.endswith("pdrop")
+def _affects_weights(key: str) -> bool:
+    """Check if a key of config.json determines which weights exist or how they are used."""
+    is_irrelevant = key in IGNORED_KEYS or key.endswith("_token_id") or key == "use_cache"
+    return not is_irrelevant and "dropout" not in key and not key.endswith("pdrop")
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], str]:
+    """Read the config and the identity of a model in a folder."""
     weights = sorted(folder.glob("*.safetensors"))
     if not weights or not (folder / "config.json").is_file():
         raise UserError(
@@ -125,26 +134,27 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def _read_hub(model: str, revision: str | None) -> tuple[dict[str, Any], str]:
-    from huggingface_hub import hf_hub_download
+    """Read the config and the identity of a hub model; downloads config.json alone."""
+    from huggingface_hub import hf_hub_download  # models in folders do not need it
 
     try:
         path = Path(hf_hub_download(model, "config.json", revision=revision))
-    except Exception as error:  # the hub's errors share no class
+    except Exception as error:  # errors of the hub have no common base class
         reason = first_line(error)
         raise UserError(
-            f"model is {model!r}, which is no folder here and cannot be had from the hub "
+            f"model is {model!r}, which is not a local folder and cannot be read from the hub "
             f"({reason}); check the name, or log in if it is gated"
         ) from error
-    # The cache keeps a file under snapshots/COMMIT/: the commit is what the id stood for.
+    # The hub's cache stores files under snapshots/COMMIT/. A branch may move; the commit is fixed.
     return json.loads(path.read_bytes()), f"{model}@{path.parent.name}"
 
 
 def find_folder(settings: ModelSettings) -> Path:
-    """Return the folder that a model's files lie in; those of the hub are fetched first."""
+    """Find the folder of a model's files; downloads those of a hub model first."""
     folder = Path(settings.model).expanduser()
     if folder.is_dir():
         return folder
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # models in folders do not need it
 
     patterns = ["*.safetensors", *PLAIN_FILES]
     return Path(
@@ -153,11 +163,11 @@ def find_folder(settings: ModelSettings) -> Path:
 
 
 def hash_file(path: Path) -> str:
-    """Return a hash of a file, of large ones of 64 spread blocks."""
+    """Hash a file: size and content, or 64 blocks of the content if it is large."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
-        if size <= WHOLE_HASH_BYTES:
+        if size <= MAX_FULL_HASH_BYTES:
             digest.update(file.read())
         else:
             for block in range(64):

@@ -1,4 +1,4 @@
-"""Which files documents come from: they are listed, opened, and asked whether they changed."""
+"""List the files of documents, open them, and detect that one has changed since."""
 
 import glob
 import gzip
@@ -34,7 +34,7 @@ PACKED_SUFFIXES = (".gz", ".zst")
 BUFFER_BYTES = 1 << 20
 
 VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
-"""What file systems call that which changes when a file does, best first."""
+"""Keys in a file system's records whose value changes when the file does, the most exact first."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,19 @@ class InputFile:
 
     @property
     def is_packed(self) -> bool:
-        """The text is longer than the file by an unknown factor."""
+        """Whether the file is compressed, so that its size does not give the length of the text."""
         return self.format in ("parquet", "dataset") or self.path.endswith(PACKED_SUFFIXES)
 
 
 def list_inputs(settings: DocumentsSettings, setting: str) -> list[InputFile]:
-    """Return the files that a recipe's documents stand for, sorted by path.
+    """List the files of one entry of a `documents` setting, sorted by path.
 
     Args:
         settings: One entry of `documents`.
         setting: Its name in the recipe, for errors.
 
     Raises:
-        UserError: There are none, or a file's name does not say what it is.
+        UserError: There are no files, or the format of a file is not clear from its name.
     """
     if settings.format == "dataset" or is_saved_dataset(settings.path):
         return [InputFile(settings.path, "dataset", 0, _version_of_dataset(settings), settings)]
@@ -73,7 +73,7 @@ def list_inputs(settings: DocumentsSettings, setting: str) -> list[InputFile]:
         kind = settings.format if settings.format != "auto" else _format_of(path)
         if kind is None and path == settings.path:
             raise UserError(
-                f"{setting} is {path!r}, whose name does not say what it is; "
+                f"{setting} is {path!r}, a name without a known format; "
                 "set format: jsonl, parquet, text or dataset"
             )
         if kind is not None:
@@ -88,21 +88,23 @@ def list_inputs(settings: DocumentsSettings, setting: str) -> list[InputFile]:
 
 
 def check_unchanged(file: InputFile) -> None:
-    """Do nothing where a file is still the one that was listed.
+    """Check that a file is the one that was listed.
 
     Raises:
-        UserError: It has changed, or is gone.
-        OSError: Its storage cannot be asked.
+        UserError: The file has changed or is missing.
+        OSError: The storage cannot be reached.
     """
     remedy = (
-        "start again: changed documents make a new corpus, and what was made of the others stays"
+        "start the run again: changed documents make a new corpus, data of other corpora is kept"
     )
-    if not file.num_bytes and not file.version:  # the listing told nothing
+    if not file.num_bytes and not file.version:  # the listing had no information to compare
         return
     try:
         num_bytes, version = _look_up(file)
     except FileNotFoundError as error:
-        raise UserError(f"documents {file.path} are gone since the run began; {remedy}") from error
+        raise UserError(
+            f"documents {file.path} are missing since the run began; {remedy}"
+        ) from error
     if (num_bytes, version) != (file.num_bytes, file.version):
         raise UserError(
             f"documents {file.path} have changed since the run began ({num_bytes} bytes of version "
@@ -111,7 +113,7 @@ def check_unchanged(file: InputFile) -> None:
 
 
 def _look_up(file: InputFile) -> tuple[int, str]:
-    """Return the bytes and the version that a file has now."""
+    """Look up the current size and version of a file."""
     if file.format == "dataset":
         return 0, _version_of_dataset(file.settings)
     if "://" not in file.path:
@@ -119,17 +121,18 @@ def _look_up(file: InputFile) -> tuple[int, str]:
         return stat.st_size, str(stat.st_mtime_ns)
     fs, path = fsspec.url_to_fs(file.path)
     fs.invalidate_cache()
-    key = file.version.partition("=")[0]  # listings and records of one file know different ones
+    key = file.version.partition("=")[0]  # compare under the key that the listing had
     return _describe(fs.info(path), (key,))
 
 
 def is_saved_dataset(path: str) -> bool:
-    """Return whether a folder is what `save_to_disk` of Hugging Face's datasets leaves."""
+    """Recognise a folder written by `save_to_disk` of Hugging Face's datasets."""
     folder = Path(path)
     return (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def _version_of_dataset(settings: DocumentsSettings) -> str:
+    """Name the version of a data set: its files' times, or for the hub only the split."""
     if not is_saved_dataset(settings.path):
         return settings.split
     files = sorted(Path(settings.path).rglob("*"))
@@ -137,6 +140,7 @@ def _version_of_dataset(settings: DocumentsSettings) -> str:
 
 
 def _format_of(path: str) -> Format | None:
+    """Look up the format of a file by its suffix, before .gz or .zst; None if unknown."""
     name = posixpath.basename(path)
     for suffix in PACKED_SUFFIXES:
         name = name.removesuffix(suffix)
@@ -144,25 +148,29 @@ def _format_of(path: str) -> Format | None:
 
 
 def _list_local(path: str) -> list[tuple[str, int, str]]:
-    """Return path, bytes and version of local files. Links to files are followed, wherever they
-    lead (a hub cache's folders hold nothing else), links to folders are not."""
-    place = Path(path).expanduser()
-    if place.is_dir():
-        found = list(place.rglob("*"))
-    elif place.is_file():
-        found = [place]
+    """List path, size and version of the local files below a folder or matching a pattern.
+
+    Links to files are followed (a folder of the hub's cache contains only links), links to folders
+    are not.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        found = list(local.rglob("*"))
+    elif local.is_file():
+        found = [local]
     else:
-        root = Path(place.anchor or ".")
-        pattern = str(place.relative_to(place.anchor)) if place.anchor else str(place)
+        root = Path(local.anchor or ".")
+        pattern = str(local.relative_to(local.anchor)) if local.anchor else str(local)
         found = list(root.glob(pattern))
     for file in found:
         if file.is_symlink() and not file.exists() and _format_of(str(file)):
-            raise UserError(f"documents {file} are a link to nothing; restore or remove it")
+            raise UserError(f"documents {file} are a broken link; restore its file or remove it")
     stats = ((str(file), file.stat()) for file in found if file.is_file())
     return [(name, stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats]
 
 
 def _list_uri(uri: str) -> list[tuple[str, int, str]]:
+    """List path, size and version of the files below a URI or matching a pattern."""
     fs, path = fsspec.url_to_fs(uri)
     fs.invalidate_cache()
     protocol = uri.partition("://")[0]
@@ -176,7 +184,7 @@ def _list_uri(uri: str) -> list[tuple[str, int, str]]:
 
 
 def _describe(info: dict[str, Any], keys: tuple[str, ...] = VERSION_KEYS) -> tuple[int, str]:
-    """Return the bytes and the version, KEY=VALUE, in a file system's record of a file."""
+    """Extract size and version, the latter as KEY=VALUE, from a file system's record of a file."""
     versions = (f"{key}={_to_plain(info[key])}" for key in keys if info.get(key))
     return info["size"] or 0, next(versions, "")
 
@@ -187,7 +195,7 @@ def _to_plain(version: object) -> object:
 
 @contextmanager
 def open_input(path: str) -> Iterator[Any]:
-    """Open a local file or URI as bytes, unpacked if its name ends in .gz or .zst."""
+    """Open a local file or URI as bytes, decompressed if its name ends in .gz or .zst."""
     with _open_raw(path) as raw:
         if path.endswith(".gz"):
             with gzip.open(raw, "rb") as stream:
@@ -206,5 +214,5 @@ def _open_raw(path: str) -> Any:
     if "://" not in path:
         return open(path, "rb", BUFFER_BYTES)
     fs, name = fsspec.url_to_fs(path)
-    # Files of fsspec cannot stop in the middle of a line.
+    # The buffer adds `readline(size)`: fsspec's own files read lines of any length.
     return io.BufferedReader(fs.open(name, "rb"), BUFFER_BYTES)

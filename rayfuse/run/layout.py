@@ -82,7 +82,7 @@ class Layout:
     evaluation: EvaluationFiles
 
     def input_fingerprint(self) -> str:
-        """Hash the names of everything that is reported on."""
+        """Hash the names of all results in the report."""
         results = sorted(self.evaluation.list_files())
         return fingerprint_of(evaluations=results, runs=[run.folder for run in self.runs])
 
@@ -105,7 +105,7 @@ def name_folders(recipe: Recipe, found: Prepared) -> Layout:
 
     Args:
         recipe: The recipe.
-        found: What checking it found.
+        found: The result of `check_recipe`.
     """
     store, target = found.store, found.tokenizers[TARGET]
     corpus = place_rows(store, "", found.corpus.segmentation.fingerprint, target)

@@ -30,7 +30,7 @@ class AlignFacts:
     """
 
     version: int
-    """Of the alignment's code."""
+    """The version of the alignment's code."""
     check_pair: Callable[[TextTokenizer, TextTokenizer], None]
     """Raises UserError if a source's and the target's tokenizer cannot be aligned."""
 
@@ -45,7 +45,7 @@ class SplitDocuments:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What checking a recipe found: everything that decides the names of its folders."""
+    """The result of checking a recipe: all inputs of the folder names."""
 
     store: Store
     models: dict[str, ModelFiles]

@@ -55,7 +55,7 @@ def test_a_dumped_recipe_reads_back_as_the_same_recipe():
         ("capture.top_k", "many", r"capture.top_k is 'many': input should be a valid integer"),
         ("align.method", "magic", r"align.method is 'magic': input should be 'bytes'"),
         ("sources.0.name", "../x", r"sources.0.name is '../x': use letters"),
-        ("sources.0.name", "fused", r"are names rayfuse uses itself"),
+        ("sources.0.name", "fused", r"are names that rayfuse itself uses"),
         ("train.rows_per_step", 129, None),
         (
             "train",
@@ -92,7 +92,7 @@ def test_draws_are_refused_for_a_backend_that_makes_none(signal):
 
 def test_two_sources_of_one_name_are_refused():
     values = with_setting("sources", [{"name": "a", "model": "m"}, {"name": "a", "model": "n"}])
-    with pytest.raises(RecipeError, match="two sources are called 'a'"):
+    with pytest.raises(RecipeError, match="two sources have the name 'a'"):
         parse_recipe(values)
 
 

@@ -51,7 +51,7 @@ CHANGES: list[Callable[[Path], None]] = [
     cut_in_half,
     Path.unlink,
 ]
-REMEDY = r"d\.jsonl.* (have changed|are gone) since the run began.*; start again"
+REMEDY = r"d\.jsonl.* (have changed|are missing) since the run began.*; start the run again"
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -130,7 +130,7 @@ def test_fault_33_a_changed_file_of_a_uri_stops_the_run(scheme, tmp_path):
         list(read_documents(file, MAX_BYTES))
     fs, path = fsspec.url_to_fs(uri)
     fs.rm(path)
-    with pytest.raises(ValueError, match=r"are gone since the run began"):
+    with pytest.raises(ValueError, match=r"are missing since the run began"):
         list(read_documents(file, MAX_BYTES))
 
 

@@ -112,5 +112,5 @@ def test_a_path_without_documents_is_refused(tmp_path):
 
 def test_a_file_of_unknown_kind_is_refused(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"whose name does not say what it is; set format"):
+    with pytest.raises(ValueError, match=r"a name without a known format; set format"):
         read_all(tmp_path / "a.bin")

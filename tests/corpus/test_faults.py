@@ -305,5 +305,5 @@ def test_fault_29_links_to_files_are_read_and_links_to_folders_are_not(tmp_path)
 def test_fault_29_a_link_to_nothing_is_an_error_and_no_missing_document(target, tmp_path):
     (tmp_path / "a.txt").symlink_to(tmp_path / target)
     (tmp_path / "b.txt").write_text("text")
-    with pytest.raises(ValueError, match=r"a.txt are a link to nothing; restore or remove it"):
+    with pytest.raises(ValueError, match=r"a.txt are a broken link; restore its file or remove it"):
         list_files(tmp_path)

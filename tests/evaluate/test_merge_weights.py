@@ -151,7 +151,7 @@ def test_sources_that_are_not_heard_are_not_in_the_ensemble(tmp_path: Path):
     some = plan(tmp_path, folders, target, fuse={"weights": {"b": 0}})
     assert list(every.token_nll) == ["a", "b", "c"]
     assert list(some.token_nll) == ["a", "c"]
-    assert some.evaluations["a"] == every.evaluations["a"]
-    assert some.evaluations["ensemble"] != every.evaluations["ensemble"]
+    assert some.evaluation.scores["a"] == every.evaluation.scores["a"]
+    assert some.evaluation.scores["ensemble"] != every.evaluation.scores["ensemble"]
     turned = plan(tmp_path, dict(reversed(folders.items())), target)
-    assert turned.evaluations["ensemble"] == every.evaluations["ensemble"]
+    assert turned.evaluation.scores["ensemble"] == every.evaluation.scores["ensemble"]

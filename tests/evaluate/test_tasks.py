@@ -270,8 +270,8 @@ def test_an_unknown_task_is_named_with_the_nearest(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["a", "a"], "the task 'a' is there twice"),
-        (["../a.yaml"], "is no task's name; give a folder"),
+        (["a", "a"], "the task 'a' is listed twice"),
+        (["../a.yaml"], "is not a task name; give a folder"),
         ([], "at least 1 item"),
     ],
 )

@@ -1,8 +1,8 @@
-"""Rows longer than a model takes are scored in windows, each position once."""
+"""Rows longer than the context are scored in windows, each position once."""
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayfuse.capture.engines.transformers_engine import TransformersEngine
@@ -14,8 +14,9 @@ from rayfuse.models.files import load_recipe_tokenizer
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_tokenizer, tiny_config
 
 
+@settings(deadline=None)
 @given(st.integers(0, 300), st.one_of(st.none(), st.integers(2, 60)))
-def test_windows_hold_each_position_once_with_the_token_after_it(length, context):
+def test_windows_score_each_position_once_together_with_the_next_token(length, context):
     windows = cut_windows(length, context)
     scored = [
         position
@@ -32,7 +33,7 @@ def test_windows_hold_each_position_once_with_the_token_after_it(length, context
 
 @pytest.fixture
 def model(tmp_path) -> ModelSettings:
-    """Return a GPT-2, which has no place beyond 64 tokens."""
+    """Create a GPT-2 with a context of 64 tokens."""
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_config(tiny_config("gpt2", 300, context=64)).save_pretrained(tmp_path)
@@ -41,7 +42,7 @@ def model(tmp_path) -> ModelSettings:
 
 
 @pytest.mark.parametrize("signal", ["top_k", "top_k_and_sampled_tail"])
-def test_a_long_row_has_the_records_of_its_windows(model, signal):
+def test_captured_records_of_a_long_row_equal_those_of_its_windows(model, signal):
     engine = TransformersEngine(model, CaptureSettings(signal=signal, top_k=4))
     row = load_recipe_tokenizer(model).encode_rows(["".join(SAMPLE)], [True])[0][:150]
     record, short = engine.score_rows([row, row[:50]])
@@ -58,7 +59,7 @@ def test_a_long_row_has_the_records_of_its_windows(model, signal):
     assert len(short.top_ids) == 50
 
 
-def test_a_long_text_is_paid_for_in_windows(model):
+def test_nll_of_a_long_row_equals_the_captured_log_probabilities(model):
     import pyarrow as pa
 
     lm, tokenizer = load_scored_model(model), load_recipe_tokenizer(model)

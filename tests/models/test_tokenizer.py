@@ -1,4 +1,4 @@
-"""Tokenizer files that are damaged or not there: the message names them and says what to do."""
+"""Errors for corrupt and missing tokenizer files, and control tokens in text."""
 
 import json
 import shutil
@@ -12,18 +12,20 @@ from tests.fakes import byte_level_tokenizer, save_tokenizer
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory) -> Path:
+def valid(tmp_path_factory) -> Path:
+    """Create a folder with a valid tokenizer."""
     folder = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(byte_level_tokenizer(300), folder, bos="<|end|>", eos="<|end|>")
     return folder
 
 
-def without(content: bytes, *keys: str) -> bytes:
-    return json.dumps({k: v for k, v in json.loads(content).items() if k not in keys}).encode()
+def remove_keys(content: bytes, *keys: str) -> bytes:
+    values = json.loads(content)
+    return json.dumps({key: values[key] for key in values if key not in keys}).encode()
 
 
-DAMAGES = {
-    "cut off": lambda content: content[: len(content) // 2],
+CORRUPTIONS = {
+    "truncated": lambda content: content[: len(content) // 2],
     "no UTF-8": lambda content: b"\xff" + content,
     "empty": lambda content: b"",
     "a list": lambda content: b"[1, 2]",
@@ -32,12 +34,12 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_named(name, damage, sound, tmp_path):
-    folder = shutil.copytree(sound, tmp_path / "broken")
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_error_names_a_corrupt_file(name, corruption, valid, tmp_path):
+    folder = shutil.copytree(valid, tmp_path / "corrupt")
     path = folder / name
-    path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    with pytest.raises(ValueError, match=rf"{name} is damaged .*save it again") as error:
+    path.write_bytes(CORRUPTIONS[corruption](path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"{name} is corrupt .*save it again") as error:
         load_tokenizer(str(folder))
     assert str(path) in str(error.value)
 
@@ -45,7 +47,7 @@ def test_a_damaged_file_is_named(name, damage, sound, tmp_path):
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("tokenizer.json", lambda content: without(content, "model")),
+        ("tokenizer.json", lambda content: remove_keys(content, "model")),
         (
             "tokenizer.json",
             lambda content: b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
@@ -54,23 +56,23 @@ def test_a_damaged_file_is_named(name, damage, sound, tmp_path):
         ("tokenizer_config.json", lambda c: c.replace(b'"<|end|>"', b"12")),
     ],
 )
-def test_a_file_of_another_structure_is_named(name, change, sound, tmp_path):
-    folder = shutil.copytree(sound, tmp_path / "broken")
+def test_error_names_a_file_with_an_unexpected_structure(name, change, valid, tmp_path):
+    folder = shutil.copytree(valid, tmp_path / "corrupt")
     path = folder / name
     before = path.read_bytes()
     path.write_bytes(change(before))
     assert path.read_bytes() != before
-    with pytest.raises(ValueError, match=rf"{name} is damaged .*save it again"):
+    with pytest.raises(ValueError, match=rf"{name} is corrupt .*save it again"):
         load_tokenizer(str(folder))
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "a/b/c"])
-def test_a_folder_that_is_not_there_is_called_one(model):
+def test_model_that_looks_like_a_path_must_be_a_folder(model):
     with pytest.raises(ValueError, match=r"a folder that does not exist; check the path"):
         load_tokenizer(model)
 
 
-def spells_its_markers(model: models.Model) -> Tokenizer:
+def build_with_control_tokens(model: models.Model) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<s>", "[UNK]"])
@@ -90,10 +92,10 @@ WORDS = {"[UNK]": 0, "<s>": 1, "<": 2, "s": 3, ">": 4, "s>": 5, "the": 6}
     ],
     ids=lambda model: type(model).__name__,
 )
-def test_no_model_spells_a_marker_in_a_text_with_its_control_token(model):
-    plain = spells_its_markers(model)
+def test_text_is_never_encoded_as_a_control_token(model):
+    plain = build_with_control_tokens(model)
     plain.encode_special_tokens = True
-    assert 1 in plain.encode("<s>").ids  # this one does, left to itself
+    assert 1 in plain.encode("<s>").ids  # the model alone does so, whatever the flag
     tokenizer = build_tokenizer(plain.to_str(), start_id=1, eos_id=None)
     (ids,) = tokenizer.encode(["the <s> the"])
     assert 1 not in ids.tolist()

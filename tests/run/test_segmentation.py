@@ -90,7 +90,7 @@ def test_a_source_with_another_tokenizer_is_captured_on_the_rows_that_are_there(
     assert longest(later.captured["fine"], "token_ids") > 100  # rows are cut for coarser ones
     assert later.aligned["fine"].is_complete()
     assert later.runs[1] == first.runs[1]  # plain continued training is not repeated
-    assert later.evaluations["a"] == first.evaluations["a"]
+    assert later.evaluation.scores["a"] == first.evaluation.scores["a"]
 
 
 @pytest.mark.ray
