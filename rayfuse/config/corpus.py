@@ -12,10 +12,10 @@ from rayfuse.config.base import Settings, result_neutral
 
 
 class DocumentsSettings(Settings):
-    """Where documents lie and how they are read."""
+    """Where documents are stored and how they are read."""
 
     path: str
-    """A file, a folder, a pattern such as `s3://bucket/*.parquet`, or a data set of the hub."""
+    """A file, a folder, a pattern such as `s3://bucket/*.parquet`, or a data set on the hub."""
     format: Literal["auto", "jsonl", "parquet", "text", "dataset"] = "auto"
     """`auto`: by the file's name. `dataset`: a Hugging Face data set, a folder or a hub id."""
     text: str = "text"
@@ -27,7 +27,7 @@ class DocumentsSettings(Settings):
 
 
 def _list_documents(value: object) -> object:
-    """Let `documents: PATH` and `documents: [PATH, {path: PATH, ...}]` be written short."""
+    """Expand the short forms `documents: PATH` and `documents: [PATH, {path: PATH, ...}]`."""
     items = cast(list[object], value) if isinstance(value, list) else [value]
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
@@ -45,12 +45,12 @@ class CorpusSettings(Settings):
     documents: Documents
     """The text to learn from."""
     max_tokens: Annotated[int, Field(ge=16)] = 2048
-    """Tokens in a row at most, counted by every tokenizer of the recipe, specials included."""
+    """Maximum tokens of a row, by the count of every tokenizer, special tokens included."""
     shard_tokens: PositiveInt = 1_000_000
-    """About how many tokens go into one shard, counted as four bytes of text each."""
+    """Approximate tokens of a shard, estimated at four bytes of text per token."""
     max_document_bytes: PositiveInt = 50_000_000
     """Documents longer than this are rejected: a dump that lost its line ends, most likely."""
     resplit: bool = result_neutral(False)
-    """Cut the documents for the tokenizers of this recipe even where they are cut already, for
-    another. By default they stay as they were first captured: a source or target that comes later
-    may then need more than max_tokens for a row, and what is captured keeps its use."""
+    """Split the documents for the tokenizers of this recipe, even if they were split for another
+    recipe. By default the first segmentation is reused, so that captured data stays valid; a source
+    or target that is added later may then need more than max_tokens for a row."""

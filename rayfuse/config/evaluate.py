@@ -18,19 +18,19 @@ TASK_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
 class TasksSettings(Settings):
-    """What models are asked besides held-out text, by lm-eval (`pip install rayfuse[tasks]`)."""
+    """Benchmark tasks that models are scored on by lm-eval (`pip install rayfuse[tasks]`)."""
 
     names: Annotated[tuple[str, ...], Field(min_length=1)]
     """Tasks, groups of tasks or tags: those of `folder`, or lm-eval's own, which come from the hub.
-    A group is one score, the mean of its tasks'."""
+    A group has one score, the mean over its tasks."""
     folder: str | None = None
     """A folder of task definitions, lm-eval's YAML and the Python beside it, which is run."""
     data: str | None = None
-    """What the definitions of `folder` are given as `data`: the folder that their sets lie in."""
+    """The folder of the data sets, passed to the definitions of `folder` as `data`."""
     num_fewshot: NonNegativeInt | None = None
-    """Examples before each question; by default as many as each definition sets."""
+    """Few-shot examples before each question; by default the number in each definition."""
     limit: PositiveInt | None = None
-    """Questions of each task at most, the first ones; by default all."""
+    """Maximum questions of each task, the first ones; by default all."""
 
     @field_validator("names")
     @classmethod
@@ -49,9 +49,9 @@ class EvaluateSettings(Settings):
     """The held-out text and how models are scored on it."""
 
     documents: Documents | None = None
-    """Text that no model here was trained on; by default a share of the corpus is kept back."""
+    """Text that no model was trained on; by default a share of the corpus is held out."""
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    """Share of the corpus' documents that is kept back where `documents` is not given."""
+    """Share of the corpus' documents that is held out if `documents` is not set."""
     batch_tokens: PositiveInt = result_neutral(16_384)
     """Tokens in one forward pass."""
     bootstrap_samples: PositiveInt = 2000

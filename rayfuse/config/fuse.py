@@ -37,14 +37,15 @@ class FuseSettings(Settings):
     """Width of the window of the unit `span`: half of it to each side of the position's own token,
     limited to the row."""
     cost: Literal["nats_per_byte", "nats_per_token"] = "nats_per_byte"
-    """What sources are compared by. Per token, as the papers do, favours the finer tokenizer."""
+    """The unit of the cost that sources are compared by. Nats per token, as in the papers, favours
+    finer tokenizers."""
     temperature: PositiveFloat = 1.0
-    """Of the `avg_ce` weights, softmax(-cost / temperature)."""
+    """Temperature of the `avg_ce` weights, softmax(-cost / temperature)."""
     weights: dict[str, NonNegativeFloat] = Field(default_factory=dict[str, NonNegativeFloat])
-    """By source: its share of `avg_ce` is multiplied by it; 0 excludes the source. Default 1."""
+    """Factors on the `avg_ce` weights, by source; 0 excludes the source. Default 1."""
     skip_noise: bool = True
-    """Skip a source that predicts no row better than chance, ln V nats a token: its weights or
-    its tokenizer are not what they should be."""
+    """Skip a source that predicts no row better than chance, ln V nats per token: its
+    weights or its tokenizer must be wrong."""
     tail: Literal["bucket", "truth", "renormalise"] = "bucket"
     """`bucket`: the mass outside the top k is one more outcome. `truth`: it goes to the token that
     really comes next. `renormalise`: it is dropped and the top k scaled up to 1, as in the

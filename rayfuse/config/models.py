@@ -60,17 +60,17 @@ class SourceSettings(ModelSettings):
     """The engine that runs the model. `vllm` (`pip install rayfuse[vllm]`) spreads a model over all
     GPUs of an actor; it gives the likeliest tokens only, no draws."""
     gpus: NonNegativeFloat | None = result_neutral(None)
-    """GPUs of one actor, fractions allowed; by default 1 where a kind is named or the cluster has
-    or may get any, else 0."""
+    """GPUs of one actor, fractions allowed; by default 1 if accelerator_type is set or the cluster
+    has or may add GPUs, else 0."""
     accelerator_type: str | None = result_neutral(None)
-    """The kind of GPU, as Ray names it: `L4`, `A10G`, `H100`, ..."""
+    """The GPU type by Ray's name: `L4`, `A10G`, `H100`, ..."""
     cpus: PositiveFloat = result_neutral(1.0)
     """CPUs of one actor."""
     min_actors: PositiveInt = result_neutral(1)
-    """Actors that are started at once."""
+    """Actors to start with."""
     max_actors: PositiveInt | None = result_neutral(None)
-    """Actors that the cluster may grow to; by default the source's share of what the cluster has,
-    such that all sources finish together."""
+    """Maximum number of actors; by default the source's share of the cluster, such that all sources
+    finish together."""
     batch_tokens: PositiveInt | None = result_neutral(None)
     """Tokens in one forward pass of this source, instead of capture.batch_tokens."""
     dollars_per_hour: NonNegativeFloat | None = result_neutral(None)

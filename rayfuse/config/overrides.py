@@ -88,9 +88,8 @@ class _Masked(reprlib.Repr):
     """Format values for errors, with credentials replaced by `***`."""
 
     def repr_str(self, x: str, level: int) -> str:
-        return super().repr_str(
-            SECRET_PATTERN.sub("***", x), level
-        )  # before it is shortened: a part of a secret would not match the pattern
+        # Before the string is shortened: a part of a secret might not match the pattern.
+        return super().repr_str(SECRET_PATTERN.sub("***", x), level)
 
 
 # Limits are needed because a few YAML aliases can expand to gigabytes.

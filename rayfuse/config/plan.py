@@ -13,22 +13,22 @@ PositiveShare = Annotated[float, Field(gt=0, le=1)]
 
 
 class GpuKind(Settings):
-    """One kind of GPU, as Ray names it."""
+    """One GPU type, by Ray's name."""
 
     peak_tflops: PositiveFloat
     """Dense products in 16 bits, in 10^12 operations a second."""
     memory_gib: PositiveFloat
-    """What a program sees of its memory."""
+    """Memory available to programs, in GiB."""
     spot_dollars: NonNegativeFloat
     """A GPU-hour on spot, its share of CPUs and memory included."""
     on_demand_dollars: NonNegativeFloat
     """The same on demand."""
     has_bfloat16: bool = True
-    """It computes in bfloat16, the default of models on GPUs."""
+    """Whether it computes in bfloat16, the default of models on GPUs."""
     forward_share: PositiveShare | None = None
-    """In place of plan.forward_share, where it is known of this kind."""
+    """Replaces plan.forward_share for this GPU type."""
     train_share: PositiveShare | None = None
-    """In place of plan.train_share, where it is known of this kind."""
+    """Replaces plan.train_share for this GPU type."""
 
 
 GPU_KINDS: dict[str, dict[str, Any]] = {
@@ -51,7 +51,7 @@ memory: look yours up."""
 
 
 def _fill_kinds(value: object) -> object:
-    """Let `gpus: {H100: {spot_dollars: 2}}` change one figure and keep all others."""
+    """Merge figures with the defaults: `gpus: {H100: {spot_dollars: 2}}` changes one figure."""
     if not isinstance(value, dict):
         return value
     given = cast(dict[str, Any], value)
@@ -68,24 +68,24 @@ GpuKinds = Annotated[
 
 
 class SizeSettings(Settings):
-    """What a model's size is, where its files are not at hand or shall not be asked."""
+    """The size of a model whose files are missing or shall not be read."""
 
     parameters: PositiveFloat
     """Weights, those of embedding and head included."""
     layers: PositiveInt | None = None
-    """By default those of a Llama of this size: (parameters / 196,608) to the power 1/3."""
+    """Number of layers; by default that of a Llama of this size, (parameters / 196,608) ** (1/3)."""
     width: PositiveInt | None = None
-    """Of a hidden state; by default 128 a layer, as in Llama."""
+    """Width of a hidden state; by default 128 per layer, as in Llama."""
     vocab: PositiveInt = 32_000
     """Rows of the head."""
     is_tied: bool = False
-    """Embedding and head are one matrix."""
+    """Whether embedding and head are one matrix."""
     bytes_per_token: PositiveFloat | None = None
     """Bytes of text in one of its tokens; by default plan.bytes_per_token."""
 
 
 class PlanSettings(Settings):
-    """What `rayfuse plan` takes for granted; nothing here changes what a run computes."""
+    """The assumptions of `rayfuse plan`; they do not change what a run computes."""
 
     tokens: PositiveFloat | None = None
     """Target tokens of the corpus, in place of an estimate from file sizes. tokens."""
@@ -95,10 +95,10 @@ class PlanSettings(Settings):
     models: dict[str, SizeSettings] = Field(default_factory=dict[str, SizeSettings])
     """Sizes by a source's name or `target`, in place of those of the models' files."""
     gpus: GpuKinds = Field(default_factory=lambda: {k: GpuKind(**v) for k, v in GPU_KINDS.items()})
-    """Kinds of GPU: what they can do, hold and cost."""
+    """GPU types: speed, memory and price."""
 
     bytes_per_token: PositiveFloat = 4.0
-    """Text in a token, where documents and tokenizers are not there to be counted. bytes. Source:
+    """Text in a token, if documents and tokenizers are not available to count. bytes. Source:
     English in the Llama and GPT-2 vocabularies."""
     unpacked_ratio: PositiveFloat = 3.0
     """Text in a byte of a Parquet, gz or zst file. bytes. Source: 50 MB of text in
@@ -127,22 +127,22 @@ class PlanSettings(Settings):
     captured_bytes_per_token: NonNegativeFloat = 5.0
     """Captured record but for its entries. bytes. Source: benchmarks/RESULTS.md, 4.9."""
     captured_bytes_per_entry: PositiveFloat = 1.4
-    """Of one of the top k. bytes. Source: benchmarks/RESULTS.md: at k 10, 16, 32, 64 this is 2 to
+    """One of the top k. bytes. Source: benchmarks/RESULTS.md: at k 10, 16, 32, 64 this is 2 to
     15 % above the larger of two models but 4 % below it at 64; synthetic text, 128k: up to 2.0."""
     captured_bytes_per_draw: PositiveFloat = 1.6
-    """Of one draw. bytes. Source: benchmarks/RESULTS.md, 1.1 to 1.8."""
+    """One draw. bytes. Source: benchmarks/RESULTS.md, 1.1 to 1.8."""
     aligned_bytes_per_token: NonNegativeFloat = 6.5
     """Aligned record but for its entries. bytes. Source: stories260k in phi-3's tokens, 6.3."""
     aligned_bytes_per_entry: PositiveFloat = 1.6
-    """Of one entry. bytes. Source: the same, 1.57."""
+    """One aligned entry. bytes. Source: the same, 1.57."""
     checkpoint_bytes_per_weight: PositiveFloat = 14.0
     """A checkpoint: bfloat16 weights, float32 copies and two moments. bytes. Source: DeepSpeed's
     bfloat16 optimiser."""
     upload_part_bytes: PositiveFloat = 52_428_800.0
-    """Of a large file, in one request. bytes. Source: s3fs."""
+    """Part of a large file that one request uploads. bytes. Source: s3fs."""
 
     tokenise_bytes_per_core_second: PositiveFloat = 700_000.0
-    """Text cut into rows, for one tokenizer. bytes. Source: two tokenizers at 350,000, a slow
+    """Text split into rows, for one tokenizer. bytes. Source: two tokenizers at 350,000, a slow
     shared core."""
     align_tokens_per_core_second: PositiveFloat = 1_000_000.0
     """Target tokens aligned by `bytes` or `exact`. tokens. Source: benchmarks/RESULTS.md, 1.1 to
@@ -161,8 +161,8 @@ class PlanSettings(Settings):
     """GET requests. Source: as above."""
 
     usable_memory_share: PositiveShare = 0.9
-    """Of a GPU's memory, for weights and activations. Source: assumed; the rest is the driver's and
-    lost between blocks."""
+    """Share of a GPU's memory for weights and activations. Source: assumed; the
+    CUDA driver and fragmentation use the rest."""
     forward_bytes_per_unit: PositiveFloat = 32.0
     """Activations of a forward pass, for each token of a batch and unit of width: one layer at a
     time. bytes. Source: counted for a Llama layer in 16 bits."""

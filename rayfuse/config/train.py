@@ -59,7 +59,7 @@ class LoraSettings(Settings):
     """The adapters' output is scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    """The names of the layers that get adapters, as peft knows them."""
+    """The layers that get adapters, by peft's names."""
 
 
 class TrainSettings(Settings):
@@ -90,58 +90,60 @@ class TrainSettings(Settings):
     warmup_share: Share = 0.008
     """Share of all steps in which the learning rate rises."""
     betas: tuple[Share, Share] = (0.9, 0.95)
-    """Of AdamW."""
+    """AdamW's decay rates of the two moments."""
     epsilon: PositiveFloat = 1e-8
-    """Of AdamW."""
+    """AdamW's epsilon, added to the denominator."""
     weight_decay: NonNegativeFloat = 0.1
-    """Of AdamW; not applied to vectors (norms and biases)."""
+    """AdamW's weight decay; not applied to vectors (norms and biases)."""
     gradient_clipping: PositiveFloat = 1.0
     """Maximum norm of the gradient."""
     epochs: PositiveInt = 1
-    """Times that every row is seen."""
+    """Number of passes over all rows."""
     rows_per_step: PositiveInt = 128
-    """Rows of one optimiser step, over all workers."""
+    """Rows per optimiser step, over all workers."""
     pack: bool = result_neutral(True)
-    """Put several rows into one sequence, each hidden from the others, where the target's attention
-    supports it; else each row is padded to the longest."""
+    """Pack several rows into one sequence, without attention between them, if the target supports
+    it; else rows are padded to the longest."""
     sequence_tokens: PositiveInt | None = result_neutral(None)
-    """Tokens of a sequence at most; by default corpus.max_tokens."""
+    """Maximum tokens of a sequence; by default corpus.max_tokens."""
     micro_batch_sequences: PositiveInt = result_neutral(1)
-    """Sequences of one forward pass of one worker."""
+    """Sequences per forward pass of one worker."""
     chunk_positions: PositiveInt | None = result_neutral(None)
-    """Positions with logits in memory at a time; by default those of 64 MiB, on a GPU 256."""
+    """Positions whose logits are in memory at a time; by default 64 MiB of logits, on a GPU 256
+    positions."""
     num_workers: PositiveInt = result_neutral(1)
     """Ray Train workers."""
     min_workers: PositiveInt | None = result_neutral(None)
     """Minimum of workers with which training continues when nodes are lost, until others come; by
     default it waits for all. Steps have the same rows with any number."""
     gpus_per_worker: NonNegativeFloat | None = result_neutral(None)
-    """By default 1 where a kind is named or the cluster has or may get any, else 0 (gloo, CPUs)."""
+    """GPUs of one worker; by default 1 if accelerator_type is set or the cluster has or may add
+    GPUs, else 0 (training on CPUs with gloo)."""
     cpus_per_worker: PositiveFloat = result_neutral(1.0)
     """CPUs of one worker."""
     accelerator_type: str | None = result_neutral(None)
-    """The kind of GPU of the workers, as Ray names it; the trained models are scored there, too."""
+    """The workers' GPU type by Ray's name; the trained models are evaluated on it, too."""
     placement: Literal["pack", "strict_pack", "spread", "strict_spread"] = result_neutral("pack")
-    """Of the workers. `pack`: on as few nodes as possible; `strict_pack`: on one, or not at all;
-    `spread`: on many; `strict_spread`: each on its own node."""
+    """How Ray places the workers. `pack`: on as few nodes as possible; `strict_pack`: all on one
+    node; `spread`: on many nodes; `strict_spread`: each on its own node."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed's ZeRO: 1 shards optimiser states, 2 gradients as well, 3 weights as well."""
     offload: bool = False
-    """Keep optimiser states in the host's memory (and with ZeRO 3, weights)."""
+    """Keep optimiser states in host memory (and with ZeRO 3, weights)."""
     gradient_checkpointing: bool = result_neutral(False)
-    """Compute activations twice instead of keeping them."""
+    """Recompute activations in the backward pass instead of storing them."""
     lora: LoraSettings | None = None
     """Train adapters instead of all weights."""
     checkpoint_every_steps: PositiveInt = result_neutral(500)
     """Steps between checkpoints."""
     keep_checkpoints: PositiveInt = result_neutral(2)
-    """The newest ones are kept, and the one with the best validation."""
+    """Number of newest checkpoints to keep, besides the one with the best validation."""
     validate_every_steps: PositiveInt = result_neutral(500)
-    """Steps between measurements of bits per byte on held-out rows."""
+    """Steps between validations: bits per byte on held-out rows."""
     validation_rows: NonNegativeInt = result_neutral(64)
-    """Held-out rows measured; 0 for none."""
+    """Held-out rows per validation; 0 for no validation."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = result_neutral(())
-    """Where metrics go besides metrics.jsonl; each must be installed."""
+    """Experiment trackers for the metrics, besides metrics.jsonl; each must be installed."""
     max_failures: NonNegativeInt = result_neutral(3)
     """Failures of workers after which training resumes from the last checkpoint; nodes lost with
     notice do not count. Raise it on a spot market that gives no notice."""

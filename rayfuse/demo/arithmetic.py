@@ -1,4 +1,4 @@
-"""Worked arithmetic: sums done aloud, with right answers, and no problem twice."""
+"""Generate arithmetic problems with worked, correct solutions, none of them twice."""
 
 from collections.abc import Callable, Sequence
 from random import Random
@@ -46,12 +46,12 @@ THINGS = [
 
 
 def write_sheets(seed: int, *, num_bytes: int, sheet_chars: int) -> list[str]:
-    """Return sheets of worked problems, in all about `num_bytes` bytes; no problem is on two.
+    """Write sheets of different problems with their solutions, in ASCII.
 
     Args:
-        seed: Of everything.
-        num_bytes: Bytes of all sheets together, which are ASCII.
-        sheet_chars: About how long a sheet is.
+        seed: Seed of all problems.
+        num_bytes: Minimum bytes of all sheets together; at most one sheet more is written.
+        sheet_chars: Approximate characters of a sheet.
     """
     random = Random(f"arithmetic {seed}")
     seen: set[str] = set()
@@ -74,12 +74,12 @@ def _write_sheet(random: Random, seen: set[str], sheet_chars: int) -> str:
     return "\n".join(problems) + "\n"
 
 
-def add_aloud(first: int, second: int) -> str:
-    """Return an addition worked from the ones upwards, every carry stated.
+def write_addition(first: int, second: int) -> str:
+    """Write an addition digit by digit from the ones upwards, with every carry.
 
     Args:
-        first: Not negative.
-        second: Not negative.
+        first: At least 0.
+        second: At least 0.
     """
     steps: list[str] = []
     carry, left = 0, (first, second)
@@ -88,19 +88,19 @@ def add_aloud(first: int, second: int) -> str:
         total = sum(ones) + carry
         carried = f" + {carry}" if carry else ""
         carry, digit = divmod(total, 10)
-        says_carry = f", carry {carry}" if carry else ""
-        steps.append(f"{ones[0]} + {ones[1]}{carried} = {total}, write {digit}{says_carry}")
+        new_carry = f", carry {carry}" if carry else ""
+        steps.append(f"{ones[0]} + {ones[1]}{carried} = {total}, write {digit}{new_carry}")
         left = (left[0] // 10, left[1] // 10)
     if carry:
         steps.append(f"write {carry}")
     return f"Add {first} + {second}: {'; '.join(steps)}. So {first} + {second} = {first + second}."
 
 
-def multiply_aloud(number: int, factor: int) -> str:
-    """Return a multiplication by one digit, worked place by place.
+def write_multiplication(number: int, factor: int) -> str:
+    """Write a multiplication by one digit, place by place from the highest.
 
     Args:
-        number: 2 digits or more.
+        number: At least 10.
         factor: 2 to 9.
     """
     places = [int(digit) * 10**place for place, digit in enumerate(reversed(str(number)))]
@@ -115,11 +115,11 @@ def multiply_aloud(number: int, factor: int) -> str:
 
 
 def _add(random: Random) -> str:
-    return add_aloud(random.randint(100, 9999), random.randint(100, 9999))
+    return write_addition(random.randint(100, 9999), random.randint(100, 9999))
 
 
 def _multiply(random: Random) -> str:
-    return multiply_aloud(random.randint(101, 999), random.randint(2, 9))
+    return write_multiplication(random.randint(101, 999), random.randint(2, 9))
 
 
 def _divide(random: Random) -> str:
@@ -181,7 +181,7 @@ def _pack(random: Random) -> str:
 
 
 def _pick(random: Random, words: Sequence[str]) -> str:
-    """Return a word, early ones more often than late ones: 1, 1/2, 1/3, ... as words come."""
+    """Choose a word at random with weights 1, 1/2, 1/3, ..., as in natural text (Zipf's law)."""
     weights = [1 / place for place in range(1, len(words) + 1)]
     return random.choices(words, weights)[0]
 
@@ -196,4 +196,4 @@ PROBLEMS: tuple[Callable[[Random], str], ...] = (
     _compare,
     _pack,
 )
-"""Each writes one problem, all equally often."""
+"""Functions that write one problem each; all are used equally often."""

@@ -10,7 +10,10 @@ from rayfuse.runtime.console import ProgressBars
 
 
 def create_demo(root: Path, seed: int, console: Console) -> Path:
-    """Create everything that the demo's run needs, and return its recipe file.
+    """Create the text, models and recipe of the demo's run.
+
+    Returns:
+        The recipe's path.
 
     Raises:
         UserError: The folder cannot be written, or RAY_ADDRESS names no cluster.

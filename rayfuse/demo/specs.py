@@ -1,22 +1,22 @@
-"""Four tiny LLMs of four families: three know one domain each, the target a little of all."""
+"""The four tiny LLMs of the demo: three sources for one domain each, and the target for all."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 CONTEXT_TOKENS = 256
-"""The longest row of the demo's corpus."""
+"""Maximum tokens of a row of the demo's corpus."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One tiny model: what it is made of, and what it is trained on."""
+    """The architecture and the training data of one tiny model."""
 
     name: str
     family: Literal["llama", "neox", "mpt", "gpt2"]
     tokenizer: Literal["sentencepiece", "byte_level"]
     vocab_size: int
     head_width: int
-    """Logits per position; where more than vocab_size, the rest is padding."""
+    """Logits per position; those above vocab_size are padding."""
     width: int
     layers: int
     shares: tuple[tuple[str, float], ...]
@@ -25,9 +25,9 @@ class ModelSpec:
     rows_per_step: int = 4
     learning_rate: float = 5e-3
     context_tokens: int = CONTEXT_TOKENS
-    """Of a row that it is trained on, and the most that it takes."""
+    """Tokens of a training row, and the context length."""
     head_size: int = 32
-    """Of an attention head."""
+    """Width of an attention head."""
 
 
 SOURCES = (

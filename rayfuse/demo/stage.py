@@ -30,14 +30,13 @@ def prepare_demo(
     progress: Progress,
     specs: Sequence[ModelSpec] = (*SOURCES, TARGET),
 ) -> Path:
-    """Make documents and models below `storage`/demo, and return the recipe that fuses them.
+    """Create documents and models below `storage`/demo, and write the recipe that fuses them.
 
-    What is there already, made by the same spec from the same text and seed, stays. Ray must have
-    been joined.
+    Models that exist already, by the same spec, text and seed, are reused. Ray must be initialised.
 
     Args:
         storage: A local folder.
-        seed: Of the text's split, the models and, in the recipe, the training.
+        seed: Seed of the text's split, of the models and, in the recipe, of the training.
         progress: Receives the steps of every model.
         specs: The sources, and last the target.
 
@@ -65,7 +64,7 @@ def _pretrain_all(
     seed: int,
     progress: Progress,
 ) -> None:
-    """Train the models that are not there, one per processor at a time, and report their steps."""
+    """Train the missing models, one per CPU at a time, and report their steps."""
     text_hash = _hash_documents(documents)
     fingerprints = {
         spec.name: fingerprint_of(
@@ -94,7 +93,7 @@ def _pretrain_all(
 
 
 def _cpus_per_task() -> int:
-    """Count Ray's CPUs per real CPU: Ray may be started with more than this machine has."""
+    """Count Ray's CPUs per real CPU: Ray may have been started with more than this machine has."""
     return max(1, int(ray.cluster_resources().get("CPU", 1)) // (os.cpu_count() or 1))
 
 

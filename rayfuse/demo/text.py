@@ -1,4 +1,4 @@
-"""Real text that every Python has, in three domains: code, prose and worked arithmetic."""
+"""Collect text that every Python installation has: code, prose and arithmetic."""
 
 import ast
 import json
@@ -13,13 +13,13 @@ from rayfuse.config.base import UserError
 from rayfuse.demo.arithmetic import write_sheets
 
 PASSAGE_CHARS = 2500
-"""About how long a document is: modules are cut into passages, between paragraphs."""
+"""Approximate length of a document: modules are split into passages between paragraphs."""
 
 MIN_BLOCK_CHARS = 60
 """Shorter paragraphs are too common (`import os`) for a second one to count as a copy."""
 
 LARGEST_FRESH_GROUP_BYTES = 60_000
-"""Larger packages serve pre-training only: one of them would be most of the held-out text."""
+"""Larger packages are used for pre-training only: one would be most of the held-out text."""
 
 EXCLUDED = frozenset(
     # Tests, tables, copies, files that distributions change or omit, and the topics themselves.
@@ -52,7 +52,7 @@ class Document:
 
     @property
     def group(self) -> str:
-        """The package, topic or sheet it is from."""
+        """The package, topic or sheet of the passage."""
         return self.doc_id.split("/")[1]
 
 
@@ -61,16 +61,16 @@ class Parts:
     """Three sets of documents that share no group."""
 
     pretrain: tuple[Document, ...]
-    """What the models are made from."""
+    """Text for pre-training the models."""
     corpus: tuple[Document, ...]
-    """What they are fused on; no model has seen it."""
+    """Text of the fusion; no model is pre-trained on it."""
     held_out: tuple[Document, ...]
-    """What they are judged on, once."""
+    """Text of the evaluation."""
 
 
 @dataclass(frozen=True)
 class PartSizes:
-    """Bytes of text per domain, for each of the two small parts and the most for the large one."""
+    """Bytes of a domain's text: minimum of corpus and held-out text, maximum for pre-training."""
 
     corpus: int
     held_out: int
@@ -86,13 +86,13 @@ DOMAINS = tuple(SIZES)
 
 
 def collect_domains(seed: int = 0) -> dict[str, list[Document]]:
-    """Return the documents of each domain, no paragraph twice.
+    """Collect the documents of each domain, without duplicate paragraphs.
 
     Args:
-        seed: Of the arithmetic. Code and prose depend on the Python version alone.
+        seed: Seed of the arithmetic. Code and prose depend on the Python version alone.
 
     Raises:
-        UserError: The standard library's sources are not there.
+        UserError: The standard library's sources are missing.
     """
     code, docstrings = _read_library(Path(sysconfig.get_path("stdlib")))
     seen: set[str] = set()
@@ -102,8 +102,8 @@ def collect_domains(seed: int = 0) -> dict[str, list[Document]]:
         seed, num_bytes=sizes.pretrain + sizes.corpus + sizes.held_out, sheet_chars=PASSAGE_CHARS
     )
     return {
-        "code": list(_cut_passages("code", code, seen)),
-        "prose": list(_cut_passages("prose", prose, seen)),
+        "code": list(_split_passages("code", code, seen)),
+        "prose": list(_split_passages("prose", prose, seen)),
         "arithmetic": [
             Document(f"arithmetic/sheet-{number:05d}/0", "arithmetic", text)
             for number, text in enumerate(sheets)
@@ -154,37 +154,38 @@ def write_documents(documents: Iterable[Document], path: Path) -> None:
 
 
 def count_bytes(documents: Iterable[Document]) -> int:
-    """Return the length of documents' texts in UTF-8."""
+    """Count the bytes of documents' texts in UTF-8."""
     return sum(len(document.text.encode()) for document in documents)
 
 
 def _read_library(root: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Return the paragraphs of code and of docstrings of each package or module."""
+    """Collect the paragraphs of code and of docstrings, by package or module."""
     code: dict[str, list[str]] = {}
     docstrings: dict[str, list[str]] = {}
     for path in sorted(root.rglob("*.py")):
-        place = path.relative_to(root)
-        if EXCLUDED.intersection(place.parts) or place.as_posix() in TABLES or _is_built(place):
+        relative = path.relative_to(root)
+        is_table = relative.as_posix() in TABLES
+        if EXCLUDED.intersection(relative.parts) or is_table or _is_built(relative):
             continue
         try:
             bare, found = split_docstrings(path.read_text(encoding="utf-8"))
-        except (SyntaxError, ValueError):  # an ancient encoding, or a file that shows bad syntax
+        except (SyntaxError, ValueError):  # not UTF-8, or a file with intended syntax errors
             continue
-        # `_pydecimal` and `decimal` are one group: what is private here is public there.
-        group = re.sub("^_(py)?", "", place.parts[0].removesuffix(".py"))
+        # `_pydecimal` and `decimal` are one group, as they share most of their text.
+        group = re.sub("^_(py)?", "", relative.parts[0].removesuffix(".py"))
         code.setdefault(group, []).extend(_split_blocks(bare))
         for text in found:
             docstrings.setdefault(group, []).extend(filter(_is_prose, _split_blocks(text)))
     return code, docstrings
 
 
-def _is_built(place: Path) -> bool:
+def _is_built(path: Path) -> bool:
     """Recognise files written when Python was built, which differ between installations."""
-    return place.parts[0].startswith(("config-", "_sysconfigdata", "__"))
+    return path.parts[0].startswith(("config-", "_sysconfigdata", "__"))
 
 
 def split_docstrings(source: str) -> tuple[str, list[str]]:
-    """Return a module's source without its docstrings, and the docstrings, indentation removed.
+    """Split a module into its source without docstrings, and its docstrings without indentation.
 
     Raises:
         SyntaxError: It is not this Python's source code.
@@ -202,7 +203,7 @@ def split_docstrings(source: str) -> tuple[str, list[str]]:
         found.append((start, text))
         before = (lines[start] or "").encode()[: first.col_offset].decode()
         lines[start:end] = [None] * (end - start)
-        # A body of nothing but its docstring needs another statement; so does `def f(): "Text."`.
+        # A body with only a docstring needs another statement; so does `def f(): "Text."`.
         if len(owner.body) == 1 or before.strip():
             lines[start] = before + "pass"
     return "\n".join(line for line in lines if line is not None), [
@@ -219,10 +220,10 @@ def _walk_statements(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _read_topics() -> dict[str, list[str]]:
-    """Return the paragraphs of the language reference that `help()` shows, by topic."""
+    """Collect the paragraphs of the language reference in `help()`, by topic."""
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # a Linux distribution may leave it out; the docstrings remain
+    except ImportError:  # some Linux distributions do not install it
         return {}
     return {
         f"topic-{name}": list(filter(_is_prose, _split_blocks(text)))
@@ -243,8 +244,10 @@ def _is_prose(block: str) -> bool:
     return not is_example and len(block) >= MIN_BLOCK_CHARS and words > 0.85 * len(block)
 
 
-def _cut_passages(domain: str, groups: dict[str, list[str]], seen: set[str]) -> Iterator[Document]:
-    """Yield each group's paragraphs as documents, without those in `seen`, which it updates."""
+def _split_passages(
+    domain: str, groups: dict[str, list[str]], seen: set[str]
+) -> Iterator[Document]:
+    """Yield each group's paragraphs as documents, without those in `seen`; adds them to `seen`."""
     for group, blocks in groups.items():
         passages: list[list[str]] = [[]]
         for block in blocks:
@@ -273,17 +276,23 @@ def _group_documents(documents: Sequence[Document], random: Random) -> list[list
 def _take_groups(
     groups: list[list[Document]], num_bytes: int, largest: int | None
 ) -> list[Document]:
-    """Take groups off a list, first to last, until their text has so many bytes."""
+    """Remove groups from the start of a list until their text has `num_bytes` bytes.
+
+    Args:
+        groups: Changed in place; groups that are too large stay in it.
+        num_bytes: Minimum bytes to take.
+        largest: Maximum bytes of a group; None for no limit.
+    """
     taken: list[Document] = []
-    left: list[list[Document]] = []
+    remaining: list[list[Document]] = []
     for group in groups:
         size = count_bytes(group)
         if num_bytes > 0 and (largest is None or size <= largest):
             taken += group
             num_bytes -= size
         else:
-            left.append(group)
-    groups[:] = left
+            remaining.append(group)
+    groups[:] = remaining
     return taken
 
 

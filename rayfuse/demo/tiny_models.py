@@ -1,4 +1,4 @@
-"""A spec and documents -> a tiny LLM with a tokenizer of its own, trained from scratch."""
+"""Train a tiny LLM and its tokenizer from scratch."""
 
 from collections.abc import Callable, Sequence
 from math import cos, pi
@@ -27,7 +27,7 @@ from rayfuse.demo.tiny_tokenizers import save_tokenizer, train_tokenizer
 from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
 
 OnStep = Callable[[int, int, float], None]
-"""Called with steps done, steps in all, and the loss in nats per token."""
+"""Called with the completed steps, all steps, and the loss in nats per token."""
 
 TOKENIZER_BYTES = 400_000
 """Bytes of text that merges are counted on. 4 times as much gave 2 % fewer tokens of prose and 1 %
@@ -72,10 +72,10 @@ def pretrain(
 def draw_rows(
     spec: ModelSpec, documents: Sequence[Document], tokenizer: TextTokenizer, seed: int
 ) -> Int[torch.Tensor, "rows seq_len"]:
-    """Return all rows of a training run in their order, each domain with its share of them.
+    """Build all rows of a training run in training order, with each domain's share.
 
-    A domain's documents, each between start token and EOS, follow each other through the rows;
-    every row begins with the start token, as rows do that rayfuse scores.
+    A domain's documents, each with start token and EOS, are concatenated and split into rows. Every
+    row begins with the start token, as the rows do that rayfuse scores.
     """
     num_rows = spec.steps * spec.rows_per_step
     parts: list[np.ndarray] = []
@@ -95,7 +95,10 @@ def draw_rows(
 def _stream_ids(
     texts: Sequence[str], tokenizer: TextTokenizer, num_tokens: int, seed: int
 ) -> Int[np.ndarray, " tokens"]:
-    """Return so many tokens of documents, all of them in a new order before any comes again."""
+    """Concatenate documents in random order until they have enough tokens.
+
+    All documents are used once, in a new order, before any is repeated.
+    """
     random = Random(seed)
     parts: list[np.ndarray] = []
     found = 0
@@ -111,7 +114,7 @@ def _stream_ids(
 
 
 def build_model(spec: ModelSpec, tokenizer: TextTokenizer, seed: int) -> Any:
-    """Return an untrained model of a spec's family and size."""
+    """Build an untrained model of a spec's family and size."""
     torch.manual_seed(seed)
     ids = {"bos_token_id": tokenizer.start_id, "eos_token_id": tokenizer.eos_id}
     # The usual 0.02 suits widths in the thousands: after 200 steps at width 128 it was 0.2 bits per
@@ -205,21 +208,21 @@ def train_model(
 
 
 def _learning_rate_share(step: int, steps: int) -> float:
-    """Return the learning rate of a step as a share of the peak: a short rise, then a cosine."""
-    rise = max(1, steps // 20)
-    return min((step + 1) / rise, (1 + cos(pi * step / steps)) / 2)
+    """Compute the learning rate as a share of the peak: linear warm-up, then cosine decay."""
+    warmup = max(1, steps // 20)
+    return min((step + 1) / warmup, (1 + cos(pi * step / steps)) / 2)
 
 
 def _sample_texts(documents: Sequence[Document]) -> list[str]:
-    """Return the text that merges are counted on, the same amount of each domain.
+    """Sample the text that merges are counted on, the same amount of each domain.
 
-    Whatever a model is trained on, its tokenizer knows all domains, as those of real models do.
+    A tokenizer is trained on all domains whatever its model is trained on, as with real models.
     """
     texts: list[str] = []
     for domain in DOMAINS:
-        room = TOKENIZER_BYTES // len(DOMAINS)
+        chars_left = TOKENIZER_BYTES // len(DOMAINS)
         for document in documents:
-            if document.domain == domain and room > 0:
+            if document.domain == domain and chars_left > 0:
                 texts.append(document.text)
-                room -= len(document.text)
+                chars_left -= len(document.text)
     return texts

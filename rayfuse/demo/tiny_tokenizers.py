@@ -41,7 +41,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def special_tokens(tokenizer: Tokenizer) -> tuple[str, str]:
-    """Return the start token and the end token; byte-level models have one for both."""
+    """Choose start token and EOS; byte-level models have one token for both."""
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         return SENTENCEPIECE_SPECIALS[1], SENTENCEPIECE_SPECIALS[2]
     return END_OF_TEXT, END_OF_TEXT
@@ -71,7 +71,7 @@ def _train_byte_level(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 def _train_sentencepiece(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """Count merges within words, then order the vocabulary as Llama-2: specials, bytes, rest."""
     counter = Tokenizer(models.BPE(unk_token="<unk>"))
-    counter.normalizer = _add_blanks()
+    counter.normalizer = _mark_spaces()
     counter.pre_tokenizer = pre_tokenizers.Split(Regex(WORD_PATTERN), "removed", invert=True)
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     counter.train_from_iterator(
@@ -95,7 +95,7 @@ def _train_sentencepiece(texts: Sequence[str], vocab_size: int) -> Tokenizer:
             byte_fallback=True,
         )
     )
-    tokenizer.normalizer = _add_blanks()
+    tokenizer.normalizer = _mark_spaces()
     tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace(SPACE_MARK, " "),
@@ -108,7 +108,7 @@ def _train_sentencepiece(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _add_blanks() -> normalizers.Normalizer:
+def _mark_spaces() -> normalizers.Normalizer:
     return normalizers.Sequence(
         [normalizers.Prepend(SPACE_MARK), normalizers.Replace(" ", SPACE_MARK)]
     )

@@ -44,7 +44,7 @@ class InputFile:
     path: str
     format: Format
     num_bytes: int
-    """As stored; 0 for a data set of the hub."""
+    """Size as stored; 0 for a data set on the hub."""
     version: str
     """Changes when the file does: modification time, ETag or revision."""
     settings: DocumentsSettings

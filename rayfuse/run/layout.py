@@ -73,9 +73,9 @@ class Layout:
     held_out: DataSet
     held_out_documents: SplitDocuments
     captured: dict[str, DataSet]
-    """By source."""
+    """Captured rows by source."""
     aligned: dict[str, DataSet]
-    """By source."""
+    """Aligned rows by source."""
     map_files: dict[str, str]
     """Stored vocabulary maps by source; empty for methods that store none."""
     runs: tuple[TrainRun, ...]

@@ -1,3 +1,5 @@
+"""Recipes: defaults, overrides, and errors that name the setting and the remedy."""
+
 import json
 from pathlib import Path
 from typing import Any
@@ -20,22 +22,23 @@ MINIMAL: dict[str, Any] = {
 
 
 def with_setting(path: str, value: Any) -> dict[str, Any]:
+    """Build the minimal recipe with one more setting."""
     values = json.loads(json.dumps(MINIMAL))
     *sections, last = path.split(".")
-    place = values
+    parent = values
     for part in sections:
-        place = place[int(part)] if part.isdigit() else place.setdefault(part, {})
-    place[last] = value
+        parent = parent[int(part)] if part.isdigit() else parent.setdefault(part, {})
+    parent[last] = value
     return values
 
 
-def test_a_minimal_recipe_has_a_default_for_all_the_rest():
+def test_minimal_recipe_has_defaults_for_all_other_settings():
     recipe = parse_recipe(MINIMAL)
     assert recipe.capture.top_k == 16
     assert recipe.corpus.documents[0].path == "docs.jsonl"
 
 
-def test_a_dumped_recipe_reads_back_as_the_same_recipe():
+def test_dumped_recipe_reads_back_unchanged():
     recipe = parse_recipe(with_setting("train.lambda", 0.7))
     assert parse_recipe(dump_recipe(recipe)) == recipe
 
@@ -73,7 +76,7 @@ def test_a_dumped_recipe_reads_back_as_the_same_recipe():
         ("corpus.documents", [], r"corpus.documents is \[\]"),
     ],
 )
-def test_a_wrong_setting_is_named_with_its_value_and_the_remedy(path, value, message):
+def test_error_names_the_setting_its_value_and_the_remedy(path, value, message):
     values = with_setting(path, value)
     if message is None:
         assert parse_recipe(values).train.rows_per_step == value
@@ -83,26 +86,26 @@ def test_a_wrong_setting_is_named_with_its_value_and_the_remedy(path, value, mes
 
 
 @pytest.mark.parametrize("signal", ["sampled", "top_k_and_sampled_tail"])
-def test_draws_are_refused_for_a_backend_that_makes_none(signal):
+def test_signal_with_draws_is_refused_for_a_backend_without_them(signal):
     values = with_setting("sources.0.backend", "vllm")
     assert parse_recipe(values).sources[0].backend == "vllm"
     with pytest.raises(RecipeError, match="source a has backend vllm, which makes no draws"):
         parse_recipe(values | {"capture": {"signal": signal}})
 
 
-def test_two_sources_of_one_name_are_refused():
+def test_duplicate_source_names_are_refused():
     values = with_setting("sources", [{"name": "a", "model": "m"}, {"name": "a", "model": "n"}])
     with pytest.raises(RecipeError, match="two sources have the name 'a'"):
         parse_recipe(values)
 
 
-def test_a_missing_setting_is_named():
+def test_error_names_a_missing_setting():
     values = {key: value for key, value in MINIMAL.items() if key != "target"}
     with pytest.raises(RecipeError, match="target is missing"):
         parse_recipe(values)
 
 
-def test_all_faults_are_told_at_once():
+def test_all_errors_are_reported_at_once():
     values = with_setting("train.lambda", 2) | {"seeed": 1}
     with pytest.raises(RecipeError, match=r"(?s)train.lambda.*seeed|seeed.*train.lambda"):
         parse_recipe(values)
@@ -119,7 +122,7 @@ def test_overrides_reach_sections_lists_and_names(tmp_path):
 
 
 @pytest.mark.parametrize("override", ["train.lambda", "=3", "sources.b.gpus=1", "storage.x=1"])
-def test_an_override_that_fits_nowhere_is_refused(override, tmp_path):
+def test_override_of_unknown_form_or_item_is_refused(override, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(MINIMAL))
     with pytest.raises(RecipeError, match="override"):
@@ -135,7 +138,7 @@ def test_an_override_that_fits_nowhere_is_refused(override, tmp_path):
         ("a: !!python/object:os.system {}", "is not valid YAML"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused(text, message, tmp_path):
+def test_file_without_settings_is_refused(text, message, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(text)
     with pytest.raises(RecipeError, match=message):
@@ -163,7 +166,7 @@ YAML_BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         "[",
     ],
 )
-def test_fault_28_a_value_that_is_no_plain_yaml_is_refused_in_files_and_overrides(
+def test_value_that_is_not_plain_yaml_is_refused_in_files_and_overrides(
     value, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -181,7 +184,7 @@ def test_fault_28_a_value_that_is_no_plain_yaml_is_refused_in_files_and_override
 
 
 @pytest.mark.parametrize("key", ["storage", "corpus", "sources", "seed", "train", "fusion"])
-def test_fault_28_aliases_that_stand_for_gigabytes_are_refused_at_once(key, tmp_path):
+def test_aliases_that_expand_to_gigabytes_are_refused_without_expanding(key, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(YAML_BOMB + yaml.safe_dump(MINIMAL | {key: "BOMB"}).replace("BOMB", "*a11"))
     with pytest.raises(RecipeError, match="is no setting of rayfuse") as caught:
@@ -189,7 +192,7 @@ def test_fault_28_aliases_that_stand_for_gigabytes_are_refused_at_once(key, tmp_
     assert len(str(caught.value)) < 10_000
 
 
-def test_fault_28_a_value_that_holds_itself_is_refused(tmp_path):
+def test_recursive_value_is_refused(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(MINIMAL).replace("storage: run", "storage: &a [*a]"))
     with pytest.raises(RecipeError, match=r"storage is .*valid string"):
@@ -199,7 +202,7 @@ def test_fault_28_a_value_that_holds_itself_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "key", ["__class__", "__init__.__globals__", "sources.0.__dict__", "sources.a.x", "env.PATH"]
 )
-def test_fault_28_an_override_reaches_settings_and_nothing_else(key, tmp_path):
+def test_override_reaches_only_settings(key, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(MINIMAL))
     with pytest.raises(RecipeError, match="is no setting of rayfuse"):
@@ -207,7 +210,7 @@ def test_fault_28_an_override_reaches_settings_and_nothing_else(key, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["${HOME}/run", "$USER", "`id`", "$(id)", "%(HOME)s", "{0.x}"])
-def test_fault_28_nothing_in_a_value_is_expanded(text, tmp_path):
+def test_variables_in_values_are_not_expanded(text, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(with_setting("storage", text)))
     assert read_recipe(path).storage == text
@@ -215,7 +218,7 @@ def test_fault_28_nothing_in_a_value_is_expanded(text, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["a\x00b", "\ud800"])
-def test_fault_28_characters_that_no_name_can_hold_are_refused(text):
+def test_nul_and_unpaired_surrogates_are_refused(text):
     documents = [{"path": "docs.jsonl", "domain": text}]
     for path, value in (("storage", text), ("corpus.documents", documents)):
         with pytest.raises(RecipeError, match="contains a NUL byte or an unpaired surrogate"):
@@ -243,7 +246,7 @@ def test_fault_28_characters_that_no_name_can_hold_are_refused(text):
         "-rf",
     ],
 )
-def test_fault_29_a_source_name_that_is_no_plain_name_is_refused(name):
+def test_source_name_that_is_no_file_name_is_refused(name):
     with pytest.raises(RecipeError, match=r"sources.0.name is"):
         parse_recipe(with_setting("sources.0.name", name))
 
@@ -260,13 +263,13 @@ def test_fault_29_a_source_name_that_is_no_plain_name_is_refused(name):
     ],
 )
 @pytest.mark.parametrize("setting", ["storage", "corpus.documents", "sources.0.model"])
-def test_an_address_with_a_secret_is_refused_and_not_repeated(setting, address):
+def test_address_with_credentials_is_refused_and_the_error_hides_them(setting, address):
     with pytest.raises(RecipeError, match="contains credentials; remove them") as raised:
         parse_recipe(with_setting(setting, address))
     assert "canary" not in str(raised.value)
 
 
-def test_an_override_with_a_secret_is_not_repeated(tmp_path):
+def test_error_hides_credentials_in_an_override(tmp_path):
     (tmp_path / "recipe.yaml").write_text("{}")
     with pytest.raises(RecipeError, match="is not of the form") as raised:
         read_recipe(tmp_path / "recipe.yaml", ["s3://name:canary-1@bucket/run"])
@@ -276,21 +279,21 @@ def test_an_override_with_a_secret_is_not_repeated(tmp_path):
 @pytest.mark.parametrize(
     "address", ["abfs://box@account.net/run", "s3://bucket/part-?.jsonl", "gs://bucket/key=1/a"]
 )
-def test_an_address_without_a_secret_is_none(address):
+def test_address_without_credentials_is_accepted(address):
     assert parse_recipe(with_setting("corpus.documents", address)).corpus.documents[0].path
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_error_names_a_missing_file(tmp_path):
     with pytest.raises(RecipeError, match=r"nowhere.yaml cannot be read"):
         read_recipe(tmp_path / "nowhere.yaml")
 
 
-def test_the_schema_for_editors_is_that_of_the_recipe():
+def test_stored_json_schema_is_current():
     stored = json.loads((ROOT / "recipes/schema.json").read_text())
     assert stored == Recipe.model_json_schema(by_alias=True), "run `make schema`"
 
 
-def test_every_recipe_in_the_repository_can_be_read():
+def test_all_recipes_in_the_repository_are_valid():
     paths = sorted((ROOT / "recipes").glob("*.yaml"))
     assert paths
     for path in paths:

@@ -19,11 +19,11 @@ from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
 
 SPECS = (*SOURCES, TARGET)
 BY_NAME = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-STRANGE = "tabs\tand  blanks \n\n    def f(x):  # ½ 漢字 😀 <s> </s> <|endoftext|> 12345\n"
+STRANGE = "tabs\tand  spaces \n\n    def f(x):  # ½ 漢字 😀 <s> </s> <|endoftext|> 12345\n"
 
 
 def make_documents() -> tuple[Document, ...]:
-    """Return a little text of each domain."""
+    """Create a small text of each domain."""
     code, docstrings = split_docstrings(Path(split_docstrings.__code__.co_filename).read_text())
     sheets = write_sheets(0, num_bytes=20_000, sheet_chars=1000)
     return (
@@ -47,12 +47,12 @@ def make_tokenizer(spec: ModelSpec, folder: Path) -> TextTokenizer:
 
 
 @BY_NAME
-def test_the_bytes_of_the_tokens_are_the_text(spec: ModelSpec, tmp_path: Path):
+def test_token_bytes_are_the_bytes_of_the_text(spec: ModelSpec, tmp_path: Path):
     tokenizer = make_tokenizer(spec, tmp_path)
     texts = [STRANGE, " leading", *(document.text for document in make_documents())]
     for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
-        spelled = b"".join(tokenizer.token_bytes[token_id] or b"" for token_id in ids)
-        assert spelled == b" " * tokenizer.adds_prefix_space + text.encode()
+        joined = b"".join(tokenizer.token_bytes[token_id] or b"" for token_id in ids)
+        assert joined == b" " * tokenizer.adds_prefix_space + text.encode()
     assert tokenizer.start_id is not None and tokenizer.eos_id is not None
     assert tokenizer.vocab_size <= spec.vocab_size <= spec.head_width
 
@@ -67,7 +67,7 @@ def test_every_digit_is_a_token_of_its_own(spec: ModelSpec, tmp_path: Path):
     ]
 
 
-def test_the_tokenizers_differ():
+def test_models_have_different_tokenizers():
     assert {spec.tokenizer for spec in SPECS} == {"sentencepiece", "byte_level"}
     assert len({spec.vocab_size for spec in SPECS}) == len(SPECS)
     assert any(spec.head_width > spec.vocab_size for spec in SPECS)
@@ -110,7 +110,7 @@ def test_rows_begin_with_the_start_token_and_keep_the_shares(tmp_path: Path):
     assert (rows[:, 0] == tokenizer.start_id).all()
 
 
-def test_the_recipe_reads_back_even_from_a_folder_with_an_odd_name(tmp_path: Path):
+def test_recipe_reads_back_from_a_folder_with_special_characters(tmp_path: Path):
     root = tmp_path / 'a: "b" #c'
     root.mkdir()
     path = root / "recipe.yaml"

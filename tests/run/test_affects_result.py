@@ -1,4 +1,4 @@
-"""A setting changes the names of folders exactly if it is declared to affect the result."""
+"""A setting changes folder names if and only if it is declared to affect the result."""
 
 import copy
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ ELSEWHERE = {
     "train.baseline": "it adds the folders of one more model and changes no other",
     "plan": "a section: its settings are listed below it",
 }
-"""Settings that affect the result in another way than by the names of folders."""
+"""Settings that affect the result, but not through folder names, each with the reason."""
 
 SPARE_VALUES: list[Any] = [
     *(
@@ -50,7 +50,7 @@ SPARE_VALUES: list[Any] = [
     *({"a": 3.0}, {"rank": 4}, {"names": ["x"]}, {"start": 0.1, "end": 0.2}),
     *({"m": {"parameters": 1e9}}, {"T4": {"spot_dollars": 0.1}}),
 ]
-"""Values of many types; one of them fits a setting that has no value of its own to change."""
+"""Values of many types, to try for settings whose value in `VALUES` cannot be varied."""
 
 
 def list_settings(
@@ -89,6 +89,7 @@ def change(plain: Recipe, path: str) -> Recipe:
 
 
 def list_candidates(recipe: Recipe, path: str) -> Iterator[Any]:
+    """Yield values to try for a setting, the likely ones first."""
     settings, field = recipe, None
     for part in path.split("."):
         if part.isdigit():
@@ -110,7 +111,7 @@ def list_candidates(recipe: Recipe, path: str) -> Iterator[Any]:
 SETTINGS = dict(list_settings(parse_recipe(VALUES)))
 
 WITHOUT_DRAWS = {"sources.0.backend"}
-"""Settings with a value that excludes draws."""
+"""Settings with a value that requires a signal without draws."""
 
 
 @pytest.mark.parametrize("path", [path for path in SETTINGS if path not in ELSEWHERE])
@@ -121,11 +122,11 @@ def test_folder_names_depend_on_exactly_the_settings_that_affect_the_result(path
     assert (names != new_names) == SETTINGS[path]
 
 
-def test_exceptions_are_settings():
+def test_settings_elsewhere_exist():
     assert {*ELSEWHERE} <= {*SETTINGS, "plan"}
 
 
-def test_every_settings_class_is_reached():
+def test_all_settings_classes_are_covered():
     reached = {path.rpartition(".")[0] for path in SETTINGS}
     assert {"", "corpus", "corpus.documents.0", "target", "sources.0", "capture"} <= reached
     assert {"align", "fuse", "train", "train.lora", "evaluate", "evaluate.tasks"} <= reached

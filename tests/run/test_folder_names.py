@@ -1,4 +1,4 @@
-"""Folder names are a format: what is stored under them must be found by later versions."""
+"""Folder names are stable, so that later versions find the stored data."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from rayfuse.storage.store import open_store
 EXPECTED: dict[str, Any] = json.loads(
     Path(__file__).with_name("folder_names.json").read_text(encoding="utf-8")
 )
-"""By recipe, as the first version of these rules computed them."""
+"""Folder names by recipe, as first released."""
 
 BASE: dict[str, Any] = {
     "corpus": {"documents": "text.jsonl", "max_tokens": 64},
@@ -68,7 +68,7 @@ TOKENIZERS = {"target": "tokenizer-t", "a": "tokenizer-t", "b": "tokenizer-m-b"}
 
 
 def prepare(recipe: Recipe) -> Prepared:
-    """Build what checking a recipe would find if its models and documents existed."""
+    """Build the result of checking a recipe, without its models and documents."""
     own = recipe.evaluate.documents
     share = recipe.evaluate.held_out_share if own is None else 0.0
     tasks = recipe.evaluate.tasks

@@ -1,4 +1,4 @@
-"""A source or target that comes later is shown the rows that are there; nothing is made twice."""
+"""Sources and targets that are added later reuse the stored rows and captured data."""
 
 import json
 from pathlib import Path
@@ -18,12 +18,12 @@ from rayfuse.storage.dataset import DataSet
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 
 MODELS = {"a": 300, "b": 320, "target": 340, "fine": 257, "other-target": 270}
-"""Name: vocabulary. The smaller, the more tokens a text takes."""
+"""Vocabulary size by model. The smaller, the more tokens a text has."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Return a folder with models, each with a tokenizer of its own, and documents."""
+    """Create a folder with documents and models, each with a different tokenizer."""
     folder = tmp_path_factory.mktemp("kept")
     for name, vocab in MODELS.items():
         save_model("llama", 352, folder / name)
@@ -59,27 +59,29 @@ def run(recipe, *stages: str) -> Layout:
 
 
 def commits(data: DataSet) -> dict[int, str]:
-    """Return who made which shard when."""
+    """Map each shard to the attempt that committed it."""
     return {shard: commit.attempt for shard, commit in data.commits().items()}
 
 
 def read_texts(data: DataSet) -> list[str]:
     found = data.commits()
-    return [t for shard in sorted(found) for t in data.read_shard(found[shard])["text"].to_pylist()]
+    tables = [data.read_shard(found[shard]) for shard in sorted(found)]
+    return [text for table in tables for text in table["text"].to_pylist()]
 
 
-def longest(data: DataSet, column: str) -> int:
+def count_longest(data: DataSet, column: str) -> int:
+    """Count the tokens of the longest row."""
     shards = [data.read_shard(commit) for commit in data.commits().values()]
     return max(int(np.diff(flatten_column(shard, column)[1]).max()) for shard in shards)
 
 
 @pytest.mark.ray
-def test_a_source_with_another_tokenizer_is_captured_on_the_rows_that_are_there(
+def test_added_source_with_another_tokenizer_is_captured_on_the_stored_rows(
     folder, tmp_path, ray_cluster
 ):
     first = run(write_recipe(folder, tmp_path, "a", "b"), "corpus", "capture", "align")
     before = {name: commits(first.captured[name]) for name in ("a", "b")}
-    assert longest(first.corpus, "target_ids") <= 100
+    assert count_longest(first.corpus, "target_ids") <= 100
     later = run(write_recipe(folder, tmp_path, "a", "b", "fine"), "corpus", "capture", "align")
     assert later.corpus_documents.segmentation.is_reused
     assert later.corpus.folder == first.corpus.folder
@@ -87,14 +89,16 @@ def test_a_source_with_another_tokenizer_is_captured_on_the_rows_that_are_there(
     assert {name: data.folder for name, data in later.aligned.items() if name != "fine"} == {
         name: data.folder for name, data in first.aligned.items()
     }
-    assert longest(later.captured["fine"], "token_ids") > 100  # rows are cut for coarser ones
+    assert (
+        count_longest(later.captured["fine"], "token_ids") > 100
+    )  # rows were split for coarser tokenizers
     assert later.aligned["fine"].is_complete()
-    assert later.runs[1] == first.runs[1]  # plain continued training is not repeated
+    assert later.runs[1] == first.runs[1]  # the CLM baseline is not trained again
     assert later.evaluation.scores["a"] == first.evaluation.scores["a"]
 
 
 @pytest.mark.ray
-def test_another_target_is_aligned_from_what_is_captured(folder, tmp_path, ray_cluster):
+def test_another_target_reuses_the_captured_data(folder, tmp_path, ray_cluster):
     first = run(write_recipe(folder, tmp_path, "a", "b"), "corpus", "capture", "align")
     before = {name: commits(first.captured[name]) for name in ("a", "b")}
     recipe = write_recipe(folder, tmp_path, "a", "b", target="other-target")
@@ -114,7 +118,7 @@ def test_another_target_is_aligned_from_what_is_captured(folder, tmp_path, ray_c
 
 
 @pytest.mark.ray
-def test_another_top_k_has_folders_of_its_own_and_leaves_the_old_ones_whole(
+def test_another_top_k_has_its_own_folders_and_keeps_the_old_ones_complete(
     folder, tmp_path, ray_cluster
 ):
     first = run(write_recipe(folder, tmp_path, "a"), "corpus", "capture")
@@ -126,7 +130,7 @@ def test_another_top_k_has_folders_of_its_own_and_leaves_the_old_ones_whole(
     assert later.captured["a"].is_complete()
     assert commits(first.captured["a"]) == before
     for layout in (first, later):
-        assert not any(each.corrupt for each in verify_layout(layout, report_nothing).values())
+        assert not any(found.corrupt for found in verify_layout(layout, report_nothing).values())
 
 
 @pytest.mark.ray
@@ -136,13 +140,13 @@ def test_resplit_captures_everything_again(folder, tmp_path, ray_cluster):
     layout = run(recipe, "corpus")
     assert not layout.corpus_documents.segmentation.is_reused
     assert layout.captured["a"].folder != first.captured["a"].folder
-    assert longest(layout.corpus, "target_ids") < 100
-    # Without the setting, what this recipe has made already stays its own.
+    assert count_longest(layout.corpus, "target_ids") < 100
+    # Without the setting, the recipe still uses the segmentation that it has stored itself.
     assert prepare_run(write_recipe(folder, tmp_path, "a", "fine")).corpus == layout.corpus
 
 
 @pytest.mark.ray
-def test_a_lost_shard_of_kept_rows_is_cut_as_at_first(folder, tmp_path, ray_cluster):
+def test_lost_shard_of_reused_rows_is_split_as_at_first(folder, tmp_path, ray_cluster):
     first = run(write_recipe(folder, tmp_path, "a"), "corpus", "capture")
     texts = read_texts(first.corpus)
     recipe = write_recipe(folder, tmp_path, "a", "fine")
@@ -153,7 +157,7 @@ def test_a_lost_shard_of_kept_rows_is_cut_as_at_first(folder, tmp_path, ray_clus
 
 
 @pytest.mark.ray
-def test_a_tokenizer_that_rows_were_split_for_and_that_is_missing_is_named(
+def test_error_names_a_missing_or_changed_tokenizer_of_the_first_segmentation(
     folder, tmp_path, ray_cluster
 ):
     save_model("llama", 352, folder / "passing")
