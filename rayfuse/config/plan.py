@@ -73,7 +73,7 @@ class SizeSettings(Settings):
     parameters: PositiveFloat
     """Weights, those of embedding and head included."""
     layers: PositiveInt | None = None
-    """Number of layers; by default that of a Llama of this size, (parameters / 196,608) ** (1/3)."""
+    """Number of layers; by default that of such a Llama, (parameters / 196,608) ** (1/3)."""
     width: PositiveInt | None = None
     """Width of a hidden state; by default 128 per layer, as in Llama."""
     vocab: PositiveInt = 32_000
