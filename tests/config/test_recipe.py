@@ -166,7 +166,7 @@ YAML_BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         "[",
     ],
 )
-def test_value_that_is_not_plain_yaml_is_refused_in_files_and_overrides(
+def test_fault_28_value_that_is_not_plain_yaml_is_refused_in_files_and_overrides(
     value, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -184,7 +184,7 @@ def test_value_that_is_not_plain_yaml_is_refused_in_files_and_overrides(
 
 
 @pytest.mark.parametrize("key", ["storage", "corpus", "sources", "seed", "train", "fusion"])
-def test_aliases_that_expand_to_gigabytes_are_refused_without_expanding(key, tmp_path):
+def test_fault_28_aliases_that_expand_to_gigabytes_are_refused_without_expanding(key, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(YAML_BOMB + yaml.safe_dump(MINIMAL | {key: "BOMB"}).replace("BOMB", "*a11"))
     with pytest.raises(RecipeError, match="is no setting of rayfuse") as caught:
@@ -192,7 +192,7 @@ def test_aliases_that_expand_to_gigabytes_are_refused_without_expanding(key, tmp
     assert len(str(caught.value)) < 10_000
 
 
-def test_recursive_value_is_refused(tmp_path):
+def test_fault_28_recursive_value_is_refused(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(MINIMAL).replace("storage: run", "storage: &a [*a]"))
     with pytest.raises(RecipeError, match=r"storage is .*valid string"):
@@ -202,7 +202,7 @@ def test_recursive_value_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "key", ["__class__", "__init__.__globals__", "sources.0.__dict__", "sources.a.x", "env.PATH"]
 )
-def test_override_reaches_only_settings(key, tmp_path):
+def test_fault_28_override_reaches_only_settings(key, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(MINIMAL))
     with pytest.raises(RecipeError, match="is no setting of rayfuse"):
@@ -210,7 +210,7 @@ def test_override_reaches_only_settings(key, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["${HOME}/run", "$USER", "`id`", "$(id)", "%(HOME)s", "{0.x}"])
-def test_variables_in_values_are_not_expanded(text, tmp_path):
+def test_fault_28_variables_in_values_are_not_expanded(text, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(with_setting("storage", text)))
     assert read_recipe(path).storage == text
@@ -218,7 +218,7 @@ def test_variables_in_values_are_not_expanded(text, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["a\x00b", "\ud800"])
-def test_nul_and_unpaired_surrogates_are_refused(text):
+def test_fault_28_nul_and_unpaired_surrogates_are_refused(text):
     documents = [{"path": "docs.jsonl", "domain": text}]
     for path, value in (("storage", text), ("corpus.documents", documents)):
         with pytest.raises(RecipeError, match="contains a NUL byte or an unpaired surrogate"):
@@ -246,7 +246,7 @@ def test_nul_and_unpaired_surrogates_are_refused(text):
         "-rf",
     ],
 )
-def test_source_name_that_is_no_file_name_is_refused(name):
+def test_fault_29_source_name_that_is_no_file_name_is_refused(name):
     with pytest.raises(RecipeError, match=r"sources.0.name is"):
         parse_recipe(with_setting("sources.0.name", name))
 

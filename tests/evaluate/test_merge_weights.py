@@ -149,8 +149,8 @@ def test_sources_that_are_not_heard_are_not_in_the_ensemble(tmp_path: Path):
     target = folders.pop("t")
     every = plan(tmp_path, folders, target)
     some = plan(tmp_path, folders, target, fuse={"weights": {"b": 0}})
-    assert list(every.token_nll) == ["a", "b", "c"]
-    assert list(some.token_nll) == ["a", "c"]
+    assert list(every.evaluation.token_nll) == ["a", "b", "c"]
+    assert list(some.evaluation.token_nll) == ["a", "c"]
     assert some.evaluation.scores["a"] == every.evaluation.scores["a"]
     assert some.evaluation.scores["ensemble"] != every.evaluation.scores["ensemble"]
     turned = plan(tmp_path, dict(reversed(folders.items())), target)
