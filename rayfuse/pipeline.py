@@ -4,6 +4,7 @@ The stages are imported as they run: they import ray, which reads the environmen
 `join_cluster` sets, and a run that is complete needs no cluster.
 """
 
+import importlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,17 @@ from rayfuse.runtime.progress import Progress
 from rayfuse.storage.store import check_store
 
 STAGES = ("corpus", "capture", "align", "train", "evaluate", "report")
+
+STAGE_FUNCTIONS = {
+    "corpus": "rayfuse.corpus.stage:build_corpora",
+    "capture": "rayfuse.align.after_capture:capture_and_align",
+    "align": "rayfuse.align.stage:align_sources",
+    "train": "rayfuse.train.stage:train_runs",
+    "evaluate": "rayfuse.evaluate.stage:evaluate_models",
+}
+"""The function of each stage that runs on Ray, as module:function. It is imported when it is used:
+importing ray reads the environment that `join_cluster` sets, and one stage does not wait for the
+libraries of the others."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +196,5 @@ def _run_stage(stage: str, recipe: Recipe, layout: Layout, progress: Progress) -
         write_report(recipe, layout)
         return
     join_cluster()
-    from rayfuse.stages import RUN_STAGE  # imports ray, which must join first
-
-    RUN_STAGE[stage](recipe, layout, progress)
+    module, function = STAGE_FUNCTIONS[stage].split(":")
+    getattr(importlib.import_module(module), function)(recipe, layout, progress)

@@ -14,7 +14,7 @@ from rayfuse.evaluate.bootstrap import Difference
 from rayfuse.evaluate.scores import Evaluation, compare_evaluations, parse_evaluation
 from rayfuse.evaluate.task_scores import TaskScore, compare_tasks, parse_task_score
 from rayfuse.fuse.source_filter import is_noise
-from rayfuse.report.timeline import ShardSpan, read_spans
+from rayfuse.report.spans import ShardSpan, read_spans
 from rayfuse.run.layout import Layout, Merge, TrainRun
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.manifest import Commit, ShardError

@@ -10,8 +10,8 @@ from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.evaluate.bootstrap import Difference
 from rayfuse.evaluate.scores import ALL
 from rayfuse.report.gather import Findings, SourceSelection, StageCount
+from rayfuse.report.spans import ShardSpan, share_waited, sum_busy
 from rayfuse.report.tables import TASK_NOTE, build_table, build_task_table, render_html
-from rayfuse.report.timeline import ShardSpan, share_waited, sum_busy
 from rayfuse.report.verdict import MINUS, Verdict, format_signed, name_domain, order_names
 
 CAPTIONS = {

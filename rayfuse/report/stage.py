@@ -13,8 +13,8 @@ from rayfuse.evaluate.scores import bits_per_byte
 from rayfuse.report.gather import Curve, Findings, gather_findings
 from rayfuse.report.model_card import build_model_card
 from rayfuse.report.page import build_page
+from rayfuse.report.spans import share_waited, sum_busy
 from rayfuse.report.tables import render_tables
-from rayfuse.report.timeline import share_waited, sum_busy
 from rayfuse.report.verdict import Verdict, judge
 from rayfuse.run.layout import Layout
 

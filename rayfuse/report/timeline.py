@@ -1,13 +1,12 @@
-"""The commits of captured shards -> a plot of when each worker's device was busy and idle."""
+"""A plot of when each worker's device was busy and idle during capture."""
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float
 
+from rayfuse.report.spans import ShardSpan, share_waited, sum_busy
 from rayfuse.report.style import FAINT, INK, new_figure, plain, style_of, to_png
-from rayfuse.storage.dataset import DataSet
 
 MAX_WORKERS = 40
 """Workers in the plot: those that computed longest."""
@@ -16,51 +15,6 @@ LONG_PAUSE = 0.05
 """A share of all working time: longer pauses of all workers at once are skipped."""
 
 UNITS = ((86_400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
-
-
-@dataclass(frozen=True)
-class ShardSpan:
-    """The time that one worker took for one shard."""
-
-    worker: str
-    began: float
-    """When the device started on it: Unix time in seconds, by the worker's clock."""
-    busy_seconds: float
-    idle_seconds: float
-    """How long the device had waited before."""
-    tokens: int
-
-    @property
-    def ended(self) -> float:
-        """When the device finished it: Unix time in seconds."""
-        return self.began + self.busy_seconds
-
-
-def read_spans(captured: DataSet) -> list[ShardSpan]:
-    """Read which worker captured which shard when, in order of time."""
-    spans = [
-        ShardSpan(
-            commit.worker,
-            commit.stats["began"],
-            commit.stats["busy_seconds"],
-            commit.stats["idle_seconds"],
-            commit.tokens,
-        )
-        for commit in captured.commits().values()
-        if "began" in commit.stats
-    ]
-    return sorted(spans, key=lambda span: (span.began, span.worker))
-
-
-def sum_busy(spans: list[ShardSpan]) -> float:
-    """Sum the seconds in which devices computed; never 0, so that it can divide."""
-    return max(sum(span.busy_seconds for span in spans), 1e-9)
-
-
-def share_waited(spans: list[ShardSpan]) -> float:
-    """Compute the share of the workers' time in which their devices were idle."""
-    waited = sum(span.idle_seconds for span in spans)
-    return waited / (waited + sum_busy(spans))
 
 
 def draw_timeline(spans: dict[str, list[ShardSpan]]) -> bytes:

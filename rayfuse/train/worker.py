@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import ray.train
 import torch
-from transformers import AutoTokenizer
 
 from rayfuse.config.base import UserError
 from rayfuse.config.recipe import Recipe, dump_recipe
@@ -301,6 +300,8 @@ class Trainer:
         """
         task = self.task
         target = task.recipe.target
+        from transformers import AutoTokenizer  # seconds to import, for the driver as well
+
         tokenizer = AutoTokenizer.from_pretrained(
             target.model, revision=target.revision, trust_remote_code=target.trust_remote_code
         )

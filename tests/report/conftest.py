@@ -11,7 +11,7 @@ from rayfuse.config.recipe import Recipe
 from rayfuse.evaluate.scores import DocumentScore, Evaluation, compare_evaluations, find_role
 from rayfuse.evaluate.task_scores import SubtaskScore, TaskScore, compare_tasks
 from rayfuse.report.gather import Curve, Findings, SourceSelection, SourceSignal, StageCount
-from rayfuse.report.timeline import ShardSpan
+from rayfuse.report.spans import ShardSpan
 from rayfuse.run.layout import EvaluationFiles, Layout, Merge, TrainRun
 from rayfuse.run.prepare import SplitDocuments
 from rayfuse.run.segmentation import Segmentation

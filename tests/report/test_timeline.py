@@ -1,15 +1,8 @@
 import numpy as np
 import pytest
 
-from rayfuse.report.timeline import (
-    ShardSpan,
-    draw_timeline,
-    find_pauses,
-    read_spans,
-    share_waited,
-    skip_pauses,
-    sum_busy,
-)
+from rayfuse.report.spans import ShardSpan, read_spans, share_waited, sum_busy
+from rayfuse.report.timeline import draw_timeline, find_pauses, skip_pauses
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import open_store
 from tests.report.conftest import make_aligned
