@@ -27,6 +27,7 @@ check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/check_style.py
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: .venv/.dev

@@ -1,7 +1,8 @@
 """The base of all settings classes: common checks, and which settings affect the result."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Generator
+from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -46,6 +47,18 @@ def check_known(name: str, registry: Collection[str]) -> str:
 def first_line(error: BaseException) -> str:
     """Shorten an error to the first line of its message, or to its class if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def user_error_from(explain: Callable[[Exception], UserError]) -> Generator[None]:
+    """Replace any error inside by the UserError that `explain` makes of it.
+
+    For calls into libraries that raise errors of many types without a common base class.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise explain(error) from error
 
 
 def result_neutral(default: T) -> T:

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import yaml
 
-from rayfuse.config.base import SECRET_PATTERN, UserError
+from rayfuse.config.base import SECRET_PATTERN, UserError, user_error_from
 
 
 class RecipeError(UserError):
@@ -22,11 +22,13 @@ def parse_yaml(text: str, what: str) -> Any:
     Raises:
         RecipeError: The text is not valid YAML, or has such a tag.
     """
-    try:
+    with user_error_from(
+        lambda error: RecipeError(
+            f"{what} is not valid YAML: "
+            f"{'nested too deep' if isinstance(error, RecursionError) else error}"
+        )
+    ):
         return yaml.safe_load(text)
-    except Exception as error:  # a scalar that does not fit its tag raises errors of many types
-        reason = "nested too deep" if isinstance(error, RecursionError) else error
-        raise RecipeError(f"{what} is not valid YAML: {reason}") from error
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

@@ -84,7 +84,7 @@ def _join() -> Finding | None:
         is_rays = type(error).__module__.startswith("ray.")
         if not isinstance(error, ConnectionError | ClusterError) and not is_rays:
             raise
-        cause = error.__cause__ if isinstance(error, ClusterError) else error
+        cause = (error.__cause__ if isinstance(error, ClusterError) else None) or error
         reason = first_line(cause)
         return Finding(
             "cluster",

@@ -58,7 +58,7 @@ def collect_cluster_facts(recipe: Recipe, marker: str | None) -> ClusterFacts:
     return ClusterFacts(
         driver=NodeFacts(driver_node, list_versions(), True, token_file, mode),
         nodes=tuple(nodes),
-        silent=tuple(_name(node) for node in alive if facts_by_node.get(id(node)) is None),
+        unresponsive=tuple(_name(node) for node in alive if facts_by_node.get(id(node)) is None),
         resources=tuple(node["Resources"] for node in alive),
         has_autoscaler=has_autoscaler,
         may_come=may_come,

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from rayfuse.config.base import UserError
+from rayfuse.config.base import UserError, user_error_from
 from rayfuse.config.evaluate import EvaluateSettings, TasksSettings
 from rayfuse.config.models import ModelSettings
 from rayfuse.evaluate.bits_per_byte import load_scored_model
@@ -118,13 +118,13 @@ def load_tasks(manager: Any, name: str) -> dict[str, Any]:
     Raises:
         UserError: One cannot be loaded: its data is missing, or its definition is wrong.
     """
-    try:
-        return manager.load([name])["tasks"]
-    except Exception as error:  # a definition is the user's code and may raise anything
-        raise UserError(
+    with user_error_from(  # a definition is the user's code
+        lambda error: UserError(
             f"the task {name} cannot be loaded ({type(error).__name__}: {error}); check "
             "evaluate.tasks.data, and that this machine reaches the hub if the data set is there"
-        ) from error
+        )
+    ):
+        return manager.load([name])["tasks"]
 
 
 def run_tasks(

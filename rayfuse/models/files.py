@@ -7,7 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rayfuse.config.base import UserError, first_line
+import huggingface_hub  # imports its parts when they are used
+
+from rayfuse.config.base import UserError, first_line, user_error_from
 from rayfuse.config.models import ModelSettings
 from rayfuse.models.tokenizer import TextTokenizer, check_folder, load_tokenizer
 
@@ -135,16 +137,13 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], str]:
 
 def _read_hub(model: str, revision: str | None) -> tuple[dict[str, Any], str]:
     """Read the config and the identity of a hub model; downloads config.json alone."""
-    from huggingface_hub import hf_hub_download  # models in folders do not need it
-
-    try:
-        path = Path(hf_hub_download(model, "config.json", revision=revision))
-    except Exception as error:  # errors of the hub have no common base class
-        reason = first_line(error)
-        raise UserError(
+    with user_error_from(
+        lambda error: UserError(
             f"model is {model!r}, which is not a local folder and cannot be read from the hub "
-            f"({reason}); check the name, or log in if it is gated"
-        ) from error
+            f"({first_line(error)}); check the name, or log in if it is gated"
+        )
+    ):
+        path = Path(huggingface_hub.hf_hub_download(model, "config.json", revision=revision))
     # The hub's cache stores files under snapshots/COMMIT/. A branch may move; the commit is fixed.
     return json.loads(path.read_bytes()), f"{model}@{path.parent.name}"
 
@@ -154,11 +153,11 @@ def find_folder(settings: ModelSettings) -> Path:
     folder = Path(settings.model).expanduser()
     if folder.is_dir():
         return folder
-    from huggingface_hub import snapshot_download  # models in folders do not need it
-
     patterns = ["*.safetensors", *PLAIN_FILES]
     return Path(
-        snapshot_download(settings.model, revision=settings.revision, allow_patterns=patterns)
+        huggingface_hub.snapshot_download(
+            settings.model, revision=settings.revision, allow_patterns=patterns
+        )
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 
-from rayfuse.config.base import UserError, first_line
+from rayfuse.config.base import UserError, first_line, user_error_from
 from rayfuse.models.token_bytes import (
     BYTE_PATTERN,
     SPACE_MARK,
@@ -144,15 +144,15 @@ def load_tokenizer(
         return plain
     from transformers import AutoTokenizer  # takes 5 seconds; plain folders do not need it
 
-    try:
+    with user_error_from(
+        lambda error: UserError(
+            f"model is {model!r}, whose tokenizer cannot be loaded ({first_line(error)}); "
+            "give a folder with tokenizer.json or a hub id that this machine may read"
+        )
+    ):
         loaded: Any = AutoTokenizer.from_pretrained(
             model, revision=revision, trust_remote_code=trust_remote_code, use_fast=True
         )
-    except Exception as error:  # the classes of transformers raise errors of many types
-        raise UserError(
-            f"model is {model!r}, whose tokenizer cannot be loaded ({first_line(error)}); "
-            "give a folder with tokenizer.json or a hub id that this machine may read"
-        ) from error
     if not loaded.is_fast:
         raise UserError(f"model is {model!r}, which has no fast tokenizer (tokenizer.json)")
     return build_tokenizer(
@@ -209,13 +209,13 @@ def _read_checked(path: Path, read: Callable[[bytes], Any]) -> Any:
     Raises:
         UserError: `read` raised an exception.
     """
-    try:
-        return read(path.read_bytes())
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise UserError(
+    with user_error_from(
+        lambda error: UserError(
             f"{path} is corrupt or not a tokenizer file ({first_line(error)}); "
             "save it again with save_pretrained, or download it again"
-        ) from error
+        )
+    ):
+        return read(path.read_bytes())
 
 
 def _check_object(value: object) -> dict[str, Any]:

@@ -283,7 +283,7 @@ def test_fault_29_names_in_documents_write_nothing_outside_the_data_set(tmp_path
     assert list(dict.fromkeys(stored["doc_id"].to_pylist())) == HOSTILE_NAMES
     assert list(dict.fromkeys(stored["domain"].to_pylist())) == HOSTILE_NAMES
     files = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
-    folder = Path("root/storage/corpus/x")
+    folder = Path("root/storage", data.folder)
     expected = [folder / commit.file, folder / "rejects/00000.jsonl", folder / "commits/00000.json"]
     assert sorted(files) == sorted([Path("d.jsonl"), *expected])
 
