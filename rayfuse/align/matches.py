@@ -11,8 +11,8 @@ from rayfuse.align.token_spans import Fault, PlacedTokens
 NO_SHARED_BOUNDARY = "no shared boundary"
 """The position is inside a source token."""
 
-NO_TOKENS = "source: row rejected or dropped"
-ONE_SIDED = "start or end that only one side predicts"
+NO_TOKENS = "source: row rejected or left out"
+ONE_SIDED = "start or end that one side alone predicts"
 """A model without start token predicts no first token of a text, one without EOS no end."""
 
 

@@ -353,12 +353,11 @@ def _read_same_rows(data: DataSet, shard: int, rows: pa.Table) -> pa.Table:
     """Read a shard, and check that it holds the same rows as a table.
 
     Raises:
-        ShardError: It is missing or corrupt.
-        UserError: It holds other rows.
+        ShardError: It is missing or corrupt, or holds other rows.
     """
     table = data.read_shard(data.read_commit(shard))
     if not table["row_id"].equals(rows["row_id"]):
-        raise UserError(
+        raise ShardError(
             f"{data.store.root}/{data.folder}: shard {shard} holds other rows than the held-out "
             "text; remove the folder and run `rayfuse evaluate`"
         )

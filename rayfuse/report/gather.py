@@ -112,7 +112,7 @@ def gather_findings(recipe: Recipe, layout: Layout) -> Findings:
 
     Raises:
         UserError: A model is not evaluated.
-        ValueError: Models are evaluated on different documents.
+        UserError: Models are evaluated on different documents.
         ShardError: A shard is missing or corrupt, or holds other rows than the corpus.
     """
     evaluations = read_evaluations(layout)

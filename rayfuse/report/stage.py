@@ -29,7 +29,7 @@ def write_report(recipe: Recipe, layout: Layout) -> str:
 
     Raises:
         UserError: A model is not evaluated.
-        ValueError: Models are evaluated on different documents.
+        UserError: Models are evaluated on different documents.
         ShardError: A shard is missing or corrupt, or holds other rows than the corpus.
     """
     # matplotlib takes a second to import, and `rayfuse status` imports this module.

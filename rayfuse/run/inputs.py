@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import fsspec
 import zstandard
 
-from rayfuse.config.base import UserError
+from rayfuse.config.base import UserError, first_line
 from rayfuse.config.corpus import DocumentsSettings
 
 Format = Literal["jsonl", "parquet", "text", "dataset"]
@@ -161,7 +161,10 @@ def _list_local(path: str) -> list[tuple[str, int, str]]:
     else:
         root = Path(local.anchor or ".")
         pattern = str(local.relative_to(local.anchor)) if local.anchor else str(local)
-        found = list(root.glob(pattern))
+        try:
+            found = list(root.glob(pattern))
+        except ValueError as error:
+            raise UserError(f"{path!r} is no valid pattern for documents: {error}") from error
     for file in found:
         if file.is_symlink() and not file.exists() and _format_of(str(file)):
             raise UserError(f"documents {file} are a broken link; restore its file or remove it")
@@ -171,7 +174,10 @@ def _list_local(path: str) -> list[tuple[str, int, str]]:
 
 def _list_uri(uri: str) -> list[tuple[str, int, str]]:
     """List path, size and version of the files below a URI or matching a pattern."""
-    fs, path = fsspec.url_to_fs(uri)
+    try:
+        fs, path = fsspec.url_to_fs(uri)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"documents {uri!r} cannot be opened: {first_line(error)}") from error
     fs.invalidate_cache()
     protocol = uri.partition("://")[0]
     listing = fs.glob if glob.has_magic(path) else fs.find

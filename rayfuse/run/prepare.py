@@ -114,7 +114,7 @@ def _check_pairs(recipe: Recipe, align: AlignFacts) -> None:
     for source in recipe.sources:
         try:
             align.check_pair(load_recipe_tokenizer(source), target)
-        except UserError as error:
+        except ValueError as error:  # UserError is one; tokens that cannot be placed raise another
             raise UserError(f"source {source.name}: {error}") from error
 
 

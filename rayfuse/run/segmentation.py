@@ -80,11 +80,13 @@ def plan_segmentation(
     prefix = f"{name}-" if name else ""
     record_file = f"corpus/{prefix}segmentation-{fingerprint_of(**documents)}.json"
     own = _split_for(models, documents, record_file)
-    if resplit or store.sizes(place_rows(store, name, own.fingerprint, target).folder, "run.json"):
+    if store.sizes(place_rows(store, name, own.fingerprint, target).folder, "run.json"):
+        return own
+    if not store.sizes("corpus", record_file.removeprefix("corpus/")):
+        _check_versions(store)
+    if resplit:
         return own
     recorded = _read_record(store, record_file)
-    if recorded is None:
-        _check_versions(store)
     if recorded is None or recorded.fingerprint == own.fingerprint:
         return own
     return recorded

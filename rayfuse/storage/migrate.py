@@ -248,6 +248,8 @@ def _migrate_manifest(data: DataSet, commits: dict[int, Commit], run: Json) -> N
 
 RECIPE_KEYS_5 = {"storage_patience_seconds": "storage_retry_seconds"}
 
+CORPUS_KEYS_5 = {"recut": "resplit"}
+
 ALIGN_METHODS_5 = {"mined": "min_edit_distance", "statistics": "cooccurrence"}
 
 METRIC_NAMES_5 = {b'"utilisation":': b'"mfu":', b'"storage_repeats":': b'"storage_retries":'}
@@ -274,12 +276,27 @@ def convert_recipe_4_to_5(recipe: Json) -> Json:
     if "align" in converted:
         method = converted["align"].get("method")
         converted["align"] = converted["align"] | {"method": ALIGN_METHODS_5.get(method, method)}
+    if "corpus" in converted:
+        converted["corpus"] = {
+            CORPUS_KEYS_5.get(key, key): value for key, value in converted["corpus"].items()
+        }
     return converted
 
 
 def _rename(migration: Migration, old: str, new: str) -> None:
     migration.write(new, migration.store.read(old))
     migration.store.remove(old)
+
+
+def _migrate_done_4_to_5(migration: Migration, name: str) -> None:
+    try:
+        record = json.loads(migration.store.read(name))
+        converted = record | {"recipe": convert_recipe_4_to_5(record["recipe"])}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        migration.corrupt.append(f"{migration.store.root}/{name} is no record ({error!r})")
+        return
+    if converted != record:
+        migration.write(name, json.dumps(converted, indent=1).encode())
 
 
 def _migrate_training_4_to_5(migration: Migration, folder: str) -> None:
@@ -291,10 +308,7 @@ def _migrate_training_4_to_5(migration: Migration, folder: str) -> None:
     if "metrics.jsonl" in files:
         _rename_metrics(migration, f"{folder}/metrics.jsonl")
     if "done.json" in files:
-        record = json.loads(store.read(f"{folder}/done.json"))
-        converted = record | {"recipe": convert_recipe_4_to_5(record["recipe"])}
-        if converted != record:
-            migration.write(f"{folder}/done.json", json.dumps(converted, indent=1).encode())
+        _migrate_done_4_to_5(migration, f"{folder}/done.json")
     for file in store.sizes(f"{folder}/checkpoints/records"):
         _migrate_checkpoint_4_to_5(migration, f"{folder}/checkpoints", file)
 

@@ -46,7 +46,6 @@ class StorageUnavailableError(OSError):
 
 
 @runtime_checkable
-@runtime_checkable
 class Connection(Protocol):
     """A store that retries its requests."""
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from rayfuse.config.base import UserError
+import fsspec
+
+from rayfuse.config.base import UserError, first_line
 from rayfuse.storage.object_store import ObjectStore
 from rayfuse.storage.retry import RETRY_SECONDS
 
@@ -191,8 +193,19 @@ def open_store(uri: str, retry_seconds: float = RETRY_SECONDS) -> Store:
     Args:
         uri: The folder or prefix.
         retry_seconds: How long one request to object storage is retried.
+
+    Raises:
+        UserError: fsspec does not know the protocol, or lacks its package.
     """
     if "://" in uri and not uri.startswith("file://"):
+        protocol = uri.partition("://")[0]
+        try:
+            fsspec.get_filesystem_class(protocol)
+        except (ValueError, ImportError) as error:
+            raise UserError(
+                f"storage is {uri!r}, which cannot be opened: {first_line(error)}; give a folder, "
+                "s3://BUCKET/PREFIX, or another URI whose fsspec package is installed"
+            ) from error
         return ObjectStore(uri.rstrip("/"), retry_seconds)
     return LocalStore(str(Path(uri.removeprefix("file://")).expanduser().absolute()))
 

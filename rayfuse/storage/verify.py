@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from rayfuse.config.base import UserError
 from rayfuse.storage.dataset import DataSet, shard_of
 from rayfuse.storage.manifest import Commit, ShardError
 
@@ -127,7 +128,8 @@ def _check_shard(data: DataSet, commit: Commit, corpus: DataSet | None) -> Corru
     name = f"{data.folder}/{commit.file}"
     try:
         table = data.read_shard(commit)
-    except (ShardError, pa.ArrowException, OSError) as error:
+    # UserError: another schema version, which a migration that was interrupted may have left.
+    except (ShardError, UserError, pa.ArrowException, OSError) as error:
         return CorruptFile(name, str(error), shard)
     if table.num_rows != commit.rows:
         return CorruptFile(name, f"has {table.num_rows} rows, not {commit.rows}", shard)
@@ -135,7 +137,7 @@ def _check_shard(data: DataSet, commit: Commit, corpus: DataSet | None) -> Corru
         return None
     try:
         rows = corpus.read_shard(corpus.read_commit(shard), columns=["row_id"])
-    except (ShardError, pa.ArrowException, OSError):
+    except (ShardError, UserError, pa.ArrowException, OSError):
         return None  # verifying the corpus reports its corrupt shard
     if not rows["row_id"].equals(table["row_id"]):
         return CorruptFile(name, "holds other rows than the corpus", shard)

@@ -1,6 +1,6 @@
 """Tasks that run what models write: HumanEval in Python, MultiPL-E in C++, Java and JavaScript.
 
-Programs run only in rayfuse's sandbox, and only if the recipe sets
+Programs run in rayfuse's sandbox alone, and only where the recipe says
 `evaluate.run_generated_code: true`.
 """
 
@@ -15,7 +15,7 @@ from datasets import Dataset
 from rayfuse.evaluate.sandbox import PATH, check_sandbox, python, run_sandboxed
 
 SECONDS = 20
-"""CPU time for compiling a program, and again for running it."""
+"""Of processor time, for compiling a program and again for running it."""
 
 PAIR = """package org.javatuples;
 import java.util.Objects;
@@ -34,17 +34,17 @@ public final class Pair<A, B> {
     }
 }
 """
-"""The part of the library javatuples that MultiPL-E's Java programs use."""
+"""All that MultiPL-E's Java asks of the library javatuples: made here, so that none is needed."""
 
 
 class Program(NamedTuple):
-    """How programs of a language are compiled and run."""
+    """How a language is run."""
 
     file: str
     tool: str
-    """The compiler or interpreter that must be installed."""
+    """What must be installed."""
     command: str
-    """Shell command that compiles and runs the program."""
+    """The shell's."""
     beside: Mapping[str, str] = {}
     """Files beside the program: text by relative path."""
 
@@ -54,7 +54,7 @@ PROGRAMS = {
     "java": Program(
         "Problem.java",
         "javac",
-        # The sandbox limits the address space, of which the JVM would reserve more than it uses.
+        # The sandbox bounds addresses: a Java machine would reserve more than it uses.
         "export JAVA_TOOL_OPTIONS='-Xmx1g -XX:CompressedClassSpaceSize=64m'; "
         "javac -nowarn Problem.java && java -ea Problem",
         beside={"org/javatuples/Pair.java": PAIR},
@@ -64,14 +64,14 @@ PROGRAMS = {
 
 
 def load_multipl_e(data: str, language: str, **_: object) -> dict[str, Dataset]:
-    """Load MultiPL-E's HumanEval in a language.
+    """Return MultiPL-E's HumanEval in a language.
 
     Raises:
-        ValueError: The compiler or interpreter of the language is not installed.
+        ValueError: What runs the language is not installed.
     """
     tool = PROGRAMS[language].tool
     if shutil.which(tool, path=PATH) is None:
-        others = ", ".join(f"local_multipl_e_{other}" for other in PROGRAMS if other != language)
+        others = ", ".join(f"local_multipl_e_{each}" for each in PROGRAMS if each != language)
         raise ValueError(
             f"{tool} is not in {PATH}; install it there, or name {others} without this language"
         )
@@ -82,7 +82,7 @@ def load_multipl_e(data: str, language: str, **_: object) -> dict[str, Dataset]:
 
 
 def pass_python(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Run HumanEval's test on a generated function; the score is 1 if it passes, else 0."""
+    """Return whether a function passes HumanEval's test of it."""
     check_sandbox()
     text = f"{doc['prompt']}{results[0]}\n{doc['test']}\ncheck({doc['entry_point']})\n"
     outcome = run_sandboxed({"main.py": text}, [python(), "main.py"], seconds=SECONDS)
@@ -90,7 +90,7 @@ def pass_python(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 
 def pass_program(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Run a generated program with MultiPL-E's tests; the score is 1 if it passes, else 0."""
+    """Return whether a program with MultiPL-E's tests behind it ends without an error."""
     check_sandbox()
     program = PROGRAMS[doc["language"]]
     text = f"{doc['prompt']}{results[0]}\n{doc['tests']}\n"

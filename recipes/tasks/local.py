@@ -1,6 +1,6 @@
 """Evaluation sets as lm-eval's tasks see them, read from the folder that the recipe names.
 
-Each loader is given `data` (evaluate.tasks.data) and its task's `dataset_kwargs`.
+Each loader is given `data` (evaluate.tasks.data) and what its task's `dataset_kwargs` say.
 """
 
 import gzip

@@ -199,9 +199,9 @@ class Growth:
 
 
 COUNT_REACHABLE = """
-from rayfuse.session import join_cluster
+from rayfuse.runtime.connect import join_cluster
 join_cluster()
-from rayfuse.machines import count_reachable, limit_cpu_tasks
+from rayfuse.runtime.resources import count_reachable, limit_cpu_tasks
 reachable = [count_reachable("GPU", kind) for kind in (None, "L4", "T4")]
 print(*reachable, limit_cpu_tasks())
 """

@@ -26,7 +26,7 @@ pytestmark = [
 
 JOB = """
 import os, ray
-from rayfuse.metrics import count_work
+from rayfuse.runtime.metrics import count_work
 
 ray.init(log_to_driver=False)
 

@@ -32,8 +32,8 @@ from tests.corpus.files import (
 PROGRAM = r"""
 import json, re, sys
 from rayfuse.corpus.documents import read_documents
-from rayfuse.corpus.inputs import list_inputs
-from rayfuse.recipe import DocumentsSettings
+from rayfuse.config.corpus import DocumentsSettings
+from rayfuse.run.inputs import list_inputs
 
 def peak():
     # Not ru_maxrss, which a process takes over from the one that started it.

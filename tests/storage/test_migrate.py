@@ -139,9 +139,18 @@ def test_names_change_and_nothing_else_does(old, archive):
     text = b"".join(
         content for name, content in after.items() if name.endswith((".json", ".jsonl"))
     )
-    for name in (b"storage_patience_seconds", b'"mined"', b"utilisation", b"storage_repeats"):
+    for name in (
+        *(b"storage_patience_seconds", b'"mined"', b"utilisation", b"storage_repeats"),
+        b'"recut"',
+    ):
         assert name not in text
-    for name in (b"storage_retry_seconds", b'"min_edit_distance"', b'"mfu"', b"storage_retries"):
+    for name in (
+        b"storage_retry_seconds",
+        b'"min_edit_distance"',
+        b'"mfu"',
+        b"storage_retries",
+        b'"resplit"',
+    ):
         assert name in text
     kept = [name for name in before if "kept-" in name]
     assert len(kept) == 2
