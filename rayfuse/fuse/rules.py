@@ -5,8 +5,8 @@ is made for (`nll.py`): the same bytes for every source, so that tokenizers comp
 2401.10491, section 3.3, with bytes for tokens). A rule is a function that
 `rayfuse.config.fuse.RULES` lists.
 
-Mass is conserved: `decode` scales each source's head to one minus its tail, a selected source is
-copied, a mean has weights that sum to 1, and `_add_equal_ids` adds what it merges.
+Mass is conserved: `OpenSource.read` scales each source's entries to one minus its tail, a selected
+source is copied, a mean has weights that sum to 1, and `_add_equal_ids` adds what it merges.
 """
 
 import importlib

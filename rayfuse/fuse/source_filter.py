@@ -7,11 +7,11 @@ from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.manifest import Commit
 
 NOISE_SHARE = 0.001
-"""Share of tokens in rows that a noise source may predict better than chance, by luck."""
+"""Share of its tokens that a noise source may have, by luck, in rows 10 % better than chance."""
 
 
 def is_noise(commits: Collection[Commit]) -> bool:
-    """Check that a source predicts no row of the corpus better than chance, or hardly any.
+    """Check that (nearly) no row of a source has an NLL 10 % below chance (align/shard.py).
 
     Chance gives each token of the vocabulary the same probability. Rows decide, not the mean over
     the corpus: a source trained on a single domain may be worse than chance over all domains.

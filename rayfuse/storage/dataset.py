@@ -138,6 +138,7 @@ class DataSet:
         if rejected:
             lines = "".join(json.dumps(reject) + "\n" for reject in rejected)
             self.store.write(f"{self.folder}/rejects/{shard:05d}.jsonl", lines.encode())
+        # The commit point: readers start from this record, so the shard is visible from here on.
         is_first = self.store.create(self._commit_name(shard), encode_json(asdict(commit)))
         log_event(
             "committed" if is_first else "already committed by another worker",

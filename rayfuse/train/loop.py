@@ -250,7 +250,7 @@ def take_step(engine: Any) -> bool:
         grads = [weight.grad for weight in engine.module.parameters() if weight.grad is not None]
         is_taken = bool(torch.nn.utils.get_total_norm(grads).isfinite())
         engine.step() if is_taken else engine.zero_grad()
-    if not is_taken:  # the schedule is a function of the step's number: it moves on all the same
+    if not is_taken:  # the schedule is a function of the step's number: it advances here too
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             engine.lr_scheduler.step()
