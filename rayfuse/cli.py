@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from rayfuse.runtime.console import open_console
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer(
     name="rayfuse",
@@ -93,7 +93,7 @@ def _exit_with(message: str, code: int) -> None:
 class CommandOutput:
     """Where a command prints for people, and the values that `--json` prints."""
 
-    console: Console
+    console: "Console"
     values: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
@@ -104,6 +104,8 @@ def command_output(as_json: bool) -> Iterator[CommandOutput]:
     Everything else that is printed then goes to stderr, also by other libraries. That is never
     undone: Ray prints warnings even after the command has ended.
     """
+    from rayfuse.runtime.console import open_console  # rich is not needed for --help
+
     stdout = sys.stdout
     if as_json:
         sys.stdout = sys.stderr

@@ -169,12 +169,11 @@ def _prewarm_if_next(
         yield progress
         return
     join_cluster()
-    from rayfuse.runtime.prewarm import prewarm_sources  # imports ray, which must join first
-    from rayfuse.runtime.resources import count_reachable
+    from rayfuse.runtime import prewarm, resources  # they import ray, which must join first
 
     todo = [source for source in recipe.sources if not layout.captured[source.name].is_complete()]
-    seconds = _estimate_corpus_seconds(recipe, layout, count_reachable("CPU"))
-    with prewarm_sources(todo, seconds, progress) as report:
+    seconds = _estimate_corpus_seconds(recipe, layout, resources.count_reachable("CPU"))
+    with prewarm.prewarm_sources(todo, seconds, progress) as report:
         yield report
 
 
