@@ -11,16 +11,20 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from benchmarks.synthetic import make_captured, make_corpus
-from rayfuse.align.method import build_alignment
+from rayfuse.align.method import MapInputs, build_alignment
 from rayfuse.align.methods.min_edit_distance import (
+    METHOD,
     map_to_nearest,
     match_by_edit_distance,
     warp_tokens,
 )
 from rayfuse.align.token_spans import list_token_bytes, place_tokens
 from rayfuse.align.vocab_map import PLAIN, build_maps
+from rayfuse.config.models import ModelSettings
 from rayfuse.models.tokenizer import TextTokenizer, build_tokenizer, load_tokenizer
 from rayfuse.storage.codec import flatten_column
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.store import LocalStore
 
 
 def levenshtein(left: bytes, right: bytes) -> int:
@@ -237,3 +241,14 @@ def test_warping_is_the_slow_ones_path_even_among_many_ties(seed):
     target = np.array([kinds[1].index(token) for token in right])
     path = warp_tokens(distances, source, target)
     assert [tuple(cell) for cell in path.T.tolist()] == warp_slowly(left, right)
+
+
+def test_parts_of_different_lengths_join_to_one_map_in_the_order_of_the_vocabulary(tmp_path):
+    parts = {5: np.array([7, 8, 9], np.int32), 0: np.array([1, 2, 3, 4, 5], np.int32)}
+    stored_map = METHOD.stored_map
+    assert stored_map is not None
+    merged = stored_map.merge([{start: part} for start, part in parts.items()])
+    model = ModelSettings(model="not read")
+    corpus = DataSet(LocalStore(str(tmp_path)), "corpus", "", "not-read")
+    inputs = MapInputs(model, model, corpus)
+    np.testing.assert_array_equal(stored_map.finish(inputs, merged), [1, 2, 3, 4, 5, 7, 8, 9])

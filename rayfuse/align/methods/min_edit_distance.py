@@ -191,23 +191,27 @@ def map_to_nearest(token_ids: Sequence[int], source: TextTokenizer, target: Text
     return mapped
 
 
+MapParts = dict[int, Int[np.ndarray, " _"]]
+"""Parts of a map by their first source token; the parts' lengths differ."""
+
+
 def _list_parts(inputs: MapInputs) -> list[range]:
     vocab_size = load_recipe_tokenizer(inputs.source).vocab_size
     starts = range(0, vocab_size, TASK_TOKENS)
     return [range(start, min(start + TASK_TOKENS, vocab_size)) for start in starts]
 
 
-def _map_part(inputs: MapInputs, token_ids: range) -> dict[int, IdMap]:
+def _map_part(inputs: MapInputs, token_ids: range) -> MapParts:
     """Map some of the vocabulary; the result is keyed by the first token."""
     source, target = load_recipe_tokenizer(inputs.source), load_recipe_tokenizer(inputs.target)
     return {token_ids.start: map_to_nearest(token_ids, source, target)}
 
 
-def _merge_parts(parts: Sequence[dict[int, IdMap]]) -> dict[int, IdMap]:
+def _merge_parts(parts: Sequence[MapParts]) -> MapParts:
     return {start: mapped for part in parts for start, mapped in part.items()}
 
 
-def _join_parts(inputs: MapInputs, parts: dict[int, IdMap]) -> IdMap:
+def _join_parts(inputs: MapInputs, parts: MapParts) -> IdMap:
     del inputs
     return np.concatenate([parts[start] for start in sorted(parts)])
 
