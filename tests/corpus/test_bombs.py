@@ -208,7 +208,7 @@ def test_fault_34_a_zst_window_larger_than_memory_is_a_fault_of_its_file(tmp_pat
     frame = b"\x28\xb5\x2f\xfd" + bytes([0x00, 31 << 3]) + b"\x01\x00\x00"
     (tmp_path / "d.jsonl.zst").write_bytes(frame + b"x" * 100)
     (only,) = read_apart(tmp_path / "d.jsonl.zst")
-    assert "damaged" in str(only[2])
+    assert "corrupt" in str(only[2])
 
 
 def test_fault_34_rejects_alone_fill_shards_too(tmp_path):

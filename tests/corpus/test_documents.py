@@ -102,7 +102,7 @@ def test_a_file_that_is_not_what_its_name_says_is_a_fault_and_no_crash(name, con
     (tmp_path / name).write_bytes(content)
     last = read_all(tmp_path / name)[-1]
     assert last.fault is not None
-    assert "damaged" in last.fault
+    assert "corrupt" in last.fault
 
 
 def test_a_path_without_documents_is_refused(tmp_path):
