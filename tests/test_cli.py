@@ -113,7 +113,7 @@ def test_a_stop_is_a_stop_also_where_compiled_code_makes_an_error_of_it(wrapped:
         ),
         ({"target": {"model": "BARE"}}, [], "a folder without config.json and *.safetensors"),
         ({"sources": [{"name": "a", "model": "NARROW"}]}, [], "whose tokenizer has 300 ids but"),
-        ({}, ["corpus.max_tokens=4096"], "corpus.max_tokens is 4096, more than the 512 tokens"),
+        ({}, ["corpus.max_tokens=4096"], "more than the context of 512 tokens"),
         ({}, ["corpus.documents=/nowhere/*.jsonl"], "no documents were found"),
         ({}, ["storage=/proc/rayfuse"], "storage is '/proc/rayfuse', which cannot be written"),
         ({}, ["train.rows_per_step=3", "train.num_workers=4"], "rows_per_step 3 is below"),
