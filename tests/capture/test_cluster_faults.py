@@ -96,6 +96,9 @@ def load_dying_engine(source: ModelSettings, settings: CaptureSettings, *, tombs
     return DyingEngine(TransformersEngine(source, settings), die)
 
 
+@pytest.mark.timeout(
+    1800
+)  # nine processes that each load torch: 145 s alone, 600 s on a busy machine
 def test_fault_2_15_a_few_crashes_before_the_first_shard_are_tolerated_and_many_stop_the_run(
     models, folder, ray_cluster
 ):

@@ -22,13 +22,18 @@ def find_exported() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for path in sorted((ROOT / "rayfuse").rglob("*.py")):
         text = path.read_text()
-        if "ray.util.metrics" not in text:
+        if not re.search(
+            r"from ray\.util(\.metrics)? import .*(metrics|Counter|Gauge|Histogram)", text
+        ):
             continue
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in KINDS:
+            if not isinstance(node, ast.Call):
+                continue
+            kind = ast.unparse(node.func).removeprefix("metrics.")
+            if kind in KINDS and len(node.args) == 3:
                 name, _, tags = node.args
                 labels = TAGS if isinstance(tags, ast.Name) else ast.literal_eval(tags)
-                suffix = "_total" if node.func.id == "Counter" else ""  # pyright: ignore
+                suffix = "_total" if kind == "Counter" else ""
                 found[f"ray_{ast.literal_eval(name)}{suffix}"] = set(labels)
     return found
 
