@@ -98,7 +98,7 @@ def place_full_source(
     source_at[matches.target_at] = matches.source_at
     logprobs = flatten_column(captured, "next_logprobs")[0].astype(np.float32)
     totals = np.concatenate([[0.0], np.cumsum(logprobs, dtype=np.float64)])
-    rest = totals[matches.source_until] - totals[matches.source_at + 1]
+    rest = totals[matches.source_stop] - totals[matches.source_at + 1]
     continuation = np.ones(len(target.ids), dtype=np.float32)
     continuation[matches.target_at] = np.exp(np.minimum(rest, 0.0))
     tokenizer = alignment.source.tokenizer

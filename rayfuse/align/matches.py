@@ -22,15 +22,15 @@ class Matches:
 
     target_at: Int[np.ndarray, " matches"]
     source_at: Int[np.ndarray, " matches"]
-    source_until: Int[np.ndarray, " matches"]
+    source_stop: Int[np.ndarray, " matches"]
     """The source position that starts where the target's next token ends, or the first beyond."""
     unmatched: dict[str, int]
     """Target positions without a match, by reason."""
 
     def part(self, part: slice) -> "Matches":
-        """Take a run of the matches, without the counts of unmatched positions."""
+        """Select consecutive matches, without the counts of unmatched positions."""
         return Matches(
-            self.target_at[part], self.source_at[part], self.source_until[part], unmatched={}
+            self.target_at[part], self.source_at[part], self.source_stop[part], unmatched={}
         )
 
     def select(self, kept: Bool[np.ndarray, " matches"], reason: str) -> "Matches":
@@ -40,7 +40,7 @@ class Matches:
         return Matches(
             self.target_at[kept],
             self.source_at[kept],
-            self.source_until[kept],
+            self.source_stop[kept],
             {name: count for name, count in unmatched.items() if count},
         )
 
@@ -58,11 +58,11 @@ def match_positions(source: PlacedTokens, target: PlacedTokens) -> Matches:
     source_at = _find_same_byte(source, target, target_at)
     is_shared = (source_at >= 0) & (source.next_is_eos[source_at] == target.next_is_eos[target_at])
     stops = target.ends[np.minimum(target_at + 1, len(target.ends) - 1)]
-    source_until = np.searchsorted(source.ends, stops)
+    source_stop = np.searchsorted(source.ends, stops)
     # A target token within one source token, and EOS, have a chain of that one token.
-    source_until = np.minimum(np.maximum(source_until, source_at + 1), len(source.ends) - 1)
+    source_stop = np.minimum(np.maximum(source_stop, source_at + 1), len(source.ends) - 1)
     faults_before = np.concatenate([[0], np.cumsum(source.faults > 0)])
-    is_broken = faults_before[source_until] > faults_before[source_at]
+    is_broken = faults_before[source_stop] > faults_before[source_at]
     is_dropped = _is_within(stops, source.dropped) & ~target.next_is_eos[target_at]
     is_target_sound = target.faults[target_at] == Fault.NONE
     kept = is_shared & is_target_sound & ~is_broken & ~is_dropped
@@ -71,13 +71,13 @@ def match_positions(source: PlacedTokens, target: PlacedTokens) -> Matches:
     reasons = _count_faults("target", target.faults[target_at])
     reasons += _count_faults("source", faults[is_shared & is_target_sound & ~kept])
     reasons += _explain_unshared(source, target, target_at[is_target_sound & ~is_shared])
-    return Matches(target_at[kept], source_at[kept], source_until[kept], dict(reasons))
+    return Matches(target_at[kept], source_at[kept], source_stop[kept], dict(reasons))
 
 
 def keep_one_to_one(matches: Matches, source: PlacedTokens, target: PlacedTokens) -> Matches:
     """Keep the matches where one source token spells exactly the target's next token."""
-    is_single = matches.source_until == matches.source_at + 1
-    same_end = source.ends[matches.source_until] == target.ends[matches.target_at + 1]
+    is_single = matches.source_stop == matches.source_at + 1
+    same_end = source.ends[matches.source_stop] == target.ends[matches.target_at + 1]
     return matches.select(is_single & same_end, "not one token to one")
 
 

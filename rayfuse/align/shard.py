@@ -12,7 +12,7 @@ from rayfuse.align.matches import Matches, keep_one_to_one
 from rayfuse.align.method import Alignment
 from rayfuse.align.records import SLICE_POSITIONS, SourceRecords, check_entries, read_records
 from rayfuse.align.token_spans import PlacedTokens, place_tokens
-from rayfuse.align.vocab_map import PLAIN, VocabMaps
+from rayfuse.align.vocab_map import UNCHANGED, VocabMaps
 from rayfuse.schema import ALIGNED, codes, flags, halfs, ints
 from rayfuse.storage.codec import (
     LOWEST_LOGPROB,
@@ -150,14 +150,14 @@ def _map_slice(
 
     Arrays of entries lie in memory entries first; see `distributions`.
     """
-    target_at, source_at, until = matches.target_at, matches.source_at, matches.source_until
+    target_at, source_at, until = matches.target_at, matches.source_at, matches.source_stop
     keeps_true_token = alignment.method.keeps_true_token
     true_ids = target.ids[target_at + 1]
     top_ids = records.top.ids[source_at].T.copy()
     is_first_piece = (top_ids == source.ids[source_at + 1]) & keeps_true_token
     target_space = target.next_has_prefix_space[target_at].astype(np.int8)
-    views = target_space - source.next_has_prefix_space[source_at]
-    mapped_ids = _map_ids(top_ids, alignment.maps, views)
+    space_changes = target_space - source.next_has_prefix_space[source_at]
+    mapped_ids = _map_ids(top_ids, alignment.maps, space_changes)
     entry, at = np.nonzero(is_first_piece)
     renamed_ids = mapped_ids.copy()
     renamed_ids[entry, at] = true_ids[at]
@@ -192,10 +192,10 @@ def _map_slice(
 def _map_ids(
     top_ids: Int[np.ndarray, "entries positions"],
     maps: VocabMaps,
-    views: Int[np.ndarray, " positions"],
+    space_changes: Int[np.ndarray, " positions"],
 ) -> Int[np.ndarray, "entries positions"]:
-    """Map the ids of entries; `views` chooses among the three maps at each position."""
-    mapped_ids = maps[PLAIN][top_ids]
-    differing = np.flatnonzero(views)
-    mapped_ids[:, differing] = maps[views[differing], top_ids[:, differing]]
+    """Map the ids of entries; `space_changes` chooses among the three maps at each position."""
+    mapped_ids = maps[UNCHANGED][top_ids]
+    differing = np.flatnonzero(space_changes)
+    mapped_ids[:, differing] = maps[space_changes[differing], top_ids[:, differing]]
     return mapped_ids

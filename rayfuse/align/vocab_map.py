@@ -10,7 +10,7 @@ from rayfuse.models.tokenizer import TextTokenizer
 ANCHOR = "\n"
 """Put before a text to keep a tokenizer from adding a prefix space to it."""
 
-PLAIN, WITHOUT_SPACE, WITH_SPACE = 0, -1, 1
+UNCHANGED, WITHOUT_SPACE, WITH_SPACE = 0, -1, 1
 """A vocabulary's three maps: of tokens as they are; of tokens without their prefix space, where the
 source adds one to the text and the target does not; of tokens with one more, in the opposite case.
 They are indices of the maps, and at each position the target's prefix spaces minus the source's."""
@@ -41,11 +41,11 @@ def map_vocabulary(
     maps = np.full((3, source.vocab_size + 1), -1, dtype=np.int32)
     by_bytes, is_byte = target.list_by_bytes(), target.byte_ids()
     same_names = list(list_same_names(source, target))
-    for view in (PLAIN, WITHOUT_SPACE, WITH_SPACE):
-        if not _is_view_used(view, source, target):
-            maps[view] = maps[PLAIN]
+    for space_change in (UNCHANGED, WITHOUT_SPACE, WITH_SPACE):
+        if not _is_change_used(space_change, source, target):
+            maps[space_change] = maps[UNCHANGED]
             continue
-        tokens = [_change_space(token, view) for token in token_bytes]
+        tokens = [_change_space(token, space_change) for token in token_bytes]
         mapped = np.array([by_bytes.get(token, -1) for token in tokens], dtype=np.int32)
         unmatched = [i for i in np.flatnonzero(mapped < 0).tolist() if tokens[i]]
         if not only_equal:
@@ -57,7 +57,7 @@ def map_vocabulary(
         for token_id, goal in same_names:
             if tokens[token_id] == token_bytes[token_id]:
                 mapped[token_id] = goal
-        maps[view, :-1] = mapped
+        maps[space_change, :-1] = mapped
     return _map_roles(maps, source, target)
 
 
@@ -82,7 +82,7 @@ def find_unfinished(token: bytes) -> int:
     return len(token)
 
 
-def _is_view_used(view: int, source: TextTokenizer, target: TextTokenizer) -> bool:
+def _is_change_used(space_change: int, source: TextTokenizer, target: TextTokenizer) -> bool:
     """Check that a position can need a map; computing one takes seconds.
 
     Prefix spaces differ only where one of the tokenizers adds them and the other does not.
@@ -90,15 +90,15 @@ def _is_view_used(view: int, source: TextTokenizer, target: TextTokenizer) -> bo
     of_source, of_target = (
         (side.adds_prefix_space, side.implies_prefix_space) for side in (source, target)
     )
-    if view == PLAIN:
+    if space_change == UNCHANGED:
         return True
-    return of_source != of_target and any(of_source if view == WITHOUT_SPACE else of_target)
+    return of_source != of_target and any(of_source if space_change == WITHOUT_SPACE else of_target)
 
 
-def _change_space(token: bytes, view: int) -> bytes:
-    if view == WITHOUT_SPACE:
+def _change_space(token: bytes, space_change: int) -> bytes:
+    if space_change == WITHOUT_SPACE:
         return token.removeprefix(b" ")
-    return b" " + token if token and view == WITH_SPACE else token
+    return b" " + token if token and space_change == WITH_SPACE else token
 
 
 def build_maps(
@@ -129,7 +129,7 @@ def _map_roles(maps: VocabMaps, source: TextTokenizer, target: TextTokenizer) ->
     A tokenizer's own tokens are all mapped to themselves.
     """
     if source.content_hash == target.content_hash:
-        maps[PLAIN, :-1] = np.where(source.known_ids(), np.arange(source.vocab_size), -1)
+        maps[UNCHANGED, :-1] = np.where(source.known_ids(), np.arange(source.vocab_size), -1)
     if source.start_id is not None and target.start_id is not None:
         maps[:, source.start_id] = target.start_id
     if source.eos_id is not None:  # after BOS: where one token is both, EOS is meant

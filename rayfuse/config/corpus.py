@@ -1,6 +1,6 @@
 """The documents of a run, and how they are split into rows."""
 
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal, cast
 
 from pydantic import (
     BeforeValidator,
@@ -34,7 +34,10 @@ def _list_documents(value: object) -> object:
 
 Documents = Annotated[
     tuple[DocumentsSettings, ...],
-    BeforeValidator(_list_documents, json_schema_input_type=Any),
+    BeforeValidator(
+        _list_documents,
+        json_schema_input_type=str | DocumentsSettings | list[str | DocumentsSettings],
+    ),
     Field(min_length=1),
 ]
 

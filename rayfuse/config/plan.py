@@ -12,17 +12,17 @@ from rayfuse.config.base import Settings, Share
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 
 
-class GpuKind(Settings):
-    """One GPU type, by Ray's name."""
+class GpuKind(Settings, json_schema_extra={"required": []}):
+    """One GPU type, by Ray's name. `GPU_KINDS` has the figures of the known types."""
 
     peak_tflops: PositiveFloat
-    """Dense products in 16 bits, in 10^12 operations a second."""
+    """Peak of dense 16-bit matrix products, in 10^12 operations per second."""
     memory_gib: PositiveFloat
     """Memory available to programs, in GiB."""
     spot_dollars: NonNegativeFloat
-    """A GPU-hour on spot, its share of CPUs and memory included."""
+    """Price of a GPU-hour on a spot node, its share of CPUs and memory included."""
     on_demand_dollars: NonNegativeFloat
-    """The same on demand."""
+    """Price of a GPU-hour on an on-demand node."""
     has_bfloat16: bool = True
     """Whether it computes in bfloat16, the default of models on GPUs."""
     forward_share: PositiveShare | None = None
@@ -63,7 +63,7 @@ def _fill_kinds(value: object) -> object:
 
 
 GpuKinds = Annotated[
-    dict[str, GpuKind], BeforeValidator(_fill_kinds, json_schema_input_type=dict[str, Any])
+    dict[str, GpuKind], BeforeValidator(_fill_kinds, json_schema_input_type=dict[str, GpuKind])
 ]
 
 
@@ -88,21 +88,21 @@ class PlanSettings(Settings):
     """The assumptions of `rayfuse plan`; they do not change what a run computes."""
 
     tokens: PositiveFloat | None = None
-    """Target tokens of the corpus, in place of an estimate from file sizes. tokens."""
+    """Target tokens of the corpus, in place of an estimate from file sizes."""
     row_tokens: PositiveFloat | None = None
-    """Mean length of a row, for attention's cost; by default as found in the documents, else
-    corpus.max_tokens. tokens."""
+    """Mean tokens of a row, for attention's cost; by default as found in the documents, else
+    corpus.max_tokens."""
     models: dict[str, SizeSettings] = Field(default_factory=dict[str, SizeSettings])
     """Sizes by a source's name or `target`, in place of those of the models' files."""
     gpus: GpuKinds = Field(default_factory=lambda: {k: GpuKind(**v) for k, v in GPU_KINDS.items()})
     """GPU types: speed, memory and price."""
 
     bytes_per_token: PositiveFloat = 4.0
-    """Text in a token, if documents and tokenizers are not available to count. bytes. Source:
+    """Bytes of text in a token, if documents and tokenizers are not available to count. Source:
     English in the Llama and GPT-2 vocabularies."""
     unpacked_ratio: PositiveFloat = 3.0
-    """Text in a byte of a Parquet, gz or zst file. bytes. Source: 50 MB of text in
-    seven domains, 3.2 by gzip."""
+    """Bytes of text in one byte of a Parquet or compressed file. Source: 50 MB of text in seven
+    domains, 3.2 by gzip."""
 
     forward_share: PositiveShare = 0.45
     """Share of a GPU's peak that capture and evaluation reach in the model. Source: assumed, usual
@@ -117,57 +117,62 @@ class PlanSettings(Settings):
     """Time of a fused step over that of a plain one. Source: benchmarks/RESULTS.md, 0.98 to
     1.02."""
     start_minutes: NonNegativeFloat = 10.0
-    """Until a GPU computes: node, image, weights. minutes for each GPU. Source: assumed."""
+    """Minutes until a GPU computes, billed for each GPU: start of the node, image, weights. Source:
+    assumed."""
     spot_lost_share: Share = 0.05
-    """Work on spot that is repeated because a node was lost. Source: assumed."""
+    """Share of the work on spot nodes that is repeated because a node was lost. Source: assumed."""
 
     corpus_bytes_per_byte: PositiveFloat = 0.9
-    """Stored corpus, text and target tokens, for a byte of text. bytes. Source: six domains of
-    text, gpt2 and phi-3 tokens: 0.91."""
+    """Bytes that the corpus stores for a byte of text: the text and its target tokens. Source: six
+    domains of text, gpt2 and phi-3 tokens, 0.91."""
     captured_bytes_per_token: NonNegativeFloat = 5.0
-    """Captured record but for its entries. bytes. Source: benchmarks/RESULTS.md, 4.9."""
+    """Bytes of a captured position without its entries. Source: benchmarks/RESULTS.md, 4.9."""
     captured_bytes_per_entry: PositiveFloat = 1.4
-    """One of the top k. bytes. Source: benchmarks/RESULTS.md: at k 10, 16, 32, 64 this is 2 to
-    15 % above the larger of two models but 4 % below it at 64; synthetic text, 128k: up to 2.0."""
+    """Bytes of one captured top-k entry. Source: benchmarks/RESULTS.md: at k 10, 16 and 32 this is
+    2 to 15 % above the larger of two models, at k 64 it is 4 % below; up to 2.0 for synthetic text
+    and a vocabulary of 128k."""
     captured_bytes_per_draw: PositiveFloat = 1.6
-    """One draw. bytes. Source: benchmarks/RESULTS.md, 1.1 to 1.8."""
+    """Bytes of one captured draw. Source: benchmarks/RESULTS.md, 1.1 to 1.8."""
     aligned_bytes_per_token: NonNegativeFloat = 6.5
-    """Aligned record but for its entries. bytes. Source: stories260k in phi-3's tokens, 6.3."""
+    """Bytes of an aligned position without its entries. Source: stories260k in phi-3's tokens,
+    6.3."""
     aligned_bytes_per_entry: PositiveFloat = 1.6
-    """One aligned entry. bytes. Source: the same, 1.57."""
+    """Bytes of one aligned entry. Source: stories260k in phi-3's tokens, 1.57."""
     checkpoint_bytes_per_weight: PositiveFloat = 14.0
-    """A checkpoint: bfloat16 weights, float32 copies and two moments. bytes. Source: DeepSpeed's
-    bfloat16 optimiser."""
+    """Bytes of a checkpoint for each weight: bfloat16, its float32 copy and two moments. Source:
+    DeepSpeed's bfloat16 optimiser."""
     upload_part_bytes: PositiveFloat = 52_428_800.0
-    """Part of a large file that one request uploads. bytes. Source: s3fs."""
+    """Bytes of a large file that one request uploads. Source: s3fs."""
 
     tokenise_bytes_per_core_second: PositiveFloat = 700_000.0
-    """Text split into rows, for one tokenizer. bytes. Source: two tokenizers at 350,000, a slow
-    shared core."""
+    """Bytes of text that a core splits into rows in a second, for one tokenizer. Source: two
+    tokenizers at 350,000 on a slow shared core."""
     align_tokens_per_core_second: PositiveFloat = 1_000_000.0
-    """Target tokens aligned by `bytes` or `exact`. tokens. Source: benchmarks/RESULTS.md, 1.1 to
-    3.0 million."""
+    """Target tokens that a core aligns in a second by `bytes` or `exact`. Source:
+    benchmarks/RESULTS.md, 1.1 to 3.0 million."""
     mapped_tokens_per_core_second: PositiveFloat = 127_000.0
-    """The same by `min_edit_distance` or `cooccurrence`. tokens. Source: benchmarks/RESULTS.md,
-    `min_edit_distance`."""
+    """Target tokens that a core aligns in a second by `min_edit_distance` or `cooccurrence`.
+    Source: benchmarks/RESULTS.md, `min_edit_distance`."""
 
     dollars_per_core_hour: NonNegativeFloat = 0.045
-    """A CPU core, for corpus and alignment. Source: general-purpose nodes on demand, rough."""
+    """Price of a CPU core for an hour, for corpus and alignment. Source: general-purpose nodes on
+    demand, rough."""
     dollars_per_gb_month: NonNegativeFloat = 0.023
-    """10^9 bytes kept a month. Source: S3 standard, us-east, as of mid 2025, from memory."""
+    """Price of storing 10^9 bytes for a month. Source: S3 standard, us-east, as of mid 2025, from
+    memory."""
     dollars_per_million_puts: NonNegativeFloat = 5.0
-    """PUT and LIST requests. Source: as above."""
+    """Price of 10^6 PUT and LIST requests. Source: as for dollars_per_gb_month."""
     dollars_per_million_gets: NonNegativeFloat = 0.4
-    """GET requests. Source: as above."""
+    """Price of 10^6 GET requests. Source: as for dollars_per_gb_month."""
 
     usable_memory_share: PositiveShare = 0.9
-    """Share of a GPU's memory for weights and activations. Source: assumed; the
-    CUDA driver and fragmentation use the rest."""
+    """Share of a GPU's memory for weights and activations. Source: assumed; the CUDA driver and
+    fragmentation use the rest."""
     forward_bytes_per_unit: PositiveFloat = 32.0
-    """Activations of a forward pass, for each token of a batch and unit of width: one layer at a
-    time. bytes. Source: counted for a Llama layer in 16 bits."""
+    """Bytes of activations of a forward pass, for each token of a batch and unit of width, one
+    layer at a time. Source: counted for a Llama layer in 16 bits."""
     train_bytes_per_unit: PositiveFloat = 34.0
-    """Activations of a training step, for each token, layer and unit of width, without the
-    attention matrix. bytes. Source: Korthikanti et al. 2022 (arXiv 2205.05198), equation 1."""
+    """Bytes of activations of a training step, for each token, layer and unit of width, without the
+    attention matrix. Source: Korthikanti et al. 2022 (arXiv 2205.05198), equation 1."""
     optimiser_bytes_per_weight: PositiveFloat = 12.0
-    """float32 copy and two moments of AdamW. bytes. Source: counted."""
+    """Bytes of AdamW's state for each weight: a float32 copy and two moments. Source: counted."""

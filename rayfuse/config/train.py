@@ -55,9 +55,11 @@ class LoraSettings(Settings):
     """Low-rank adapters that are trained instead of the target's weights, and merged at the end."""
 
     rank: PositiveInt = 16
+    """Rank of the two matrices of an adapter."""
     alpha: PositiveFloat = 32.0
     """The adapters' output is scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that are dropped in training."""
     modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """The layers that get adapters, by peft's names."""
 

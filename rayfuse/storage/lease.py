@@ -40,7 +40,7 @@ class Lease:
 
     def acquire(self) -> bool:
         """Acquire the lease if it is free; return True if this job holds it."""
-        if not self.is_held and self._is_free():
+        if not self.is_held and self._remove_if_dead():
             self.is_held = self.store.create(self.file, self._encode_record())
         return self.is_held
 
@@ -71,8 +71,8 @@ class Lease:
         owner = {"job": self.job, "host": socket.gethostname(), "pid": os.getpid()}
         return json.dumps(owner | {"renewals": self.num_renewals}).encode()
 
-    def _is_free(self) -> bool:
-        """Check whether there is no holder; the file of a dead holder is removed.
+    def _remove_if_dead(self) -> bool:
+        """Remove the file of a dead holder; return True if there is no holder now.
 
         Clocks of two nodes may differ, so age is measured from when this process first read the
         content, never from a time in the file.

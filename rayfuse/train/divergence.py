@@ -1,7 +1,7 @@
 """How far the target is from the fused distribution, over a few outcomes per position.
 
-An outcome is a token of the fused head, or the tail: all other tokens together. A temperature T
-raises both distributions over these outcomes to the power 1 / T, and the divergence is multiplied
+An outcome is one of the fused top-k entries, or the tail: all other tokens together. A temperature
+T raises both distributions over these outcomes to the power 1 / T, and the divergence is multiplied
 by T^2 to keep the gradients' size (Hinton et al., arXiv 1503.02531, section 2). At every T it is 0
 where the two distributions are equal.
 

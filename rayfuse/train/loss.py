@@ -68,7 +68,7 @@ class HeadLoss(nn.Module):
     def __init__(
         self,
         lm: CausalLM,
-        divergence: TrainSettings,
+        settings: TrainSettings,
         *,
         num_sources: int,
         chunk_positions: int | None = None,
@@ -77,14 +77,14 @@ class HeadLoss(nn.Module):
 
         Args:
             lm: The target.
-            divergence: D of the loss.
+            settings: Name D, with its parameters.
             num_sources: Sources by which the divergence is reported.
             chunk_positions: Positions per chunk; by default as many as have `CPU_LOGITS` or
                 `GPU_LOGITS` logits.
         """
         super().__init__()
         self.weight, self.bias = lm.head.weight, lm.head.bias
-        self.transform, self.divergence, self.num_sources = lm.transform, divergence, num_sources
+        self.transform, self.settings, self.num_sources = lm.transform, settings, num_sources
         logits = CPU_LOGITS if lm.device.type == "cpu" else GPU_LOGITS
         self.chunk_positions = chunk_positions or max(1, logits // lm.head.out_features)
 
@@ -112,32 +112,41 @@ class _ChunkedLoss(torch.autograd.Function):
         weights: LossWeights,
         head: HeadLoss,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        exact = torch.promote_types(hidden.dtype, torch.float32)  # float64 stays float64
+        wide_dtype = torch.promote_types(hidden.dtype, torch.float32)  # float64 stays float64
         grad_hidden = torch.empty_like(hidden)
-        is_trained = ctx.needs_input_grad[1]  # False with LoRA
-        grad_weight = torch.zeros_like(weight, dtype=exact) if is_trained else None
-        grad_bias = None if bias is None or not is_trained else torch.zeros_like(bias, dtype=exact)
-        sums = torch.zeros(1 + head.num_sources, dtype=exact, device=hidden.device)
-        loss = torch.zeros((), dtype=exact, device=hidden.device)
+        trains_head = ctx.needs_input_grad[1]  # False with LoRA
+        grad_weight = torch.zeros_like(weight, dtype=wide_dtype) if trains_head else None
+        grad_bias = (
+            None if bias is None or not trains_head else torch.zeros_like(bias, dtype=wide_dtype)
+        )
+        sums = torch.zeros(1 + head.num_sources, dtype=wide_dtype, device=hidden.device)
+        loss = torch.zeros((), dtype=wide_dtype, device=hidden.device)
         for start in range(0, len(hidden), head.chunk_positions):
             part = slice(start, start + head.chunk_positions)
-            raw = nn.functional.linear(hidden[part], weight, bias).to(exact)
+            raw = nn.functional.linear(hidden[part], weight, bias).to(wide_dtype)
             logits = head.transform.apply(raw)
             slope = head.transform.slope(logits)
             chunk = _differentiate_chunk(logits, targets.take(part), weights, head)
             loss += chunk.loss
             sums += chunk.sums
             grad = chunk.grad_logits if slope is None else chunk.grad_logits.mul_(slope)
-            low = grad.to(hidden.dtype)
-            torch.mm(low, weight, out=grad_hidden[part])
+            narrow_grad = grad.to(hidden.dtype)
+            torch.mm(narrow_grad, weight, out=grad_hidden[part])
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             # The sum over chunks is float32: a long sum in bfloat16 loses what is added last.
-            if grad_weight is not None and low.dtype == exact:
-                grad_weight.addmm_(low.T, hidden[part])
+            if grad_weight is not None and narrow_grad.dtype == wide_dtype:
+                grad_weight.addmm_(narrow_grad.T, hidden[part])
             elif grad_weight is not None:
-                grad_weight += low.T @ hidden[part]
-            del raw, logits, slope, chunk, grad, low  # or two chunks would be alive at a time
+                grad_weight += narrow_grad.T @ hidden[part]
+            del (
+                raw,
+                logits,
+                slope,
+                chunk,
+                grad,
+                narrow_grad,
+            )  # or two chunks would be alive at a time
         ctx.save_for_backward(
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -173,7 +182,7 @@ def _differentiate_chunk(
 ) -> _Chunk:
     """Compute the loss of a chunk and its gradient by the logits, in the memory of the logits.
 
-    With q = softmax(logits), a head H and the target's tail Q = 1 - sum of q on H, a divergence
+    With q = softmax(logits), entries H and the target's tail Q = 1 - sum of q on H, a divergence
     D(log q on H, log Q) that is invariant to a common shift of its arguments has the gradient
     dD / dlog q_i for i on H, and q_i / Q * dD / dlog Q elsewhere.
     """
@@ -184,23 +193,24 @@ def _differentiate_chunk(
     highest = logits.amax(1, keepdim=True)
     has_signal, top_ids = targets.has_signal, targets.top.ids
     is_entry = (top_ids >= 0) & has_signal[:, None]
-    # Every row of a scatter has the same length, so empty entries point at a real one: writing the
+    # Every row of a scatter has the same length, so unused entries point at a used one: writing the
     # same value twice is harmless. A position without any entry points at token 0, which is added
     # back to the tail.
-    real_at = is_entry.int().argmax(1, keepdim=True)
-    is_bare = ~is_entry.gather(1, real_at)
-    ids = torch.where(is_entry, top_ids, top_ids.gather(1, real_at).clamp(min=0))
-    head_logits = logits.gather(1, ids)
+    first_entry_at = is_entry.int().argmax(1, keepdim=True)
+    has_no_entries = ~is_entry.gather(1, first_entry_at)
+    ids = torch.where(is_entry, top_ids, top_ids.gather(1, first_entry_at).clamp(min=0))
+    entry_logits = logits.gather(1, ids)
     exps = logits.sub_(highest).exp_()
-    head_exps = exps.gather(1, ids)
+    entry_exps = exps.gather(1, ids)
     exps.scatter_(1, ids, 0.0)
-    # The tail is summed without the head: 1 - sum(head) would cancel where the head has it all.
-    tail_exps = exps.sum(1, keepdim=True) + head_exps[:, :1] * is_bare
-    total = tail_exps + (head_exps * is_entry).sum(1, keepdim=True)
+    # The tail is summed over the other tokens: 1 - sum(entries) would cancel where the entries have
+    # all of the mass.
+    tail_exps = exps.sum(1, keepdim=True) + entry_exps[:, :1] * has_no_entries
+    total = tail_exps + (entry_exps * is_entry).sum(1, keepdim=True)
     normaliser = highest + total.log()  # log-sum-exp, stable as no exponent is above 0
     clm = (normaliser - next_logits)[:, 0]
 
-    log_q = (head_logits - normaliser).clamp(min=LOWEST).masked_fill(~is_entry, LOWEST)
+    log_q = (entry_logits - normaliser).clamp(min=LOWEST).masked_fill(~is_entry, LOWEST)
     tail_q = (tail_exps / total).clamp(min=MIN_TARGET_TAIL)
     nats, slopes = _differentiate_outcomes(
         targets, is_entry, torch.cat([log_q, tail_q.log()], 1), weights, head
@@ -212,11 +222,11 @@ def _differentiate_chunk(
     slopes = slopes * fusion_weight[:, None]
     tail_slope = clm_weight[:, None] + slopes[:, -1:] / tail_q
     grad = exps.mul_(tail_slope / total)
-    head_q = head_exps / total
-    head_grad = torch.where(
-        is_bare, tail_slope * head_q, clm_weight[:, None] * head_q + slopes[:, :-1]
+    entry_q = entry_exps / total
+    entry_grad = torch.where(
+        has_no_entries, tail_slope * entry_q, clm_weight[:, None] * entry_q + slopes[:, :-1]
     )
-    grad.scatter_(1, ids, torch.where(is_entry, head_grad, head_grad.gather(1, real_at)))
+    grad.scatter_(1, ids, torch.where(is_entry, entry_grad, entry_grad.gather(1, first_entry_at)))
     grad.scatter_add_(1, next_ids, -clm_weight[:, None])
 
     sums = torch.zeros(2 + head.num_sources, dtype=clm.dtype, device=clm.device)
@@ -260,6 +270,6 @@ def _differentiate_outcomes(
     probs = torch.cat([targets.top.probs * is_entry, targets.top.tail[:, None]], 1)
     with torch.enable_grad():
         logprobs = logprobs.detach().requires_grad_()
-        nats = diverge(probs.to(logprobs.dtype), logprobs, head.divergence, weights.temperature)
+        nats = diverge(probs.to(logprobs.dtype), logprobs, head.settings, weights.temperature)
         (slopes,) = torch.autograd.grad(nats.sum(), logprobs)
     return nats.detach(), slopes

@@ -13,7 +13,7 @@ from rayfuse.align.methods.cooccurrence import choose_most_matched, count_pairs
 from rayfuse.align.methods.min_edit_distance import map_to_nearest
 from rayfuse.align.shard import align_shard
 from rayfuse.align.token_spans import list_token_bytes
-from rayfuse.align.vocab_map import PLAIN, build_maps
+from rayfuse.align.vocab_map import UNCHANGED, build_maps
 from rayfuse.config.align import METHODS
 from rayfuse.models.tokenizer import TextTokenizer, build_tokenizer
 from rayfuse.storage.codec import decode_probs, flatten_column
@@ -38,7 +38,7 @@ def make_alignment(
         maps = build_maps(plain, source, target)
     if method == "cooccurrence":
         counted = count_pairs(shard[0], ours, theirs)
-        maps = build_maps(choose_most_matched(counted, maps[PLAIN, :-1]), source, target)
+        maps = build_maps(choose_most_matched(counted, maps[UNCHANGED, :-1]), source, target)
     return build_alignment(source, target, method, maps)
 
 

@@ -19,7 +19,7 @@ from rayfuse.align.methods.min_edit_distance import (
     warp_tokens,
 )
 from rayfuse.align.token_spans import list_token_bytes, place_tokens
-from rayfuse.align.vocab_map import PLAIN, build_maps
+from rayfuse.align.vocab_map import UNCHANGED, build_maps
 from rayfuse.config.models import ModelSettings
 from rayfuse.models.tokenizer import TextTokenizer, build_tokenizer, load_tokenizer
 from rayfuse.storage.codec import flatten_column
@@ -225,8 +225,8 @@ def test_newline_and_end_of_text_are_not_mapped_to_words(pair, nearest):
     source, target = pair
     maps = build_maps(nearest, source, target)
     newline = source.list_by_bytes()[b"\n"]
-    assert target.token_bytes[maps[PLAIN, newline]] == b"\n"
-    assert maps[PLAIN, source.eos_id] == target.eos_id
+    assert target.token_bytes[maps[UNCHANGED, newline]] == b"\n"
+    assert maps[UNCHANGED, source.eos_id] == target.eos_id
 
 
 @pytest.mark.parametrize("seed", range(20))

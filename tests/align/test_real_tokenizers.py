@@ -16,7 +16,7 @@ from rayfuse.align.token_spans import (
     list_token_bytes,
     place_tokens,
 )
-from rayfuse.align.vocab_map import PLAIN
+from rayfuse.align.vocab_map import UNCHANGED
 from rayfuse.models.tokenizer import TextTokenizer
 from tests.align.conftest import DOMAINS, NAMES, ODD_TEXTS, map_tokens, read_texts
 from tests.align.oracle import LOSSY, count_signals, place_plainly, read_tokenizer
@@ -130,7 +130,7 @@ def check_matches(matches: Matches, source: PlacedTokens, target: PlacedTokens) 
     """Each match starts at one byte on both sides, and every position is counted once."""
     np.testing.assert_array_equal(source.ends[matches.source_at], target.ends[matches.target_at])
     is_text = ~target.next_is_eos[matches.target_at]
-    reached = source.ends[matches.source_until[is_text]]
+    reached = source.ends[matches.source_stop[is_text]]
     assert (reached >= target.ends[matches.target_at[is_text] + 1]).all()
     assert sum(matches.unmatched.values()) + len(matches.target_at) == target.has_next.sum()
 
@@ -152,9 +152,9 @@ def test_a_tokenizer_aligned_with_itself_is_the_identity(name, tokenizers, share
     matches = match_positions(tokens, tokens)
     np.testing.assert_array_equal(matches.target_at, np.flatnonzero(tokens.can_match))
     np.testing.assert_array_equal(matches.source_at, matches.target_at)
-    np.testing.assert_array_equal(matches.source_until, matches.target_at + 1)
+    np.testing.assert_array_equal(matches.source_stop, matches.target_at + 1)
     own = map_tokens(tokenizers[name], tokenizers[name], only_equal=False)
-    mapped = own[PLAIN, :-1]
+    mapped = own[UNCHANGED, :-1]
     spelled = np.array([bool(token) for token in tokenizers[name].token_bytes])
     np.testing.assert_array_equal(mapped[spelled], np.flatnonzero(spelled))
 
@@ -163,8 +163,8 @@ def test_a_tokenizer_aligned_with_itself_is_the_identity(name, tokenizers, share
 def test_every_mapped_token_begins_with_what_it_is_mapped_to(source, target, tokenizers):
     ours, theirs = tokenizers[source], tokenizers[target]
     known = ours.list_by_bytes().keys() & theirs.list_by_bytes().keys()
-    mapped = map_tokens(ours, theirs, only_equal=False)[PLAIN]
-    only_equal = map_tokens(ours, theirs, only_equal=True)[PLAIN]
+    mapped = map_tokens(ours, theirs, only_equal=False)[UNCHANGED]
+    only_equal = map_tokens(ours, theirs, only_equal=True)[UNCHANGED]
     for token_id, spelled in enumerate(ours.token_bytes):
         goal = theirs.token_bytes[mapped[token_id]] if mapped[token_id] >= 0 else None
         if spelled and goal is not None:

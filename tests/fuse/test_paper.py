@@ -14,7 +14,7 @@ from rayfuse.align.method import build_alignment
 from rayfuse.align.methods.min_edit_distance import map_to_nearest, match_by_edit_distance
 from rayfuse.align.shard import align_shard
 from rayfuse.align.token_spans import list_token_bytes, place_tokens
-from rayfuse.align.vocab_map import PLAIN, build_maps, map_vocabulary
+from rayfuse.align.vocab_map import UNCHANGED, build_maps, map_vocabulary
 from rayfuse.config.fuse import FuseSettings
 from rayfuse.config.load import parse_recipe
 from rayfuse.config.overrides import RecipeError
@@ -92,8 +92,8 @@ def dense_rows(table: pa.Table, source: TextTokenizer, row: int) -> np.ndarray:
     out = np.zeros((offsets[row + 1] - offsets[row], TARGET.vocab_size))
     for t, (row_ids, row_probs) in enumerate(zip(top_ids[part], probs[part], strict=True)):
         for token_id, p in zip(row_ids, row_probs, strict=True):
-            if token_id >= 0 and maps[PLAIN, token_id] >= 0:
-                out[t, maps[PLAIN, token_id]] += p
+            if token_id >= 0 and maps[UNCHANGED, token_id] >= 0:
+                out[t, maps[UNCHANGED, token_id]] += p
     return out / np.maximum(out.sum(axis=1, keepdims=True), 1e-30)
 
 
@@ -156,7 +156,7 @@ def test_before_it_is_stored_the_mapped_distribution_is_the_formulas_to_float32(
         tails = flatten_column(table, "tail_logprobs")[0]
         probs = decode_probs(flatten_column(table, "top_logprobs")[0], top_ids, tails)
         nearest = map_to_nearest(range(source.vocab_size), source, TARGET)
-        maps = build_maps(nearest, source, TARGET)[PLAIN]
+        maps = build_maps(nearest, source, TARGET)[UNCHANGED]
         entries = TopK(
             np.column_stack([top_ids, np.full(len(tails), -1, dtype=np.int32)]),
             np.column_stack([probs, np.zeros(len(tails), dtype=np.float32)]),
@@ -233,7 +233,7 @@ def test_tokens_that_meet_are_added(fused, corpus, captured):
         ours = place_tokens(
             *flatten_column(captured[name], "token_ids"), encoded, list_token_bytes(source), ends
         )
-        mapped = map_vocabulary(source, TARGET)[PLAIN]
+        mapped = map_vocabulary(source, TARGET)[UNCHANGED]
         aligned = fused[1][name].read_shard(fused[1][name].read_commit(0))
         before, after = (read_heads(table) for table in (captured[name], aligned))
         matches = match_positions(ours, theirs)
@@ -295,8 +295,8 @@ def test_newline_stays_newline_and_end_of_text_stays_the_end():
     for source in SOURCES.values():
         maps = map_vocabulary(source, TARGET)
         newline = source.list_by_bytes()[b"\n"]
-        assert TARGET.token_bytes[maps[PLAIN, newline]] == b"\n"
-        assert maps[PLAIN, source.eos_id] == TARGET.eos_id
+        assert TARGET.token_bytes[maps[UNCHANGED, newline]] == b"\n"
+        assert maps[UNCHANGED, source.eos_id] == TARGET.eos_id
 
 
 def test_any_number_of_sources_can_be_fused():

@@ -15,7 +15,7 @@ from rayfuse.align.matches import match_positions
 from rayfuse.align.method import IdMap, MapInputs, Method, StoredMap
 from rayfuse.align.methods.same_bytes import match_same_byte
 from rayfuse.align.token_spans import TokenBytes, list_token_bytes, place_tokens
-from rayfuse.align.vocab_map import PLAIN, map_vocabulary
+from rayfuse.align.vocab_map import UNCHANGED, map_vocabulary
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.storage.codec import flatten_column
 
@@ -102,7 +102,7 @@ def _count_shard(inputs: MapInputs, shard: int) -> PairCounts:
 
 def _finish(inputs: MapInputs, counted: PairCounts) -> IdMap:
     source, target = load_recipe_tokenizer(inputs.source), load_recipe_tokenizer(inputs.target)
-    return choose_most_matched(counted, map_vocabulary(source, target)[PLAIN, :-1])
+    return choose_most_matched(counted, map_vocabulary(source, target)[UNCHANGED, :-1])
 
 
 METHOD = Method(

@@ -17,7 +17,7 @@ from rapidfuzz.process import cdist
 from rayfuse.align.matches import Matches
 from rayfuse.align.method import Alignment, IdMap, MapInputs, Method, StoredMap
 from rayfuse.align.token_spans import PlacedTokens, TokenBytes
-from rayfuse.align.vocab_map import PLAIN, list_same_names
+from rayfuse.align.vocab_map import UNCHANGED, list_same_names
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.models.tokenizer import TextTokenizer
 
@@ -52,7 +52,7 @@ def match_by_edit_distance(
     source_rows = _split_rows(source, alignment.source)
     target_rows = _split_rows(target, alignment.target)
     pairs = zip(source_rows, target_rows, strict=True)
-    found = [_match_row(*rows, alignment.maps[PLAIN]) for rows in pairs]
+    found = [_match_row(*rows, alignment.maps[UNCHANGED]) for rows in pairs]
     source_at, target_at = np.concatenate([np.zeros((2, 0), dtype=np.int64), *found], axis=1)
     is_sound = source.can_match[source_at] & target.can_match[target_at]
     num_far = int(target.has_next.sum()) - len(target_at)
