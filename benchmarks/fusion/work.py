@@ -30,7 +30,7 @@ from rayfuse.align.methods.min_edit_distance import map_to_nearest
 from rayfuse.align.shard import align_shard
 from rayfuse.align.token_spans import list_token_bytes
 from rayfuse.align.vocab_map import (
-    PLAIN,
+    UNCHANGED,
     build_maps,
     find_unfinished,
     map_vocabulary,
@@ -211,7 +211,7 @@ def _alignment(unit: Unit, out: Path, corpus: pa.Table) -> Alignment:
     if name == "min_edit_distance":
         maps = build_maps(map_to_nearest(range(source.vocab_size), source, target), source, target)
     if name == "cooccurrence":
-        unseen = map_vocabulary(source, target)[PLAIN, :-1]
+        unseen = map_vocabulary(source, target)[UNCHANGED, :-1]
         counted = count_pairs(corpus, list_token_bytes(source), list_token_bytes(target))
         maps = build_maps(choose_most_matched(counted, unseen), source, target)
     alignment = build_alignment(source, target, name, maps)

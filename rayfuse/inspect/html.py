@@ -12,6 +12,7 @@ from rayfuse.align.matches import keep_one_to_one
 from rayfuse.align.pair import AlignedTexts
 from rayfuse.align.token_spans import PlacedTokens, TokenBytes
 from rayfuse.inspect.report import PairReport, name_token
+from rayfuse.report.stylesheet import read_stylesheet
 
 CELL, ROW, GAP = 9.0, 26.0, 30.0
 """Pixels: width of a character, height of a token, height between the two tokenizations."""
@@ -33,19 +34,6 @@ KINDS = {
 }
 """Colour by the tokens between two shared boundaries. `no signal`: a tokenizer changed the text, or
 the method does not accept the tokens."""
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 1010px; margin: 2em auto; }
-table { border-collapse: collapse; margin: 1em 0; }
-td, th { padding: .25em .9em .25em 0; text-align: left; border-bottom: 1px solid #e3e7ec; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-code { background: #f1f4f7; padding: 0 .3em; border-radius: 3px; white-space: pre; }
-svg { display: block; margin: 0 0 14px; overflow: visible; }
-svg text { font: 14px ui-monospace, "DejaVu Sans Mono", "Noto Sans Mono CJK SC", monospace; }
-.key { display: inline-block; width: .9em; height: .9em; border-radius: 2px; margin: 0 .35em 0 1em;
-  vertical-align: -.1em; }
-.side { color: #5c6774; }
-"""
 
 
 @dataclass(frozen=True)
@@ -94,7 +82,8 @@ def build_page(aligned: AlignedTexts, report: PairReport, names: tuple[str, str]
     part = f": about {MAX_BYTES:,} of its {num_bytes:,} bytes" if num_bytes > MAX_BYTES else ""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{source_name} → {target_name}</title>
-<style>{STYLE}</style></head><body>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{read_stylesheet()}</style></head><body><main>
 <h1>How two tokenizers align</h1>
 <p>Each line shows the <b>target</b>'s tokens ({target_name}) above the <b>source</b>'s
 ({source_name}). Dark lines are token boundaries that both share; colours show how the tokens
@@ -106,7 +95,7 @@ own (EOS, a prefix space) are counted but not drawn.</p>
 {drawn}
 <h2>Target tokens that most often have no signal</h2>
 {_table_of_worst(report)}
-</body></html>
+</main></body></html>
 """
 
 
@@ -120,7 +109,7 @@ def _table_of_numbers(report: PairReport) -> str:
         *((f"unplaced, {reason}", f"{count:,}") for reason, count in report.unplaced.items()),
     ]
     cells = "".join(
-        f'<tr><td>{name}</td><td class="number">{value}</td></tr>' for name, value in rows
+        f'<tr><td class="name">{name}</td><td>{value}</td></tr>' for name, value in rows
     )
     return f"<table>{cells}</table>"
 
@@ -129,14 +118,14 @@ def _table_of_worst(report: PairReport) -> str:
     if not report.worst_tokens:
         return "<p>None: every position has a signal.</p>"
     rows = "".join(
-        f"<tr><td><code>{html.escape(_show(worst.token))}</code></td>"
-        f'<td class="number">{worst.without_signal:,}</td>'
-        f'<td class="number">{worst.occurrences:,}</td><td>{worst.flag}</td></tr>'
+        f'<tr><td class="name"><code>{html.escape(_show(worst.token))}</code></td>'
+        f"<td>{worst.without_signal:,}</td>"
+        f'<td>{worst.occurrences:,}</td><td class="name">{worst.flag}</td></tr>'
         for worst in report.worst_tokens
     )
     head = (
-        '<th>token</th><th class="number">without signal</th>'
-        '<th class="number">occurrences</th><th>kind</th>'
+        '<th class="text">token</th><th>without signal</th>'
+        '<th>occurrences</th><th class="text">kind</th>'
     )
     return f"<table><tr>{head}</tr>{rows}</table>"
 
@@ -260,10 +249,7 @@ def _draw_line(drawing: _Drawing, begin: int, end: int) -> str:
         )
         for tokens, y in ((above, 0.0), (below, ROW + GAP)):
             parts += [_draw_token(drawing, left, token, y, colour) for token in tokens]
-        parts.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{ROW - 3}" y2="{ROW + GAP + 3}" '
-            'stroke="#1c2430"/>'
-        )
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{ROW - 3}" y2="{ROW + GAP + 3}"/>')
     height = 2 * ROW + GAP
     return f'<svg width="{width + 2:.0f}" height="{height:.0f}">{"".join(parts)}</svg>'
 

@@ -11,6 +11,7 @@ from rayfuse.evaluate.bootstrap import Difference
 from rayfuse.evaluate.scores import ALL
 from rayfuse.report.gather import Findings, SourceSelection, StageCount
 from rayfuse.report.spans import ShardSpan, share_waited, sum_busy
+from rayfuse.report.stylesheet import read_stylesheet
 from rayfuse.report.tables import TASK_NOTE, build_table, build_task_table, render_html
 from rayfuse.report.verdict import MINUS, Verdict, format_signed, name_domain, order_names
 
@@ -41,44 +42,6 @@ TITLES = {
     "timeline": "Busy and idle time of the sources' devices",
 }
 
-STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --ink: #1d2127; --soft: #5b6470;
-  --line: #d9dee5; --card: #f5f7fa; --won: #0b6e4f; --lost: #b5480a; --unclear: #6b7280;
-  --fused: #fff1e6; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171c; --ink: #e6e9ee; --soft: #a2abb8;
-  --line: #333a45; --card: #1d222a; --won: #4cc79a; --lost: #f0935a; --unclear: #9aa3b2;
-  --fused: #33261b; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 964px; margin: 0 auto; padding: 32px 32px 64px; }
-h1 { font-size: 1.15rem; color: var(--soft); font-weight: 600; margin: 0 0 16px; }
-h2 { font-size: 1.2rem; margin: 44px 0 10px; }
-.verdict { border-left: 6px solid var(--unclear); background: var(--card); border-radius: 8px;
-  padding: 18px 24px; }
-.verdict.won { border-color: var(--won); } .verdict.lost { border-color: var(--lost); }
-.verdict p.headline { font-size: 1.4rem; line-height: 1.35; font-weight: 650; margin: 0 0 10px; }
-.verdict ul { margin: 0; padding-left: 20px; } .verdict li { margin: 4px 0; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .94rem;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 9px; border-bottom: 1px solid var(--line); text-align: right; }
-thead th { color: var(--soft); font-weight: 600; border-bottom-width: 2px; }
-tbody th, thead th:first-child, .scores thead th:nth-child(2), td.role, td.name {
-  text-align: left; }
-td.role { color: var(--soft); white-space: nowrap; } tr.fused { background: var(--fused); }
-td.best b { text-decoration: underline; text-underline-offset: 3px; }
-td.none { color: var(--soft); }
-figure { margin: 0; } figure img { display: block; width: 100%; height: auto; background: #fff;
-  border: 1px solid var(--line); border-radius: 8px; }
-figcaption, .note { color: var(--soft); font-size: .94rem; margin-top: 8px; }
-details { margin: 14px 0; border: 1px solid var(--line); border-radius: 8px; padding: 10px 16px; }
-summary { cursor: pointer; font-weight: 600; }
-pre { overflow-x: auto; margin: 12px 0;
-  font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
-@media print { details { border: 0; padding: 0; } figure { break-inside: avoid; } }
-"""
-
 
 def build_page(
     findings: Findings, verdict: Verdict, recipe: Recipe, plots: dict[str, bytes]
@@ -100,7 +63,7 @@ def build_page(
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>rayfuse report</title>
-<style>{STYLE}</style>
+<style>{read_stylesheet()}</style>
 </head>
 <body>
 <main>

@@ -29,7 +29,7 @@ from rayfuse.align.token_spans import (
     place_tokens,
 )
 from rayfuse.align.vocab_map import (
-    PLAIN,
+    UNCHANGED,
     WITH_SPACE,
     WITHOUT_SPACE,
     find_unfinished,
@@ -298,7 +298,7 @@ def test_ids_that_the_vocabulary_leaves_out_spell_nothing():
     tokenizer = build_tokenizer(json.dumps(content), start_id=0, eos_id=0)
     assert tokenizer.token_bytes[11:16] == (None,) * 5
     assert not place(tokenizer, TEXTS)[0].faults.any()
-    assert (map_vocabulary(tokenizer, LOSSLESS["llama-2"])[PLAIN, 11:16] == -1).all()
+    assert (map_vocabulary(tokenizer, LOSSLESS["llama-2"])[UNCHANGED, 11:16] == -1).all()
 
 
 @pytest.mark.parametrize("source", FAMILIES)
@@ -413,9 +413,9 @@ def test_a_token_that_ends_inside_a_character_is_mapped_only_where_that_is_certa
     byte_tokens = {fallback.token_bytes[i]: i for i in np.flatnonzero(fallback.byte_ids())}
     assert len(byte_tokens) == 256
     for only_equal in (False, True):
-        mapped = map_vocabulary(levels, fallback, only_equal=only_equal)[PLAIN]
-        own = map_vocabulary(fallback, LOSSLESS["llama-2"], only_equal=only_equal)[PLAIN]
-        back = map_vocabulary(fallback, levels, only_equal=only_equal)[PLAIN]
+        mapped = map_vocabulary(levels, fallback, only_equal=only_equal)[UNCHANGED]
+        own = map_vocabulary(fallback, LOSSLESS["llama-2"], only_equal=only_equal)[UNCHANGED]
+        back = map_vocabulary(fallback, levels, only_equal=only_equal)[UNCHANGED]
         for byte in range(256):
             token_id = levels.list_by_bytes()[bytes([byte])]
             assert (mapped[token_id] == -1) == (byte >= 0xC0)  # others go on with a character
@@ -448,7 +448,7 @@ def test_where_a_character_begins_that_a_token_does_not_finish(token, start):
 def test_what_a_token_is_mapped_to_begins_every_text_that_it_begins(name, target):
     """A blank and half a character: is the target's first token the blank, whatever it will be?"""
     source = LOSSLESS["gpt-2"]
-    mapped = map_vocabulary(source, target)[PLAIN]
+    mapped = map_vocabulary(source, target)[UNCHANGED]
     for token_id, spelled in enumerate(source.token_bytes):
         start = find_unfinished(spelled or b"")
         if not spelled or start == len(spelled) or mapped[token_id] < 0:
