@@ -1,6 +1,5 @@
 """Aligning one committed shard: read, align, commit. Run by the capture and the align stage."""
 
-import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from rayfuse.run.layout import Layout
 from rayfuse.runtime.metrics import count_work
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.manifest import Commit, ShardError
+from rayfuse.storage.parquet import read_parquet
 from rayfuse.storage.store import Store
 
 
@@ -125,7 +125,7 @@ def read_maps(
     store: Store, map_file: str, source: TextTokenizer, target: TextTokenizer
 ) -> VocabMaps:
     """Read a stored vocabulary map, and build the three maps from it."""
-    table = pq.read_table(io.BytesIO(store.read(map_file)))
+    table = read_parquet(store.read(map_file))
     return build_maps(table["target_id"].to_numpy(), source, target)
 
 

@@ -9,7 +9,6 @@ from itertools import count
 from typing import Any, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import zstandard
 
 from rayfuse.config.corpus import DocumentsSettings
@@ -21,6 +20,7 @@ from rayfuse.run.inputs import (
     is_saved_dataset,
     open_input,
 )
+from rayfuse.storage.parquet import open_parquet
 
 ESCAPE_BYTES = 6
 """Bytes of the longest form of one character in JSON, `\\u0041`."""
@@ -199,9 +199,7 @@ def _read_parquet(file: InputFile, max_document_bytes: int) -> Iterator[Document
     max_page_bytes = max_document_bytes + PAGE_ROOM_BYTES
     number = 0
     with open_input(file.path) as stream:
-        parquet = pq.ParquetFile(
-            stream, buffer_size=BUFFER_BYTES, pre_buffer=False, arrow_extensions_enabled=False
-        )
+        parquet = open_parquet(stream, buffer_size=BUFFER_BYTES, pre_buffer=False)
         columns = _choose_columns(parquet.schema_arrow, file.settings.text)
         for group in range(parquet.num_row_groups):
             num_rows = parquet.metadata.row_group(group).num_rows
@@ -221,36 +219,34 @@ def _read_parquet(file: InputFile, max_document_bytes: int) -> Iterator[Document
 
 
 def _choose_columns(schema: pa.Schema, text: str) -> list[str]:
-    """Choose the columns to read: text, and id and domain if they exist and are not nested."""
+    """Choose the columns to read: text, and id and domain if they hold text or integers."""
     if text not in schema.names:
         raise ValueError(f"it has no column {text!r}, only {', '.join(schema.names)}")
-    if pa.types.is_nested(schema.field(text).type):
-        raise ValueError(f"its column {text!r} holds no text but lists or structs")
-    return [
+    if not _holds_text(schema.field(text).type):
+        raise ValueError(f"its column {text!r} holds {schema.field(text).type}, not text")
+    names = {
         name
-        for name in dict.fromkeys((text, "id", "domain"))
-        if name in schema.names and not pa.types.is_nested(schema.field(name).type)
-    ]
+        for name in ("id", "domain")
+        if name in schema.names
+        and (_holds_text(kind := schema.field(name).type) or pa.types.is_integer(kind))
+    }
+    return sorted(names | {text})
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    return any(
+        is_kind(kind)
+        for is_kind in (pa.types.is_string, pa.types.is_binary, pa.types.is_fixed_size_binary)
+    )
 
 
 def _to_records(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     """Convert a batch to records, strings as bytes: Arrow does not check that they are UTF-8."""
-    columns = [_view_as_bytes(column) for column in batch.columns]
+    columns = [
+        column.view(pa.binary()) if pa.types.is_string(column.type) else column
+        for column in batch.columns
+    ]
     return pa.RecordBatch.from_arrays(columns, names=batch.schema.names).to_pylist()
-
-
-def _view_as_bytes(column: pa.Array) -> pa.Array:
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        return pa.DictionaryArray.from_arrays(column.indices, _view_as_bytes(column.dictionary))
-    for is_kind, binary in (
-        (pa.types.is_string, pa.binary()),
-        (pa.types.is_large_string, pa.large_binary()),
-        (pa.types.is_string_view, pa.binary_view()),
-    ):
-        if is_kind(kind):
-            return column.view(binary)
-    return column
 
 
 def _read_text(file: InputFile, max_document_bytes: int) -> Iterator[Document]:

@@ -26,6 +26,7 @@ from rayfuse.evaluate.model_loading import local_model
 from rayfuse.evaluate.sandbox import check_sandbox
 from rayfuse.evaluate.task_scores import SubtaskScore, TaskScore, read_samples
 from rayfuse.models.files import load_recipe_tokenizer, read_model_files
+from rayfuse.storage.parquet import read_parquet
 from rayfuse.storage.store import Store
 
 FEWSHOT_SEED = 1234
@@ -227,8 +228,7 @@ def run_ensemble_job(job: LmEvalJob, sources: list[dict[str, str]]) -> int:
         subtasks: list[SubtaskScore] = []
         if needs_only_logprobs(manager, name):
             token_nll = [
-                read_nll_table(pq.read_table(io.BytesIO(job.store.read(files[name]))))
-                for files in sources
+                read_nll_table(read_parquet(job.store.read(files[name]))) for files in sources
             ]
             subtasks = run_tasks(EnsembleLM(token_nll), manager, name, job.settings)
         score = TaskScore(job.name, name, tuple(subtasks), time.monotonic() - began)

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rayfuse.config.base import UserError
 from rayfuse.runtime.logging import log_event
@@ -28,7 +27,7 @@ from rayfuse.storage.manifest import (
     encode_json,
     encode_records,
 )
-from rayfuse.storage.parquet import decode_origin, encode_table
+from rayfuse.storage.parquet import decode_origin, encode_table, read_parquet
 from rayfuse.storage.store import Store
 
 NUM_READERS = 32
@@ -175,7 +174,7 @@ class DataSet:
                 f"shard {commit.shard} of {self.fingerprint}; {REMEDY}"
             )
         # sha256 covers the file; the page checksums are for other readers.
-        return pq.read_table(pa.BufferReader(data), columns=columns)
+        return read_parquet(data, columns)
 
     def read_file(self, commit: Commit) -> bytes:
         """Read a committed shard's bytes and check their sha256.
@@ -291,7 +290,7 @@ class DataSet:
             raise ShardError(f"{path} is missing; {REMEDY}") from error
         if hashlib.sha256(data).hexdigest() != manifest.records_sha256:
             raise ShardError(f"{path} is not what was written; {REMEDY}")
-        return pq.read_table(pa.BufferReader(data), columns=columns)
+        return read_parquet(data, columns)
 
     def drop_shards(self, shards: Iterable[int]) -> None:
         """Remove the commit records of shards, so that a stage writes the shards again."""

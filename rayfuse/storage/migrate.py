@@ -15,16 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from rayfuse.config.base import UserError
 from rayfuse.runtime.progress import Progress, ProgressEvent
 from rayfuse.schema import SCHEMA_VERSION
 from rayfuse.storage.dataset import DataSet, shard_of
 from rayfuse.storage.lease import RENEW_SECONDS, TIMEOUT_SECONDS, Lease
 from rayfuse.storage.manifest import Commit, ShardError, check_version, encode_json
-from rayfuse.storage.parquet import decode_origin, encode_table
+from rayfuse.storage.parquet import decode_origin, encode_table, read_parquet
 from rayfuse.storage.store import Store
 
 STAGES = ("captured", "aligned", "evaluate", "corpus")
@@ -199,7 +196,7 @@ def _migrate_shard(migration: Migration, data: DataSet, shard: int, version: int
     fingerprint, number, found = decode_origin(content)
     if found != version:
         return commit
-    table = pq.read_table(pa.BufferReader(content)).combine_chunks()
+    table = read_parquet(content).combine_chunks()
     migrated = encode_table(table, fingerprint, number, version=version + 1)
     sha256 = hashlib.sha256(migrated).hexdigest()
     attempt = sha256[:12]  # the same after a kill, so that no orphan is left
