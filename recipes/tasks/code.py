@@ -5,6 +5,7 @@ Programs run in rayfuse's sandbox alone, and only where the recipe says
 """
 
 import json
+import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,22 +46,42 @@ class Program(NamedTuple):
     """What must be installed."""
     command: str
     """The shell's."""
+    ending: str
+    """What the tests end with, whitespace aside; the proof is printed before it."""
+    print_proof: str
+    """The statement that prints the proof, a line of its own."""
     beside: Mapping[str, str] = {}
     """Files beside the program: text by relative path."""
 
 
 PROGRAMS = {
-    "cpp": Program("main.cpp", "g++", "g++ -std=c++17 -w main.cpp -o main && ./main"),
+    "cpp": Program(
+        "main.cpp",
+        "g++",
+        "g++ -std=c++17 -w main.cpp -o main && rm main.cpp && ./main",
+        ending="}",
+        print_proof=r'std::printf("\nPROOF\n");',
+    ),
     "java": Program(
         "Problem.java",
         "javac",
         # The sandbox bounds addresses: a Java machine would reserve more than it uses.
         "export JAVA_TOOL_OPTIONS='-Xmx1g -XX:CompressedClassSpaceSize=64m'; "
-        "javac -nowarn Problem.java && java -ea Problem",
+        "javac -nowarn Problem.java && rm Problem.java && java -ea Problem",
+        ending="}}",
+        print_proof=r'System.out.println("\nPROOF");',
         beside={"org/javatuples/Pair.java": PAIR},
     ),
-    "js": Program("main.js", "node", "node main.js"),
+    "js": Program(
+        "main.js",
+        "node",
+        "node main.js",
+        ending="",
+        print_proof=r'require("fs").writeSync(1, "\nPROOF\n");',
+    ),
 }
+
+PYTHON_PROOF = r"__import__('os').write(1, b'\nPROOF\n')"
 
 
 def load_multipl_e(data: str, language: str, **_: object) -> dict[str, Dataset]:
@@ -77,23 +98,42 @@ def load_multipl_e(data: str, language: str, **_: object) -> dict[str, Dataset]:
         )
     path = Path(data).expanduser() / "multipl_e" / f"humaneval-{language}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for number, row in enumerate(rows, 1):
+        add_proof(row["tests"], PROGRAMS[language], f"{path}, line {number}", proof="")
     kept = ("name", "language", "prompt", "tests")
     return {"test": Dataset.from_list([{name: row[name] for name in kept} for row in rows])}
 
 
+def add_proof(tests: str, program: Program, place: str, *, proof: str) -> str:
+    """Return the tests with a statement behind the last one that prints the proof.
+
+    Raises:
+        ValueError: The tests do not end as they should.
+    """
+    end = len(tests.rstrip())
+    for closing in reversed(program.ending):
+        end = tests.rfind(closing, 0, end)
+        if end < 0 or tests[end + 1 :].strip(" \n" + program.ending):
+            raise ValueError(f"{place}: the tests do not end with {program.ending!r}")
+    return f"{tests[:end]}\n{program.print_proof.replace('PROOF', proof)}\n{tests[end:]}"
+
+
 def pass_python(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Return whether a function passes HumanEval's test of it."""
+    """Return whether a function passes HumanEval's test of it, all to the end."""
     check_sandbox()
-    text = f"{doc['prompt']}{results[0]}\n{doc['test']}\ncheck({doc['entry_point']})\n"
-    outcome = run_sandboxed({"main.py": text}, [python(), "main.py"], seconds=SECONDS)
+    proof = secrets.token_hex(16)
+    call = f"check({doc['entry_point']})\n{PYTHON_PROOF.replace('PROOF', proof)}\n"
+    text = f"{doc['prompt']}{results[0]}\n{doc['test']}\n{call}"
+    outcome = run_sandboxed({"main.py": text}, [python(), "main.py"], seconds=SECONDS, proof=proof)
     return {"pass_at_1": float(outcome.passed)}
 
 
 def pass_program(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Return whether a program with MultiPL-E's tests behind it ends without an error."""
+    """Return whether a program runs MultiPL-E's tests behind it to the end without an error."""
     check_sandbox()
-    program = PROGRAMS[doc["language"]]
-    text = f"{doc['prompt']}{results[0]}\n{doc['tests']}\n"
-    files = {program.file: text, **program.beside}
-    outcome = run_sandboxed(files, ["sh", "-c", program.command], seconds=SECONDS)
+    program, proof = PROGRAMS[doc["language"]], secrets.token_hex(16)
+    tests = add_proof(doc["tests"], program, doc["name"], proof=proof)
+    files = {program.file: f"{doc['prompt']}{results[0]}\n{tests}\n", **program.beside}
+    command = ["sh", "-c", program.command]
+    outcome = run_sandboxed(files, command, seconds=SECONDS, proof=proof)
     return {"pass_at_1": float(outcome.passed)}

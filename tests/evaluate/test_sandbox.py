@@ -1,12 +1,22 @@
 """Model-written programs run isolated from files, network and other processes."""
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from rayfuse.evaluate import sandbox
+from rayfuse.evaluate.bounded_process import (
+    Limits,
+    find_cgroup_parent,
+    limited_cgroup,
+    measure_tree_bytes,
+    run_bounded,
+)
 from rayfuse.evaluate.sandbox import Outcome, check_sandbox, python, run_sandboxed
+from tests.cluster.checks import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +73,172 @@ def test_files_and_processes_outside_are_invisible(tmp_path: Path):
 def test_a_program_that_does_not_end_is_killed_with_its_children():
     outcome = run("import os, time\nos.fork()\ntime.sleep(60)", seconds=1)
     assert not outcome.passed
-    assert outcome.output.endswith("killed after 3 s")
+    assert outcome.output.endswith("killed: more than 3 s")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["sys/kernel/core_pattern", "sysrq-trigger", "sys/vm/overcommit_memory", "self/oom_score_adj"],
+)
+def test_no_setting_of_the_kernel_can_be_written(path: str):
+    before = Path("/proc", path).read_bytes() if "sysrq" not in path else b""
+    outcome = run(f"open('/proc/{path}', 'r+b', 0).write(b'|/bin/false')")
+    assert "Read-only file system" in outcome.output or "No such file" in outcome.output
+    assert not outcome.passed
+    assert "sysrq" in path or Path("/proc", path).read_bytes() == before
+
+
+def test_the_program_is_nobody_on_the_node_even_if_rayfuse_runs_as_root():
+    outside = run("print(open('/proc/self/uid_map').read().split()[1])").output.strip()
+    assert outside == str(os.geteuid() or sandbox.UNPRIVILEGED)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "libc.unshare(0x10000000)",  # a user namespace, with every capability in it
+        "libc.ptrace(0, 0, 0, 0)",
+        "libc.mount(b'none', b'/tmp', b'tmpfs', 0, None)",
+        "libc.syscall(425, 1, 0)",  # io_uring_setup
+    ],
+)
+def test_calls_into_the_kernel_that_no_test_needs_are_refused(call: str):
+    code = "import ctypes; libc = ctypes.CDLL(None, use_errno=True); "
+    assert run(f"{code}print({call}, ctypes.get_errno())").output == "-1 1\n"
+
+
+def test_signals_have_their_defaults():
+    ignored = run("print(open('/proc/self/status').read().split('SigIgn:')[1].split()[0])")
+    mine = "0000000001001000"  # SIGPIPE and SIGXFSZ, by the interpreter that prints
+    assert ignored.output.strip() == mine
+    assert run_sandboxed({}, ["sh", "-c", "kill -PIPE $$; sleep 1"], seconds=5).passed
+
+
+def test_the_sandbox_needs_no_administrators_folders_in_the_path(monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert run("print(1)").passed
+
+
+LIMITS = Limits(seconds=20, memory_bytes=2**28, output_bytes=2**20)
+
+
+def test_output_is_bounded():
+    outcome = run("while True: print('x' * 10**6)")
+    assert outcome.output.endswith("killed: more than 1,048,576 bytes of output")
+    assert len(outcome.output) < 3000
+    assert not outcome.passed
+
+
+@pytest.mark.parametrize(
+    ("code", "exceeded"),
+    [
+        (
+            "import os, time\nfor _ in range(9): os.fork() or (bytearray(10**8), time.sleep(30))"
+            "\ntime.sleep(30)",
+            "more than 268,435,456 bytes of memory",
+        ),
+        ("import os, time; os.close(1); os.close(2); time.sleep(60)", "more than 2 s"),
+    ],
+)
+def test_a_tree_of_processes_is_killed_at_its_limits(code: str, exceeded: str):
+    limits = LIMITS if "memory" in exceeded else Limits(2, 2**28, 2**20)
+    code = code.replace("bytearray(10**8)", "globals().update(x=bytearray(b'x') * 10**8)")
+    command = ["unshare", "--user", "--pid", "--fork", "--kill-child"]
+    ended = run_bounded([*command, sys.executable, "-c", code], sandbox.TOOL_PATH, limits)
+    assert ended.exceeded == exceeded
+    assert ended.exit_code == -9
+
+
+def test_the_memory_of_a_process_that_has_ended_is_0():
+    assert measure_tree_bytes(os.getpid()) > 0
+    assert measure_tree_bytes(2**22 + 1) == 0
+
+
+def write_cgroup(folder: Path, controllers: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cgroup.subtree_control").write_text(controllers)
+    (folder / "cgroup.procs").write_text("")
+    return folder
+
+
+def test_a_sandbox_gets_a_cgroup_where_one_may_be_made(tmp_path: Path):
+    user = write_cgroup(tmp_path / "user.slice" / "user@7", "cpu memory pids")
+    write_cgroup(user / "app", "")
+    own = "1:name=x:/other\n0::/user.slice/user@7/app\n"
+    assert find_cgroup_parent(own, tmp_path) == user
+    assert find_cgroup_parent("1:memory:/\n", tmp_path) is None
+    assert find_cgroup_parent("0::/../../x\n", tmp_path) is None
+    write_cgroup(user, "cpu")
+    assert find_cgroup_parent(own, tmp_path) is None
+    with limited_cgroup(user, 1000, 10) as name:
+        assert Path(name).parent == user
+        assert Path(name, "memory.max").read_text() == "1000"
+        assert Path(name, "pids.max").read_text() == "10"
+        for file in Path(name).iterdir():
+            file.unlink()  # the kernel's files vanish with their folder
+    assert not Path(name).exists()
+    with limited_cgroup(None, 1000, 10) as name:
+        assert name == ""
+
+
+def load_code_tasks():
+    spec = importlib.util.spec_from_file_location("code_tasks", ROOT / "recipes/tasks/code.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ENDS_EARLY = {
+    "python": ("def f():\n", "    __import__('sys').exit()", "    __import__('os')._exit(0)"),
+    "cpp": (
+        "#include<assert.h>\n#include<bits/stdc++.h>\nlong f() {\n",
+        "    std::exit(0);",
+        "    std::_Exit(0);",
+    ),
+    "java": (
+        "class Problem {\n    public static long f() {\n",
+        "    System.exit(0); return 0;",
+        "    Runtime.getRuntime().halt(0); return 0;",
+    ),
+    "js": ("function f() {\n", "  process.exit(0);\n}", "  process.reallyExit(0);\n}"),
+}
+RIGHT = {
+    "python": "    return 1",
+    "cpp": "    return 1;",
+    "java": "    return 1;",
+    "js": "  return 1;\n}",
+}
+TESTS = {
+    "python": "def check(candidate):\n    assert candidate() == 1\n",
+    "cpp": "}\nint main() {\n    auto candidate = f;\n    assert(candidate() == 1);\n}\n",
+    "java": "    }\n    public static void main(String[] args) {\n"
+    "    assert(f() == 1);\n    }\n\n}\n",
+    "js": "const assert = require('node:assert');\n\nfunction test() {\n"
+    "  assert.deepEqual(f(), 1);\n}\n\ntest();",
+}
+
+
+@pytest.mark.parametrize("language", TESTS)
+def test_a_program_passes_only_if_it_runs_its_tests_to_the_end(language: str):
+    code = load_code_tasks()
+    prompt, *early = ENDS_EARLY[language]
+
+    def score(answer: str) -> float:
+        if language == "python":
+            doc = {"prompt": prompt, "test": TESTS[language], "entry_point": "f"}
+            return code.pass_python(doc, [answer])["pass_at_1"]
+        doc = {"prompt": prompt, "tests": TESTS[language], "language": language, "name": "f"}
+        return code.pass_program(doc, [answer])["pass_at_1"]
+
+    assert score(RIGHT[language]) == 1
+    assert [score(answer) for answer in early] == [0, 0]
+    assert score(RIGHT[language].replace("1", "2")) == 0
+
+
+def test_tests_of_another_form_are_refused():
+    code = load_code_tasks()
+    with pytest.raises(ValueError, match=r"x.jsonl, line 3: the tests do not end with '}}'"):
+        code.add_proof("assert(f() == 1);\n}\n", code.PROGRAMS["java"], "x.jsonl, line 3", proof="")
 
 
 def test_a_machine_without_namespaces_is_refused(monkeypatch: pytest.MonkeyPatch):
