@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rayfuse.config.text import show_controls
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -85,7 +87,7 @@ def _exit_interrupted() -> None:
 
 
 def _exit_with(message: str, code: int) -> None:
-    print(f"rayfuse: error: {message}", file=sys.stderr)
+    print(f"rayfuse: error: {show_controls(message)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -264,9 +266,9 @@ def inspect(
         if as_json:
             return
         for numbers in results:
-            print_report(numbers)
+            print_report(numbers, output.console)
         if html:
-            print(f"picture: {html}")
+            output.console.print(f"picture: {html}")
 
 
 @app.command()

@@ -11,6 +11,7 @@ from rich.table import Table
 from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.config.load import read_recipe
 from rayfuse.config.recipe import Recipe, dump_recipe
+from rayfuse.config.text import show_on_one_line
 from rayfuse.pipeline import STAGES, is_stage_done, run_recipe
 from rayfuse.run.layout import Layout, plan_layout
 from rayfuse.runtime.console import ProgressBars
@@ -137,7 +138,10 @@ def print_status(layout: Layout, statuses: dict[str, Status], console: Console) 
             f"{status.shards} of {total}",
             f"{status.rows:,}",
             f"{status.tokens:,}",
-            "\n".join(f"{count}: {reason}" for reason, count in status.rejects.items()) or "0",
+            "\n".join(
+                f"{count}: {show_on_one_line(reason)}" for reason, count in status.rejects.items()
+            )
+            or "0",
             _describe_state(status),
         )
     console.print(table)
@@ -198,7 +202,8 @@ def print_verified(found: dict[str, Verified], console: Console) -> None:
         checked = f"{verified.shards_checked} shards checked"
         console.print(f"{name:<24} {checked}, {state}{left}", highlight=False)
         for fault in verified.corrupt:
-            console.print(f"  {fault.file}: {fault.reason}", highlight=False, style="red")
+            line = show_on_one_line(f"{fault.file}: {fault.reason}")
+            console.print(f"  {line}", highlight=False, style="red")
 
 
 def list_numbers(found: dict[str, Verified] | dict[str, Status]) -> dict[str, Any]:

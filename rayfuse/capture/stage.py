@@ -28,7 +28,7 @@ from rayfuse.capture.engines.load import load_recipe_engine
 from rayfuse.capture.scheduling import NEXT_STEP_CPUS, NextStep, PlanStep, SourceWork, plan_work
 from rayfuse.capture.shard import ShardStats
 from rayfuse.capture.stats import MetricsLog, StatsAccumulator, to_line
-from rayfuse.config.base import UserError
+from rayfuse.config.base import UserError, first_line
 from rayfuse.config.recipe import Recipe
 from rayfuse.run.layout import Layout
 from rayfuse.run.segmentation import write_segmentation
@@ -103,16 +103,15 @@ class SourceCapture:
         timer = threading.Timer(REPORT_WAIT_SECONDS, self._report_wait)
         timer.daemon = True
         timer.start()
+        outcome: BaseException | None = None
         try:
             self._capture()
         except BaseException as error:  # the main thread raises it
-            reason = str(find_root_cause(error)).partition("\n")[0]
-            self._note(f"stopped: {reason}")
-            ended.put(error)
-        else:
-            ended.put(None)
+            outcome = error
+            self._note(f"stopped: {first_line(find_root_cause(error))}")
         finally:
             timer.cancel()
+            ended.put(outcome)  # whatever failed above: the main thread waits for it
 
     def _note(self, text: str) -> None:
         self.progress(ProgressEvent("capture", self.work.source.name, note=text))

@@ -1,7 +1,10 @@
 """The command `rayfuse inspect`: pairs of tokenizers or a recipe in, a report and a page out."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.align.pair import align_texts
@@ -163,29 +166,30 @@ def _is_map_ready(layout: Layout, name: str) -> bool:
     return file is None or file.removeprefix("maps/") in layout.store.sizes("maps")
 
 
-def print_report(numbers: dict[str, Any]) -> None:
+def print_report(numbers: dict[str, Any], console: Console) -> None:
     """Print one pair's numbers as text."""
-    print(f"{numbers['source']} → {numbers['target']}")
-    print(f"  align.method           {numbers['method']:>12}")
-    print(f"  target tokens          {numbers['target_tokens']:>12,}")
-    print(f"  source tokens          {numbers['source_tokens']:>12,}")
-    print(f"  with a signal          {numbers['share_with_signal']:>12.1%}")
-    print(f"  one token to one       {numbers['share_one_to_one']:>12.1%}")
-    print(f"  inside a source token  {numbers['no_shared_boundary']:>12,}")
+    line = partial(console.print, highlight=False)
+    line(f"{numbers['source']} → {numbers['target']}")
+    line(f"  align.method           {numbers['method']:>12}")
+    line(f"  target tokens          {numbers['target_tokens']:>12,}")
+    line(f"  source tokens          {numbers['source_tokens']:>12,}")
+    line(f"  with a signal          {numbers['share_with_signal']:>12.1%}")
+    line(f"  one token to one       {numbers['share_one_to_one']:>12.1%}")
+    line(f"  inside a source token  {numbers['no_shared_boundary']:>12,}")
     for reason, count in numbers["unplaced"].items():
-        print(f"  unplaced, {reason:<48} {count:,}")
+        line(f"  unplaced, {reason:<48} {count:,}")
     if numbers.get("captured_note"):
-        print(f"  captured mass: {numbers['captured_note']}")
+        line(f"  captured mass: {numbers['captured_note']}")
     elif "kept_mass" in numbers:
-        print(
+        line(
             f"  captured mass          {numbers['captured_mass']:>12.2%}  (head, shard "
             f"{numbers['captured_shard']})"
         )
-        print(f"  kept after mapping     {numbers['kept_mass']:>12.2%}")
-        print(f"  lost to the tail       {numbers['lost_mass']:>12.2%}")
-    print(f"  placed and matched     {numbers['tokens_per_second']:>12,.0f} tokens/s/core")
+        line(f"  kept after mapping     {numbers['kept_mass']:>12.2%}")
+        line(f"  lost to the tail       {numbers['lost_mass']:>12.2%}")
+    line(f"  placed and matched     {numbers['tokens_per_second']:>12,.0f} tokens/s/core")
     if numbers["worst_tokens"]:
-        print("  worst target tokens (without signal / occurrences, kind):")
+        line("  worst target tokens (without signal / occurrences, kind):")
         for worst in numbers["worst_tokens"]:
             count = f"{worst['without_signal']:,} / {worst['occurrences']:,}"
-            print(f"    {worst['token']!r:<24} {count:<18} {worst['flag']}")
+            line(f"    {worst['token']!r:<24} {count:<18} {worst['flag']}")

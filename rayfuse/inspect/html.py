@@ -1,6 +1,5 @@
 """Two tokenizations of one text above one another, as a self-contained HTML page."""
 
-import html
 import itertools
 import unicodedata
 from bisect import bisect_left, bisect_right
@@ -11,6 +10,7 @@ import numpy as np
 from rayfuse.align.matches import keep_one_to_one
 from rayfuse.align.pair import AlignedTexts
 from rayfuse.align.token_spans import PlacedTokens, TokenBytes
+from rayfuse.config.text import escape_html
 from rayfuse.inspect.report import PairReport, name_token
 from rayfuse.report.stylesheet import read_stylesheet
 
@@ -72,7 +72,7 @@ def build_page(aligned: AlignedTexts, report: PairReport, names: tuple[str, str]
         report: Its numbers.
         names: Of the source and the target.
     """
-    source_name, target_name = (html.escape(name) for name in names)
+    source_name, target_name = (escape_html(name) for name in names)
     keys = "".join(
         f'<span class="key" style="background:{colour}"></span>{kind}'
         for kind, colour in KINDS.items()
@@ -118,7 +118,7 @@ def _table_of_worst(report: PairReport) -> str:
     if not report.worst_tokens:
         return "<p>None: every position has a signal.</p>"
     rows = "".join(
-        f'<tr><td class="name"><code>{html.escape(_show(worst.token))}</code></td>'
+        f'<tr><td class="name"><code>{escape_html(_show(worst.token))}</code></td>'
         f"<td>{worst.without_signal:,}</td>"
         f'<td>{worst.occurrences:,}</td><td class="name">{worst.flag}</td></tr>'
         for worst in report.worst_tokens
@@ -281,8 +281,8 @@ def _draw_token(drawing: _Drawing, left: float, token: _Token, y: float, colour:
         places.append(places[-1] + CELL * (2 if wide else 1))
     xs = " ".join(f"{place:.1f}" for place in places)
     return (
-        f'<g><title>{html.escape(_show(token.label))}</title><rect x="{x + 0.5:.1f}" '
+        f'<g><title>{escape_html(_show(token.label))}</title><rect x="{x + 0.5:.1f}" '
         f'y="{y + 1}" width="{max(width - 1, 1):.1f}" height="{ROW - 2}" rx="3" fill="{colour}" '
         f'fill-opacity=".12" stroke="{colour}"/><text x="{xs}" y="{y + 16.5}" xml:space="preserve">'
-        f"{html.escape(_show(covered))}</text></g>"
+        f"{escape_html(_show(covered))}</text></g>"
     )

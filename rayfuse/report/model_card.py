@@ -3,9 +3,10 @@
 import yaml
 
 from rayfuse.config.recipe import Recipe, dump_recipe
+from rayfuse.config.text import escape_markdown, fence_code, mark_code
 from rayfuse.config.train import describe_curve
 from rayfuse.report.gather import Findings
-from rayfuse.report.tables import escape_markdown, render_tables
+from rayfuse.report.tables import render_tables
 from rayfuse.report.verdict import Verdict
 
 
@@ -23,12 +24,13 @@ def build_model_card(findings: Findings, verdict: Verdict, recipe: Recipe) -> st
         "pipeline_tag": "text-generation",
         "tags": ["knowledge-fusion", "rayfuse"],
     }
+    recipe_text = yaml.safe_dump(dump_recipe(recipe), sort_keys=False, allow_unicode=True)
     sentences = "\n".join(f"- {escape_markdown(sentence)}" for sentence in verdict.sentences)
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
-# {_code(recipe.target.model)}, fused with {_count_sources(recipe)}
+# {mark_code(recipe.target.model)}, fused with {_count_sources(recipe)}
 
 {escape_markdown(verdict.headline)}
 
@@ -56,9 +58,7 @@ The method follows FuseLLM (arXiv 2401.10491).
 
 The complete recipe:
 
-```yaml
-{yaml.safe_dump(dump_recipe(recipe), sort_keys=False, allow_unicode=True).strip()}
-```
+{fence_code(recipe_text.strip(), "yaml")}
 """
 
 
@@ -75,8 +75,4 @@ def _list_sources(recipe: Recipe) -> str:
 
 
 def _name_model(model: str, revision: str | None) -> str:
-    return _code(model) if revision is None else f"{_code(model)} at {_code(revision)}"
-
-
-def _code(text: str) -> str:
-    return f"`{text.replace('`', '')}`"
+    return mark_code(model) if revision is None else f"{mark_code(model)} at {mark_code(revision)}"

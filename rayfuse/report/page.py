@@ -1,12 +1,12 @@
 """The results of a run -> one self-contained HTML page: no scripts, no links, plots embedded."""
 
 import base64
-import html
 import math
 
 import yaml
 
 from rayfuse.config.recipe import Recipe, dump_recipe
+from rayfuse.config.text import escape_html
 from rayfuse.evaluate.bootstrap import Difference
 from rayfuse.evaluate.scores import ALL
 from rayfuse.report.gather import Findings, SourceSelection, StageCount
@@ -67,7 +67,7 @@ def build_page(
 </head>
 <body>
 <main>
-<h1>rayfuse report: {html.escape(_describe_run(recipe))}</h1>
+<h1>rayfuse report: {escape_html(_describe_run(recipe))}</h1>
 {_render_verdict(verdict)}
 <h2>Bits per byte on held-out text</h2>
 <div class="wide">{render_html(build_table(findings.evaluations))}</div>
@@ -107,10 +107,10 @@ def _describe_run(recipe: Recipe) -> str:
 
 
 def _render_verdict(verdict: Verdict) -> str:
-    items = "".join(f"<li>{html.escape(sentence)}</li>\n" for sentence in verdict.sentences)
+    items = "".join(f"<li>{escape_html(sentence)}</li>\n" for sentence in verdict.sentences)
     return (
         f'<section class="verdict {verdict.outcome}">\n'
-        f'<p class="headline">{html.escape(verdict.headline)}</p>\n<ul>\n{items}</ul>\n</section>'
+        f'<p class="headline">{escape_html(verdict.headline)}</p>\n<ul>\n{items}</ul>\n</section>'
     )
 
 
@@ -118,8 +118,8 @@ def _render_figure(name: str, png: bytes) -> str:
     data = base64.b64encode(png).decode()
     return (
         f"<h2>{TITLES[name]}</h2>\n"
-        f'<figure><img alt="{html.escape(TITLES[name])}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{html.escape(CAPTIONS[name])}</figcaption></figure>\n"
+        f'<figure><img alt="{escape_html(TITLES[name])}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{escape_html(CAPTIONS[name])}</figcaption></figure>\n"
     )
 
 
@@ -131,10 +131,10 @@ def _render_details(findings: Findings, recipe: Recipe) -> str:
         "Models and time": _render_models(findings),
         "Capture": _render_spans(findings.spans),
         "Rows, tokens and rejects of each stage": _render_counts(findings.counts),
-        "The recipe, with every default": f"<pre>{html.escape(text)}</pre>",
+        "The recipe, with every default": f"<pre>{escape_html(text)}</pre>",
     }
     return "".join(
-        f"<details><summary>{html.escape(title)}</summary>\n{content}</details>\n"
+        f"<details><summary>{escape_html(title)}</summary>\n{content}</details>\n"
         for title, content in parts.items()
     )
 
@@ -173,7 +173,7 @@ def _render_selection(selection: SourceSelection) -> str:
             f"Only the first {selection.shards_read} of {selection.num_shards:,} shards were read."
         )
     table = _render_plain_table(["domain", *sources], rows)
-    return f'{table}<p class="note">{html.escape(" ".join(notes))}</p>'
+    return f'{table}<p class="note">{escape_html(" ".join(notes))}</p>'
 
 
 def _render_models(findings: Findings) -> str:
@@ -213,10 +213,10 @@ def _render_counts(counts: list[StageCount]) -> str:
 
 
 def _render_plain_table(header: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
+    head = "".join(f'<th scope="col">{escape_html(cell)}</th>' for cell in header)
     lines = [
-        f'<tr><td class="name">{html.escape(row[0])}</td>'
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
+        f'<tr><td class="name">{escape_html(row[0])}</td>'
+        + "".join(f"<td>{escape_html(cell)}</td>" for cell in row[1:])
         + "</tr>\n"
         for row in rows
     ]

@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from rayfuse.config.text import show_on_one_line
+
 WIDTH_INCHES = 9.0
 PIXELS_PER_INCH = 200
 
@@ -39,7 +41,7 @@ def style_of(name: str, sources: Sequence[str]) -> dict[str, Any]:
 
 def plain(text: str, max_chars: int = 20) -> str:
     """Put text on one line, shorten it, and escape it for matplotlib."""
-    line = " ".join(text.split())
+    line = show_on_one_line(text)
     short = line if len(line) <= max_chars else line[: max_chars - 1] + "\u2026"
     return short.replace("$", r"\$")
 

@@ -1,11 +1,10 @@
 """The tables of scores (models by text, or by task), as Markdown, HTML and rich text."""
 
-import html
-import re
 from dataclasses import dataclass
 
-from rich.markup import escape
+from rich.text import Text
 
+from rayfuse.config.text import escape_html, escape_markdown
 from rayfuse.evaluate.scores import Evaluation, bits_per_byte
 from rayfuse.evaluate.task_scores import TaskScore
 from rayfuse.report.gather import Findings
@@ -117,7 +116,7 @@ def render_tables(findings: Findings) -> str:
 
 def render_html(table: ScoreTable) -> str:
     """Render a table as HTML, with the best score of each column in the class `best`."""
-    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in table.header)
+    head = "".join(f'<th scope="col">{escape_html(cell)}</th>' for cell in table.header)
     body = "".join(_render_html_row(table, i) for i in range(len(table.rows)))
     return (
         f'<table class="scores"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>\n'
@@ -125,7 +124,7 @@ def render_html(table: ScoreTable) -> str:
 
 
 def _render_html_row(table: ScoreTable, row: int) -> str:
-    name, role, *scores = (html.escape(cell) for cell in table.rows[row])
+    name, role, *scores = (escape_html(cell) for cell in table.rows[row])
     cells = [f'<th scope="row">{name}</th><td class="role">{role}</td>']
     for column, score in enumerate(scores, 2):
         is_best = table.is_best(row, column)
@@ -133,16 +132,10 @@ def _render_html_row(table: ScoreTable, row: int) -> str:
     return f'<tr class="{"fused" if name == "fused" else "other"}">{"".join(cells)}</tr>\n'
 
 
-def render_rich(table: ScoreTable) -> list[list[str]]:
-    """Prepare header and rows of a rich table: markup escaped, the best scores in bold."""
-    rows = [[escape(cell) for cell in row] for row in table.rows]
-    marked = [
-        [f"[bold]{cell}[/bold]" if table.is_best(i, j) else cell for j, cell in enumerate(row)]
-        for i, row in enumerate(rows)
+def render_rich(table: ScoreTable) -> list[list[Text]]:
+    """Prepare header and rows of a rich table, with the best scores in bold."""
+    rows = [
+        [Text(cell, "bold" if table.is_best(i, j) else "") for j, cell in enumerate(row)]
+        for i, row in enumerate(table.rows)
     ]
-    return [[escape(cell) for cell in table.header], *marked]
-
-
-def escape_markdown(text: str) -> str:
-    """Escape text for Markdown, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", " ".join(text.split()))
+    return [[Text(cell) for cell in table.header], *rows]

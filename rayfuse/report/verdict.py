@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rayfuse.config.text import show_on_one_line
 from rayfuse.evaluate.bootstrap import MIN_DOCUMENTS, Difference
 from rayfuse.evaluate.scores import ALL, bits_per_byte
 from rayfuse.report.gather import Findings, SourceSignal
@@ -186,8 +187,8 @@ def join_names(names: Sequence[str]) -> str:
 
 
 def name_domain(domain: str) -> str:
-    """Name a domain for the reader; documents without one have the empty name."""
-    return domain or "(no domain)"
+    """Name a domain for the reader, on one line; documents without one have the empty name."""
+    return show_on_one_line(domain) or "(no domain)"
 
 
 def _title(name: str) -> str:

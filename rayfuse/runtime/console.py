@@ -3,9 +3,11 @@
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from types import TracebackType
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,7 +17,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 
+from rayfuse.config.text import show_controls, show_on_one_line
 from rayfuse.runtime.progress import ProgressEvent
 
 LOG_SECONDS = 15.0
@@ -33,10 +37,10 @@ class ProgressBars:
         """Time of the first event of a title, and its `done` then."""
         self.printed_at: dict[str, float] = {}
         self.bars = Progress(
-            TextColumn("{task.description:<24}"),
+            TextColumn("{task.description:<24}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]} {task.fields[rate]} {task.fields[note]}"),
+            TextColumn("{task.fields[unit]} {task.fields[rate]} {task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -58,8 +62,8 @@ class ProgressBars:
 
     def __call__(self, event: ProgressEvent) -> None:
         """Update the bar of an event, or print it if it is a notice."""
-        title, done, total = event.title, event.done, event.total
-        unit, note = event.unit, event.note
+        title, done, total = show_on_one_line(event.title), event.done, event.total
+        unit, note = event.unit, show_on_one_line(event.note)
         if not total:
             self.console.print(f"  {title}: {note}", highlight=False)
             return
@@ -85,6 +89,23 @@ class ProgressBars:
                 )
 
 
+class PlainConsole(Console):
+    """Prints text as it is: no markup, no emoji codes, and control characters as signs.
+
+    What is printed may come from a file (a domain, a reason, a path), so a style is an argument of
+    `print` or a `Text`, never part of a string.
+    """
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file=file, soft_wrap=True, markup=False, emoji=False)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=show_controls(segment.text))
+
+
 def open_console(*, to_stderr: bool) -> Console:
     """Open the console of a command: stderr if stdout is reserved for JSON."""
-    return Console(file=sys.stderr if to_stderr else sys.stdout, soft_wrap=True)
+    return PlainConsole(sys.stderr if to_stderr else sys.stdout)

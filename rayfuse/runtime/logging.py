@@ -2,13 +2,16 @@
 
 import logging
 
+from rayfuse.config.text import show_on_one_line
+
 _LOGGER = logging.getLogger("rayfuse.events")
 
 
 def log_event(event: str, **fields: object) -> None:
     """Log an event with its fields, such as run, stage, source and shard."""
     if _LOGGER.isEnabledFor(logging.INFO):
-        _LOGGER.info(" ".join([event, *(f"{name}={value}" for name, value in fields.items())]))
+        parts = [event, *(f"{name}={value}" for name, value in fields.items())]
+        _LOGGER.info(show_on_one_line(" ".join(parts)))
 
 
 def set_up_worker_logs() -> None:

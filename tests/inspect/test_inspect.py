@@ -25,6 +25,7 @@ from rayfuse.inspect.html import KINDS, build_page
 from rayfuse.inspect.report import flag_token, report_pair
 from rayfuse.models.tokenizer import build_tokenizer, load_tokenizer
 from rayfuse.run.layout import plan_layout
+from rayfuse.runtime.console import open_console
 from tests.align.test_families import LOSSY, wordpiece
 from tests.fakes import (
     SAMPLE,
@@ -179,7 +180,7 @@ def test_a_recipe_of_any_name_is_inspected_from_its_tokenizers_alone(method, tmp
     assert {each["method"] for each in results} == {method}
     assert results[0]["share_with_signal"] > 0
     assert results[0]["captured_mass"] is None
-    print_report(results[0])
+    print_report(results[0], open_console(to_stderr=False))
     assert "captured mass: nothing captured yet (" in capsys.readouterr().out
     done = rayfuse("inspect", str(path), "two", "--json")
     assert done.returncode == 0, done.stderr
@@ -206,7 +207,7 @@ def test_of_what_is_captured_the_mass_is_told(tmp_path, capsys):
     (numbers,) = inspect_pairs(str(path), None, None, None)
     assert 0 < numbers["kept_mass"] <= numbers["captured_mass"] < 1
     assert numbers["lost_mass"] == numbers["captured_mass"] - numbers["kept_mass"]
-    print_report(numbers)
+    print_report(numbers, open_console(to_stderr=False))
     printed = capsys.readouterr().out
     assert "kept after mapping" in printed and "lost to the tail" in printed
 

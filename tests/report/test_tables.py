@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
+from rayfuse.config.text import escape_markdown
 from rayfuse.evaluate.scores import DocumentScore, Evaluation
 from rayfuse.report.gather import Findings
 from rayfuse.report.tables import (
     build_table,
     build_task_table,
-    escape_markdown,
     render_html,
     render_markdown,
     render_rich,
@@ -54,9 +54,15 @@ def test_markdown_has_a_line_a_model_and_the_best_in_bold():
 
 def test_rich_rows_are_as_many_and_bold_where_best():
     header, *rows = render_rich(build_table(TWO))
-    assert header[2] == "all"
-    assert rows[1] == ["fused", "fused target", "[bold]1.5000[/bold]", "2.0000",
-                       "[bold]1.0000[/bold]"]  # fmt: skip
+    assert header[2].plain == "all"
+    assert [cell.plain for cell in rows[1]] == [
+        "fused",
+        "fused target",
+        "1.5000",
+        "2.0000",
+        "1.0000",
+    ]
+    assert [cell.style for cell in rows[1]] == ["", "", "bold", "", "bold"]
 
 
 def test_html_marks_the_best_and_the_fused_row():

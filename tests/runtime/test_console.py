@@ -1,0 +1,89 @@
+"""What commands print is the text itself, whatever a file's names contain."""
+
+import io
+import logging
+from queue import SimpleQueue
+
+import pytest
+from rich.table import Table
+from rich.text import Text
+
+from rayfuse.capture.stage import SourceCapture
+from rayfuse.runtime.console import PlainConsole, ProgressBars
+from rayfuse.runtime.logging import log_event
+from rayfuse.runtime.progress import ProgressEvent
+
+HOSTILE = ["[/b]", "[link=http://x]y[/link]", "[bold red]", ":bomb:", "a\\[b]"]
+CONTROL = "\x1b]0;title\x07\x1b[2J\x9b1m\u202ex"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def print_everywhere(text: str, file: io.StringIO) -> None:
+    """Print text as a line, as cells of a table and in both forms of progress."""
+    console = PlainConsole(file)
+    console.width = 400
+    console.print(f"line {text}")
+    table = Table(text, "other", title=text)
+    table.add_row(text, Text(text, "bold"))
+    console.print(table)
+    with ProgressBars(console) as bars:
+        bars(ProgressEvent("capture", text, note=f"stopped: {text}"))
+        bars(ProgressEvent("capture", text, 1, 2, "shards", text))
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("file", [io.StringIO, Terminal])
+def test_markup_in_text_is_text(text: str, file: type[io.StringIO]):
+    output = file()
+    print_everywhere(text, output)
+    assert output.getvalue().count(text) >= 6
+
+
+@pytest.mark.parametrize("file", [io.StringIO, Terminal])
+def test_control_characters_in_text_are_signs(file: type[io.StringIO]):
+    output = file()
+    print_everywhere(CONTROL, output)
+    printed = output.getvalue()
+    assert "\u241b]0;title\u2407" in printed
+    for char in "\x07\x9b\u202e":
+        assert char not in printed
+    assert "\x1b]" not in printed
+    assert "\x1b[2J" not in printed
+
+
+def test_a_notice_is_one_line():
+    output = io.StringIO()
+    with ProgressBars(PlainConsole(output)) as bars:
+        bars(ProgressEvent("capture", "a", note="x\nrayfuse: error: forged"))
+    assert output.getvalue() == "  capture a: x rayfuse: error: forged\n"
+
+
+def test_an_event_in_a_log_is_one_line(caplog):
+    logger = logging.getLogger("rayfuse.events")
+    with caplog.at_level(logging.INFO, logger.name):
+        log_event("reject", reason="a\n2026 rayfuse done\x1b[2J")
+    assert caplog.messages == ["reject reason=a 2026 rayfuse done\u241b[2J"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_error_of_a_capture_arrives_even_if_progress_fails(monkeypatch):
+    def fail(event: ProgressEvent) -> None:
+        raise RuntimeError("the terminal is gone")
+
+    def stop(self: SourceCapture) -> None:
+        raise ValueError("model_type is '[/b]'")
+
+    monkeypatch.setattr(SourceCapture, "_capture", stop)
+    monkeypatch.setattr(SourceCapture, "_note", lambda self, text: self.progress(None))
+    capture = object.__new__(SourceCapture)
+    object.__setattr__(capture, "progress", fail)
+    ended: SimpleQueue[BaseException | None] = SimpleQueue()
+    with pytest.raises(RuntimeError, match="the terminal is gone"):
+        capture.run(ended)
+    error = ended.get(timeout=1)
+    assert isinstance(error, ValueError)
+    assert str(error) == "model_type is '[/b]'"
