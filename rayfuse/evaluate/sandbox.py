@@ -3,8 +3,8 @@
 A program sees the system's programs and libraries (read-only), an empty folder of its own in
 memory, its own processes, and nothing else: no home, no data, no network, no setting of the kernel.
 It holds no capability that could change this, and never runs as root of the node: root drops to
-an unprivileged user first. CPU time, file size, processes and output are limited, and memory both for each
-process and for all together.
+an unprivileged user first. CPU time, file size, processes and output are limited, and memory both
+for each process and for all together.
 """
 
 import os
