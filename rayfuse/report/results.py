@@ -50,7 +50,9 @@ def print_scores(layout: Layout, console: Console) -> dict[str, Any]:
 
 def _print_table(scores: ScoreTable, title: str, console: Console) -> None:
     header, *rows = render_rich(scores)
-    table = Table(*header, title=title)
+    table = Table(title=title)
+    for head in header:
+        table.add_column(head)
     for row in rows:
         table.add_row(*row)
     console.print(table)
