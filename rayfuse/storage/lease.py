@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from rayfuse.storage.store import Store
 
 RENEW_SECONDS = 10.0
-"""How often the holder renews its lease."""
+"""How often the holder renews its lease: the heartbeat."""
 
 TIMEOUT_SECONDS = 45.0
 """A holder that has not renewed for this long is presumed dead. A dead process of this machine is

@@ -1,4 +1,4 @@
-"""`cooccurrence`: the target token that each source token meets most often in the corpus.
+"""`cooccurrence`: the target token with which each source token co-occurs most often.
 
 FuseChat, arXiv 2408.07990, section 3.2. Counts are sparse: memory grows with the pairs that occur,
 never with the product of the vocabularies.
