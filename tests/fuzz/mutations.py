@@ -129,15 +129,13 @@ def mutate_json(value: Any, drawn: list[tuple[str, float, Any]]) -> bytes:
     for kind, place, new in drawn:
         places = _list_places(root)
         holder, key = places[int(place * len(places))]
-        kind = "replace" if holder is root and kind == "remove" else kind
-        _edit_value(holder, key, kind, copy.deepcopy(new), places)
+        is_root = holder is root and kind == "remove"
+        _edit_value(holder, key, "replace" if is_root else kind, copy.deepcopy(new), places)
     text = json.dumps(root[0]).replace(f'"{DEEP}"', "[" * 3000 + "]" * 3000)
     return text.encode("utf-8", "surrogatepass")
 
 
-def _edit_value(
-    holder: Any, key: Any, kind: str, new: Any, places: list[tuple[Any, Any]]
-) -> None:
+def _edit_value(holder: Any, key: Any, kind: str, new: Any, places: list[tuple[Any, Any]]) -> None:
     if kind == "remove":
         del holder[key]
     elif kind == "add" and isinstance(holder[key], dict):

@@ -27,7 +27,8 @@ class _Service(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(self.answer)
 
-    do_PUT = do_GET
+    def do_PUT(self) -> None:
+        self.do_GET()
 
     def log_message(self, *args: object) -> None:
         pass
