@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rayfuse.config.addresses import mask_secrets
 from rayfuse.config.text import show_controls
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def _exit_interrupted() -> None:
 
 
 def _exit_with(message: str, code: int) -> None:
-    print(f"rayfuse: error: {show_controls(message)}", file=sys.stderr)
+    print(f"rayfuse: error: {show_controls(mask_secrets(message))}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rayfuse.align.facts import ALIGN_FACTS
+from rayfuse.config.addresses import has_secrets
+from rayfuse.config.base import UserError
 from rayfuse.config.load import read_recipe
 from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.config.text import show_on_one_line
@@ -68,9 +70,12 @@ def migrate_storage(uri: str, console: Console) -> dict[str, Any]:
     """Migrate a store to the current schema version, print what was written, and return counts.
 
     Raises:
-        UserError: There is nothing to migrate, or a version that cannot be migrated.
+        UserError: There is nothing to migrate, or a version that cannot be migrated; or the address
+            contains credentials.
         ShardError: A run record is corrupt.
     """
+    if has_secrets(uri):
+        raise UserError("the storage's address contains credentials; use AWS_PROFILE and the like")
     store = open_store(uri)
     with ProgressBars(console) as bars:
         migration = migrate_store(store, bars)

@@ -8,14 +8,9 @@ from typing import Annotated, Any, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
 
-Share = Annotated[float, Field(ge=0, le=1)]
+from rayfuse.config.addresses import has_secrets, mask_secrets
 
-SECRET_PATTERN = re.compile(
-    r"(?<=://)[^/@\s]*:[^/@\s]*(?=@)"
-    r"|(?<=[?&])[\w.-]*(?:sig|token|secret|password|credential|key)[\w.-]*=[^&\s'\"]+",
-    re.IGNORECASE,
-)
-"""Credentials in an address: `name:secret` before the host, or a secret query parameter."""
+Share = Annotated[float, Field(ge=0, le=1)]
 
 UNUSABLE_PATTERN = re.compile("[\x00\ud800-\udfff]")
 
@@ -45,8 +40,11 @@ def check_known(name: str, registry: Collection[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Shorten an error to the first line of its message, or to its class if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Shorten an error to the first line of its message, or to its class if it has none.
+
+    Credentials are masked: a library's error may contain the address that it was given.
+    """
+    return mask_secrets((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 @contextmanager
@@ -85,23 +83,36 @@ def _extra_of(field: FieldInfo) -> dict[str, Any]:
     return cast(dict[str, Any], extra) if isinstance(extra, dict) else {}
 
 
+def _list_texts(value: Any) -> list[str]:
+    """List a value's strings: itself, its items or its keys; sections check their own."""
+    if isinstance(value, str):
+        return [value]
+    items = cast(Collection[Any], value) if isinstance(value, tuple | list | dict) else ()
+    return [item for item in items if isinstance(item, str)]
+
+
 class Settings(BaseModel):
     """One section of the recipe: immutable, and closed to unknown keys."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        populate_by_name=True,
+        allow_inf_nan=False,
     )
 
     @field_validator("*")
     @classmethod
     def _check_characters(cls, value: Any) -> Any:
-        if isinstance(value, str) and UNUSABLE_PATTERN.search(value):
-            raise ValueError("contains a NUL byte or an unpaired surrogate; remove it")
-        if isinstance(value, str) and SECRET_PATTERN.search(value):
-            raise ValueError(
-                "contains credentials; remove them: recipes are stored beside the data. Use an "
-                "instance role, or AWS_PROFILE and the like"
-            )
+        for text in _list_texts(value):
+            if UNUSABLE_PATTERN.search(text):
+                raise ValueError("contains a NUL byte or an unpaired surrogate; remove it")
+            if has_secrets(text):
+                raise ValueError(
+                    "contains credentials; remove them: recipes are stored beside the data. Use "
+                    "an instance role, or AWS_PROFILE and the like"
+                )
         return value
 
     def dump_result_settings(self, *, with_fusion: bool = True) -> dict[str, Any]:

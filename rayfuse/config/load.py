@@ -13,6 +13,7 @@ from pydantic import (
 from rayfuse.config.base import Settings
 from rayfuse.config.overrides import RecipeError, apply_override, parse_yaml, shorten
 from rayfuse.config.recipe import Recipe
+from rayfuse.config.text import show_on_one_line
 
 RENAMED_KEYS = {
     "storage_patience_seconds": "storage_retry_seconds",
@@ -69,7 +70,7 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
 
 def _explain(fault: dict[str, Any]) -> str:
     """Describe one of pydantic's faults by setting, value and remedy."""
-    setting = ".".join(str(part) for part in fault["loc"]) or "the recipe"
+    setting = show_on_one_line(".".join(str(part) for part in fault["loc"])) or "the recipe"
     if setting in RENAMED_KEYS:
         return f"{setting} is now {RENAMED_KEYS[setting]}; rename it"
     value = fault["input"]

@@ -5,7 +5,8 @@ from typing import Any, cast
 
 import yaml
 
-from rayfuse.config.base import SECRET_PATTERN, UserError, user_error_from
+from rayfuse.config.addresses import mask_secrets
+from rayfuse.config.base import UserError, user_error_from
 
 
 class RecipeError(UserError):
@@ -28,7 +29,27 @@ def parse_yaml(text: str, what: str) -> Any:
             f"{'nested too deep' if isinstance(error, RecursionError) else error}"
         )
     ):
-        return yaml.safe_load(text)
+        return yaml.load(text, _RecipeLoader)
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """Builds plain values; a key given twice is an error, as is a merge key.
+
+    PyYAML silently takes the last of two values, and a kilobyte of merge keys (`<<`) expands to
+    gigabytes.
+    """
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        keys: set[str] = set()
+        for key, _ in cast(list[tuple[yaml.Node, yaml.Node]], node.value):
+            if key.tag == "tag:yaml.org,2002:merge":
+                problem = "has a merge key '<<'; write the settings out"
+            elif isinstance(key, yaml.ScalarNode) and key.value in keys:
+                problem = f"gives the key {key.value!r} twice; remove one of them"
+            else:
+                keys.add(str(key.value))
+                continue
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -91,7 +112,7 @@ class _Masked(reprlib.Repr):
 
     def repr_str(self, x: str, level: int) -> str:
         # Before the string is shortened: a part of a secret might not match the pattern.
-        return super().repr_str(SECRET_PATTERN.sub("***", x), level)
+        return super().repr_str(mask_secrets(x), level)
 
 
 # Limits are needed because a few YAML aliases can expand to gigabytes.
@@ -101,5 +122,5 @@ _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, 80, 80
 
 def shorten(value: object) -> str:
     """Format a value for an error message, without secrets and in at most 80 characters."""
-    text = SECRET_PATTERN.sub("***", _REPR.repr(value))
+    text = mask_secrets(_REPR.repr(value))
     return text if len(text) <= 80 else text[:77] + "..."

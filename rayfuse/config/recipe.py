@@ -17,6 +17,7 @@ from rayfuse.config.corpus import CorpusSettings
 from rayfuse.config.evaluate import EvaluateSettings
 from rayfuse.config.fuse import FuseSettings
 from rayfuse.config.models import BACKENDS, ModelSettings, SourceSettings
+from rayfuse.config.overrides import shorten
 from rayfuse.config.plan import PlanSettings
 from rayfuse.config.train import TrainSettings
 
@@ -82,7 +83,8 @@ class Recipe(Settings):
         for name in self.fuse.weights:
             if name not in names:
                 raise ValueError(
-                    f"fuse.weights names {name!r}, which is no source; sources: {', '.join(names)}"
+                    f"fuse.weights names {shorten(name)}, which is no source; "
+                    f"sources: {', '.join(names)}"
                 )
         return self
 
@@ -106,6 +108,17 @@ class Recipe(Settings):
                 f"{self.corpus.max_tokens}: a row would not fit a sequence; raise it"
             )
         return self
+
+    @field_validator("storage")
+    @classmethod
+    def _check_storage(cls, storage: str) -> str:
+        if not storage.strip():
+            raise ValueError("is empty; give a folder, or s3://BUCKET/PREFIX")
+        if storage.startswith("memory://"):
+            raise ValueError(
+                "each process has its own memory; give a folder, or s3://BUCKET/PREFIX"
+            )
+        return storage
 
     @field_validator("sources")
     @classmethod

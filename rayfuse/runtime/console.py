@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.segment import Segment
 
+from rayfuse.config.addresses import mask_secrets
 from rayfuse.config.text import show_controls, show_on_one_line
 from rayfuse.runtime.progress import ProgressEvent
 
@@ -63,7 +64,7 @@ class ProgressBars:
     def __call__(self, event: ProgressEvent) -> None:
         """Update the bar of an event, or print it if it is a notice."""
         title, done, total = show_on_one_line(event.title), event.done, event.total
-        unit, note = event.unit, show_on_one_line(event.note)
+        unit, note = event.unit, show_on_one_line(mask_secrets(event.note))
         if not total:
             self.console.print(f"  {title}: {note}", highlight=False)
             return
@@ -90,7 +91,8 @@ class ProgressBars:
 
 
 class PlainConsole(Console):
-    """Prints text as it is: no markup, no emoji codes, and control characters as signs.
+    """Prints text as it is: no markup, no emoji codes, credentials masked, control characters as
+    signs.
 
     What is printed may come from a file (a domain, a reason, a path), so a style is an argument of
     `print` or a `Text`, never part of a string.
@@ -98,6 +100,9 @@ class PlainConsole(Console):
 
     def __init__(self, file: Any) -> None:
         super().__init__(file=file, soft_wrap=True, markup=False, emoji=False)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(mask_secrets(o) if isinstance(o, str) else o for o in objects), **options)
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None

@@ -2,6 +2,7 @@
 
 import logging
 
+from rayfuse.config.addresses import mask_secrets
 from rayfuse.config.text import show_on_one_line
 
 _LOGGER = logging.getLogger("rayfuse.events")
@@ -11,7 +12,7 @@ def log_event(event: str, **fields: object) -> None:
     """Log an event with its fields, such as run, stage, source and shard."""
     if _LOGGER.isEnabledFor(logging.INFO):
         parts = [event, *(f"{name}={value}" for name, value in fields.items())]
-        _LOGGER.info(show_on_one_line(" ".join(parts)))
+        _LOGGER.info(show_on_one_line(mask_secrets(" ".join(parts))))
 
 
 def set_up_worker_logs() -> None:

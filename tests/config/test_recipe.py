@@ -1,6 +1,7 @@
 """Recipes: defaults, overrides, and errors that name the setting and the remedy."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import yaml
 
 from rayfuse.config.load import parse_recipe, read_recipe
-from rayfuse.config.overrides import RecipeError
+from rayfuse.config.overrides import RecipeError, parse_yaml
 from rayfuse.config.recipe import Recipe, dump_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -277,7 +278,15 @@ def test_error_hides_credentials_in_an_override(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "address", ["abfs://box@account.net/run", "s3://bucket/part-?.jsonl", "gs://bucket/key=1/a"]
+    "address",
+    [
+        "abfs://box@account.net/run",
+        "s3://bucket/part-?.jsonl",
+        "gs://bucket/key=1/a",
+        "hf://datasets/org/set@main/train.parquet",
+        "s3://bucket/mail@example/a.jsonl?versionId=3sL4",
+        "https://host:8443/docs.jsonl?download=true",
+    ],
 )
 def test_address_without_credentials_is_accepted(address):
     assert parse_recipe(with_setting("corpus.documents", address)).corpus.documents[0].path
@@ -298,3 +307,39 @@ def test_all_recipes_in_the_repository_are_valid():
     assert paths
     for path in paths:
         read_recipe(path)
+
+
+@pytest.mark.parametrize("name", ["train.learning_rate", "fuse.temperature", "sources.0.cpus"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_numbers_are_finite(name, value):
+    with pytest.raises(RecipeError, match=f"{name}.* is (inf|nan): input should be a finite"):
+        parse_recipe(with_setting(name, value))
+    with pytest.raises(RecipeError, match=r"fuse.weights.a is inf"):
+        parse_recipe(with_setting("fuse.weights", {"a": float("inf")}))
+
+
+@pytest.mark.parametrize(("storage", "reason"), [("", "is empty"), (" ", "is empty"),
+    ("memory://a", "each process has its own memory")])  # fmt: skip
+def test_storage_that_is_lost_with_the_process_is_refused(storage, reason):
+    with pytest.raises(RecipeError, match=f"storage is .*{reason}; give a folder, or s3://"):
+        parse_recipe(with_setting("storage", storage))
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("train: {seed: 1}\nstorage: a\ntrain:\n  epochs: 2\n")
+    with pytest.raises(RecipeError, match="gives the key 'train' twice; remove one") as raised:
+        read_recipe(path)
+    assert "line 3" in str(raised.value)
+    with pytest.raises(RecipeError, match="gives the key 'a' twice"):
+        parse_yaml("{x: {a: 1, a: 2}}", "override x")
+
+
+def test_merge_keys_that_double_with_each_line_are_refused_at_once():
+    lines = ["a0: &a0 {k0: 0, l0: 0}"]
+    for i in range(1, 40):
+        lines.append(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}], k{i}: 0}}")
+    began = time.monotonic()
+    with pytest.raises(RecipeError, match="has a merge key '<<'; write the settings out"):
+        parse_yaml("\n".join(lines), "the recipe x")
+    assert time.monotonic() - began < 5
