@@ -27,6 +27,11 @@ UNWANTED = (
     "wandb/run/log.txt",
     ".env",
     "ray-autoscaler_us-east-1.pem",
+    *("id_rsa", ".netrc", ".git-credentials", ".aws/credentials", "service-account.json"),
+    *(".env.local", "kubeconfig", "token", ".ssh/config", "credentials.yaml", "notes.md"),
+    *("recipes/.env.yaml", "recipes/token", "recipes/key.json", "recipes/.secrets/a.yaml"),
+    *("rayfuse/id_rsa", "rayfuse/.netrc", "jobs/token.txt", "jobs/.aws/credentials"),
+    *("secrets/recipes/a.yaml", "docs/key.py", "tests/data/token.yaml"),
 )
 
 
@@ -59,11 +64,19 @@ def checkout(tmp_path) -> Path:
     return tmp_path / "checkout"
 
 
-def test_a_checkout_is_sent_whole_and_is_small(checkout, tmp_path):
+def test_of_a_checkout_the_code_and_the_recipes_are_sent(checkout, tmp_path):
     names, num_bytes = package(checkout, tmp_path / "package.zip")
     assert num_bytes < MAX_BYTES
-    assert {"jobs/run.py", "rayfuse/cli.py", "rayfuse/capture/stage.py"} <= names
-    assert {"recipes/two-sources.yaml", "recipes/tasks/bbh.yaml"} <= names
+    needed = [
+        *checkout.glob("jobs/*"),
+        *checkout.glob("rayfuse/**/*"),
+        *checkout.glob("recipes/**/*"),
+    ]
+    needed = {str(path.relative_to(checkout)) for path in needed if path.is_file()}
+    assert needed - names <= {"recipes/schema.json"}
+    assert {"recipes/two-sources.yaml", "recipes/tasks/bbh.yaml", "recipes/tasks/code.py"} <= names
+    assert {"rayfuse/report/page.css", "rayfuse/config/template.yaml"} <= names
+    assert {name.partition("/")[0] for name in names} == {"jobs", "rayfuse", "recipes"}
 
 
 def test_data_weights_environments_and_keys_are_not_sent(checkout, tmp_path):
