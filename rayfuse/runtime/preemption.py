@@ -15,7 +15,9 @@ import urllib.request
 from collections.abc import Callable
 from datetime import datetime
 from http.client import HTTPException
+from typing import Any
 
+from rayfuse.config.text import show_on_one_line
 from rayfuse.runtime.ray_internals import (
     connect_gcs,
     drain_node,
@@ -35,9 +37,24 @@ GCP_NOTICE_SECONDS = 25.0
 REQUEST_TIMEOUT_SECONDS = 5.0
 """Timeout of a request to the metadata service."""
 
+MAX_REPLY_BYTES = 65_536
+"""A reply of the metadata service has some hundred bytes."""
+
+MAX_LOG_CHARACTERS = 300
+
+MAX_NOTICE_SECONDS, MAX_LATE_SECONDS = 3_600.0, 300.0
+"""The time from a notice to its deadline, at most; and how late it may be seen."""
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 _LOGGER = logging.getLogger("rayfuse.runtime.preemption")
 # The metadata service is link-local: a proxy to the internet cannot reach it.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+# A redirect would carry the token to another host: it is an error, as any other status.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects)
 
 
 def poll_aws(url: str) -> float | None:
@@ -45,6 +62,7 @@ def poll_aws(url: str) -> float | None:
 
     Raises:
         OSError, HTTPException, ValueError: The metadata service fails or its reply is malformed.
+        RecursionError: The reply is nested too deep.
     """
     # IMDSv2 needs a token. Fetching one for each poll means that none can expire.
     token = _fetch(f"{url}/latest/api/token", "PUT", {"X-aws-ec2-metadata-token-ttl-seconds": "60"})
@@ -57,9 +75,12 @@ def poll_aws(url: str) -> float | None:
         raise
     match json.loads(reply):
         case {"time": str(time_text)}:
-            return datetime.fromisoformat(time_text.replace("Z", "+00:00")).timestamp()
+            deadline = datetime.fromisoformat(time_text.replace("Z", "+00:00")).timestamp()
         case _:
             raise ValueError(f"{name} is {reply!r}, which has no time")
+    if not -MAX_LATE_SECONDS <= deadline - time.time() <= MAX_NOTICE_SECONDS:
+        raise ValueError(f"{name} is {reply!r}, which is no time of a notice now")
+    return deadline
 
 
 def poll_gcp(url: str) -> float | None:
@@ -81,7 +102,10 @@ CLOUDS: dict[str, Callable[[str], float | None]] = {"aws": poll_aws, "gcp": poll
 def _fetch(url: str, method: str, headers: dict[str, str]) -> str:
     request = urllib.request.Request(url, headers=headers, method=method)
     with _OPENER.open(request, timeout=REQUEST_TIMEOUT_SECONDS) as reply:
-        return reply.read().decode()
+        content = reply.read(MAX_REPLY_BYTES + 1)
+    if len(content) > MAX_REPLY_BYTES:
+        raise ValueError(f"{url} has more than {MAX_REPLY_BYTES:,} bytes")
+    return content.decode()
 
 
 def wait_for_notice(
@@ -100,10 +124,11 @@ def wait_for_notice(
             deadline = poll()
             if deadline is not None:
                 return deadline
-        except (OSError, HTTPException, ValueError) as error:
+        except (OSError, HTTPException, ValueError, RecursionError) as error:
             if last_error != str(error):
                 last_error = str(error)
-                _LOGGER.warning("metadata service failed, retrying: %s", last_error)
+                shown = show_on_one_line(last_error)[:MAX_LOG_CHARACTERS]
+                _LOGGER.warning("metadata service failed, retrying: %s", shown)
         time.sleep(POLL_SECONDS)
     return None
 

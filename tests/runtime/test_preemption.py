@@ -128,6 +128,47 @@ def test_a_repeated_failure_is_logged_once_and_a_dead_node_ends_the_polling(
     assert caplog.messages == ["metadata service failed, retrying: HTTP Error 403: Forbidden"]
 
 
+@pytest.mark.parametrize(
+    ("notice", "reason"),
+    [
+        ("[" * 50_000, "recursion"),
+        ("x" * 70_000, "has more than 65,536 bytes"),
+        (json.dumps({"time": "2020-01-01T00:00:00Z"}), "is no time of a notice now"),
+        (json.dumps({"time": "2999-01-01T00:00:00Z"}), "is no time of a notice now"),
+        (json.dumps({"time": "x\x1b[2J"}), "Invalid isoformat string"),
+    ],
+)
+def test_a_reply_that_is_no_notice_does_not_end_the_polling(
+    notice, reason, metadata, monkeypatch, caplog
+):
+    monkeypatch.setattr(preemption, "POLL_SECONDS", 0.01)
+    metadata.notices[AMAZON] = notice
+    assert poll_times(metadata, preemption.poll_aws, polls=3) is None
+    assert reason in caplog.messages[0]
+    assert len(caplog.messages[0]) < 400
+    assert "\x1b" not in caplog.text
+
+
+def test_a_redirect_does_not_carry_the_token_to_another_host(metadata, monkeypatch, caplog):
+    monkeypatch.setattr(preemption, "POLL_SECONDS", 0.01)
+    other = Metadata()
+    monkeypatch.setattr(Answer, "do_GET", lambda self: redirect(self, other.url))
+    asked: list[str] = []
+    monkeypatch.setattr(Answer, "log_message", lambda self, *_: asked.append(self.server.url))
+    assert poll_times(metadata, preemption.poll_aws, polls=2) is None
+    other.shutdown()
+    other.server_close()
+    assert set(asked) == {metadata.url}
+    assert "HTTP Error 302" in caplog.messages[0]
+
+
+def redirect(answer: Answer, url: str) -> None:
+    answer.send_response(302)
+    answer.send_header("Location", url)
+    answer.send_header("Content-Length", "0")
+    answer.end_headers()
+
+
 @pytest.mark.parametrize("cloud", preemption.CLOUDS)
 def test_ray_up_starts_a_watcher_that_outlives_its_shell(cloud, tmp_path):
     """Start it as Ray's autoscaler does: by ssh and `docker exec`, in a login shell."""
