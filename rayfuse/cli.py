@@ -4,16 +4,17 @@ The modules of rayfuse are imported inside the commands: torch, ray and pydantic
 import, and `rayfuse --help` needs none of them.
 """
 
+import atexit
 import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -42,12 +43,31 @@ FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 """Exit codes; 0 if all went well."""
 
 
-def main() -> None:
-    """Run the command; an error becomes one message on stderr and an exit code."""
+def main() -> NoReturn:
+    """Run the command, print an error as one message on stderr, and end the process.
+
+    Python's own shutdown would end a thread of a compiled library in the middle, which now and then
+    aborts the process with exit code 134 after all is done.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
     try:
+        code = _run_command()
+        atexit._run_exitfuncs()  # Ray's among them
+    except Interrupt:
+        _exit_interrupted()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # the reader of a pipe has gone
+            stream.flush()
+    os._exit(code)
+
+
+def _run_command() -> int:
+    """Run the command, and return its exit code."""
+    try:
         app()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else FAILED if stop.code else 0
     except Interrupt:
         _exit_interrupted()
     except Exception as error:  # the last place that can turn an error into a message
@@ -58,8 +78,9 @@ def main() -> None:
             _exit_interrupted()
         cause = find_root_cause(error)
         if isinstance(cause, UserError):
-            _exit_with(str(cause), USER_ERROR)
-        _exit_with(f"{type(cause).__name__}: {cause}", FAILED)
+            return _print_error(str(cause), USER_ERROR)
+        return _print_error(f"{type(cause).__name__}: {cause}", FAILED)
+    return 0
 
 
 class Interrupt(BaseException):
@@ -77,7 +98,7 @@ def _is_interrupt(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _exit_interrupted() -> None:
+def _exit_interrupted() -> NoReturn:
     """Exit without waiting for threads: every result that counts is committed already."""
     from rayfuse.runtime.connect import shutdown_now
 
@@ -87,9 +108,10 @@ def _exit_interrupted() -> None:
     os._exit(INTERRUPTED)
 
 
-def _exit_with(message: str, code: int) -> None:
+def _print_error(message: str, code: int) -> int:
+    """Print an error, and return the exit code."""
     print(f"rayfuse: error: {show_controls(mask_secrets(message))}", file=sys.stderr)
-    sys.exit(code)
+    return code
 
 
 @dataclass
@@ -107,12 +129,13 @@ def command_output(as_json: bool) -> Iterator[CommandOutput]:
     Everything else that is printed then goes to stderr, also by other libraries. That is never
     undone: Ray prints warnings even after the command has ended.
     """
-    from rayfuse.runtime.console import open_console  # rich is not needed for --help
+    from rayfuse.runtime import console, environment  # rich is not needed for --help
 
+    environment.prepare_environment()
     stdout = sys.stdout
     if as_json:
         sys.stdout = sys.stderr
-    output = CommandOutput(open_console(to_stderr=as_json))
+    output = CommandOutput(console.open_console(to_stderr=as_json))
     yield output
     if as_json:
         print(json.dumps(output.values), file=stdout)
@@ -233,7 +256,8 @@ def verify(
         output.values |= verify_recipe(recipe, overrides, output.console, repair=repair)
     is_corrupt = any(values["corrupt"] for values in output.values["data_sets"].values())
     if is_corrupt and not repair:
-        _exit_with(f"shards are corrupt; to fix them: rayfuse verify {recipe} --repair", FAILED)
+        remedy = f"rayfuse verify {recipe} --repair"
+        sys.exit(_print_error(f"shards are corrupt; to fix them: {remedy}", FAILED))
 
 
 @app.command()

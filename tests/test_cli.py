@@ -53,7 +53,7 @@ def test_help_answers_in_half_a_second_without_torch_or_ray():
     program = (
         "import sys, rayfuse.cli; "
         "sys.argv = ['rayfuse', '--help']\n"
-        "try: rayfuse.cli.main()\n"
+        "try: rayfuse.cli.app()\n"
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'ray', 'transformers', 'numpy'} & set(sys.modules)))"
     )
@@ -82,6 +82,35 @@ def test_an_address_without_a_cluster_is_named_within_a_minute(
     assert f"RAY_ADDRESS is '{address}', a cluster that cannot be joined" in done.stderr
     assert "or unset RAY_ADDRESS" in done.stderr
     assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize(("ending", "code"), [("pass", 0), ("sys.exit(1)", 1)])
+def test_the_process_ends_with_its_code_whatever_threads_still_run(ending: str, code: int):
+    program = (
+        "import atexit, sys, threading, time, rayfuse.cli\n"
+        "atexit.register(print, 'cleared up')\n"
+        "def work():\n"
+        "    threading.Thread(target=time.sleep, args=(100,)).start()\n"
+        f"    print('done'); {ending}\n"
+        "rayfuse.cli.app = work\n"
+        "rayfuse.cli.main()\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (code, "done\ncleared up\n")
+
+
+def test_an_error_shows_no_control_characters_and_no_credentials():
+    program = (
+        "import rayfuse.cli\n"
+        "def work(): raise ValueError('x\\x1b]0;t\\x07 https://host/?auth=canary')\n"
+        "rayfuse.cli.app = work\n"
+        "rayfuse.cli.main()\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr == ("rayfuse: error: ValueError: x\u241b]0;t\u2407 https://host/?***\n")
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -102,7 +102,8 @@ def find_token_file() -> tuple[str | None, int]:
     """Find the file that Ray reads its token from, and its mode; None if it reads none."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return None, 0
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    name = os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
+    path = Path(os.path.expanduser(name))
     try:
         return str(path), path.stat().st_mode & 0o777
     except OSError:

@@ -22,6 +22,7 @@ from rayfuse.plan.model_size import size_from_files
 from rayfuse.runtime.autoscaler import HEAD
 from rayfuse.runtime.ray_internals import find_dashboard_port, is_token_auth_enabled
 from rayfuse.runtime.resources import read_autoscaler
+from rayfuse.storage.store import open_store
 
 TASK_TIMEOUT_SECONDS = 120.0
 """Timeout of a node's task; a new node first imports the packages."""
@@ -36,7 +37,7 @@ def collect_cluster_facts(recipe: Recipe, marker: str | None) -> ClusterFacts:
     """
     models = (("target", recipe.target), *((f"source {s.name}", s) for s in recipe.sources))
     request = FactsRequest(
-        storage=recipe.storage,
+        storage=open_store(recipe.storage).root,  # nodes have other working folders
         retry_seconds=recipe.storage_retry_seconds,
         marker=marker,
         models=models,

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import secrets
 import signal
 import socket
 import sys
@@ -12,12 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 from rayfuse.config.base import UserError
+from rayfuse.runtime.environment import open_cluster_folder, prepare_own_cluster
+from rayfuse.runtime.worker_setup import DRIVER_FOLDER
 
 MIN_LOCAL_CPUS = 4
 """Minimum of logical CPUs of a cluster on this machine: Ray Data stalls with fewer."""
 
 PORT_TIMEOUT_SECONDS = 20.0
 """Time for the head of a cluster to accept connections, which may just be starting."""
+
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""In the environment of a driver that `ray job submit` started."""
 
 ADDRESS_ERRORS = ("Invalid address format", "Failed to connect to GCS")
 """Beginnings of Ray's error messages about a wrong address."""
@@ -30,29 +34,30 @@ class ClusterError(UserError):
 def join_cluster() -> None:
     """Join the cluster that RAY_ADDRESS names, or start one on this machine.
 
-    A cluster started here demands a random token that only this process knows, and writes no token
-    file.
+    A cluster started here is private: see `prepare_own_cluster`, which the command calls before any
+    library can import ray, and `open_cluster_folder`.
 
     Raises:
         ClusterError: RAY_ADDRESS names no cluster that can be joined.
+        UserError: The folder of temporary files cannot be used.
     """
     address = os.environ.get("RAY_ADDRESS")
-    if not address and "ray" not in sys.modules:  # ray reads these when imported
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if not address and "ray" not in sys.modules:
+        prepare_own_cluster()
     import ray
 
     if ray.is_initialized():
         return
     runtime_env = {
         "env_vars": worker_env(),
-        "worker_process_setup_hook": "rayfuse.runtime.logging.set_up_worker_logs",
+        "worker_process_setup_hook": "rayfuse.runtime.worker_setup.set_up_worker",
     }
     options: dict[str, Any] = {"log_to_driver": False, "runtime_env": runtime_env}
     if not address:
         options |= {
             "address": "local",
             "include_dashboard": False,
+            "_temp_dir": str(open_cluster_folder()),
             "num_cpus": max(os.cpu_count() or 1, MIN_LOCAL_CPUS),
         }
     options["logging_level"] = logging.WARNING
@@ -147,6 +152,10 @@ def worker_env() -> dict[str, str]:
     """Return the environment variables that workers need but do not inherit from the driver."""
     names = ("HF_HUB_OFFLINE", "HF_HOME", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR")
     kept = {name: os.environ[name] for name in names if name in os.environ}
+    if JOB_CONFIG not in os.environ:  # else the job's own copy of this folder is the workers'
+        kept[DRIVER_FOLDER] = os.getcwd()
+    if not os.environ.get("RAY_ADDRESS") and sys.platform == "linux":
+        kept["GLOO_SOCKET_IFNAME"] = "lo"  # the collectives of a training ask for no token
     return kept | {
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",

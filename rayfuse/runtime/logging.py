@@ -16,7 +16,7 @@ def log_event(event: str, **fields: object) -> None:
 
 
 def set_up_worker_logs() -> None:
-    """Enable events in the log of a Ray worker, which the dashboard shows; Ray calls it by name."""
+    """Enable events in the log of a Ray worker, which the dashboard shows."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s rayfuse %(message)s"))
     _LOGGER.addHandler(handler)

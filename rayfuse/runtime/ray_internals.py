@@ -27,6 +27,7 @@ GCS_TIMEOUT_SECONDS = 60.0
 
 _OPERATOR_LOGGER = "ray.data._internal.execution.operators.map_operator"
 _PROGRESS_LOGGER = "ray.data._internal.progress"
+_EXCEPTION_LOGGER = "ray.data.exceptions"
 
 
 def read_node_groups() -> list[tuple[dict[str, float], int]] | None:
@@ -140,13 +141,15 @@ def drain_node(gcs: Any, node_id: str, deadline_seconds: float) -> str | None:
 
 
 def quiet_data_loggers() -> None:
-    """Silence two loggers of Ray Data that warn at every execution about settings we intend.
+    """Silence three loggers of Ray Data: two warn about settings we intend, one prints tracebacks.
 
-    No public option does it: one warns that progress bars are disabled, the other about each actor
-    that asks for a GPU and for CPUs, as every capture actor does.
+    No public option does it: the first warns that progress bars are disabled, the second about each
+    actor that asks for a GPU and for CPUs, as every capture actor does. The third prints a hundred
+    lines for an error that the driver raises, and its message prints, anyway.
     """
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger(_PROGRESS_LOGGER).setLevel(logging.ERROR)
+    logging.getLogger(_EXCEPTION_LOGGER).setLevel(logging.CRITICAL)
     logging.getLogger(_OPERATOR_LOGGER).addFilter(
         lambda record: "num_cpus and num_gpus" not in record.getMessage()
     )
