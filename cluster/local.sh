@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# A Ray cluster of several nodes on this computer (Linux), for tests: its own token, which every port
-# demands, its own ports and folder, the dashboard on loopback. It ends only processes that it
-# started.
+# A Ray cluster of several nodes on this computer (Linux), for tests: its own token, which Ray's
+# ports demand, its own ports and folder, the dashboard on loopback. The ports of metrics, and
+# those of a training's collectives, demand none: use it where the computer's network is trusted. It
+# ends only processes that it started.
 #
 #   cluster/local.sh start [KIND ...]   a head and a node for each KIND: `cpu`, or a kind of GPU as
 #                                       Ray names it (L4, H100), which the node then claims to have,

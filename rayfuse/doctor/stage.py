@@ -9,6 +9,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayfuse.config.recipe import Recipe
+from rayfuse.config.text import show_controls
 from rayfuse.doctor.checks import ClusterFacts
 from rayfuse.doctor.facts import (
     FactsRequest,
@@ -102,7 +103,7 @@ def _fetch(reference: Any, node: dict[str, Any]) -> NodeFacts | None:
     try:
         facts: NodeFacts = ray.get(reference)  # pyright: ignore[reportAssignmentType]
     except RayError as error:
-        print(f"{_name(node)}: {error}", file=sys.stderr)
+        print(f"{_name(node)}: {show_controls(str(error))}", file=sys.stderr)
         return None
     return replace(facts, resources=node["Resources"])
 

@@ -47,7 +47,9 @@ MAX_NOTICE_SECONDS, MAX_LATE_SECONDS = 3_600.0, 300.0
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> None:
         return None
 
 

@@ -336,3 +336,15 @@ def test_the_roles_of_the_machines_are_made_by_a_template_without_a_fault():
     assert all(f"InstanceProfileName: {name}" in template for name in used)
     planted = template.replace("InstanceProfileName: rayfuse-head", "ProfileName: rayfuse-head")
     assert "'ProfileName' was unexpected" in find_template_faults(planted)[0]
+
+
+def test_the_head_may_tag_only_nodes_that_start_or_are_of_this_cluster():
+    text = (ROOT / "cluster/aws-roles.yaml").read_text()
+    _, *rules = text[text.index("PolicyName: start-nodes") :].split("- Effect: Allow")
+    tagging = [rule for rule in rules if "ec2:CreateTags" in rule]
+    assert len(tagging) == 2
+    assert ["ec2:CreateAction: RunInstances" in rule for rule in tagging] == [True, False]
+    assert ["ec2:ResourceTag/ray-cluster-name: rayfuse" in rule for rule in tagging] == [
+        False,
+        True,
+    ]

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 
 from rayfuse.config.base import UserError
-from rayfuse.runtime import environment
+from rayfuse.runtime import environment, worker_setup
+from rayfuse.runtime.connect import JOB_CONFIG, worker_env
 from rayfuse.runtime.environment import (
     CACHE_FOLDERS,
     open_cluster_folder,
     open_private_folder,
     prepare_environment,
 )
+from rayfuse.runtime.worker_setup import DRIVER_FOLDER, set_up_worker
 from tests.cluster.checks import ROOT
 
 
@@ -154,3 +156,23 @@ def test_an_own_cluster_listens_on_loopback_in_a_private_folder(base: Path, tmp_
     assert found["worker"] == [str(tmp_path), "same file"]
     assert Path(found["session"]).is_relative_to(base / f"rayfuse-{os.geteuid()}")
     assert not (home / ".ray").exists()
+
+
+def test_a_worker_enters_the_drivers_folder_if_its_node_has_it(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "driver").mkdir()
+    monkeypatch.setattr(worker_setup, "set_up_worker_logs", lambda: None)
+    monkeypatch.setenv(DRIVER_FOLDER, str(tmp_path / "driver"))
+    set_up_worker()
+    assert Path.cwd() == tmp_path / "driver"
+    monkeypatch.setenv(DRIVER_FOLDER, "/nowhere")
+    set_up_worker()
+    assert Path.cwd() == tmp_path / "driver"
+
+
+@pytest.mark.parametrize("is_job", [False, True])
+def test_workers_of_a_submitted_job_stay_in_their_copy_of_its_folder(is_job: bool, monkeypatch):
+    monkeypatch.delenv(JOB_CONFIG, raising=False)
+    if is_job:
+        monkeypatch.setenv(JOB_CONFIG, "{}")
+    assert (DRIVER_FOLDER in worker_env()) != is_job
