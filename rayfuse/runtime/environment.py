@@ -82,12 +82,14 @@ def open_private_folder() -> Path:
 
 
 def open_cluster_folder() -> Path:
-    """Open the private folder for a Ray cluster of this process: its sessions, sockets and logs.
+    """Name the folder for a Ray cluster of this process: its sessions, sockets and logs.
+
+    It is within the private folder, as Ray opens its own folder to all users.
 
     Raises:
         UserError: As for `open_private_folder`, or its path is too long for Ray's sockets.
     """
-    folder = open_private_folder()
+    folder = open_private_folder() / "ray"
     num_bytes = len(os.fsencode(folder))
     if num_bytes > MAX_FOLDER_BYTES:
         raise UserError(
