@@ -21,12 +21,16 @@ from rayfuse.config.recipe import Recipe
 from rayfuse.report.results import print_scores
 from rayfuse.report.stage import is_report_current, write_report
 from rayfuse.run.layout import Layout, plan_layout
+from rayfuse.run.prepare import check_weights, list_tokenizer_notes
 from rayfuse.runtime.connect import join_cluster
 from rayfuse.runtime.console import ProgressBars
 from rayfuse.runtime.progress import Progress
 from rayfuse.storage.store import check_store
 
 STAGES = ("corpus", "capture", "align", "train", "evaluate", "report")
+
+MODEL_STAGES = ("capture", "train", "evaluate")
+"""The stages that load models, on nodes with GPUs if there are any."""
 
 STAGE_FUNCTIONS = {
     "corpus": "rayfuse.corpus.stage:build_corpora",
@@ -58,6 +62,8 @@ def prepare_run(recipe: Recipe) -> Layout:
     """
     layout = plan_layout(recipe, ALIGN_FACTS)
     check_store(layout.store)
+    if not all(is_stage_done(stage, layout) for stage in MODEL_STAGES):
+        check_weights(recipe)
     if recipe.evaluate.tasks is not None and not is_stage_done("evaluate", layout):
         from rayfuse.evaluate.lm_eval_tasks import check_tasks  # lm-eval is optional
 
@@ -101,6 +107,8 @@ def run_recipe(
     layout = prepare_run(recipe)
     console.print(f"recipe {path}: {', '.join(stages)} in {layout.store.root}")
     _print_reuse(layout, console)
+    for note in list_tokenizer_notes(recipe):
+        console.print(f"warning: {note}", markup=False, highlight=False)
 
     def report_result(result: StageResult) -> None:
         state = "complete before" if result.was_done else f"complete in {result.seconds:.1f} s"

@@ -161,7 +161,7 @@ def size_pools(work: list[SourceWork]) -> list[SourceWork]:
 
 def _estimate_work(work: SourceWork) -> float:
     """Estimate a source's compute, up to a factor: the weights' bytes per shard left."""
-    files = read_model_files(work.source.model, work.source.revision)
+    files = read_model_files(work.source)
     return float(files.num_bytes) * len(work.shards)
 
 

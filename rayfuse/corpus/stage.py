@@ -26,7 +26,8 @@ from rayfuse.corpus.shards import (
     group_inputs,
     has_one_shard,
 )
-from rayfuse.models.files import load_recipe_tokenizer, read_model_files
+from rayfuse.models.config_file import read_context_tokens
+from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.run.inputs import InputFile, check_unchanged
 from rayfuse.run.layout import Layout
 from rayfuse.run.segmentation import Segmentation
@@ -84,9 +85,7 @@ def build_corpora(recipe: Recipe, layout: Layout, progress: Progress) -> None:
             data=data,
             settings=recipe.corpus,
             target=recipe.target,
-            target_context=read_model_files(
-                recipe.target.model, recipe.target.revision
-            ).context_tokens,
+            target_context=read_context_tokens(recipe.target),
             segmentation=documents.segmentation,
             part=Part(share, takes_held_out),
             groups=group_inputs(documents.files, recipe.corpus.shard_tokens * BYTES_PER_TOKEN),

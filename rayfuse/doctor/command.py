@@ -14,6 +14,7 @@ from rayfuse.config.load import read_recipe
 from rayfuse.config.recipe import Recipe
 from rayfuse.doctor.checks import Finding, list_findings
 from rayfuse.run.layout import plan_layout
+from rayfuse.run.prepare import check_weights, list_tokenizer_notes
 from rayfuse.runtime.connect import ClusterError, join_cluster
 from rayfuse.storage.store import Store, open_store
 
@@ -49,7 +50,7 @@ def examine(recipe: Recipe) -> list[Finding]:
     """List the findings about a recipe and the cluster that will run it, errors first."""
     patience = min(recipe.storage_retry_seconds, MAX_RETRY_SECONDS)
     recipe_to_check = recipe.model_copy(update={"storage_retry_seconds": patience})
-    found = [*_check_recipe(recipe_to_check)]
+    found = _check_recipe(recipe_to_check)
     fault = _join()
     if fault is not None:
         return [*found, fault]
@@ -65,15 +66,20 @@ def examine(recipe: Recipe) -> list[Finding]:
     finally:
         if fault is None:
             store.remove(marker)
-    return [*found, *list_findings(recipe, cluster)]
+    found += list_findings(recipe, cluster)
+    return sorted(found, key=lambda finding: finding.severity != "error")
 
 
 def _check_recipe(recipe: Recipe) -> list[Finding]:
     try:
         plan_layout(recipe, ALIGN_FACTS)
+        check_weights(recipe)
     except (ValueError, OSError) as error:
         return [Finding("recipe", "error", str(error), "change the recipe as the error states")]
-    return []
+    return [
+        Finding("tokenizers", "warning", note, "see that the files are those of the model")
+        for note in list_tokenizer_notes(recipe)
+    ]
 
 
 def _join() -> Finding | None:

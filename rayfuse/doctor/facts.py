@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import rayfuse
-from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
-from rayfuse.models.files import read_model_files
+from rayfuse.models.config_file import find_config, read_config
+from rayfuse.models.weight_files import list_weight_files
 from rayfuse.storage.store import check_store, open_store
 
 PACKAGES = ("ray", "torch", "transformers", "pyarrow")
@@ -140,12 +140,9 @@ def check_models(models: tuple[tuple[str, ModelSettings], ...]) -> dict[str, str
 def _check_model(settings: ModelSettings) -> None:
     folder = Path(settings.model).expanduser()
     if not folder.is_dir():
-        read_model_files(settings.model, settings.revision)
+        read_config(settings)
         return
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise UserError(f"{folder} has no *.safetensors")
-    for file in (folder / "config.json", *weights):
+    for file in (find_config(settings.model, settings.revision), *list_weight_files(folder)):
         with open(file, "rb") as opened:
             opened.read(8)
 

@@ -25,7 +25,8 @@ from rayfuse.evaluate.lm_eval_model import EnsembleLM, TextLM
 from rayfuse.evaluate.model_loading import local_model
 from rayfuse.evaluate.sandbox import check_sandbox
 from rayfuse.evaluate.task_scores import SubtaskScore, TaskScore, read_samples
-from rayfuse.models.files import load_recipe_tokenizer, read_model_files
+from rayfuse.models.config_file import read_context_tokens
+from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.storage.parquet import read_parquet
 from rayfuse.storage.store import Store
 
@@ -189,7 +190,7 @@ def run_model_job(job: LmEvalJob, model: ModelSettings, folder: str | None) -> i
     manager = open_task_manager(job.settings.tasks)
     with local_model(model, job.store, folder) as local:
         lm, tokenizer = load_scored_model(local), load_recipe_tokenizer(local)
-        context_tokens = read_model_files(local.model, local.revision).context_tokens
+        context_tokens = read_context_tokens(local)
         for name, file in job.score_files.items():
             began = time.monotonic()
             text_lm = TextLM(

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rayfuse.config.base import UserError
-from rayfuse.models.files import PLAIN_FILES
+from rayfuse.models.folder import PLAIN_FILES
 
 
 def average_weights(folders: Sequence[Path], merged: Path) -> None:

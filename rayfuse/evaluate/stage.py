@@ -31,7 +31,9 @@ from rayfuse.evaluate.scores import (
     parse_evaluation,
     sum_documents,
 )
-from rayfuse.models.files import find_folder, load_recipe_tokenizer, read_model_files
+from rayfuse.models.config_file import read_context_tokens
+from rayfuse.models.files import load_recipe_tokenizer
+from rayfuse.models.folder import PLAIN_FILES, find_folder
 from rayfuse.run.layout import Layout, describe_model, find_own_folder
 from rayfuse.runtime.logging import log_event
 from rayfuse.runtime.metrics import count_work
@@ -321,7 +323,7 @@ def score_shards(job: ScoringJob, shards: list[int], merge: object = None) -> Sc
                     rows,
                     name=job.name,
                     batch_tokens=job.batch_tokens,
-                    context_tokens=read_model_files(model.model, model.revision).context_tokens,
+                    context_tokens=read_context_tokens(model),
                 )
             shard_tokens = sum(len(row.ends) for row in token_nll)
             if job.token_nll is not None:
@@ -367,7 +369,11 @@ def _read_same_rows(data: DataSet, shard: int, rows: pa.Table) -> pa.Table:
 def merge_models(models: list[ModelSettings], store: Store, folder: str) -> None:
     """Store the model of averaged weights below a folder, `done.json` last; a Ray task."""
     with tempfile.TemporaryDirectory(prefix="rayfuse-merged-") as merged:
-        average_weights([find_folder(model) for model in models], Path(merged))
+        average_weights([_find_weights(model) for model in models], Path(merged))
         for file in sorted(Path(merged).iterdir()):
             store.upload(str(file), f"{folder}/model/{file.name}")
     store.write(f"{folder}/done.json", b"{}")
+
+
+def _find_weights(model: ModelSettings) -> Path:
+    return find_folder(model.model, model.revision, ("*.safetensors", *PLAIN_FILES))

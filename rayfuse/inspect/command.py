@@ -61,7 +61,11 @@ def inspect_pairs(
         names = (name, recipe.target.model if recipe else str(target))
         if page is not None and not results:
             page.write_text(build_page(aligned, report, names), encoding="utf-8")
-        results.append({"source": names[0], "target": names[1]} | report.as_json())
+        hidden = {
+            "source_control_names": source_tokenizer.count_control_names(texts),
+            "target_control_names": target_tokenizer.count_control_names(texts),
+        }
+        results.append({"source": names[0], "target": names[1]} | report.as_json() | hidden)
     if recipe is not None:
         masses = _measure_masses(recipe, [result["source"] for result in results])
         results = [result | mass for result, mass in zip(results, masses, strict=True)]
@@ -178,6 +182,10 @@ def print_report(numbers: dict[str, Any], console: Console) -> None:
     line(f"  inside a source token  {numbers['no_shared_boundary']:>12,}")
     for reason, count in numbers["unplaced"].items():
         line(f"  unplaced, {reason:<48} {count:,}")
+    for role in ("source", "target"):
+        if numbers[f"{role}_control_names"]:
+            label = f"control tokens of the {role} in the text, read as characters"
+            line(f"  {label:<58} {numbers[f'{role}_control_names']:,}")
     if numbers.get("captured_note"):
         line(f"  captured mass: {numbers['captured_note']}")
     elif "kept_mass" in numbers:

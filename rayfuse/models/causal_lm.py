@@ -16,9 +16,6 @@ from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
 from rayfuse.models.batching import pad_rows
 
-OUT_OF_MEMORY_SIGNS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""Parts of the error messages of CPU, CUDA and cuBLAS allocators that have run out of memory."""
-
 
 @dataclass(frozen=True)
 class LogitTransform:
@@ -98,13 +95,6 @@ class CausalLM:
         return self.head.weight.device
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Recognise an out-of-memory error, of a GPU or of the host."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return any(sign in str(error) for sign in OUT_OF_MEMORY_SIGNS)
-
-
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:
     """Look up a recipe's `dtype`; `auto` is float32 on a CPU and bfloat16 on a GPU."""
     if dtype == "auto":
@@ -122,20 +112,9 @@ def load_causal_lm(settings: ModelSettings, device: str) -> CausalLM:
     Raises:
         UserError: The model cannot be loaded, or `split_head` refuses it.
     """
-    from transformers import AutoModelForCausalLM  # takes seconds; only loading needs it
+    from rayfuse.models.architecture import load_model  # takes seconds; only loading needs it
 
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            settings.model,
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-            use_safetensors=True,
-            dtype=resolve_dtype(settings.dtype, device),
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(
-            f"model is {settings.model!r}, which cannot be loaded: {str(error).strip()}"
-        ) from error
+    loaded = load_model(settings, resolve_dtype(settings.dtype, device))
     return split_head(loaded.to(device).eval(), name=settings.model)
 
 

@@ -1,30 +1,30 @@
 """Read a model's files without loading its weights: identity, context length, configuration."""
 
 import hashlib
-import json
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub  # imports its parts when they are used
-
-from rayfuse.config.base import UserError, first_line, user_error_from
+from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
-from rayfuse.models.tokenizer import TextTokenizer, check_folder, load_tokenizer
-
-MAX_FULL_HASH_BYTES = 64 * 2**20
-"""Files up to this size are hashed completely; of larger files, 64 blocks of 1 MiB at equal
-distances."""
-
-PLAIN_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
-"""Patterns of a model's files besides its weights."""
+from rayfuse.models.config_file import (
+    TEXT_KEYS,
+    find_config,
+    find_context,
+    find_text_part,
+    read_config,
+)
+from rayfuse.models.file_hash import find_cache_folder, hash_file
+from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
+from rayfuse.models.weight_files import list_weight_files
 
 IGNORED_KEYS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 """Keys of config.json that describe where a model comes from and how it is stored."""
 
-CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-"""Keys of config.json that limit the context length, in different families."""
+SHOWN_IDS = 3
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ModelFiles:
     """The identity and the limits of a model."""
 
     identity: str
-    """Hash of a folder's weights and config.json; id and commit of a hub model."""
+    """Hash of all bytes of a folder that decide its predictions; id and commit of a hub model."""
     head_width: int
     """Logits per position; may exceed the tokenizer's vocabulary by padding."""
     context_tokens: int | None
@@ -65,15 +65,10 @@ def check_model(settings: ModelSettings, max_tokens: int, *, role: str) -> Model
             has ids, or has a context shorter than `max_tokens`.
     """
     try:
-        files = read_model_files(settings.model, settings.revision)
-        vocab_size = load_recipe_tokenizer(settings).vocab_size
+        files = read_model_files(settings)
+        _check_ids(settings.model, load_recipe_tokenizer(settings), files.head_width)
     except ValueError as error:
         raise UserError(f"{role}: {error}") from error
-    if files.head_width < vocab_size:
-        raise UserError(
-            f"{role}: model is {settings.model!r}, whose tokenizer has {vocab_size} ids but whose "
-            f"head gives only {files.head_width} logits; use the tokenizer of this model"
-        )
     if files.context_tokens is not None and files.context_tokens < max_tokens:
         raise UserError(
             f"corpus.max_tokens is {max_tokens}, more than the context of {files.context_tokens} "
@@ -82,25 +77,111 @@ def check_model(settings: ModelSettings, max_tokens: int, *, role: str) -> Model
     return files
 
 
-@lru_cache(maxsize=16)
-def read_model_files(model: str, revision: str | None) -> ModelFiles:
+def _check_ids(model: str, tokenizer: TextTokenizer, head_width: int) -> None:
+    """Check that the head gives each id of the tokenizer a logit.
+
+    Raises:
+        UserError: It does not.
+    """
+    if tokenizer.vocab_size <= head_width:
+        return
+    beyond = [name for name in tokenizer.token_names[head_width:] if name]
+    shown = ", ".join(repr(name) for name in beyond[:SHOWN_IDS])
+    are_added = set(beyond) <= tokenizer.added_names
+    remedy = (
+        "these are added tokens, which the model was never trained on: remove them from "
+        "added_tokens in tokenizer.json, or save the model after resize_token_embeddings"
+        if are_added
+        else "use the tokenizer of this model"
+    )
+    raise UserError(
+        f"model is {model!r}, whose tokenizer has {tokenizer.vocab_size} ids but whose head gives "
+        f"only {head_width} logits; without a logit are {len(beyond)} tokens ({shown}): {remedy}"
+    )
+
+
+def read_model_files(settings: ModelSettings) -> ModelFiles:
     """Read the files of a folder, or the config.json of a hub model.
 
     Raises:
-        UserError: The folder or the hub id does not exist, or a folder has no config.json or no
-            safetensors.
+        UserError: The folder or the hub id does not exist; a folder has no config.json, no
+            safetensors, not all that its index names, or an adapter; or config.json is not that of
+            a causal LLM.
     """
-    folder = Path(model).expanduser()
-    check_folder(model)
-    if folder.is_dir():
-        config, identity = _read_folder(folder)
-        num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return _read_files(settings.model, settings.revision, settings.trust_remote_code)
+
+
+@lru_cache(maxsize=16)
+def _read_files(model: str, revision: str | None, trust_remote_code: bool) -> ModelFiles:
+    settings = ModelSettings(model=model, revision=revision, trust_remote_code=trust_remote_code)
+    path = find_config(settings.model, settings.revision)
+    config = read_config(settings)
+    head_width = _find_head_width(path, config)
+    if Path(settings.model).expanduser().is_dir():
+        weights = list_weight_files(path.parent)
+        identity = _identify_folder(path.parent, weights, settings.trust_remote_code)
+        num_bytes = sum(file.stat().st_size for file in weights)
     else:
-        config, identity = _read_hub(model, revision)
-        num_bytes = 1
-    contexts = [config[key] for key in CONTEXT_KEYS if isinstance(config.get(key), int)]
-    context_tokens = min(contexts, default=None)
-    return ModelFiles(identity, config["vocab_size"], context_tokens, num_bytes, config)
+        # The hub's cache stores files under snapshots/COMMIT/. A branch may move; the commit, which
+        # is a hash of all files, is fixed.
+        identity, num_bytes = f"{settings.model}@{path.parent.name}", 1
+    return ModelFiles(identity, head_width, find_context(config), num_bytes, config)
+
+
+def forget_model_files() -> None:
+    """Read folders again that this process has read before."""
+    _read_files.cache_clear()
+
+
+def check_tensors(settings: ModelSettings, *, role: str) -> None:
+    """Check that a model folder holds exactly the tensors of its architecture; loads none.
+
+    A model that passed is not checked again with the same version of transformers. Models of the
+    hub, quantised models and those with their own code are checked as they are loaded.
+
+    Args:
+        settings: The model.
+        role: `target` or the source's name, for errors.
+
+    Raises:
+        UserError: A tensor is missing, has another shape, or has no use, or a file is corrupt.
+    """
+    if not Path(settings.model).expanduser().is_dir():
+        return
+    name = f"{read_model_files(settings).identity}-{version('transformers')}"
+    folder = find_cache_folder()
+    passed = None if folder is None else folder / "complete" / name
+    if passed is not None and passed.exists():
+        return
+    from rayfuse.models.architecture import compare_tensors  # takes seconds, once per model
+
+    try:
+        compare_tensors(settings)
+    except UserError as error:
+        raise UserError(f"{role}: {error}") from error
+    if passed is not None:
+        with suppress(OSError):  # not remembered: the next run checks again
+            passed.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            passed.touch()
+
+
+def _find_head_width(path: Path, config: dict[str, Any]) -> int:
+    """Find the number of logits: as config.json states, or else its family's default.
+
+    Raises:
+        UserError: Neither gives one.
+    """
+    given = (config | find_text_part(config)).get("vocab_size")
+    if given is None:
+        from rayfuse.models.architecture import find_default_width  # takes seconds, rarely needed
+
+        given = find_default_width(config)
+    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+        raise UserError(
+            f"{path}: vocab_size is {given!r}, also in its part for text ({', '.join(TEXT_KEYS)}); "
+            "a causal LLM has a number of tokens > 0 there: use the config.json of one"
+        )
+    return given
 
 
 def find_difference(ours: ModelFiles, theirs: ModelFiles) -> str | None:
@@ -109,11 +190,13 @@ def find_difference(ours: ModelFiles, theirs: ModelFiles) -> str | None:
     Their tokenizers are not compared.
     """
     keys = ours.config.keys() | theirs.config.keys()
+    reasons: list[tuple[bool, str]] = []
     for key in ["model_type", *sorted(filter(_affects_weights, keys))]:
         own, other = ours.config.get(key), theirs.config.get(key)
         if own != other:
-            return f"its {key} is {other!r}, not {own!r}"
-    return None
+            reasons.append((own is None or other is None, f"its {key} is {other!r}, not {own!r}"))
+    # A key that both give explains more than one that a config leaves to its family's default.
+    return min(reasons, key=lambda reason: reason[0])[1] if reasons else None
 
 
 def _affects_weights(key: str) -> bool:
@@ -122,54 +205,19 @@ def _affects_weights(key: str) -> bool:
     return not is_irrelevant and "dropout" not in key and not key.endswith("pdrop")
 
 
-def _read_folder(folder: Path) -> tuple[dict[str, Any], str]:
-    """Read the config and the identity of a model in a folder."""
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights or not (folder / "config.json").is_file():
-        raise UserError(
-            f"model is {str(folder)!r}, a folder without config.json and *.safetensors; "
-            "save the model there with save_pretrained"
-        )
-    hashes = [f"{file.name}:{hash_file(file)}" for file in [folder / "config.json", *weights]]
-    config = json.loads((folder / "config.json").read_bytes())
-    return config, hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+def _identify_folder(folder: Path, weights: list[Path], runs_code: bool) -> str:
+    """Hash everything in a model folder that decides the model's predictions.
 
-
-def _read_hub(model: str, revision: str | None) -> tuple[dict[str, Any], str]:
-    """Read the config and the identity of a hub model; downloads config.json alone."""
-    with user_error_from(
-        lambda error: UserError(
-            f"model is {model!r}, which is not a local folder and cannot be read from the hub "
-            f"({first_line(error)}); check the name, or log in if it is gated"
-        )
-    ):
-        path = Path(huggingface_hub.hf_hub_download(model, "config.json", revision=revision))
-    # The hub's cache stores files under snapshots/COMMIT/. A branch may move; the commit is fixed.
-    return json.loads(path.read_bytes()), f"{model}@{path.parent.name}"
-
-
-def find_folder(settings: ModelSettings) -> Path:
-    """Find the folder of a model's files; downloads those of a hub model first."""
-    folder = Path(settings.model).expanduser()
-    if folder.is_dir():
-        return folder
-    patterns = ["*.safetensors", *PLAIN_FILES]
-    return Path(
-        huggingface_hub.snapshot_download(
-            settings.model, revision=settings.revision, allow_patterns=patterns
-        )
-    )
-
-
-def hash_file(path: Path) -> str:
-    """Hash a file: size and content, or 64 blocks of the content if it is large."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        if size <= MAX_FULL_HASH_BYTES:
-            digest.update(file.read())
-        else:
-            for block in range(64):
-                file.seek(block * (size - 2**20) // 63)
-                digest.update(file.read(2**20))
-    return digest.hexdigest()
+    Args:
+        folder: The folder.
+        weights: The files that it is loaded from.
+        runs_code: Whether the folder's own code is run; then it counts.
+    """
+    stored = sorted(folder.glob("*.safetensors"))
+    lines = [f"{file.name}:{hash_file(file)}" for file in [folder / "config.json", *stored]]
+    if weights != stored:
+        lines += [f"loaded:{file.name}" for file in weights]
+    if runs_code:
+        code = sorted(folder.rglob("*.py"))
+        lines += [f"{file.relative_to(folder).as_posix()}:{hash_file(file)}" for file in code]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -48,7 +48,7 @@ def _choose_decoding(content: dict[str, Any]) -> Callable[[str], bytes]:
 
     The choice need not be certain: alignment compares the bytes of a row's tokens with its text.
     """
-    kinds = _kinds_of(content["decoder"])
+    kinds = _kinds_of(content["decoder"]) or _kinds_before_model(content)
     mark = find_continuation_mark(content)
     if "ByteLevel" in kinds:
         return _decode_byte_level
@@ -67,12 +67,24 @@ def find_continuation_mark(content: dict[str, Any]) -> str | None:
     return model["continuing_subword_prefix"] if model["type"] == "WordPiece" else None
 
 
+def _kinds_before_model(content: dict[str, Any]) -> list[str]:
+    """List what prepares a text for the model: without a decoder, it shows the notation."""
+    kinds = _kinds_of(content["pre_tokenizer"]) + _kinds_of(content["normalizer"])
+    writes_mark = any(name.startswith(SPACE_MARK) for name in _list_entries(content["model"]))
+    return [*kinds, "Metaspace"] if writes_mark else kinds
+
+
+def _list_entries(model: dict[str, Any]) -> list[str]:
+    vocab = model["vocab"]
+    return list(vocab) if isinstance(vocab, dict) else [name for name, _ in vocab]
+
+
 def _kinds_of(part: dict[str, Any] | None) -> list[str]:
-    """List the types of a decoder and of those inside it."""
+    """List the types of a part of tokenizer.json and of those inside it."""
     if part is None:
         return []
-    inner = [kind for decoder in part.get("decoders", []) for kind in _kinds_of(decoder)]
-    return [part["type"], *inner]
+    groups = (part.get(key, []) for key in ("decoders", "pretokenizers", "normalizers"))
+    return [part["type"], *(kind for group in groups for one in group for kind in _kinds_of(one))]
 
 
 def _byte_level_alphabet() -> dict[str, int]:

@@ -53,7 +53,7 @@ def size_from_files(settings: ModelSettings) -> ModelSize:
         UserError: There is no such model, or its family cannot be built from the config alone.
     """
     try:
-        return size_from_config(read_model_files(settings.model, settings.revision).config)
+        return size_from_config(read_model_files(settings).config)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"model is {settings.model!r}, and its size does not follow from its config.json "
@@ -70,14 +70,11 @@ def size_from_config(config: dict[str, Any]) -> ModelSize:
         ValueError, KeyError, TypeError, AttributeError: The family is unknown, or a value is
             missing or wrong.
     """
-    # Late, so that `rayfuse plan --example` needs neither.
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    # Late, so that `rayfuse plan --example` needs neither torch nor transformers.
+    from rayfuse.models.architecture import build_config, build_on_meta
 
-    values = dict(config)
-    built = AutoConfig.for_model(values.pop("model_type", ""), **values)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(built)
+    built = build_config(config)
+    model = build_on_meta(built)
     text = built.get_text_config()
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     parameters = sum(tensor.numel() for tensor in model.parameters())

@@ -11,7 +11,13 @@ from typing import Any
 from rayfuse.config.base import UserError
 from rayfuse.config.corpus import Documents
 from rayfuse.config.recipe import Recipe
-from rayfuse.models.files import ModelFiles, check_model, find_difference, load_recipe_tokenizer
+from rayfuse.models.files import (
+    ModelFiles,
+    check_model,
+    check_tensors,
+    find_difference,
+    load_recipe_tokenizer,
+)
 from rayfuse.models.tokenizer import TextTokenizer
 from rayfuse.run.fingerprint import describe_split
 from rayfuse.run.inputs import InputFile, list_inputs
@@ -103,10 +109,44 @@ def _check_models(recipe: Recipe) -> dict[str, ModelFiles]:
         name: check_model(
             settings,
             recipe.corpus.max_tokens,
-            role=TARGET if name == TARGET else f"source {name}",
+            role=_describe_role(name),
         )
         for name, settings in _list_models(recipe).items()
     }
+
+
+def list_tokenizer_notes(recipe: Recipe) -> list[str]:
+    """List what a user should know of the tokenizers, one line per model at most."""
+    notes: list[str] = []
+    for name, settings in _list_models(recipe).items():
+        tokenizer = load_recipe_tokenizer(settings)
+        found = [] if tokenizer.note is None else [tokenizer.note]
+        missing = [
+            role
+            for role, token_id in (("BOS", tokenizer.start_id), ("EOS", tokenizer.eos_id))
+            if token_id is None
+        ]
+        if missing:
+            found.append(
+                f"no file of its tokenizer names {' and '.join(missing)}, so its rows have none; "
+                "if the model was trained with them, name them in tokenizer_config.json"
+            )
+        notes += [f"{_describe_role(name)}: {note}" for note in found]
+    return notes
+
+
+def _describe_role(name: str) -> str:
+    return TARGET if name == TARGET else f"source {name}"
+
+
+def check_weights(recipe: Recipe) -> None:
+    """Check that each model folder holds exactly the tensors of its model; loads none.
+
+    Raises:
+        UserError: A tensor is missing, has another shape, or has no use.
+    """
+    for name, settings in _list_models(recipe).items():
+        check_tensors(settings, role=_describe_role(name))
 
 
 def _check_pairs(recipe: Recipe, align: AlignFacts) -> None:

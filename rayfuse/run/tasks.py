@@ -8,7 +8,7 @@ from typing import Any
 
 from rayfuse.config.base import UserError
 from rayfuse.config.evaluate import TasksSettings
-from rayfuse.models.files import hash_file
+from rayfuse.models.file_hash import hash_file
 
 
 def describe_tasks(settings: TasksSettings) -> dict[str, Any]:

@@ -17,12 +17,9 @@ import torch
 from rayfuse.config.base import UserError
 from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.fuse.reader import ShardReader
-from rayfuse.models.causal_lm import (
-    is_out_of_memory,
-    keeps_rows_apart,
-    load_causal_lm,
-)
+from rayfuse.models.causal_lm import keeps_rows_apart, load_causal_lm
 from rayfuse.models.files import load_recipe_tokenizer
+from rayfuse.models.out_of_memory import is_out_of_memory
 from rayfuse.run.layout import TrainRun
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.manifest import ShardError

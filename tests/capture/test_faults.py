@@ -29,7 +29,7 @@ from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.models import ModelSettings
 from rayfuse.corpus.documents import Document
 from rayfuse.corpus.shards import build_rows
-from rayfuse.models.files import load_recipe_tokenizer, read_model_files
+from rayfuse.models.files import forget_model_files, load_recipe_tokenizer, read_model_files
 from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.run.layout import plan_layout
 from rayfuse.storage.codec import flatten_column
@@ -332,9 +332,9 @@ def test_fault_16_an_inaccessible_model_is_reported_before_anything_starts(
 def test_fault_16_weights_in_another_format_than_safetensors_are_refused(model, tmp_path):
     folder = Path(model.model)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    read_model_files.cache_clear()
-    with pytest.raises(ValueError, match=r"without config\.json and \*\.safetensors"):
-        read_model_files(model.model, None)
+    forget_model_files()
+    with pytest.raises(ValueError, match=r"not safetensors \(pytorch_model\.bin\).* convert them"):
+        read_model_files(model)
 
 
 def test_fault_17_ids_that_the_tokenizer_lacks_are_never_kept_or_drawn(model):

@@ -116,7 +116,7 @@ def test_the_command_prints_one_object_and_names_what_it_cannot_read(tmp_path):
             tokenizer, tmp_path / name, bos=None, eos="<|end|>" if name == "a" else "</s>"
         )
     text = tmp_path / "text.txt"
-    text.write_text(ENGLISH + PYTHON + CHINESE, encoding="utf-8")
+    text.write_text(ENGLISH + PYTHON + CHINESE + "<s> <|end|> <s>", encoding="utf-8")
     page = tmp_path / "page.html"
     pair = [str(tmp_path / "a"), str(tmp_path / "b")]
     done = rayfuse("inspect", *pair, "--text", str(text), "--html", str(page), "--json")
@@ -128,6 +128,7 @@ def test_the_command_prints_one_object_and_names_what_it_cannot_read(tmp_path):
         *("unplaced", "tokens_per_second", "worst_tokens"),
     } <= set(numbers)
     assert numbers["method"] == "bytes"
+    assert (numbers["source_control_names"], numbers["target_control_names"]) == (1, 2)
     assert "<svg" in page.read_text(encoding="utf-8")
     assert "with a signal" in rayfuse("inspect", *pair).stdout
     for arguments, message in (

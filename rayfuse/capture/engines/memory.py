@@ -21,7 +21,7 @@ import torch
 from rayfuse.capture.engines.base import EngineMemoryError, Failure, TokenRows
 from rayfuse.capture.top_k import TopLogprobs
 from rayfuse.models.batching import batch_by_tokens
-from rayfuse.models.causal_lm import is_out_of_memory
+from rayfuse.models.out_of_memory import is_out_of_memory
 
 RETRY_SECONDS = (1.0, 5.0, 25.0)
 """Pauses before each retry of a row that is out of memory on its own."""

@@ -26,7 +26,7 @@ class TransformersEngine:
         known = np.zeros(self.lm.head.out_features, dtype=bool)
         known[: tokenizer.vocab_size] = tokenizer.known_ids()
         self.known_ids = torch.from_numpy(known).to(device)
-        files = read_model_files(source.model, source.revision)
+        files = read_model_files(source)
         self.salt, self.context_tokens = files.identity, files.context_tokens
         self.copy_stream = torch.cuda.Stream() if device == "cuda" else None
 

@@ -65,7 +65,7 @@ class VllmEngine:
             prompt_logprobs=self.top_k,
             detokenize=False,
         )
-        head_width = read_model_files(source.model, source.revision).head_width
+        head_width = read_model_files(source).head_width
         known = load_recipe_tokenizer(source).known_ids()
         unknown_ids = np.setdiff1d(np.arange(head_width), known.nonzero()[0]).tolist()
         llm.apply_model(partial(_mask_ids, unknown_ids=unknown_ids))

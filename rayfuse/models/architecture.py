@@ -1,0 +1,230 @@
+"""A model's architecture in transformers, and whether its files hold exactly its tensors.
+
+Imported late: torch and transformers take seconds, and only a model that is built needs them.
+"""
+
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as hf_logging
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from rayfuse.config.base import UserError, user_error_from
+from rayfuse.config.models import ModelSettings
+from rayfuse.models.config_file import read_config
+from rayfuse.models.out_of_memory import is_out_of_memory
+from rayfuse.models.weight_files import (
+    ADAPTER,
+    StoredTensor,
+    check_no_adapter,
+    list_weight_files,
+    read_headers,
+)
+
+UNUSED_SUBMODULES = frozenset(
+    {
+        "audio_tower",
+        "embed_audio",
+        "embed_vision",
+        "mm_projector",
+        "mtp",
+        "multi_modal_projector",
+        "vision_model",
+        "vision_tower",
+        "visual",
+    }
+)
+"""Submodules that a causal LLM may leave unread: they serve images, audio or draft tokens."""
+
+OUR_CHOICES = ("_attn_implementation", "_experts_implementation")
+"""Attributes of a config that choose code, also from the hub; None for the library's default."""
+
+FOREIGN_KEYS = ("transformers_weights", "fusion_config")
+"""Keys of config.json that would choose other weight files or other code."""
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+SHOWN_TENSORS = 3
+
+
+def load_model(settings: ModelSettings, dtype: torch.dtype) -> Any:
+    """Load a model from safetensors, on the CPU, if its files hold exactly its tensors.
+
+    Args:
+        settings: The model.
+        dtype: The dtype of its weights.
+
+    Raises:
+        UserError: It cannot be loaded, or a tensor is missing, has another shape, or has no use.
+    """
+    config, name = load_config(settings), _expand(settings.model)
+    if find_adapter_config_file(name, revision=settings.revision) is not None:
+        check_no_adapter([ADAPTER], settings.model)
+    with _naming(settings.model):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            use_safetensors=True,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+        )
+    model, found = loaded
+    _check_complete(found, settings.model)
+    return model
+
+
+def load_config(settings: ModelSettings) -> Any:
+    """Load a model's config, without what it says of kernels, attention code and weight files.
+
+    Raises:
+        UserError: The config cannot be loaded, or takes code from another repository.
+    """
+    read_config(settings)  # before any code that it names runs
+    with _naming(settings.model):
+        config: Any = AutoConfig.from_pretrained(
+            _expand(settings.model),
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    return _reset_choices(config)
+
+
+def build_config(config: Mapping[str, Any]) -> Any:
+    """Build a config from the content of a config.json, without what it says of kernels.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: The family is unknown, or a value is wrong.
+    """
+    values = dict(config)
+    return _reset_choices(AutoConfig.for_model(values.pop("model_type", ""), **values))
+
+
+def _reset_choices(config: Any) -> Any:
+    """Leave to transformers what a config.json says of kernels, attention code and weight files."""
+    for name in OUR_CHOICES:
+        setattr(config, name, None)
+    for key in FOREIGN_KEYS:
+        if hasattr(config, key):
+            setattr(config, key, None)
+    return config
+
+
+def find_default_width(config: Mapping[str, Any]) -> int | None:
+    """Find the vocabulary size that a family has where config.json gives none.
+
+    Raises:
+        UserError: transformers does not know the family.
+    """
+    with _naming(str(config.get("model_type"))):
+        built = build_config(config)
+    return getattr(built.get_text_config(), "vocab_size", None)
+
+
+def build_on_meta(config: Any) -> Any:
+    """Build a model without memory for its weights.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: A value is missing or wrong.
+    """
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def compare_tensors(settings: ModelSettings) -> None:
+    """Compare the headers of a folder's weight files with its architecture.
+
+    transformers itself loads tensors without memory, so that its renames and fusions of tensors
+    count. Quantised models and those with their own code are built only where they are loaded.
+
+    Raises:
+        UserError: A tensor is missing, has another shape, or has no use, or a file is corrupt.
+    """
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()  # its table of missing tensors; the error lists them
+    folder = Path(settings.model).expanduser()
+    stored = read_headers(list_weight_files(folder))
+    config = load_config(settings)
+    if settings.trust_remote_code or getattr(config, "quantization_config", None) is not None:
+        return
+    with _naming(settings.model):
+        built = build_on_meta(config)
+        _, found = type(built).from_pretrained(
+            None,
+            config=built.config,
+            state_dict={name: _describe(tensor) for name, tensor in stored.items()},
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    _check_complete(found, settings.model)
+
+
+def _describe(tensor: StoredTensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=DTYPES.get(tensor.dtype, torch.int64), device="meta")
+
+
+def _check_complete(found: Mapping[str, Any], model: str) -> None:
+    """Check what transformers reports of a load; tied tensors are not among the missing ones.
+
+    Raises:
+        UserError: A tensor is missing, has another shape, or has no use, or has failed.
+    """
+    mismatched = [
+        f"{name} is {list(stored)}, not {list(needed)}"
+        for name, stored, needed in found["mismatched_keys"]
+    ]
+    unused = [name for name in found["unexpected_keys"] if not _is_unused_submodule(name)]
+    failed = [*found.get("conversion_errors", {}), *found.get("error_msgs", [])]
+    faults = {
+        "missing": found["missing_keys"],
+        "of another shape": mismatched,
+        "unknown to the architecture": unused,
+        "not readable": failed,
+    }
+    texts = [f"{_list_names(names)} {fault}" for fault, names in faults.items() if names]
+    if texts:
+        raise UserError(
+            f"model is {model!r}, whose weights are not those that its config.json describes: "
+            f"{'; '.join(texts)}. Download it again, or use the config.json that it was saved with"
+        )
+
+
+def _list_names(names: Iterable[str]) -> str:
+    ordered = sorted(map(str, names))
+    more = len(ordered) - SHOWN_TENSORS
+    shown = ", ".join(ordered[:SHOWN_TENSORS]) + (f" and {more} more" if more > 0 else "")
+    return f"{shown} {'is' if len(ordered) == 1 else 'are'}"
+
+
+def _is_unused_submodule(tensor: str) -> bool:
+    return not UNUSED_SUBMODULES.isdisjoint(tensor.split("."))
+
+
+def _expand(model: str) -> str:
+    folder = Path(model).expanduser()
+    return str(folder) if folder.is_dir() else model
+
+
+@contextmanager
+def _naming(model: str) -> Generator[None]:
+    """Name the model in every error of a library, but for a lack of memory, which may pass."""
+
+    def explain(error: Exception) -> UserError:
+        if is_out_of_memory(error):
+            raise error
+        return UserError(f"model is {model!r}, which cannot be loaded: {str(error).strip()}")
+
+    with user_error_from(explain):
+        yield

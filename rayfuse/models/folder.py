@@ -1,0 +1,94 @@
+"""The folder of a model: which of its files count, and how JSON in it is read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub  # imports its parts when they are used
+
+from rayfuse.config.base import UserError, first_line, user_error_from
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+"""Patterns of the files of a tokenizer, chat templates included."""
+
+PLAIN_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*")
+"""Patterns of a model's files besides its weights."""
+
+MAX_JSON_BYTES = 2**24
+"""The largest config.json and index that is read; those of the largest LLMs have 2^23 bytes."""
+
+
+def check_folder(model: str) -> None:
+    """Check that a model that looks like a path is a folder, as a hub id is NAME or OWNER/NAME.
+
+    Raises:
+        UserError: The folder does not exist.
+    """
+    folder = Path(model).expanduser()
+    is_path = folder.is_absolute() or model.startswith(("./", "../", "~")) or model.count("/") > 1
+    if is_path and "://" not in model and not folder.is_dir():
+        raise UserError(f"model is {model!r}, a folder that does not exist; check the path")
+
+
+def find_folder(model: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    """Find the folder of a model's files; downloads those of a hub model first.
+
+    Args:
+        model: A folder or a hub id.
+        revision: A commit, branch or tag of the hub; None for its default branch.
+        patterns: The files that are downloaded.
+
+    Raises:
+        UserError: The folder does not exist, or the hub refuses.
+    """
+    check_folder(model)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    with user_error_from(
+        lambda error: UserError(
+            f"model is {model!r}, which is not a local folder and cannot be read from the hub "
+            f"({first_line(error)}); check the name, or log in if it is gated"
+        )
+    ):
+        return Path(
+            huggingface_hub.snapshot_download(
+                model, revision=revision, allow_patterns=list(patterns)
+            )
+        )
+
+
+def list_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """List the files of a folder that match any of the patterns, each one time, sorted."""
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(found)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Raises:
+        UserError: It is missing, too large, no UTF-8, no JSON, or another value than an object.
+    """
+    with user_error_from(
+        lambda error: UserError(
+            f"{path} is corrupt or not a file of a model ({first_line(error)}); save it again with "
+            "save_pretrained, or download it again"
+        )
+    ):
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise ValueError(f"it has {size} bytes, more than {MAX_JSON_BYTES}")
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError(f"expected a JSON object, found a {type(value).__name__}")
+        return value

@@ -1,0 +1,253 @@
+"""A model's tokenizer: it never produces control tokens from text, and knows each token's bytes.
+
+Alignment compares tokenizers by the bytes of their tokens (`rayfuse.models.token_bytes`).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+from tokenizers import Tokenizer
+
+from rayfuse.models.token_bytes import (
+    BYTE_PATTERN,
+    SPACE_MARK,
+    find_continuation_mark,
+    list_token_bytes,
+)
+
+CONTROL_NAMES = frozenset({"<s>", "</s>", "<unk>", "<pad>"})
+"""SentencePiece's control tokens: also without the flag `special` of an added token."""
+
+MAX_UNUSED_IDS = 2**16
+"""The most ids that a vocabulary may skip: each takes memory in every process."""
+
+ADDED_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+"""The flags of an added token that tokenizer.json does not list; its text is matched exactly."""
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer that reads the name of a control token in a text as plain characters."""
+
+    backend: Tokenizer = field(repr=False)
+    token_names: tuple[str, ...] = field(repr=False)
+    """By id, the token as the vocabulary writes it; empty for missing ids."""
+    token_bytes: tuple[bytes | None, ...] = field(repr=False)
+    """By id, the token's text in UTF-8; empty for special tokens, None for missing ids."""
+    start_id: int | None
+    """The token at the start of a row: BOS, or EOS if the model has no BOS; None without both."""
+    eos_id: int | None
+    """The token at the end of a document; None if the model has none."""
+    adds_prefix_space: bool
+    """Whether encoding inserts a space before the text (SentencePiece's dummy prefix)."""
+    implies_prefix_space: bool
+    """Whether a word's first token includes a space that the text may lack (WordPiece)."""
+    content_hash: str
+    """Identifies the tokenizer in fingerprints."""
+    control_names: frozenset[str] = frozenset()
+    """The control tokens; a text that holds one is encoded as plain characters."""
+    added_names: frozenset[str] = frozenset()
+    """The tokens that were added to the vocabulary, control tokens among them."""
+    note: str | None = None
+    """What a user should know of the tokenizer's files; None for nothing."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids, those that do not exist included."""
+        return len(self.token_bytes)
+
+    def encode(self, texts: list[str]) -> list[Int[np.ndarray, " _"]]:
+        """Encode each text into token ids, without start token or EOS."""
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def encode_with_ends(
+        self, texts: list[str]
+    ) -> list[tuple[Int[np.ndarray, " _"], Int[np.ndarray, "_ 2"]]]:
+        """Encode each text into token ids and the start and end of each token, in characters."""
+        encodings = self.backend.encode_batch(texts, add_special_tokens=False)
+        return [
+            (
+                np.array(encoding.ids, dtype=np.int32),
+                np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2),
+            )
+            for encoding in encodings
+        ]
+
+    def encode_rows(
+        self, texts: list[str], ends_document: list[bool]
+    ) -> list[Int[np.ndarray, " _"]]:
+        """Encode rows: start token, text, and EOS after the last row of a document.
+
+        Args:
+            texts: The text of each row.
+            ends_document: For each row, whether it is the last one of its document.
+        """
+        start = [] if self.start_id is None else [self.start_id]
+        eos = [] if self.eos_id is None else [self.eos_id]
+        return [
+            np.concatenate([start, ids, eos if ends else []]).astype(np.int32)
+            for ids, ends in zip(self.encode(texts), ends_document, strict=True)
+        ]
+
+    def count_control_names(self, texts: Iterable[str]) -> int:
+        """Count the names of control tokens in texts, which are encoded as plain characters."""
+        names = sorted(self.control_names, key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        return sum(len(pattern.findall(text)) for text in texts)
+
+    def count_specials(self) -> int:
+        """Count the special tokens that `encode_rows` adds to a row at most."""
+        return (self.start_id is not None) + (self.eos_id is not None)
+
+    def count_bytes(self) -> Int[np.ndarray, " vocab"]:
+        """Count the bytes of each token; 0 for special tokens and ids that do not exist."""
+        return np.array([len(text or b"") for text in self.token_bytes], dtype=np.int64)
+
+    def list_by_bytes(self) -> dict[bytes, int]:
+        """Map token bytes to ids. Of several ids, the lowest is taken, byte tokens last."""
+        by_bytes: dict[bytes, int] = {}
+        is_byte = self.byte_ids()
+        for token_id, text in enumerate(self.token_bytes):
+            if text and not is_byte[token_id]:
+                by_bytes.setdefault(text, token_id)
+        for token_id, text in enumerate(self.token_bytes):
+            if text:
+                by_bytes.setdefault(text, token_id)
+        return by_bytes
+
+    def byte_ids(self) -> Bool[np.ndarray, " vocab"]:
+        """Mask the byte tokens, such as `<0x0A>`, that byte fallback uses."""
+        return np.array(
+            [
+                len(text or b"") == 1 and bool(BYTE_PATTERN.fullmatch(name))
+                for text, name in zip(self.token_bytes, self.token_names, strict=True)
+            ]
+        )
+
+    def known_ids(self) -> Bool[np.ndarray, " vocab"]:
+        """Mask the ids that exist."""
+        return np.array([text is not None for text in self.token_bytes])
+
+
+def build_tokenizer(
+    tokenizer_json: str,
+    *,
+    start_id: int | None,
+    eos_id: int | None,
+    control_names: Iterable[str] = (),
+    note: str | None = None,
+) -> TextTokenizer:
+    """Build a tokenizer that never encodes text as a control token.
+
+    Args:
+        tokenizer_json: The content of a `tokenizer.json`.
+        start_id: The token at the start of a row, if any.
+        eos_id: The token at the end of a document, if any.
+        control_names: Tokens that are control tokens, also without the flag `special`.
+        note: What a user should know of the tokenizer's files.
+
+    Raises:
+        ValueError: The vocabulary skips too many ids.
+    """
+    content = _mark_control_tokens(json.loads(tokenizer_json), frozenset(control_names))
+    # `encode_rows` adds start token and EOS. A post-processor would also trim the offsets.
+    content["truncation"] = content["padding"] = content["post_processor"] = None
+    if content["model"].get("dropout"):  # random merges: the same text would give other tokens
+        content["model"]["dropout"] = None
+    names = _list_names(Tokenizer.from_str(json.dumps(content)))
+    backend = Tokenizer.from_str(json.dumps(_hide_control_tokens(content)))
+    backend.encode_special_tokens = True
+    roles = json.dumps([start_id, eos_id])
+    canonical = json.dumps(content, sort_keys=True) + roles
+    added = content["added_tokens"]
+    return TextTokenizer(
+        backend=backend,
+        token_names=names,
+        token_bytes=list_token_bytes(content, names, roles={start_id, eos_id}),
+        start_id=start_id,
+        eos_id=eos_id,
+        adds_prefix_space=_adds_prefix_space(backend),
+        implies_prefix_space=find_continuation_mark(content) is not None,
+        content_hash=hashlib.sha256(canonical.encode()).hexdigest(),
+        control_names=frozenset(token["content"] for token in added if token["special"]),
+        added_names=frozenset(token["content"] for token in added),
+        note=note,
+    )
+
+
+def _mark_control_tokens(content: dict[str, Any], roles: Set[str]) -> dict[str, Any]:
+    """Mark the tokens with a role as special; entries of the vocabulary become added tokens."""
+    hidden = CONTROL_NAMES | roles
+    added = [
+        token | {"special": token["special"] or token["content"] in hidden}
+        for token in content["added_tokens"]
+    ]
+    vocab = content["model"]["vocab"]
+    ids = vocab if isinstance(vocab, dict) else {name: i for i, (name, _) in enumerate(vocab)}
+    added += [
+        {"id": ids[name], "content": name, "special": True} | ADDED_FLAGS
+        for name in roles - {token["content"] for token in added}
+        if name in ids
+    ]
+    return content | {"added_tokens": sorted(added, key=lambda token: token["id"])}
+
+
+def _hide_control_tokens(content: dict[str, Any]) -> dict[str, Any]:
+    """Rename the control tokens of a tokenizer.json so that no text is encoded as one.
+
+    `encode_special_tokens` is not enough: the model itself may still produce `<s>` from the text
+    "<s>", as Unigram takes the likeliest pieces, BPE follows its merges, and WordLevel looks up the
+    word. The new names contain a space. The pre-tokenizer has removed or replaced all spaces of the
+    text when the model sees it, so that these names never match.
+    """
+    hidden = {
+        token["content"]: f"control token {token['content']}"
+        for token in content["added_tokens"]
+        if token["special"]
+    }
+    model = dict(content["model"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {hidden.get(name, name): i for name, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[hidden.get(name, name), score] for name, score in model["vocab"]]
+    if "merges" in model:
+        # A merge with a control token as a part is never applied, as none gives that part.
+        model["merges"] = [
+            pair for pair in model["merges"] if hidden.keys().isdisjoint([*pair, "".join(pair)])
+        ]
+    if "unk_token" in model:
+        model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
+    added_tokens = [
+        token | {"content": hidden.get(token["content"], token["content"])}
+        for token in content["added_tokens"]
+    ]
+    return content | {"model": model, "added_tokens": added_tokens}
+
+
+def _list_names(backend: Tokenizer) -> tuple[str, ...]:
+    """List the tokens as the vocabulary writes them, by id; empty for ids that do not exist.
+
+    Raises:
+        ValueError: More than `MAX_UNUSED_IDS` ids do not exist.
+    """
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    num_ids = max(vocabulary.values()) + 1
+    if num_ids - len(vocabulary) > MAX_UNUSED_IDS:
+        raise ValueError(f"its {len(vocabulary)} tokens have ids up to {num_ids - 1}")
+    names = [""] * num_ids
+    for name, token_id in vocabulary.items():
+        names[token_id] = name
+    return tuple(names)
+
+
+def _adds_prefix_space(backend: Tokenizer) -> bool:
+    """Check by an example whether encoding inserts a space before the text."""
+    tokens = backend.encode("a", add_special_tokens=False).tokens
+    return bool(tokens) and tokens[0][0] in (SPACE_MARK, "\u0120")
