@@ -108,7 +108,7 @@ def run_recipe(
     console.print(f"recipe {path}: {', '.join(stages)} in {layout.store.root}")
     _print_reuse(layout, console)
     for note in list_tokenizer_notes(recipe):
-        console.print(f"warning: {note}", markup=False, highlight=False)
+        console.print(f"warning: {note}", highlight=False)
 
     def report_result(result: StageResult) -> None:
         state = "complete before" if result.was_done else f"complete in {result.seconds:.1f} s"
