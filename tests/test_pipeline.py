@@ -148,6 +148,9 @@ def test_the_fused_model_is_a_hugging_face_folder(finished_run):
         assert torch.isfinite(model(input_ids=ids).logits).all()
         assert list(folder.glob("*.safetensors"))
         assert not list(folder.glob("*.bin"))
+        target = Path(finished_run.recipe.target.model)
+        for file in target.glob("tokenizer*"):
+            assert (folder / file.name).read_bytes() == file.read_bytes()
         lines = (finished_run.root / run.folder / "metrics.jsonl").read_text().splitlines()
         losses = [json.loads(line)["clm_loss"] for line in lines]
         assert losses[-1] < losses[0]

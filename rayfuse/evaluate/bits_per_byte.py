@@ -102,7 +102,8 @@ def _score_in_windows(
     ]
     token_windows = [token_rows[row][part] for row, part, _ in windows]
     by_window: dict[int, Float[np.ndarray, " _"]] = {}
-    for batch in batch_by_tokens([len(tokens) for tokens in token_windows], batch_tokens):
+    lengths = [len(tokens) for tokens in token_windows]
+    for batch in batch_by_tokens(lengths, batch_tokens, lm.length_boundaries):
         scored = next_token_logprobs(lm, [token_windows[i] for i in batch], CHUNK_POSITIONS)
         by_window |= {i: -scores[windows[i][2]] for i, scores in zip(batch, scored, strict=True)}
     by_row: list[list[Float[np.ndarray, " _"]]] = [[] for _ in token_rows]

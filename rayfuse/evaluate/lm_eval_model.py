@@ -88,7 +88,8 @@ class TextLM(TemplateLM):
         counts = [len(continuation) for _, _, continuation in requests]
         answers: dict[int, tuple[float, bool]] = {}
         token_nll: dict[int, TokenNLL] = {}
-        for batch in batch_by_tokens([len(row) for row in rows], self.batch_tokens):
+        lengths, boundaries = [len(row) for row in rows], self.lm.length_boundaries
+        for batch in batch_by_tokens(lengths, self.batch_tokens, boundaries):
             scored = score_last(self.lm, [rows[i] for i in batch], [counts[i] for i in batch])
             for i, (logprobs, is_greedy) in zip(batch, scored, strict=True):
                 answers[i] = float(logprobs.sum()), is_greedy
@@ -142,7 +143,7 @@ class TextLM(TemplateLM):
             len(prompt) + _count_new_tokens(request.args[1])
             for prompt, request in zip(prompts, requests, strict=True)
         ]
-        for batch in batch_by_tokens(lengths, self.batch_tokens):
+        for batch in batch_by_tokens(lengths, self.batch_tokens, self.lm.length_boundaries):
             for part in _split_by_settings(batch, requests):
                 written = self._generate([prompts[i] for i in part], requests[part[0]].args[1])
                 answers |= dict(zip(part, written, strict=True))

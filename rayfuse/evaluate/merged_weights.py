@@ -1,6 +1,5 @@
 """Weight merging as a baseline: the plain mean of models that have the same tensors."""
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rayfuse.config.base import UserError
-from rayfuse.models.folder import PLAIN_FILES
+from rayfuse.models.folder import PLAIN_FILES, copy_files
 
 
 def average_weights(folders: Sequence[Path], merged: Path) -> None:
@@ -27,9 +26,7 @@ def average_weights(folders: Sequence[Path], merged: Path) -> None:
     Raises:
         UserError: The models differ in the names or shapes of their tensors.
     """
-    for pattern in PLAIN_FILES:
-        for file in folders[0].glob(pattern):
-            shutil.copy(file, merged / file.name)
+    copy_files(folders[0], merged, PLAIN_FILES)
     with ExitStack() as stack:
         models = [
             {name: handle for handle in _open_files(folder, stack) for name in handle.offset_keys()}

@@ -33,7 +33,7 @@ from rayfuse.evaluate.scores import (
 )
 from rayfuse.models.config_file import read_context_tokens
 from rayfuse.models.files import load_recipe_tokenizer
-from rayfuse.models.folder import PLAIN_FILES, find_folder
+from rayfuse.models.folder import PLAIN_FILES, find_folder, list_files
 from rayfuse.run.layout import Layout, describe_model, find_own_folder
 from rayfuse.runtime.logging import log_event
 from rayfuse.runtime.metrics import count_work
@@ -370,8 +370,8 @@ def merge_models(models: list[ModelSettings], store: Store, folder: str) -> None
     """Store the model of averaged weights below a folder, `done.json` last; a Ray task."""
     with tempfile.TemporaryDirectory(prefix="rayfuse-merged-") as merged:
         average_weights([_find_weights(model) for model in models], Path(merged))
-        for file in sorted(Path(merged).iterdir()):
-            store.upload(str(file), f"{folder}/model/{file.name}")
+        for file in list_files(Path(merged), ("**/*",)):
+            store.upload(str(file), f"{folder}/model/{file.relative_to(merged).as_posix()}")
     store.write(f"{folder}/done.json", b"{}")
 
 

@@ -86,7 +86,7 @@ def load_model(settings: ModelSettings, dtype: torch.dtype) -> Any:
 
 
 def load_config(settings: ModelSettings) -> Any:
-    """Load a model's config, without what it says of kernels, attention code and weight files.
+    """Load a model's config, without its choices of kernels, attention code and weight files.
 
     Raises:
         UserError: The config cannot be loaded, or takes code from another repository.
@@ -102,7 +102,7 @@ def load_config(settings: ModelSettings) -> Any:
 
 
 def build_config(config: Mapping[str, Any]) -> Any:
-    """Build a config from the content of a config.json, without what it says of kernels.
+    """Build a config from the content of a config.json, without its choices of kernels.
 
     Raises:
         ValueError, KeyError, TypeError, AttributeError: The family is unknown, or a value is wrong.
@@ -112,7 +112,7 @@ def build_config(config: Mapping[str, Any]) -> Any:
 
 
 def _reset_choices(config: Any) -> Any:
-    """Leave to transformers what a config.json says of kernels, attention code and weight files."""
+    """Leave the choice of kernels, attention code and weight files to transformers."""
     for name in OUR_CHOICES:
         setattr(config, name, None)
     for key in FOREIGN_KEYS:

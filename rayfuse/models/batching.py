@@ -1,6 +1,6 @@
 """Split rows into windows that fit a model's context, and group rows into padded batches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -43,17 +43,27 @@ def pad_rows(rows: list[np.ndarray]) -> Int[torch.Tensor, "batch seq_len"]:
     return torch.from_numpy(padded)
 
 
-def batch_by_tokens(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
+def is_same_side(first: int, second: int, boundaries: Sequence[int]) -> bool:
+    """Check that two row lengths are on the same side of every boundary, which is below itself."""
+    return not any(min(first, second) <= boundary < max(first, second) for boundary in boundaries)
+
+
+def batch_by_tokens(
+    lengths: list[int], batch_tokens: int, boundaries: Sequence[int] = ()
+) -> Iterator[list[int]]:
     """Yield batches of row indices, longest rows first, so that little of a batch is padding.
 
     Args:
         lengths: Tokens of each row.
         batch_tokens: Maximum tokens of a batch, padding included. A longer row is a batch alone.
+        boundaries: `CausalLM.length_boundaries`: rows on both sides of one never share a batch.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     batch: list[int] = []
     for index in order:
-        if batch and lengths[batch[0]] * (len(batch) + 1) > batch_tokens:
+        longest = lengths[batch[0]] if batch else lengths[index]
+        is_full = longest * (len(batch) + 1) > batch_tokens
+        if batch and (is_full or not is_same_side(longest, lengths[index], boundaries)):
             yield batch
             batch = []
         batch.append(index)

@@ -54,6 +54,22 @@ def read_transform(config: Any) -> LogitTransform:
     return LogitTransform(scale, getattr(text, "final_logit_softcapping", None))
 
 
+def read_length_boundaries(config: Any) -> tuple[int, ...]:
+    """Read the row lengths beyond which a model's rotary factors change (LongRoPE).
+
+    The library chooses the factors once per batch, by its longest row. Dynamic factors (NTK) change
+    beyond the context length only, which no row exceeds.
+    """
+    given = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    by_layer_type = [given, *(part for part in given.values() if isinstance(part, dict))]
+    lengths = {
+        part.get("original_max_position_embeddings")
+        for part in by_layer_type
+        if part.get("rope_type") == "longrope"
+    }
+    return tuple(sorted(length for length in lengths if length is not None))
+
+
 @dataclass(frozen=True)
 class CausalLM:
     """A Hugging Face causal LLM, split before its head."""
@@ -65,6 +81,8 @@ class CausalLM:
     head: nn.Linear
     """Hidden states to logits, without the transform."""
     transform: LogitTransform = LogitTransform()
+    length_boundaries: tuple[int, ...] = ()
+    """Row lengths beyond which the model treats all positions of a batch in another way."""
 
     def hidden_states(
         self,
@@ -126,13 +144,14 @@ def split_head(model: Any, *, name: str) -> CausalLM:
         name: The model's name in errors.
 
     Raises:
-        UserError: The model has no linear head on top of a body, or transforms the head's outputs
-            in a way that `read_transform` does not know.
+        UserError: The model has no linear head on top of a body, gives values that are not finite,
+            or transforms the head's outputs in a way that `read_transform` does not know.
     """
     head, body = model.get_output_embeddings(), model.base_model
     if not isinstance(head, nn.Linear) or body is model:
         raise UserError(f"model is {name!r}, which has no linear head on top of a body")
-    parts = CausalLM(model, body, head, read_transform(model.config))
+    config = model.config
+    parts = CausalLM(model, body, head, read_transform(config), read_length_boundaries(config))
     probe = torch.arange(1, 9, device=parts.device)[None]
     was_training = model.training
     model.eval()
@@ -140,6 +159,12 @@ def split_head(model: Any, *, name: str) -> CausalLM:
         logits = model(input_ids=probe, use_cache=False).logits.float()
         ours = parts.logits(parts.hidden_states(probe)[0])[None]
     model.train(was_training)
+    if not logits.isfinite().all():
+        dtype = str(parts.head.weight.dtype).removeprefix("torch.")
+        raise UserError(
+            f"model is {name!r}, whose logits are not finite in {dtype}; set its dtype to bfloat16 "
+            "or float32, which hold larger values than float16"
+        )
     if logits.shape != ours.shape or not torch.allclose(logits, ours, rtol=0.02, atol=0.02):
         raise UserError(
             f"model is {name!r}, whose logits are not its head applied to its last hidden state, "

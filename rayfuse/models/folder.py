@@ -1,6 +1,7 @@
 """The folder of a model: which of its files count, and how JSON in it is read."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,23 @@ def list_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     """List the files of a folder that match any of the patterns, each one time, sorted."""
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return sorted(found)
+
+
+def copy_files(source: Path, destination: Path, patterns: tuple[str, ...]) -> None:
+    """Copy the files of a model folder that match any of the patterns, byte for byte.
+
+    Raises:
+        UserError: A file is a link to a place outside of the model: its content would be published.
+    """
+    root = source.resolve()
+    if root.parent.name == "snapshots":  # the hub's cache, whose files are links to ../../blobs
+        root = root.parent.parent
+    for file in list_files(source, patterns):
+        if not file.resolve().is_relative_to(root):
+            raise UserError(f"{file} is a link to a file outside of the model; copy the file there")
+        copy = destination / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

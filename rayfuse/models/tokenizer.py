@@ -1,6 +1,6 @@
 """Load a model's tokenizer: tokenizer.json verbatim, and the roles of its tokens.
 
-`transformers` builds many tokenizers anew from a class of its own, which may drop parts of
+`transformers` builds many tokenizers again from a class of its own, which may drop parts of
 tokenizer.json, such as the pre-tokenizer. The file is what the model was trained with, so it alone
 decides how text is encoded; the class decides only which tokens start and end a text.
 """

@@ -45,6 +45,8 @@ class Packing:
     """Sequences of a micro-batch."""
     is_packed: bool
     """Whether several rows may share a sequence."""
+    boundaries: tuple[int, ...] = ()
+    """`CausalLM.length_boundaries`: rows on both sides of one never share a micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,25 @@ def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 def build_micro_batches(rows: FusedRows, packing: Packing) -> list[MicroBatch]:
     """Build a worker's micro-batches of a step."""
-    lengths = rows.lengths.tolist()
     capacity = packing.sequence_tokens if packing.is_packed else 0
-    sequences = pack_rows(lengths, capacity)
     starts = np.cumsum(rows.lengths) - rows.lengths
-    return [
-        _stack(rows, starts, sequences[first : first + packing.sequences], packing)
-        for first in range(0, len(sequences), packing.sequences)
-    ]
+    batches: list[MicroBatch] = []
+    for group in _group_by_side(rows.lengths, packing.boundaries):
+        packed = pack_rows(rows.lengths[group].tolist(), capacity)
+        sequences = [group[sequence].tolist() for sequence in packed]
+        batches += [
+            _stack(rows, starts, sequences[first : first + packing.sequences], packing)
+            for first in range(0, len(sequences), packing.sequences)
+        ]
+    return batches
+
+
+def _group_by_side(
+    lengths: Int[np.ndarray, " rows"], boundaries: tuple[int, ...]
+) -> list[Int[np.ndarray, " _"]]:
+    """Group rows by the boundaries that they exceed."""
+    sides = np.searchsorted(np.array(boundaries, dtype=np.int64), lengths, side="left")
+    return [np.flatnonzero(sides == side) for side in np.unique(sides)]
 
 
 def empty_micro_batch(like: MicroBatch | None = None) -> MicroBatch:

@@ -19,6 +19,7 @@ from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.fuse.reader import ShardReader
 from rayfuse.models.causal_lm import keeps_rows_apart, load_causal_lm
 from rayfuse.models.files import load_recipe_tokenizer
+from rayfuse.models.folder import TOKENIZER_FILES, copy_files, find_folder, list_files
 from rayfuse.models.out_of_memory import is_out_of_memory
 from rayfuse.run.layout import TrainRun
 from rayfuse.storage.dataset import DataSet
@@ -229,6 +230,7 @@ class Trainer:
             sequence_tokens=settings.sequence_tokens or recipe.corpus.max_tokens,
             sequences=self.sequences,
             is_packed=settings.pack and keeps_rows_apart(lm),
+            boundaries=lm.length_boundaries,
         )
         lm.model.train()
         torch.manual_seed(recipe.seed)  # LoRA adapters are initialised at random
@@ -293,18 +295,15 @@ class Trainer:
         """Upload the model, its tokenizer and the metrics; `done.json` commits them, so it is last.
 
         Args:
-            folder: Holds the model; the tokenizer is added to it.
+            folder: Holds the model; the target's tokenizer files are added to it, unchanged.
         """
         task = self.task
         target = task.recipe.target
-        from transformers import AutoTokenizer  # seconds to import, for the driver as well
-
-        tokenizer = AutoTokenizer.from_pretrained(
-            target.model, revision=target.revision, trust_remote_code=target.trust_remote_code
-        )
-        tokenizer.save_pretrained(folder)
-        for file in sorted(folder.iterdir()):
-            task.store.upload(str(file), f"{task.run.folder}/model/{file.name}")
+        own = find_folder(target.model, target.revision, TOKENIZER_FILES)
+        copy_files(own, folder, TOKENIZER_FILES)
+        for file in list_files(folder, ("**/*",)):
+            name = file.relative_to(folder).as_posix()
+            task.store.upload(str(file), f"{task.run.folder}/model/{name}")
         self.recorder.upload()
         done = {
             "fingerprint": task.run.fingerprint,

@@ -23,6 +23,7 @@ from rayfuse.models.files import (
     forget_model_files,
     read_model_files,
 )
+from rayfuse.models.folder import TOKENIZER_FILES, copy_files
 from rayfuse.models.tokenizer import load_tokenizer
 from tests.fakes import byte_level_tokenizer, save_model, save_tokenizer
 
@@ -308,3 +309,34 @@ def test_error_inside_a_models_code_names_the_model(model):
     edit_config(model, rope_parameters={"rope_type": "default", "rope_theta": "x"})
     with pytest.raises(UserError, match=f"model is '{model.model}', which cannot be loaded"):
         load_causal_lm(model, "cpu")
+
+
+def test_values_that_are_not_finite_name_the_dtype_and_the_remedy(model):
+    rewrite(model, lambda tensors: tensors | {LAYER: tensors[LAYER] * 1e9})
+    half = model.model_copy(update={"dtype": "float16"})
+    with pytest.raises(UserError, match=r"not finite in float16; set its dtype to bfloat16"):
+        load_causal_lm(half, "cpu")
+
+
+def test_published_tokenizer_files_are_the_targets_byte_for_byte(valid, tmp_path):
+    source = shutil.copytree(valid, tmp_path / "source")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/tools.jinja").write_text("{{ tools }}")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    copy_files(source, tmp_path / "published", TOKENIZER_FILES)
+    published = {
+        file.relative_to(tmp_path / "published").as_posix(): file.read_bytes()
+        for file in (tmp_path / "published").rglob("*")
+        if file.is_file()
+    }
+    assert {"tokenizer.json", "additional_chat_templates/tools.jinja"} <= published.keys()
+    assert all((source / name).read_bytes() == data for name, data in published.items())
+    assert "model.safetensors" not in published
+
+
+def test_link_out_of_a_model_folder_is_not_published(valid, tmp_path):
+    source = shutil.copytree(valid, tmp_path / "source")
+    (tmp_path / "secret").write_text("secret")
+    (source / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=r"chat_template.jinja is a link to a file outside"):
+        copy_files(source, tmp_path / "published", TOKENIZER_FILES)

@@ -13,7 +13,7 @@ Three measures against an out-of-memory (OOM) error, in this order:
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -53,15 +53,20 @@ class BatchScorer:
     """
 
     def __init__(
-        self, score_batch: Callable[[TokenRows], PendingBatch], *, batch_tokens: int
+        self,
+        score_batch: Callable[[TokenRows], PendingBatch],
+        *,
+        batch_tokens: int,
+        boundaries: Sequence[int] = (),
     ) -> None:
         """Take the function that scores one batch, and the size to start with.
 
         Args:
             score_batch: Scores rows as one batch; raises an out-of-memory error if it must.
             batch_tokens: Tokens of a batch, padding included.
+            boundaries: As for `batch_by_tokens`.
         """
-        self.score_batch = score_batch
+        self.score_batch, self.boundaries = score_batch, boundaries
         self.configured_tokens = batch_tokens
         self.batch_tokens = batch_tokens
         """Tokens of a batch at present; halved after every OOM error."""
@@ -116,7 +121,7 @@ class BatchScorer:
         results: Results = {}
         pending: tuple[list[int], PendingBatch] | None = None
         lengths = [len(rows[index]) for index in indices]
-        for places in batch_by_tokens(lengths, self.batch_tokens):
+        for places in batch_by_tokens(lengths, self.batch_tokens, self.boundaries):
             batch = [indices[place] for place in places]
             for part, answer in self._score_parts([rows[index] for index in batch]):
                 if isinstance(answer, Failure):

@@ -19,9 +19,13 @@ class TransformersEngine:
 
     def __init__(self, source: ModelSettings, settings: CaptureSettings) -> None:
         self.settings = settings
-        self.batches = BatchScorer(self._start_batch, batch_tokens=settings.batch_tokens)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.lm = load_causal_lm(source, device)
+        self.batches = BatchScorer(
+            self._start_batch,
+            batch_tokens=settings.batch_tokens,
+            boundaries=self.lm.length_boundaries,
+        )
         tokenizer = load_recipe_tokenizer(source)
         known = np.zeros(self.lm.head.out_features, dtype=bool)
         known[: tokenizer.vocab_size] = tokenizer.known_ids()
