@@ -97,8 +97,6 @@ class RunDataSet:
     stage: str
     """As in `STAGES`."""
     data: DataSet
-    corpus: DataSet | None = None
-    """The corpus that it must have the rows of, in the same order."""
 
     @property
     def label(self) -> str:
@@ -113,8 +111,8 @@ def list_data_sets(layout: Layout) -> list[RunDataSet]:
     return [
         RunDataSet("corpus", layout.corpus),
         RunDataSet("corpus", layout.held_out),
-        *(RunDataSet("capture", data, layout.corpus) for data in layout.captured.values()),
-        *(RunDataSet("align", data, layout.corpus) for data in layout.aligned.values()),
+        *(RunDataSet("capture", data) for data in layout.captured.values()),
+        *(RunDataSet("align", data) for data in layout.aligned.values()),
     ]
 
 
@@ -128,7 +126,7 @@ def read_statuses(layout: Layout) -> dict[str, Status]:
     manifest = layout.corpus.read_manifest()
     num_shards = manifest.num_shards if manifest else None
     return {
-        part.label: read_status(part.data, None if part.corpus is None else num_shards)
+        part.label: read_status(part.data, num_shards if part.data.inputs else None)
         for part in list_data_sets(layout)
     }
 
@@ -176,7 +174,7 @@ def verify_layout(layout: Layout, progress: Progress) -> dict[str, Verified]:
         def report(done: int, total: int, label: str = part.label) -> None:
             progress(ProgressEvent("verify", label, done, total, "shards"))
 
-        found[part.label] = verify_data_set(part.data, part.corpus, report)
+        found[part.label] = verify_data_set(part.data, report)
     return found
 
 
@@ -191,7 +189,7 @@ def repair_layout(recipe: Recipe, layout: Layout, found: dict[str, Verified]) ->
     stages: list[str] = []
     for part in list_data_sets(layout):
         run: dict[str, Any] = {"recipe": dump_recipe(recipe)}
-        if part.corpus is not None:
+        if part.data.inputs:
             run["source"] = part.data.name
         repair_data_set(part.data, found[part.label], run)
         if found[part.label].corrupt:

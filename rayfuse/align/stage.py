@@ -8,12 +8,22 @@ import ray
 from ray.data import TaskPoolStrategy
 
 from rayfuse.align.method import IdMap, MapInputs, StoredMap, load_method
-from rayfuse.align.task import AlignTask, align_committed, plan_task, write_map
+from rayfuse.align.task import (
+    MAP,
+    AlignTask,
+    align_committed,
+    encode_map,
+    plan_task,
+    record_of_map,
+    write_map_record,
+)
 from rayfuse.config.base import UserError
 from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.run.layout import Layout
 from rayfuse.runtime.progress import Progress, ProgressEvent
 from rayfuse.runtime.resources import TASK_RETRIES, limit_cpu_tasks
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.files import hash_bytes
 from rayfuse.storage.todo import list_missing, split_shards
 
 
@@ -36,7 +46,7 @@ def align_sources(recipe: Recipe, layout: Layout, progress: Progress) -> None:
         manifest = captured.read_manifest()
         assert manifest is not None, "the source is captured completely"
         num_shards = manifest.num_shards
-        missing = list_missing(aligned, num_shards)
+        missing = list_missing(aligned, num_shards, partial(_report, progress, source.name))
         task = plan_task(recipe, layout, source)
         if missing:
             rows = ray.data.from_arrow(split_shards(missing)).map_batches(
@@ -48,6 +58,10 @@ def align_sources(recipe: Recipe, layout: Layout, progress: Progress) -> None:
             for done, _ in enumerate(rows.iter_rows(), num_shards - len(missing) + 1):
                 progress(ProgressEvent("align", source.name, done, num_shards, "shards"))
         aligned.finish(num_shards)
+
+
+def _report(progress: Progress, part: str, note: str) -> None:
+    progress(ProgressEvent("align", part, note=note))
 
 
 def align_batch(batch: pa.Table, task: AlignTask) -> pa.Table:
@@ -63,12 +77,24 @@ def build_vocab_maps(recipe: Recipe, layout: Layout, progress: Progress) -> None
     stored_map = load_method(recipe.align.method).stored_map
     for source in recipe.sources:
         map_file = layout.map_files.get(source.name)
-        if map_file is None or map_file.removeprefix("maps/") in present:
+        if map_file is None or record_of_map(map_file).removeprefix("maps/") in present:
             continue
         assert stored_map is not None, "the layout names files only for methods that store a map"
         inputs = MapInputs(source, recipe.target, layout.corpus)
         id_map = _compute_map(inputs, stored_map, f"map of {source.name}", progress)
-        write_map(layout.store, map_file, id_map)
+        layout.store.create(map_file, encode_map(id_map))  # another job may have been first
+        content = layout.store.read(map_file)
+        _drop_aligned_by_another(layout.aligned[source.name], content, progress)
+        write_map_record(layout.store, map_file, content)
+
+
+def _drop_aligned_by_another(aligned: DataSet, content: bytes, progress: Progress) -> None:
+    """Drop the shards that were aligned by another map than the one that is written now."""
+    sha256 = hash_bytes(content)["sha256"]
+    stale = [s for s, c in aligned.commits().items() if c.inputs.get(MAP, sha256) != sha256]
+    if stale:
+        _report(progress, aligned.name, "the vocabulary map has changed: shards are aligned again")
+        aligned.drop_shards(stale)
 
 
 def _compute_map(inputs: MapInputs, stored_map: StoredMap, part: str, progress: Progress) -> IdMap:

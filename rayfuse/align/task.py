@@ -18,9 +18,14 @@ from rayfuse.models.tokenizer import TextTokenizer
 from rayfuse.run.layout import Layout
 from rayfuse.runtime.metrics import count_work
 from rayfuse.storage.dataset import DataSet
-from rayfuse.storage.manifest import Commit, ShardError
+from rayfuse.storage.files import hash_bytes, read_listed, write_record
+from rayfuse.storage.manifest import Commit, check_inputs, list_changed_inputs
 from rayfuse.storage.parquet import read_parquet
+from rayfuse.storage.seal import REMEDY, ShardError
 from rayfuse.storage.store import Store
+
+MAP = "map"
+"""The vocabulary map among the inputs of an aligned shard."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +66,19 @@ def plan_align_step(
 ) -> Callable[[int], None]:
     """Plan the step that aligns a shard of one source right after it is captured.
 
-    The step takes the shard's number and can be pickled. It keeps a shard that is aligned already:
-    the captured rows are the same.
+    The step takes the shard's number and can be pickled. It keeps a shard that is aligned already
+    from the same rows.
     """
     return partial(_align_if_missing, plan_task(recipe, layout, source))
 
 
 def _align_if_missing(task: AlignTask, shard: int) -> None:
-    if not task.aligned.is_committed(shard):
-        align_committed(task, shard)
+    if task.aligned.is_committed(shard):
+        inputs = {data.stage: data.read_commit(shard) for data in (task.corpus, task.captured)}
+        if not list_changed_inputs(task.aligned.read_commit(shard), inputs):
+            return
+        task.aligned.drop_shards([shard])
+    align_committed(task, shard)
 
 
 def align_committed(task: AlignTask, shard: int) -> Commit:
@@ -79,58 +88,99 @@ def align_committed(task: AlignTask, shard: int) -> Commit:
         ShardError: As for `align_captured`.
     """
     began = time.monotonic()
-    table, stats = align_captured(task, shard)
+    table, stats, inputs = align_captured(task, shard)
     tokens = int(stats["positions"])
-    commit = task.aligned.write_shard(shard, table, tokens=tokens, stats=stats)
+    commit = task.aligned.write_shard(shard, table, tokens=tokens, stats=stats, inputs=inputs)
     seconds = time.monotonic() - began
     count_work("align", task.name, rows=commit.rows, tokens=tokens, seconds=seconds)
     return commit
 
 
-def align_captured(task: AlignTask, shard: int) -> tuple[pa.Table, dict[str, float]]:
-    """Align a captured shard, without storing it; return its ALIGNED rows and their sums.
+def align_captured(
+    task: AlignTask, shard: int
+) -> tuple[pa.Table, dict[str, float], dict[str, str]]:
+    """Align a captured shard, without storing it; return ALIGNED rows, their sums, and the inputs.
 
     Raises:
         ShardError: A shard that is read is missing or corrupt, or the captured shard does not
             belong to the corpus shard; then the message names the shard, the row and, where it
             can, the position.
     """
-    corpus = task.corpus.read_shard(task.corpus.read_commit(shard))
-    commit = task.captured.read_commit(shard)
+    corpus_commit, commit = task.corpus.read_commit(shard), task.captured.read_commit(shard)
+    check_inputs(commit, {"corpus": corpus_commit}, task.captured.folder)
+    corpus = task.corpus.read_shard(corpus_commit)
     captured = task.captured.read_shard(commit)
     # Frozen pydantic models do hash; the type checker does not know.
-    alignment = load_alignment(task)  # pyright: ignore[reportArgumentType]
+    alignment, map_sha256 = load_alignment(task)  # pyright: ignore[reportArgumentType]
+    inputs = {"corpus": corpus_commit.identity, "captured": commit.identity}
+    inputs |= {MAP: map_sha256} if map_sha256 else {}
     try:
-        return align_shard(corpus, captured, alignment)
+        return (*align_shard(corpus, captured, alignment), inputs)
     except ValueError as error:
         name = f"{task.captured.folder}/{commit.file}"
         raise ShardError(f"{name}: {error}; remove it and capture the shard again") from error
 
 
 @lru_cache(maxsize=8)
-def load_alignment(task: AlignTask) -> Alignment:
+def load_alignment(task: AlignTask) -> tuple[Alignment, str]:
     """Load both vocabularies and the vocabulary map of a task; once per process and task.
+
+    Returns:
+        What aligns the rows, and the sha256 of the vocabulary map: empty for methods without one.
 
     Raises:
         FileNotFoundError: The method's vocabulary map is not stored yet.
+        ShardError: It is corrupt.
     """
     source, target = load_recipe_tokenizer(task.source), load_recipe_tokenizer(task.target)
-    maps = None
-    if task.map_file is not None:
-        maps = read_maps(task.aligned.store, task.map_file, source, target)
-    return build_alignment(source, target, task.method, maps)
+    if task.map_file is None:
+        return build_alignment(source, target, task.method, None), ""
+    content = read_map(task.aligned.store, task.map_file)
+    maps = decode_map(content, task.map_file, source, target)
+    return build_alignment(source, target, task.method, maps), hash_bytes(content)["sha256"]
 
 
-def read_maps(
-    store: Store, map_file: str, source: TextTokenizer, target: TextTokenizer
+def record_of_map(map_file: str) -> str:
+    """Name the record of a stored vocabulary map, which holds its size and sha256."""
+    return map_file.removesuffix(".parquet") + ".json"
+
+
+def read_map(store: Store, map_file: str) -> bytes:
+    """Read a stored vocabulary map, and check every byte of it.
+
+    Raises:
+        FileNotFoundError: It is not stored yet.
+        ShardError: It is corrupt.
+    """
+    return read_listed(store, record_of_map(map_file), map_file.removeprefix("maps/"))
+
+
+def decode_map(
+    content: bytes, map_file: str, source: TextTokenizer, target: TextTokenizer
 ) -> VocabMaps:
-    """Read a stored vocabulary map, and build the three maps from it."""
-    table = read_parquet(store.read(map_file))
-    return build_maps(table["target_id"].to_numpy(), source, target)
+    """Decode a stored vocabulary map, and build the three maps from it.
+
+    Raises:
+        ShardError: It is not a map from the one vocabulary to the other.
+    """
+    plain = read_parquet(content)["target_id"].to_numpy()
+    is_inside = len(plain) == source.vocab_size and plain.min() >= -1
+    if not is_inside or plain.max() >= target.vocab_size:
+        raise ShardError(
+            f"{map_file} maps {len(plain)} tokens to ids from {plain.min()} to {plain.max()}; the "
+            f"source has {source.vocab_size} tokens, the target {target.vocab_size}: {REMEDY}"
+        )
+    return build_maps(plain, source, target)
 
 
-def write_map(store: Store, map_file: str, id_map: IdMap) -> None:
-    """Store a vocabulary map, the target id of each source id; a map that exists is kept."""
+def encode_map(id_map: IdMap) -> bytes:
+    """Encode a vocabulary map, the target id of each source id."""
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"target_id": id_map}), sink, compression="zstd")
-    store.create(map_file, sink.getvalue().to_pybytes())
+    return sink.getvalue().to_pybytes()
+
+
+def write_map_record(store: Store, map_file: str, content: bytes) -> None:
+    """Write the record of a vocabulary map that is stored."""
+    files = {map_file.removeprefix("maps/"): hash_bytes(content)}
+    write_record(store, record_of_map(map_file), {}, files)

@@ -81,7 +81,11 @@ def _plan_source(
     manifest = layout.corpus.read_manifest()
     assert manifest is not None, "the corpus is complete"
     num_shards = manifest.num_shards
-    todo = list_missing(captured, num_shards)
+
+    def note(text: str) -> None:
+        progress(ProgressEvent("capture", source.name, note=text))
+
+    todo = list_missing(captured, num_shards, note)
     done = set(range(num_shards)).difference(todo)
     if not is_first:
         # Another job may be capturing the same source: in random order both seldom take the same
@@ -90,7 +94,7 @@ def _plan_source(
     gpus = count_actor_gpus(source)
     dtype = settle_dtype(captured, source.dtype, on_gpu=gpus > 0)
     if source.dtype == "auto" and not is_first:
-        progress(ProgressEvent("capture", source.name, note=f"resumes in {dtype}, as it started"))
+        note(f"resumes in {dtype}, as it started")
     settings = recipe.capture.model_copy(
         update={"batch_tokens": source.batch_tokens or recipe.capture.batch_tokens}
     )

@@ -60,7 +60,8 @@ class ShardCapturer:
         """
         if self.captured.is_committed(shard):
             return self._describe(self.captured.read_commit(shard))
-        corpus = self.corpus.read_shard(self.corpus.read_commit(shard))
+        corpus_commit = self.corpus.read_commit(shard)
+        corpus = self.corpus.read_shard(corpus_commit)
         rows = tokenise_rows(corpus, self.tokenizer)
         with self.model_lock:
             began = time.monotonic()
@@ -81,6 +82,7 @@ class ShardCapturer:
                 "idle_seconds": idle_seconds,
             },
             worker=self.worker,
+            inputs={"corpus": corpus_commit.identity},
         )
         return self._describe(commit)
 

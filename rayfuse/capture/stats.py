@@ -1,13 +1,14 @@
 """Throughput, cost and counts of a running capture, for the terminal and metrics.jsonl."""
 
-import json
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from rayfuse.capture.shard import ShardStats
 from rayfuse.config.base import UserError
 from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.seal import seal
 
 MIN_ROWS = 100
 """Rows below which a share of rejects is not compared: a few would exceed any share."""
@@ -158,7 +159,7 @@ class StatsAccumulator:
             )
 
 
-def to_line(stats: CaptureStats) -> dict[str, object]:
+def to_line(stats: CaptureStats) -> dict[str, Any]:
     """Convert stats to a line of metrics.jsonl."""
     return {
         name: round(value, 4) if isinstance(value, float) else value
@@ -172,12 +173,12 @@ class MetricsLog:
     def __init__(self, data: DataSet) -> None:
         self.store, self.name = data.store, f"{data.folder}/metrics.jsonl"
         try:
-            self.lines = self.store.read(self.name).decode().splitlines()
+            self.lines = self.store.read(self.name).splitlines()
         except FileNotFoundError:
-            self.lines: list[str] = []
+            self.lines: list[bytes] = []
         self.written = -METRICS_SECONDS
 
-    def write(self, line: dict[str, object], *, is_last: bool) -> None:
+    def write(self, line: dict[str, Any], *, is_last: bool) -> None:
         """Append a line, unless the previous one is recent.
 
         Object storage cannot append, so each write replaces the file.
@@ -185,5 +186,5 @@ class MetricsLog:
         if not is_last and time.monotonic() - self.written < METRICS_SECONDS:
             return
         self.written = time.monotonic()
-        self.lines.append(json.dumps(line))
-        self.store.write(self.name, ("\n".join(self.lines) + "\n").encode())
+        self.lines.append(seal(line, indent=None))
+        self.store.write(self.name, b"\n".join(self.lines) + b"\n")

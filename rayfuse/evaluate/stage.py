@@ -45,7 +45,8 @@ from rayfuse.runtime.resources import (
     gpu_options,
 )
 from rayfuse.storage.dataset import DataSet
-from rayfuse.storage.manifest import Commit, ShardError
+from rayfuse.storage.manifest import Commit, check_inputs
+from rayfuse.storage.seal import REMEDY, ShardError
 from rayfuse.storage.store import Store
 
 ENSEMBLE, MERGED = "ensemble", "merged"
@@ -313,9 +314,10 @@ def score_shards(job: ScoringJob, shards: list[int], merge: object = None) -> Sc
     with local_model(job.model, job.held_out.store, job.own_folder) as model:
         lm, tokenizer = load_scored_model(model), load_recipe_tokenizer(model)
         for shard in shards:
-            rows = job.held_out.read_shard(job.held_out.read_commit(shard))
+            commit = job.held_out.read_commit(shard)
+            rows = job.held_out.read_shard(commit)
             if job.token_nll is not None and job.token_nll.is_committed(shard):
-                token_nll = read_nll_table(_read_same_rows(job.token_nll, shard, rows))
+                token_nll = read_nll_table(_read_same_rows(job.token_nll, commit, rows))
             else:
                 token_nll = score_tokens(
                     lm,
@@ -328,7 +330,9 @@ def score_shards(job: ScoringJob, shards: list[int], merge: object = None) -> Sc
             shard_tokens = sum(len(row.ends) for row in token_nll)
             if job.token_nll is not None:
                 table = build_nll_table(rows["row_id"].to_pylist(), token_nll)
-                job.token_nll.write_shard(shard, table, tokens=shard_tokens)
+                job.token_nll.write_shard(
+                    shard, table, tokens=shard_tokens, inputs={"corpus": commit.identity}
+                )
             documents += score_documents(rows, sum_rows(token_nll))
             num_rows += len(token_nll)
             num_tokens += shard_tokens
@@ -344,24 +348,28 @@ def average_shards(held_out: DataSet, token_nll: list[DataSet], shards: list[int
     began = time.monotonic()
     documents: list[DocumentScore] = []
     for shard in shards:
-        rows = held_out.read_shard(held_out.read_commit(shard))
-        sources = [read_nll_table(_read_same_rows(data, shard, rows)) for data in token_nll]
+        commit = held_out.read_commit(shard)
+        rows = held_out.read_shard(commit)
+        sources = [read_nll_table(_read_same_rows(data, commit, rows)) for data in token_nll]
         ensemble = [average_sources(row) for row in zip(*sources, strict=True)]
         documents += score_documents(rows, sum_rows(ensemble))
     return ScoredShards(sum_documents(documents), time.monotonic() - began)
 
 
-def _read_same_rows(data: DataSet, shard: int, rows: pa.Table) -> pa.Table:
-    """Read a shard, and check that it holds the same rows as a table.
+def _read_same_rows(data: DataSet, rows_commit: Commit, rows: pa.Table) -> pa.Table:
+    """Read the shard that was made from held-out rows, and check that it holds the same rows.
 
     Raises:
         ShardError: It is missing or corrupt, or holds other rows.
     """
-    table = data.read_shard(data.read_commit(shard))
+    shard = rows_commit.shard
+    commit = data.read_commit(shard)
+    check_inputs(commit, {"corpus": rows_commit}, data.folder)
+    table = data.read_shard(commit)
     if not table["row_id"].equals(rows["row_id"]):
         raise ShardError(
             f"{data.store.root}/{data.folder}: shard {shard} holds other rows than the held-out "
-            "text; remove the folder and run `rayfuse evaluate`"
+            f"text; {REMEDY}"
         )
     return table
 

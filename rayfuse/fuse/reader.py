@@ -14,7 +14,8 @@ from rayfuse.fuse.rules import OpenSource, give_tail_to, load_rule, make_empty, 
 from rayfuse.fuse.source_filter import select_active_sources
 from rayfuse.storage.codec import EncodedTopK, TopK, flatten_column
 from rayfuse.storage.dataset import DataSet
-from rayfuse.storage.manifest import ShardError
+from rayfuse.storage.manifest import check_inputs
+from rayfuse.storage.seal import ShardError
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,9 @@ class ShardReader:
         return join_rows(parts)
 
     def _open_shard(self, shard: int) -> OpenShard:
+        inputs = {"corpus": self.commits[0][shard]}
+        for data, commits in zip(self.data[1:], self.commits[1:], strict=True):
+            check_inputs(commits[shard], inputs, data.folder)
         corpus, *aligned = (
             data.read_shard(commits[shard], columns)
             for data, commits, columns in zip(

@@ -153,7 +153,7 @@ def _measure_mass(recipe: Recipe, layout: Layout, name: str) -> dict[str, Any]:
         return {"captured_mass": None, "captured_note": note}
     source = next(known for known in recipe.sources if known.name == name)
     shard = min(commits)
-    _, stats = align_captured(plan_task(recipe, layout, source), shard)
+    _, stats, _ = align_captured(plan_task(recipe, layout, source), shard)
     signals = max(stats["with_signal"], 1.0)
     captured = 1 - stats["captured_tail_mass"] / signals
     kept = 1 - stats["tail_mass"] / signals

@@ -17,7 +17,8 @@ from rayfuse.fuse.source_filter import is_noise
 from rayfuse.report.spans import ShardSpan, read_spans
 from rayfuse.run.layout import Layout, Merge, TrainRun
 from rayfuse.storage.dataset import DataSet
-from rayfuse.storage.manifest import Commit, ShardError
+from rayfuse.storage.manifest import Commit
+from rayfuse.storage.seal import ShardError
 from rayfuse.storage.store import Store
 
 MAX_SHARDS = 64

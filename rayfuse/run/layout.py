@@ -110,8 +110,8 @@ def name_folders(recipe: Recipe, found: Prepared) -> Layout:
     store, target = found.store, found.tokenizers[TARGET]
     corpus = place_rows(store, "", found.corpus.segmentation.fingerprint, target)
     held_out = place_rows(store, "held-out", found.held_out.segmentation.fingerprint, target)
-    captured = _name_captured(recipe, found)
-    aligned = _name_aligned(recipe, found, captured)
+    captured = _name_captured(recipe, found, corpus)
+    aligned = _name_aligned(recipe, found, captured, corpus)
     runs = _name_runs(recipe, found, corpus, aligned)
     return Layout(
         store=store,
@@ -127,7 +127,7 @@ def name_folders(recipe: Recipe, found: Prepared) -> Layout:
     )
 
 
-def _name_captured(recipe: Recipe, found: Prepared) -> dict[str, DataSet]:
+def _name_captured(recipe: Recipe, found: Prepared, corpus: DataSet) -> dict[str, DataSet]:
     fingerprints = {
         source.name: fingerprint_captured(
             recipe,
@@ -139,13 +139,13 @@ def _name_captured(recipe: Recipe, found: Prepared) -> dict[str, DataSet]:
         for source in recipe.sources
     }
     return {
-        name: DataSet(found.store, "captured", name, fingerprint)
+        name: DataSet(found.store, "captured", name, fingerprint, (corpus,))
         for name, fingerprint in fingerprints.items()
     }
 
 
 def _name_aligned(
-    recipe: Recipe, found: Prepared, captured: dict[str, DataSet]
+    recipe: Recipe, found: Prepared, captured: dict[str, DataSet], corpus: DataSet
 ) -> dict[str, DataSet]:
     fingerprints = {
         name: fingerprint_aligned(
@@ -157,7 +157,7 @@ def _name_aligned(
         for name, data in captured.items()
     }
     return {
-        name: DataSet(found.store, "aligned", name, fingerprint)
+        name: DataSet(found.store, "aligned", name, fingerprint, (corpus, captured[name]))
         for name, fingerprint in fingerprints.items()
     }
 
@@ -216,7 +216,9 @@ def _name_evaluation(
             for name, fingerprint in fingerprints.items()
         },
         token_nll={
-            name: DataSet(found.store, "evaluate", f"tokens-{name}", fingerprints[name])
+            name: DataSet(
+                found.store, "evaluate", f"tokens-{name}", fingerprints[name], (held_out,)
+            )
             for name in ensemble
         },
         merge=merge,

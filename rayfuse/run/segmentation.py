@@ -5,7 +5,8 @@ the rows and make all captured shards useless. The first segmentation that somet
 from is therefore recorded, and later recipes over the same documents reuse it.
 """
 
-import json
+import re
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,11 @@ from rayfuse.config.models import ModelSettings
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.run.fingerprint import fingerprint_of
 from rayfuse.storage.dataset import DataSet
-from rayfuse.storage.manifest import ShardError, decode_run
+from rayfuse.storage.manifest import decode_run
+from rayfuse.storage.seal import REMEDY, ShardError, seal, unseal
 from rayfuse.storage.store import Store
+
+RECORD_FILE = re.compile(r"(?:held-out-)?segmentation-[0-9a-f]{12}\.json")
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,8 @@ def plan_segmentation(
         resplit: Split them for these models even if another segmentation is recorded.
 
     Raises:
-        UserError: The record of an earlier segmentation is corrupt, or a stored corpus has another
-            schema version.
+        ShardError: The record of an earlier segmentation is corrupt.
+        UserError: A stored corpus has another schema version.
     """
     target = load_recipe_tokenizer(models[0]).content_hash
     prefix = f"{name}-" if name else ""
@@ -112,10 +116,10 @@ def write_segmentation(store: Store, segmentation: Segmentation) -> None:
         "cut_for": [
             {"model": model.model, "revision": model.revision} for model in segmentation.split_for
         ],
-        "tokenizers": segmentation.tokenizers,
+        "tokenizers": list(segmentation.tokenizers),
     }
     # A conditional PUT: of two recipes that start at once, one records and the other must reuse.
-    store.create(segmentation.record_file, json.dumps(record, indent=1).encode())
+    store.create(segmentation.record_file, seal(record))
 
 
 def _split_for(
@@ -149,7 +153,7 @@ def _check_versions(store: Store) -> None:
 
 def _read_record(store: Store, record_file: str) -> Segmentation | None:
     try:
-        record = json.loads(store.read(record_file))
+        record = unseal(store.read(record_file), f"{store.root}/{record_file}")
         return Segmentation(
             fingerprint=record["rows"],
             record_file=record_file,
@@ -162,7 +166,17 @@ def _read_record(store: Store, record_file: str) -> Segmentation | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{store.root}/{record_file} is corrupt ({error}); remove it: the next run writes it "
-            "again"
-        ) from error
+        raise ShardError(f"{store.root}/{record_file} is corrupt ({error}); {REMEDY}") from error
+
+
+def find_corrupt_records(store: Store) -> Iterator[tuple[str, str]]:
+    """Yield the records of segmentations that are corrupt, each with the reason.
+
+    Any recipe over the same documents reads them, also before its own folders have names.
+    """
+    for file in store.sizes("corpus"):
+        if RECORD_FILE.fullmatch(file):
+            try:
+                _read_record(store, f"corpus/{file}")
+            except ShardError as error:
+                yield f"corpus/{file}", str(error)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,36 +13,23 @@ import pyarrow as pa
 from rayfuse.config.base import UserError
 from rayfuse.runtime.logging import log_event
 from rayfuse.schema import SCHEMA_VERSION
+from rayfuse.storage.listing import NUM_READERS, list_files, list_shards
 from rayfuse.storage.manifest import (
-    REMEDY,
     Commit,
     Manifest,
-    ShardError,
+    Reject,
     build_manifest,
     check_version,
     decode_commit,
     decode_manifest,
     decode_records,
     decode_run,
-    encode_json,
     encode_records,
+    hash_text,
 )
 from rayfuse.storage.parquet import decode_origin, encode_table, read_parquet
+from rayfuse.storage.seal import REMEDY, ShardError, seal
 from rayfuse.storage.store import Store
-
-NUM_READERS = 32
-"""Small records that are read, or parts of a folder that are listed, concurrently."""
-
-MANY_SHARDS = 20_000
-"""From here on folders are listed in parts."""
-
-
-@dataclass(frozen=True)
-class Reject:
-    """A row or document that could not be used."""
-
-    name: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -56,6 +43,8 @@ class DataSet:
     """Its name within the stage, such as the source's; empty where the stage has one data set."""
     fingerprint: str
     """Hash of all settings and inputs that decide the shards' content."""
+    inputs: tuple["DataSet", ...] = ()
+    """The data sets that its shards are made from: shard N from their shards N."""
 
     @property
     def folder(self) -> str:
@@ -74,7 +63,7 @@ class DataSet:
             ShardError: The run record is corrupt.
         """
         record = {"fingerprint": self.fingerprint, "schema_version": SCHEMA_VERSION} | run
-        if self.store.create(f"{self.folder}/run.json", encode_json(record)):
+        if self.store.create(f"{self.folder}/run.json", seal(record)):
             return True
         found = self.read_run().get("fingerprint")
         if found != self.fingerprint:
@@ -104,6 +93,7 @@ class DataSet:
         rejects: Iterable[Reject] = (),
         stats: dict[str, float] | None = None,
         worker: str = "",
+        inputs: Mapping[str, str] | None = None,
     ) -> Commit:
         """Write a table as a shard and commit it; the first commit of a shard is kept.
 
@@ -113,14 +103,16 @@ class DataSet:
             tokens: Number of tokens in them.
             rejects: Rows or documents that could not be used.
             stats: Sums over the shard.
-            worker: The name of the worker that wrote it.
+            worker: The worker's name.
+            inputs: What it was made from: by stage, the `identity` of the input's commit.
 
         Returns:
             The shard's commit: this call's, or an earlier one.
         """
         attempt = uuid.uuid4().hex[:12]
         data = encode_table(table, self.fingerprint, shard)
-        rejected = [asdict(reject) for reject in rejects]
+        rejected = [json.dumps(asdict(reject)) + "\n" for reject in rejects]
+        rejects_data = "".join(rejected).encode()
         commit = Commit(
             shard=shard,
             file=f"data/{shard:05d}-{attempt}.parquet",
@@ -132,13 +124,15 @@ class DataSet:
             attempt=attempt,
             stats=stats or {},
             worker=worker,
+            rejects_sha256=hashlib.sha256(rejects_data).hexdigest() if rejected else "",
+            text_sha256=hash_text(table) if "text" in table.column_names else "",
+            inputs=dict(inputs or {}),
         )
         self.store.write(f"{self.folder}/{commit.file}", data)
         if rejected:
-            lines = "".join(json.dumps(reject) + "\n" for reject in rejected)
-            self.store.write(f"{self.folder}/rejects/{shard:05d}.jsonl", lines.encode())
+            self.store.write(f"{self.folder}/rejects/{shard:05d}.jsonl", rejects_data)
         # The commit point: readers start from this record, so the shard is visible from here on.
-        is_first = self.store.create(self._commit_name(shard), encode_json(asdict(commit)))
+        is_first = self.store.create(self._commit_name(shard), seal(asdict(commit)))
         log_event(
             "committed" if is_first else "already committed by another worker",
             run=self.store.root,
@@ -153,10 +147,6 @@ class DataSet:
             return commit
         self.store.remove(f"{self.folder}/{commit.file}")
         return self.read_commit(shard)
-
-    def replace_commit(self, commit: Commit) -> None:
-        """Replace a shard's commit record; only for a migration, when no worker writes shards."""
-        self.store.write(self._commit_name(commit.shard), encode_json(asdict(commit)))
 
     def read_shard(self, commit: Commit, columns: list[str] | None = None) -> pa.Table:
         """Read a committed shard and check it against its record's sha256.
@@ -182,21 +172,36 @@ class DataSet:
         Raises:
             ShardError: They are missing or corrupt.
         """
-        name, path = f"{self.folder}/{commit.file}", self._path(commit.file)
-        try:
-            data = self.store.read(name)
-            is_intact = hashlib.sha256(data).hexdigest() == commit.sha256
-            if not is_intact:  # the network may have corrupted it: read it once more
-                data = self.store.read(name)
-                is_intact = hashlib.sha256(data).hexdigest() == commit.sha256
-        except FileNotFoundError as error:
-            raise ShardError(f"{path} is missing; {REMEDY}") from error
-        if not is_intact:
-            fault = "sha256 differs" if len(data) == commit.num_bytes else f"{len(data)} bytes"
-            raise ShardError(
-                f"{path} is not what was committed: {fault}, of {commit.num_bytes}; {REMEDY}"
-            )
-        return data
+        return self._read_checked(commit.file, commit.sha256)
+
+    def _read_checked(self, name: str, sha256: str) -> bytes:
+        """Read a file and check its sha256.
+
+        Raises:
+            ShardError: It is missing or corrupt.
+        """
+        for _ in range(2):  # the network may have corrupted it: then it is read once more
+            try:
+                data = self.store.read(f"{self.folder}/{name}")
+            except FileNotFoundError as error:
+                raise ShardError(f"{self._path(name)} is missing; {REMEDY}") from error
+            if hashlib.sha256(data).hexdigest() == sha256:
+                return data
+        raise ShardError(
+            f"{self._path(name)} is not what was committed: its sha256 differs; {REMEDY}"
+        )
+
+    def read_rejects(self, commit: Commit) -> list[Reject]:
+        """Read the rejects of a shard.
+
+        Raises:
+            ShardError: They are missing or corrupt.
+        """
+        if not commit.rejects_sha256:
+            return []
+        name = f"rejects/{commit.shard:05d}.jsonl"
+        data = self._read_checked(name, commit.rejects_sha256)
+        return [Reject(**json.loads(line)) for line in data.splitlines()]
 
     def read_commit(self, shard: int) -> Commit:
         """Read one shard's commit record.
@@ -225,23 +230,7 @@ class DataSet:
         Args:
             num_shards: How many there may be, where it is known: many are listed in parallel.
         """
-        parts = self.list_files("commits", num_shards)
-        return {int(name.partition(".")[0]) for part in parts for name in part}
-
-    def list_files(self, folder: str, num_shards: int) -> Iterator[dict[str, int]]:
-        """Yield the sizes of a subfolder's files, in parts.
-
-        S3 lists a thousand names a page, and each page needs the one before it. Many shards are
-        therefore listed concurrently, by the first digits of their names. Stores that cannot list
-        by prefix would list the entire folder for each.
-        """
-        path = f"{self.folder}/{folder}"
-        if num_shards < MANY_SHARDS or not self.store.lists_by_prefix:
-            yield self.store.sizes(path)
-            return
-        with ThreadPoolExecutor(NUM_READERS) as readers:
-            prefixes = [f"{number:02d}" for number in range(100)]
-            yield from readers.map(lambda prefix: self.store.sizes(path, prefix), prefixes)
+        return list_shards(self.store, self.folder, "commits", num_shards)
 
     def commits(self, num_shards: int = 0) -> dict[int, Commit]:
         """Read the commit records by shard: the manifest's, or without one the single ones.
@@ -255,16 +244,15 @@ class DataSet:
         """
         manifest = self.read_manifest()
         if manifest is not None:
-            records = decode_records(self._read_records(manifest))
-            return {commit.shard: commit for commit in records}
+            records = self._read_records(manifest)
+            return dict(enumerate(decode_records(records, self._path(manifest.records))))
         shards = sorted(self.list_committed(num_shards))
         with ThreadPoolExecutor(NUM_READERS) as readers:
             return dict(zip(shards, readers.map(self.read_commit, shards), strict=True))
 
     def count_rejects(self, committed: Collection[int], num_shards: int) -> int:
         """Sum the rejects of committed shards, reading only the records of shards that have any."""
-        parts = self.list_files("rejects", num_shards)
-        listed = {int(name.partition(".")[0]) for part in parts for name in part}
+        listed = list_shards(self.store, self.folder, "rejects", num_shards)
         with ThreadPoolExecutor(NUM_READERS) as readers:
             found = readers.map(self.read_commit, listed.intersection(committed))
             return sum(commit.rejects for commit in found)
@@ -283,13 +271,7 @@ class DataSet:
         return decode_manifest(data, self._path("manifest.json"), self.store.root)
 
     def _read_records(self, manifest: Manifest, columns: list[str] | None = None) -> pa.Table:
-        path = self._path(manifest.records)
-        try:
-            data = self.store.read(f"{self.folder}/{manifest.records}")
-        except FileNotFoundError as error:
-            raise ShardError(f"{path} is missing; {REMEDY}") from error
-        if hashlib.sha256(data).hexdigest() != manifest.records_sha256:
-            raise ShardError(f"{path} is not what was written; {REMEDY}")
+        data = self._read_checked(manifest.records, manifest.records_sha256)
         return read_parquet(data, columns)
 
     def drop_shards(self, shards: Iterable[int]) -> None:
@@ -311,8 +293,8 @@ class DataSet:
     def drop_missing_shards(self, num_shards: int = 0) -> list[int]:
         """Remove the commit records of shards without their file, and return these shards.
 
-        It uses listings alone, and with a manifest also compares sizes. Readers detect files that
-        are corrupt in another way.
+        It uses listings alone. With a manifest it also compares sizes, and the inputs of each
+        shard: stale shards are removed, too. Readers detect files that are corrupt in another way.
 
         Args:
             num_shards: As for `list_committed`.
@@ -320,30 +302,57 @@ class DataSet:
         manifest = self.read_manifest()
         if manifest is None:
             committed = self.list_committed(num_shards)  # first: data is written before its record
-            files = self.list_files("data", num_shards)
-            missing = sorted(committed - {shard_of(name) for part in files for name in part})
+            files = list_shards(self.store, self.folder, "data", num_shards)
+            missing = sorted(committed - files)
         else:
             missing = self._find_changed(manifest)
         self.drop_shards(missing)
         return missing
 
     def _find_changed(self, manifest: Manifest) -> list[int]:
-        """List the shards with a file that is missing or has another size than was committed."""
-        records = self._read_records(manifest, ["file", "num_bytes"])
+        """List the shards that are stale, or whose file is missing or has another size."""
+        records = self._read_records(manifest, ["file", "num_bytes", "inputs"])
         unseen = dict(zip(records["file"].to_pylist(), range(manifest.num_shards), strict=True))
         num_bytes = records["num_bytes"].to_numpy()
-        for part in self.list_files("data", manifest.num_shards):
+        for part in list_files(self.store, self.folder, "data", manifest.num_shards):
             for name, size in part.items():
                 shard = unseen.get(f"data/{name}")
                 if shard is not None and num_bytes[shard] == size:
                     del unseen[f"data/{name}"]
-        return sorted(unseen.values())
+        inputs = {s: dict(of_shard) for s, of_shard in enumerate(records["inputs"].to_pylist())}
+        return sorted({*unseen.values(), *self.find_stale(inputs)})
+
+    def find_stale(self, made_from: Mapping[int, Mapping[str, str]]) -> list[int]:
+        """List the shards that were made from other inputs than there are now.
+
+        Inputs that are incomplete, or that a shard has not recorded, are not compared.
+
+        Args:
+            made_from: The `inputs` of each shard's commit.
+        """
+        stale: set[int] = set()
+        for data in self.inputs:
+            now = data.read_identities()
+            for shard, inputs in made_from.items():
+                recorded = inputs.get(data.stage)
+                if recorded is not None and now and recorded != now.get(shard):
+                    stale.add(shard)
+        return sorted(stale)
+
+    def read_identities(self) -> dict[int, str]:
+        """Read the identity of each shard of a complete data set; empty for an incomplete one."""
+        manifest = self.read_manifest()
+        if manifest is None:
+            return {}
+        records = self._read_records(manifest, ["sha256", "text_sha256"])
+        texts, files = records["text_sha256"].to_pylist(), records["sha256"].to_pylist()
+        return {s: text or file for s, (text, file) in enumerate(zip(texts, files, strict=True))}
 
     def finish(self, num_shards: int) -> None:
         """Write the manifest of a complete data set, unless it exists.
 
         Raises:
-            ShardError: Shards are missing.
+            ShardError: Shards are missing, or were made from other inputs than there are now.
         """
         if self.read_manifest() is not None:
             return
@@ -351,6 +360,13 @@ class DataSet:
         missing = sorted(set(range(num_shards)) - set(commits))
         if missing:
             raise ShardError(f"{self.folder}: {len(missing)} shards missing, first {missing[0]}")
+        stale = self.find_stale({shard: commit.inputs for shard, commit in commits.items()})
+        if stale:
+            self.drop_shards(stale)
+            raise ShardError(
+                f"{self.folder}: {len(stale)} shards, the first is {stale[0]}, were made from "
+                "other rows than there are now; run the same command again, which makes them again"
+            )
         self.write_manifest([commits[shard] for shard in range(num_shards)], self.read_run())
 
     def write_manifest(self, commits: Sequence[Commit], run: dict[str, Any]) -> Manifest:
@@ -361,13 +377,13 @@ class DataSet:
             run: The run record, which the manifest repeats.
         """
         records = encode_records(commits)
-        manifest = build_manifest(commits, records)
+        manifest = build_manifest(commits, hashlib.sha256(records).hexdigest())
         self.store.write(f"{self.folder}/{manifest.records}", records)
-        self.store.write(f"{self.folder}/manifest.json", encode_json(run | asdict(manifest)))
+        self.store.write(f"{self.folder}/manifest.json", seal(run | asdict(manifest)))
         return manifest
 
     def is_complete(self) -> bool:
-        """Check that every shard is committed and its file exists, with its committed size.
+        """Check that every shard is committed, not stale, and its file has its committed size.
 
         Raises:
             ShardError: The manifest is corrupt.
@@ -380,10 +396,4 @@ class DataSet:
         return f"{self.folder}/commits/{shard:05d}.json"
 
     def _path(self, name: str) -> str:
-        """Build a file's path or URI, for errors."""
         return f"{self.store.root}/{self.folder}/{name}"
-
-
-def shard_of(name: str) -> int:
-    """Parse the shard from a data file's name, NUMBER-ATTEMPT.parquet."""
-    return int(name.partition("-")[0])

@@ -1,6 +1,7 @@
 """A prefix in a bucket, through fsspec (`s3://` by s3fs); every request is retried."""
 
 import contextlib
+import hashlib
 import posixpath
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,14 +10,39 @@ from typing import Any
 import fsspec
 
 from rayfuse.storage.retry import RETRY_SECONDS, retry_transient
+from rayfuse.storage.seal import ShardError
 
 S3 = ("s3", "s3a")
 
 ONE_PUT_BYTES = 2**32
 """s3fs sends anything shorter than this as one PUT, so that the object appears atomically."""
 
+BLOCK_BYTES = 2**22
+"""Bytes of a file that are hashed at a time."""
+
 PARTS_AT_ONCE = 10
 """Parts of a large file that are transferred concurrently."""
+
+
+def check_name(name: str, root: str) -> None:
+    """Check that a name stays below its store's root.
+
+    Raises:
+        ShardError: It is absolute, or has an empty part, `.` or `..`.
+    """
+    if any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name:
+        raise ShardError(
+            f"the name {name!r} leads out of the storage {root}; check which processes can write "
+            "the storage, and run `rayfuse verify`"
+        )
+
+
+def hash_stream(file: Any) -> str:
+    """Compute the sha256 of an open file from its position on, as hex digits."""
+    digest = hashlib.sha256()
+    while block := file.read(BLOCK_BYTES):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -80,6 +106,11 @@ class ObjectStore:
         self._fs.get_file(self._path(name), path, **self._in_parts())
 
     @retry_transient
+    def hash_file(self, name: str) -> str:
+        with self._fs.open(self._path(name), "rb", cache_type="readahead") as file:
+            return hash_stream(file)
+
+    @retry_transient
     def create(self, name: str, data: bytes) -> bool:
         try:
             self._fs.pipe_file(self._path(name), data, mode="create", **self._one_put())
@@ -120,6 +151,7 @@ class ObjectStore:
             self._fs.rm_file(self._path(name))
 
     def _path(self, name: str) -> str:
+        check_name(name, self.root)
         return f"{self.root}/{name}"
 
     def _one_put(self) -> dict[str, int]:

@@ -3,8 +3,9 @@
 import os
 import shutil
 import uuid
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -12,8 +13,9 @@ from typing import Protocol, runtime_checkable
 import fsspec
 
 from rayfuse.config.base import UserError, first_line
-from rayfuse.storage.object_store import ObjectStore
+from rayfuse.storage.object_store import ObjectStore, check_name, hash_stream
 from rayfuse.storage.retry import RETRY_SECONDS
+from rayfuse.storage.seal import ShardError
 
 TEMPORARY_PREFIX = ".aside-"
 """Begins the names of files that are being written; listings omit them."""
@@ -27,7 +29,7 @@ PROBE_SECONDS = 30.0
 
 @runtime_checkable
 class Store(Protocol):
-    """Names and bytes. Every write is atomic."""
+    """Names and bytes. Every write is atomic, and no name or link leads outside the root."""
 
     @property
     def root(self) -> str:
@@ -67,6 +69,14 @@ class Store(Protocol):
         """Copy a file of any size into a local one.
 
         It is streamed: memory use does not depend on its size.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+        """
+        ...
+
+    def hash_file(self, name: str) -> str:
+        """Compute the sha256 of a file of any size, as hex digits.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -115,32 +125,28 @@ class LocalStore:
         return False
 
     def read(self, name: str) -> bytes:
-        return self._path(name).read_bytes()
+        return self._existing(name).read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
-        os.replace(self._write_temporary(name, data), self._path(name))
+        with self._new_file(name, f"{len(data):,} bytes") as temporary:
+            temporary.write_bytes(data)
 
     def upload(self, path: str, name: str) -> None:
-        target = self._path(name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(TEMPORARY_PREFIX + uuid.uuid4().hex)
-        try:
+        with self._new_file(name, path) as temporary:
             shutil.copyfile(path, temporary)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def download(self, name: str, path: str) -> None:
-        shutil.copyfile(self._path(name), path)
+        shutil.copyfile(self._existing(name), path)
+
+    def hash_file(self, name: str) -> str:
+        return hash_file(self._existing(name))
 
     def create(self, name: str, data: bytes) -> bool:
-        temporary = self._write_temporary(name, data)
         try:
-            os.link(temporary, self._path(name))  # atomic, and unlike rename never replaces
+            with self._new_file(name, f"{len(data):,} bytes", replace=False) as temporary:
+                temporary.write_bytes(data)
         except FileExistsError:
             return self.read(name) == data
-        finally:
-            temporary.unlink()
         return True
 
     def sizes(self, folder: str, prefix: str = "") -> dict[str, int]:
@@ -148,13 +154,13 @@ class LocalStore:
             entries = list(os.scandir(self._path(folder)))
         except FileNotFoundError:
             return {}
-        return {
-            entry.name: entry.stat().st_size
-            for entry in entries
-            if entry.name.startswith(prefix)
-            and entry.is_file()
-            and not entry.name.startswith(TEMPORARY_PREFIX)
-        }
+        found: dict[str, int] = {}
+        for entry in entries:
+            if entry.name.startswith(prefix) and not entry.name.startswith(TEMPORARY_PREFIX):
+                with suppress(FileNotFoundError):  # removed since the folder was listed
+                    if entry.is_file():
+                        found[entry.name] = entry.stat().st_size
+        return found
 
     def folders(self, folder: str) -> list[str]:
         try:
@@ -166,25 +172,67 @@ class LocalStore:
         self._path(name).unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
-        return Path(self.root, name)
+        """Build a file's path, whose folder is below the root; the file itself may be a link."""
+        check_name(name, self.root)
+        path = Path(self.root, name)
+        self._check_inside(path.parent, name)
+        return path
 
-    def _write_temporary(self, name: str, data: bytes) -> Path:
-        """Write a file beside its final name, on the disk itself, for an atomic rename."""
+    def _existing(self, name: str) -> Path:
+        """Build the path of a file that is read."""
+        path = self._path(name)
+        self._check_inside(path, name)
+        return path
+
+    def _check_inside(self, path: Path, name: str) -> None:
+        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.root)):
+            raise ShardError(
+                f"{self.root}/{name} is behind a link that leads out of the storage; replace the "
+                "link by what it names, or move the entire storage"
+            )
+
+    @contextmanager
+    def _new_file(self, name: str, what: str, *, replace: bool = True) -> Generator[Path]:
+        """Yield a temporary path, and publish the file that is written to it under its name.
+
+        Its bytes are on the disk before its name is, and its name before the call ends: a loss of
+        power never leaves a record without what it names.
+
+        Args:
+            name: The file's name.
+            what: What is written, for errors.
+            replace: An earlier file of that name is replaced; else it is a FileExistsError.
+        """
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(TEMPORARY_PREFIX + uuid.uuid4().hex)
-        with ExitStack() as on_error:
-            on_error.callback(temporary.unlink, missing_ok=True)
+        try:
             try:
-                with open(temporary, "xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
+                yield temporary
+                _sync(temporary)
             except OSError as error:
-                reason = f"{error.strerror}, writing {len(data):,} bytes"
+                reason = f"{error.strerror}, writing {what}"
                 raise OSError(error.errno, reason, str(path)) from error
-            on_error.pop_all()
-        return temporary
+            # Both are atomic; a link never replaces.
+            (os.replace if replace else os.link)(temporary, path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def hash_file(path: Path) -> str:
+    """Compute the sha256 of all bytes of a local file, as hex digits."""
+    with open(path, "rb") as file:
+        return hash_stream(file)
+
+
+def _sync(path: Path) -> None:
+    """Write a file or a folder to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def open_store(uri: str, retry_seconds: float = RETRY_SECONDS) -> Store:

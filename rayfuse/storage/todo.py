@@ -1,6 +1,6 @@
 """The shards that a stage has still to write, as blocks of a Ray Data stream."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pyarrow as pa
@@ -11,9 +11,20 @@ MAX_BLOCKS = 4096
 """Blocks of shard numbers in a Ray Data stream: the driver holds one object per block."""
 
 
-def list_missing(data: DataSet, num_shards: int) -> list[int]:
-    """List the shards that are still to be written, including committed ones without their file."""
-    data.drop_missing_shards(num_shards)
+def list_missing(data: DataSet, num_shards: int, note: Callable[[str], None]) -> list[int]:
+    """List the shards that are still to be written, including those that are stale or lost.
+
+    Args:
+        data: The data set.
+        num_shards: How many it has once it is complete.
+        note: Called with a message if shards that were written are written again.
+    """
+    dropped = data.drop_missing_shards(num_shards)
+    if dropped:
+        note(
+            f"{len(dropped)} shards, the first is {dropped[0]}, have lost their file or were made "
+            "from other rows than there are now: they are written again"
+        )
     committed = data.list_committed(num_shards)
     return [shard for shard in range(num_shards) if shard not in committed]
 

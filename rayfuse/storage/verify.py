@@ -1,6 +1,5 @@
 """Verify every shard of a data set, repair it by removing corrupt files, and read its status."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +9,16 @@ from typing import Any
 import pyarrow as pa
 
 from rayfuse.config.base import UserError
-from rayfuse.storage.dataset import DataSet, shard_of
-from rayfuse.storage.manifest import Commit, ShardError
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.listing import list_files
+from rayfuse.storage.manifest import Commit, build_manifest, parse_shard
+from rayfuse.storage.seal import ShardError, unseal
 
 NUM_READERS = 8
 """Shards that are read concurrently: a gigabyte at most."""
+
+METRICS_FILE = "metrics.jsonl"
+"""The log of a capture's speed, beside its shards: it is shown, and decides nothing."""
 
 NUM_RECORD_READERS = 32
 """Commit records that are read concurrently."""
@@ -42,20 +46,17 @@ class Verified:
     """Data files, below the root, of attempts that were killed or that lost the commit."""
 
 
-def verify_data_set(
-    data: DataSet, corpus: DataSet | None = None, report: Callable[[int, int], None] | None = None
-) -> Verified:
-    """Read every shard and check it against its commit record, and its rows against the corpus.
+def verify_data_set(data: DataSet, report: Callable[[int, int], None] | None = None) -> Verified:
+    """Read every shard and check it against its commit record and the shards it was made from.
 
     Args:
-        data: The data set; it may be incomplete.
-        corpus: The corpus that it must have the rows of, in the same order.
+        data: The data set; it may be incomplete. The first of its inputs must have the same rows.
         report: Called with the number of shards checked so far and of all shards.
 
     Raises:
         UserError: It has another schema version.
     """
-    num_shards = _count_shards(data) or (_count_shards(corpus) if corpus else 0)
+    num_shards = _count_shards(data) or (_count_shards(data.inputs[0]) if data.inputs else 0)
     shards = sorted(data.list_committed(num_shards))
     with ThreadPoolExecutor(NUM_RECORD_READERS) as readers:
         found = readers.map(lambda shard: _read_record(data, shard), shards)
@@ -63,11 +64,12 @@ def verify_data_set(
     commits = {s: record for s, record in records.items() if isinstance(record, Commit)}
     corrupt = [record for record in records.values() if isinstance(record, CorruptFile)]
     corrupt += _check_records(data, records.keys(), commits)
+    corrupt += [*_find_stale(data, commits), *_check_metrics(data)]
     bad_shards = {fault.shard for fault in corrupt}
     good = [commit for shard, commit in commits.items() if shard not in bad_shards]
     checked = 0
     with ThreadPoolExecutor(NUM_READERS) as readers:
-        for fault in readers.map(lambda commit: _check_shard(data, commit, corpus), good):
+        for fault in readers.map(lambda commit: _check_shard(data, commit), good):
             checked += 1
             corrupt += [fault] if fault else []
             if report:
@@ -110,10 +112,13 @@ def _check_records(
     except ShardError as error:
         yield CorruptFile(f"{data.folder}/run.json", str(error))
     try:
-        listed = data.commits() if data.read_manifest() else commits
+        manifest = data.read_manifest()
+        listed = data.commits() if manifest else commits
     except ShardError as error:
         yield CorruptFile(f"{data.folder}/manifest.json", str(error))
         return
+    if manifest and manifest != build_manifest(list(listed.values()), manifest.records_sha256):
+        yield CorruptFile(f"{data.folder}/manifest.json", "differs from the records beside it")
     for shard in sorted(listed.keys() | commits.keys()):
         if shard in listed and shard not in shards:
             yield CorruptFile(f"{data.folder}/commits/{shard:05d}.json", "is missing", shard)
@@ -123,7 +128,18 @@ def _check_records(
             )
 
 
-def _check_shard(data: DataSet, commit: Commit, corpus: DataSet | None) -> CorruptFile | None:
+def _find_stale(data: DataSet, commits: dict[int, Commit]) -> Iterator[CorruptFile]:
+    """Yield the shards that were made from other inputs than there are now."""
+    try:
+        stale = data.find_stale({shard: commit.inputs for shard, commit in commits.items()})
+    except ShardError:
+        return  # verifying the input reports it
+    for shard in stale:
+        reason = "is stale: it was made from other rows than there are now"
+        yield CorruptFile(f"{data.folder}/{commits[shard].file}", reason, shard)
+
+
+def _check_shard(data: DataSet, commit: Commit) -> CorruptFile | None:
     shard = commit.shard
     name = f"{data.folder}/{commit.file}"
     try:
@@ -133,8 +149,13 @@ def _check_shard(data: DataSet, commit: Commit, corpus: DataSet | None) -> Corru
         return CorruptFile(name, str(error), shard)
     if table.num_rows != commit.rows:
         return CorruptFile(name, f"has {table.num_rows} rows, not {commit.rows}", shard)
-    if corpus is None:
+    try:
+        data.read_rejects(commit)
+    except ShardError as error:
+        return CorruptFile(f"{data.folder}/rejects/{shard:05d}.jsonl", str(error), shard)
+    if not data.inputs:
         return None
+    corpus = data.inputs[0]
     try:
         rows = corpus.read_shard(corpus.read_commit(shard), columns=["row_id"])
     except (ShardError, UserError, pa.ArrowException, OSError):
@@ -152,9 +173,9 @@ def _find_orphans(data: DataSet, commits: dict[int, Commit], num_shards: int) ->
     """
     return sorted(
         f"{data.folder}/data/{name}"
-        for part in data.list_files("data", num_shards)
+        for part in list_files(data.store, data.folder, "data", num_shards)
         for name in part
-        if (commit := commits.get(shard_of(name))) and commit.file != f"data/{name}"
+        if (shard := parse_shard("data", name)) in commits and commits[shard].file != f"data/{name}"
     )
 
 
@@ -168,14 +189,13 @@ def repair_data_set(data: DataSet, verified: Verified, run: dict[str, Any]) -> N
     """
     for name in verified.orphans:
         data.store.remove(name)
-    if not verified.corrupt:
-        return
-    data.drop_manifest()
+    if any(not fault.file.endswith(f"/{METRICS_FILE}") for fault in verified.corrupt):
+        data.drop_manifest()
     for fault in verified.corrupt:
         if fault.file.endswith("/run.json"):
             data.store.remove(fault.file)
             data.claim(run)
-        elif fault.shard is not None and not fault.file.endswith(".json"):
+        elif fault.file.endswith((".parquet", ".jsonl")):
             data.store.remove(fault.file)
     data.drop_shards(fault.shard for fault in verified.corrupt if fault.shard is not None)
 
@@ -223,20 +243,29 @@ def read_status(data: DataSet, num_shards: int | None) -> Status:
 
 
 def _count_reasons(data: DataSet, commits: Iterable[Commit]) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-    for commit in commits:
-        if commit.rejects:
-            lines = data.store.read(f"{data.folder}/rejects/{commit.shard:05d}.jsonl").splitlines()
-            counts.update(json.loads(line)["reason"] for line in lines)
-    return dict(counts.most_common())
+    rejects = (reject for commit in commits for reject in data.read_rejects(commit))
+    return dict(Counter(reject.reason for reject in rejects).most_common())
 
 
 def _read_last_metrics(data: DataSet) -> dict[str, Any] | None:
     try:
-        lines = data.store.read(f"{data.folder}/metrics.jsonl").splitlines()
+        lines = data.store.read(f"{data.folder}/{METRICS_FILE}").splitlines()
     except FileNotFoundError:
         return None
-    return json.loads(lines[-1]) if lines else None
+    path = f"{data.store.root}/{data.folder}/{METRICS_FILE}"
+    return unseal(lines[-1], path, indent=None) if lines else None
+
+
+def _check_metrics(data: DataSet) -> Iterator[CorruptFile]:
+    """Yield the log of a capture if a line of it is corrupt; a repair removes it."""
+    name = f"{data.folder}/{METRICS_FILE}"
+    try:
+        for line in data.store.read(name).splitlines():
+            unseal(line, name, indent=None)
+    except FileNotFoundError:
+        return
+    except ShardError as error:
+        yield CorruptFile(name, str(error))
 
 
 def to_json(found: Verified | Status) -> dict[str, Any]:

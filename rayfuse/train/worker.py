@@ -23,8 +23,8 @@ from rayfuse.models.folder import TOKENIZER_FILES, copy_files, find_folder, list
 from rayfuse.models.out_of_memory import is_out_of_memory
 from rayfuse.run.layout import TrainRun
 from rayfuse.storage.dataset import DataSet
-from rayfuse.storage.manifest import ShardError
 from rayfuse.storage.retry import StorageUnavailableError
+from rayfuse.storage.seal import ShardError
 from rayfuse.storage.store import Store
 from rayfuse.train.batches import (
     MicroBatch,

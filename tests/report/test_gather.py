@@ -17,7 +17,7 @@ from rayfuse.report.gather import (
     select_lowest_nll,
 )
 from rayfuse.run.layout import Layout
-from rayfuse.storage.manifest import ShardError
+from rayfuse.storage.seal import ShardError
 from tests.report.conftest import make_aligned, make_data
 
 

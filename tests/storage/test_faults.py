@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayfuse.storage.dataset import DataSet
-from rayfuse.storage.manifest import ShardError
 from rayfuse.storage.retry import StorageUnavailableError
+from rayfuse.storage.seal import ShardError
 from rayfuse.storage.store import check_store, open_store
 from tests.local_cluster import free_port, listens, wait_for
 from tests.s3 import Rule

@@ -18,9 +18,12 @@ from rayfuse.config.base import UserError
 from rayfuse.runtime.progress import report_nothing
 from rayfuse.schema import SCHEMA_VERSION
 from rayfuse.storage.dataset import DataSet
-from rayfuse.storage.manifest import ShardError
-from rayfuse.storage.migrate import LEASE_FILE, STEPS, list_runs, migrate_store
+from rayfuse.storage.files import find_corrupt, read_record
+from rayfuse.storage.manifest import Commit
+from rayfuse.storage.migrate import LEASE_FILE, STEPS, migrate_store
+from rayfuse.storage.migration import list_runs
 from rayfuse.storage.parquet import encode_table
+from rayfuse.storage.seal import ShardError, unseal
 from rayfuse.storage.store import LocalStore, Store, open_store
 from rayfuse.storage.verify import repair_data_set, verify_data_set
 
@@ -155,14 +158,44 @@ def test_names_change_and_nothing_else_does(old, archive):
     kept = [name for name in before if "kept-" in name]
     assert len(kept) == 2
     for name in kept:
-        assert after[name.replace("kept-", "segmentation-")] == before[name]
-    same = [
-        n for n in before if n.startswith(("evaluate/", "maps/", "report/")) and n.count("/") < 2
-    ]
-    same += [name for name in before if "/model/" in name or "/rejects/" in name]
+        found = unseal(after[name.replace("kept-", "segmentation-")], name)
+        assert found == json.loads(before[name])
+    same = [name for name in before if "/model/" in name or "/rejects/" in name]
+    same += [name for name in before if name.endswith((".png", ".html"))]
     assert len(same) > 10
     assert all(after[name] == before[name] for name in same)
     assert LEASE_FILE not in after
+
+
+def test_every_record_of_a_migrated_store_has_a_checksum_and_every_model_a_list_of_files(old):
+    before = read_all(old)
+    migrate(old)
+    store = LocalStore(str(old))
+    records = [name for name in read_all(old) if name.endswith(".json") and "/model/" not in name]
+    assert len(records) > 30
+    assert {name for name in before if name.endswith(".json")} - set(records) <= {
+        *(name for name in before if "/model/" in name or "kept-" in name),
+        "report/findings.json",  # the report is written again
+    }
+    for name in records:
+        unseal(store.read(name), name)
+    scores = [n for n in records if n.startswith("evaluate/") and n.count("/") == 1]
+    for name in scores:
+        original = json.loads(before[name])
+        found = unseal(store.read(name), name)
+        assert {key: found[key] for key in original} == original
+    done = [name for name in records if name.endswith("done.json")]
+    assert done
+    for name in done:
+        assert list(find_corrupt(store, name)) == []
+        folder = name.removesuffix("done.json")
+        listed = {folder + file for file in read_record(store, name)["files"]}
+        assert listed == {
+            file
+            for file in read_all(old)
+            if file.startswith((f"{folder}model/", f"{folder}metrics.jsonl"))
+            and not file.endswith("README.md")
+        }
 
 
 def test_a_second_migration_changes_nothing(old):
@@ -197,7 +230,8 @@ def test_a_migration_killed_at_any_write_is_resumed_to_the_same_bytes(archive, t
 def test_readers_refuse_a_store_of_an_older_version(old):
     store = LocalStore(str(old))
     for data in list_sets(old):
-        commit = data.read_commit(0)
+        path = old / data.folder / "commits/00000.json"
+        commit = Commit(**json.loads(path.read_bytes()))
         reads = [data.read_run, lambda data=data: data.claim({})]
         reads.append(lambda data=data, commit=commit: data.read_shard(commit))
         if "manifest.json" in store.sizes(data.folder):
@@ -260,7 +294,8 @@ def test_an_incomplete_data_set_is_migrated_and_stays_incomplete(old, archive):
 def test_a_corrupt_shard_stays_for_verify_to_find(old):
     data = next(data for data in list_sets(old) if data.stage == "aligned")
     shards = data.list_committed()
-    path = old / data.folder / data.read_commit(max(shards)).file
+    record = json.loads((old / data.folder / f"commits/{max(shards):05d}.json").read_bytes())
+    path = old / data.folder / record["file"]
     path.write_bytes(path.read_bytes()[:-9])
     migration = migrate_store(LocalStore(str(old)), report_nothing)
     assert len(migration.corrupt) == 1 and str(path) in migration.corrupt[0]
@@ -285,9 +320,9 @@ def test_metrics_in_checkpoints_are_renamed_and_their_sha256_is_recorded(old):
     migrate(old)
     renamed = metrics.replace(b"utilisation", b"mfu")
     assert (folder / "step_1-a/metrics.jsonl").read_bytes() == renamed
-    files = json.loads((folder / "records/step_1-a-0.json").read_text())["files"]
+    record = unseal((folder / "records/step_1-a-0.json").read_bytes(), "")
     expected = {"metrics.jsonl": hashlib.sha256(renamed).hexdigest(), "weights": "unchanged"}
-    assert files == expected
+    assert (record["files"], record["rank"]) == (expected, 0)
     corrupt = json.loads((folder / "records/step_2-b-0.json").read_text())["files"]
     assert corrupt["metrics.jsonl"] == hashlib.sha256(b"other bytes").hexdigest()
 

@@ -3,7 +3,7 @@
 import pytest
 
 from rayfuse.runtime.progress import ProgressEvent
-from rayfuse.storage.manifest import ShardError
+from rayfuse.storage.seal import ShardError
 from rayfuse.train.monitor import RunControl, RunMonitor, RunState, RunStatus
 
 
