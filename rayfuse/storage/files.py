@@ -16,7 +16,7 @@ FileHashes = dict[str, dict[str, Any]]
 
 
 def upload_files(store: Store, folder: str, paths: Mapping[str, Path]) -> FileHashes:
-    """Upload local files, and return what a record lists of them.
+    """Upload local files, and return their list for a record.
 
     Args:
         store: The store.
