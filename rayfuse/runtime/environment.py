@@ -44,7 +44,9 @@ def prepare_own_cluster() -> None:
 
 
 def provide_cache_folders() -> None:
-    """Move the caches of libraries into the private folder if there is no home to write to.
+    """Move the caches of libraries into the private folder if the home cannot be written.
+
+    If there is no home at all, the private folder is it: libraries look for more than caches there.
 
     Raises:
         UserError: As for `open_private_folder`.
@@ -52,7 +54,10 @@ def provide_cache_folders() -> None:
     home = os.path.expanduser("~")  # not Path.home(): it raises for a user without an entry
     if os.path.isdir(home) and os.access(home, os.W_OK):
         return
-    caches = open_private_folder() / "cache"
+    private = open_private_folder()
+    if not os.path.isdir(home):
+        os.environ["HOME"] = str(private)
+    caches = private / "cache"
     for name, folder in CACHE_FOLDERS.items():
         os.environ.setdefault(name, str(caches / folder))
 

@@ -105,6 +105,7 @@ def test_without_a_home_caches_are_in_the_private_folder(home, base, variables, 
     environment.provide_cache_folders()
     assert variables["NUMBA_CACHE_DIR"] == str(open_private_folder() / "cache" / "numba")
     assert variables["MPLCONFIGDIR"] == "/mine"
+    assert variables["HOME"] == (home if Path(home).is_dir() else str(open_private_folder()))
 
 
 CLUSTER = """
