@@ -69,7 +69,7 @@ def open_private_folder() -> Path:
         UserError: It cannot be created, or another user could change it.
     """
     base = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()).absolute()
-    folder = base / f"rayfuse-{os.geteuid()}"
+    folder = base / f"rayfuse-private-{os.geteuid()}"
     remedy = "set RAY_TMPDIR to a folder that only this user can write, or to /tmp"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)

@@ -33,7 +33,7 @@ def base(monkeypatch):
 
 def test_the_private_folder_is_only_this_users(base: Path):
     folder = open_private_folder()
-    assert folder == base / f"rayfuse-{os.geteuid()}"
+    assert folder == base / f"rayfuse-private-{os.geteuid()}"
     assert folder.stat().st_mode & 0o777 == 0o700
     assert open_private_folder() == folder
     assert open_cluster_folder() == folder / "ray"
@@ -61,7 +61,7 @@ def test_a_folder_that_others_can_change_is_refused(base: Path, tmp_path: Path):
 def test_another_users_folder_is_refused(base: Path, monkeypatch):
     folder = open_private_folder()
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    folder.rename(base / "rayfuse-12345")
+    folder.rename(base / "rayfuse-private-12345")
     with pytest.raises(UserError, match="is not a folder of this user alone"):
         open_private_folder()
 
@@ -156,7 +156,7 @@ def test_an_own_cluster_listens_on_loopback_in_a_private_folder(base: Path, tmp_
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["addresses"] == ["127.0.0.1"]
     assert found["worker"] == [str(tmp_path), "same file"]
-    private = base / f"rayfuse-{os.geteuid()}"
+    private = base / f"rayfuse-private-{os.geteuid()}"
     assert Path(found["session"]).is_relative_to(private)
     assert private.stat().st_mode & 0o777 == 0o700  # Ray opens what it is given to all users
     assert not (home / ".ray").exists()
