@@ -50,7 +50,6 @@ from rayfuse.demo.tiny_models import build_model, draw_rows
 from rayfuse.evaluate.bits_per_byte import score_documents, score_rows, score_tokens
 from rayfuse.evaluate.ensemble import TokenNLL, average_sources
 from rayfuse.evaluate.merged_weights import average_weights
-from rayfuse.evaluate.scores import sum_documents
 from rayfuse.fuse.reader import ShardReader
 from rayfuse.models.causal_lm import CausalLM, load_causal_lm, split_head
 from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
@@ -336,7 +335,7 @@ def _score_lm(lm: CausalLM, tokenizer: TextTokenizer, held_out: Unit, out: Path)
 
 
 def _sum_documents(table: pa.Table, nats: np.ndarray) -> list[float]:
-    return [round(score.nats, 2) for score in sum_documents(score_documents(table, nats))]
+    return [round(score.nats, 2) for score in score_documents(table, nats)]
 
 
 def _device() -> str:

@@ -1,6 +1,7 @@
 """Held-out rows -> the negative log-likelihood (NLL) of each under one model."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from rayfuse.evaluate.scores import DocumentScore
 from rayfuse.models.batching import batch_by_tokens, cut_windows, pad_rows
 from rayfuse.models.causal_lm import CausalLM, load_causal_lm, next_token_logprobs
 from rayfuse.models.tokenizer import TextTokenizer
+from rayfuse.storage.codec import number_documents
 
 CHUNK_POSITIONS = 1024
 """Positions with logits in memory at a time: 0.5 GB for a vocabulary of 128k."""
@@ -167,9 +169,21 @@ def sum_rows(rows: Sequence[TokenNLL]) -> Float[np.ndarray, " rows"]:
 
 
 def score_documents(rows: pa.Table, nats: Float[np.ndarray, " rows"]) -> list[DocumentScore]:
-    """Label each row's NLL with its document and domain."""
+    """Add up the NLL of each document's rows, in order.
+
+    Args:
+        rows: A shard of CORPUS rows.
+        nats: The NLL of each row.
+    """
     columns = (rows[name].to_pylist() for name in ("doc_id", "domain", "num_bytes"))
-    return [
-        DocumentScore(doc_id, domain, num_bytes, float(row_nats))
-        for doc_id, domain, num_bytes, row_nats in zip(*columns, nats, strict=True)
-    ]
+    documents: list[DocumentScore] = []
+    for number, doc_id, domain, num_bytes, row_nats in zip(
+        number_documents(rows), *columns, nats, strict=True
+    ):
+        if number == len(documents):
+            documents.append(DocumentScore(doc_id, domain, 0, 0.0))
+        total = documents[number]
+        documents[number] = replace(
+            total, num_bytes=total.num_bytes + num_bytes, nats=total.nats + float(row_nats)
+        )
+    return documents

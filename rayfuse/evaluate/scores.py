@@ -6,7 +6,8 @@ token do not.
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,13 @@ from rayfuse.evaluate.bootstrap import Difference, bootstrap
 
 ALL = "all"
 """The group of all documents. A domain with this name has no group of its own."""
+
+OTHER = "other domains"
+"""The group of the documents of all but the largest domains."""
+
+MAX_DOMAINS = 30
+"""Domains that have a group of their own, the largest ones: each costs a bootstrap for every
+baseline and a column of the table, and documents may name as many domains as they like."""
 
 Role = Literal["source", "ensemble", "merged", "target", "clm", "fused"]
 
@@ -79,20 +87,8 @@ def find_role(name: str) -> Role:
     return OWN_ROLES.get(name, "source")
 
 
-def sum_documents(rows: Iterable[DocumentScore]) -> list[DocumentScore]:
-    """Add up the scores of each document's rows, in order of first appearance."""
-    totals: dict[tuple[str, str], tuple[int, float]] = {}
-    for row in rows:
-        num_bytes, nats = totals.get((row.doc_id, row.domain), (0, 0.0))
-        totals[row.doc_id, row.domain] = (num_bytes + row.num_bytes, nats + row.nats)
-    return [
-        DocumentScore(doc_id, domain, num_bytes, nats)
-        for (doc_id, domain), (num_bytes, nats) in totals.items()
-    ]
-
-
 def bits_per_byte(scores: Sequence[DocumentScore]) -> dict[str, float]:
-    """Compute sum(nats) / ln 2 / sum(bytes) of all documents and of each domain, by group name.
+    """Compute sum(nats) / ln 2 / sum(bytes) of all documents and of each large domain, by group.
 
     Raises:
         UserError: There are no documents.
@@ -106,7 +102,7 @@ def bits_per_byte(scores: Sequence[DocumentScore]) -> dict[str, float]:
 
 
 def count_bytes(scores: Sequence[DocumentScore]) -> dict[str, int]:
-    """Count the bytes of all documents and of each domain, by group name.
+    """Count the bytes of all documents and of each large domain, by group.
 
     Raises:
         UserError: There are no documents.
@@ -119,7 +115,7 @@ def count_bytes(scores: Sequence[DocumentScore]) -> dict[str, int]:
 def compare_evaluations(
     a: Evaluation, b: Evaluation, *, samples: int, seed: int
 ) -> dict[str, Difference]:
-    """Compute by how many bits per byte `a` exceeds `b`, on all documents and on each domain.
+    """Compute by how many bits per byte `a` exceeds `b`, on all documents and on each large domain.
 
     The interval is that of a paired bootstrap over documents; see `bootstrap`. It covers the choice
     of documents, not a second training with another seed.
@@ -151,11 +147,22 @@ def compare_evaluations(
 def _group_documents(
     scores: Sequence[DocumentScore],
 ) -> dict[str, Int[np.ndarray, " documents"]]:
-    """List the indices of all documents and of each domain's; domains are sorted by name."""
+    """List the indices of all documents, of each large domain's, sorted by name, and the rest."""
     if not scores:
         raise UserError("there are no held-out documents; raise evaluate.held_out_share")
-    domains = np.array([score.domain for score in scores], dtype=object)
+    sizes: Counter[str] = Counter()
+    for score in scores:
+        sizes[score.domain] += score.num_bytes
+    members: dict[str, list[int]] = {name: [] for name in [*choose_domains(sizes), OTHER]}
+    for index, score in enumerate(scores):
+        members.get(score.domain, members[OTHER]).append(index)
     groups = {ALL: np.arange(len(scores))}
-    for domain in sorted(set(domains)):
-        groups.setdefault(domain, np.flatnonzero(domains == domain))
+    for name, indices in members.items():
+        if indices:
+            groups.setdefault(name, np.array(indices))
     return groups
+
+
+def choose_domains(sizes: Mapping[str, int]) -> list[str]:
+    """Choose the `MAX_DOMAINS` largest domains, and sort them by name; the rest is `OTHER`."""
+    return sorted(sorted(sizes, key=lambda name: (-sizes[name], name))[:MAX_DOMAINS])

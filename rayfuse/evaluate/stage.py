@@ -29,7 +29,6 @@ from rayfuse.evaluate.scores import (
     Evaluation,
     find_role,
     parse_evaluation,
-    sum_documents,
 )
 from rayfuse.models.config_file import read_context_tokens
 from rayfuse.models.files import load_recipe_tokenizer
@@ -273,7 +272,7 @@ def _is_evaluated(layout: Layout, name: str) -> bool:
 
 
 def _join_parts(name: str, model: str, parts: list[ScoredShards]) -> Evaluation:
-    documents = sum_documents(document for part in parts for document in part.documents)
+    documents = [document for part in parts for document in part.documents]
     seconds = sum(part.seconds for part in parts)
     return Evaluation(name, find_role(name), model, documents, seconds)
 
@@ -340,7 +339,7 @@ def score_shards(job: ScoringJob, shards: list[int], merge: object = None) -> Sc
     count_work("evaluate", job.name, rows=num_rows, tokens=num_tokens, seconds=seconds)
     run = job.held_out.store.root
     log_event("scored", run=run, stage="evaluate", model=job.name, shards=len(shards))
-    return ScoredShards(sum_documents(documents), seconds)
+    return ScoredShards(documents, seconds)
 
 
 def average_shards(held_out: DataSet, token_nll: list[DataSet], shards: list[int]) -> ScoredShards:
@@ -353,7 +352,7 @@ def average_shards(held_out: DataSet, token_nll: list[DataSet], shards: list[int
         sources = [read_nll_table(_read_same_rows(data, commit, rows)) for data in token_nll]
         ensemble = [average_sources(row) for row in zip(*sources, strict=True)]
         documents += score_documents(rows, sum_rows(ensemble))
-    return ScoredShards(sum_documents(documents), time.monotonic() - began)
+    return ScoredShards(documents, time.monotonic() - began)
 
 
 def _read_same_rows(data: DataSet, rows_commit: Commit, rows: pa.Table) -> pa.Table:

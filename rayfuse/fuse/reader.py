@@ -12,7 +12,7 @@ from rayfuse.config.fuse import FuseSettings
 from rayfuse.fuse.nll import nll_of_documents, nll_of_positions, nll_of_rows
 from rayfuse.fuse.rules import OpenSource, give_tail_to, load_rule, make_empty, select_lowest
 from rayfuse.fuse.source_filter import select_active_sources
-from rayfuse.storage.codec import EncodedTopK, TopK, flatten_column
+from rayfuse.storage.codec import EncodedTopK, TopK, flatten_column, number_documents
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.manifest import check_inputs
 from rayfuse.storage.seal import ShardError
@@ -149,7 +149,7 @@ class ShardReader:
         aligned_columns = ["row_id", "has_signal", "top_ids", "top_logprobs", "tail_logprobs"]
         aligned_columns.append("nats")
         if self.fuse.unit == "document":
-            corpus_columns.append("doc_id")
+            corpus_columns.append("ends_document")
         if self.fuse.cost == "nats_per_token":
             aligned_columns.append("num_tokens")
         if self.fuse.unit in ("span", "token"):
@@ -169,7 +169,7 @@ class ShardReader:
         sums = list(zip(nats, sizes, strict=True))
         if self.fuse.unit != "document":
             return [nll_of_rows(source_nats, size) for source_nats, size in sums]
-        documents = np.unique(corpus["doc_id"].to_pylist(), return_inverse=True)[1]
+        documents = number_documents(corpus)
         is_common = np.ones(corpus.num_rows, dtype=bool)
         for source_nats in nats:
             is_common &= np.isfinite(source_nats)

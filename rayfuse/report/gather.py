@@ -11,7 +11,13 @@ from jaxtyping import Float, Int
 from rayfuse.config.base import UserError
 from rayfuse.config.recipe import Recipe
 from rayfuse.evaluate.bootstrap import Difference
-from rayfuse.evaluate.scores import Evaluation, compare_evaluations, parse_evaluation
+from rayfuse.evaluate.scores import (
+    OTHER,
+    Evaluation,
+    choose_domains,
+    compare_evaluations,
+    parse_evaluation,
+)
 from rayfuse.evaluate.task_scores import TaskScore, compare_tasks, parse_task_score
 from rayfuse.fuse.source_filter import is_noise
 from rayfuse.report.spans import ShardSpan, read_spans
@@ -239,8 +245,17 @@ def count_selected_rows(corpus: DataSet, aligned: dict[str, DataSet]) -> SourceS
             row = counts.setdefault(domain, dict.fromkeys(sources, 0))
             if number >= 0:
                 row[sources[number]] += 1
-    ordered = {domain: counts[domain] for domain in sorted(counts)}
-    return SourceSelection(ordered, unscored, len(shards), len(commits))
+    return SourceSelection(_pool_small_domains(counts), unscored, len(shards), len(commits))
+
+
+def _pool_small_domains(counts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """Sort the rows per source by domain; all but the largest domains are added up in `OTHER`."""
+    own = choose_domains({domain: sum(row.values()) for domain, row in counts.items()})
+    pooled = {domain: counts[domain] for domain in own}
+    for domain in counts.keys() - set(own):
+        total = pooled.setdefault(OTHER, dict.fromkeys(counts[domain], 0))
+        pooled[OTHER] = {name: total[name] + rows for name, rows in counts[domain].items()}
+    return pooled
 
 
 def select_lowest_nll(

@@ -112,6 +112,18 @@ def flatten_column(
     return values, offsets - offsets[0]
 
 
+def number_documents(rows: pa.Table) -> Int[np.ndarray, " rows"]:
+    """Number each row's document, from 0: a document's rows are consecutive, and its last ends it.
+
+    Documents are not told apart by `doc_id`: files of different origin may use the same ids.
+
+    Args:
+        rows: CORPUS rows of one shard, of which `ends_document` is read.
+    """
+    ends = rows["ends_document"].to_numpy()
+    return np.cumsum(ends) - ends
+
+
 def build_list_column(
     values: np.ndarray, offsets: Int[np.ndarray, " rows_plus_1"], list_type: pa.DataType
 ) -> pa.ListArray:

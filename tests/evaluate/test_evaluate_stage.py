@@ -25,7 +25,7 @@ from rayfuse.evaluate.bits_per_byte import (
 )
 from rayfuse.evaluate.ensemble import TokenNLL, average_sources
 from rayfuse.evaluate.model_loading import local_model
-from rayfuse.evaluate.scores import bits_per_byte, sum_documents
+from rayfuse.evaluate.scores import bits_per_byte
 from rayfuse.evaluate.stage import _resource_options, evaluate_models, group_shards
 from rayfuse.evaluate.task_scores import parse_task_score
 from rayfuse.models.tokenizer import load_tokenizer
@@ -173,7 +173,7 @@ def test_every_model_is_scored_once_on_all_held_out_rows(
     for name, model in models.items():
         lm = load_scored_model(ModelSettings(model=model.model))
         nats = score_rows(lm, load_tokenizer(model.model), rows, name=name, batch_tokens=500)
-        expected = bits_per_byte(sum_documents(score_documents(rows, nats)))
+        expected = bits_per_byte(score_documents(rows, nats))
         assert bits_per_byte(found[name].documents) == pytest.approx(expected, rel=1e-5)
     assert [d.nats for d in found["fused"].documents] == pytest.approx(
         [d.nats for d in found["target"].documents]
@@ -184,7 +184,7 @@ def test_every_model_is_scored_once_on_all_held_out_rows(
     )
     sources = [score_source(model.model, rows) for model in recipe.sources]
     mean = [average_sources(row).nats.sum() for row in zip(*sources, strict=True)]
-    expected = bits_per_byte(sum_documents(score_documents(rows, np.array(mean))))
+    expected = bits_per_byte(score_documents(rows, np.array(mean)))
     assert bits_per_byte(found["ensemble"].documents) == pytest.approx(expected, rel=1e-5)
     assert found["ensemble"].model == "small, other"
     record = json.loads(layout.store.read("evaluate/small-0.json"))

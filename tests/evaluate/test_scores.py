@@ -1,6 +1,7 @@
 """Bits per byte of models, and the confidence intervals of their differences."""
 
 import math
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 from rayfuse.config.models import RESERVED_NAMES
 from rayfuse.evaluate.bootstrap import Difference
 from rayfuse.evaluate.scores import (
+    MAX_DOMAINS,
+    OTHER,
     OWN_ROLES,
     DocumentScore,
     Evaluation,
@@ -17,7 +20,6 @@ from rayfuse.evaluate.scores import (
     count_bytes,
     find_role,
     parse_evaluation,
-    sum_documents,
 )
 
 LN2 = math.log(2)
@@ -55,16 +57,24 @@ def test_scores_of_no_documents_are_refused():
         bits_per_byte([])
 
 
-def test_rows_of_one_document_add_up():
-    rows = [
-        DocumentScore("a", "wiki", 10, 1.0),
-        DocumentScore("b", "wiki", 5, 2.0),
-        DocumentScore("a", "wiki", 20, 3.0),
-    ]
-    assert sum_documents(rows) == [
-        DocumentScore("a", "wiki", 30, 4.0),
-        DocumentScore("b", "wiki", 5, 2.0),
-    ]
+def test_all_but_the_largest_domains_are_one_group():
+    scores = [DocumentScore(f"d{i}", f"{i:04d}", 1 + i, (1 + i) * LN2) for i in range(1000)]
+    sizes = count_bytes(scores)
+    largest = [f"{i:04d}" for i in range(1000 - MAX_DOMAINS, 1000)]
+    assert list(sizes) == ["all", *largest, OTHER]
+    assert sum(sizes[group] for group in [*largest, OTHER]) == sizes["all"]
+    assert bits_per_byte(scores) == pytest.approx(dict.fromkeys(sizes, 1.0))
+
+
+def test_a_domain_for_each_document_is_grouped_in_linear_time():
+    def measure(num_documents: int) -> float:
+        scores = [DocumentScore("d", f"host-{i}", 10, 10 * LN2) for i in range(num_documents)]
+        began = time.process_time()
+        bits_per_byte(scores)
+        return time.process_time() - began
+
+    measure(100)
+    assert measure(100_000) < 60 * max(measure(10_000), 0.01)
 
 
 def test_an_evaluation_survives_a_round_trip_through_its_file():

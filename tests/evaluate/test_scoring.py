@@ -15,6 +15,7 @@ from rayfuse.evaluate.bits_per_byte import load_scored_model, score_documents, s
 from rayfuse.evaluate.scores import DocumentScore
 from rayfuse.models.causal_lm import CausalLM
 from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
+from rayfuse.storage.codec import number_documents
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +78,30 @@ def test_a_row_that_is_not_finite_is_named(lm, tokenizer, rows):
         score(broken, tokenizer, rows, 100)
 
 
-def test_each_row_is_scored_under_its_document(rows):
+def test_the_rows_of_a_document_add_up(rows):
     nats = np.arange(5, dtype=np.float64)
-    assert score_documents(rows, nats)[1:3] == [
-        DocumentScore("d0", "prose", 1, 1.0),
+    first = rows["num_bytes"][0].as_py()
+    assert score_documents(rows, nats)[:2] == [
+        DocumentScore("d0", "prose", first + 1, 1.0),
         DocumentScore("d1", "code", 27, 2.0),
     ]
+
+
+def test_a_document_is_its_rows_up_to_its_last_whatever_the_ids_are():
+    rows = pa.table(
+        {
+            "doc_id": ["a", "a", "a", "b"],
+            "domain": ["wiki"] * 4,
+            "num_bytes": [10, 20, 5, 1],
+            "ends_document": [False, True, True, True],
+        }
+    )
+    assert score_documents(rows, np.array([1.0, 3.0, 2.0, 4.0])) == [
+        DocumentScore("a", "wiki", 30, 4.0),
+        DocumentScore("a", "wiki", 5, 2.0),
+        DocumentScore("b", "wiki", 1, 4.0),
+    ]
+    np.testing.assert_array_equal(number_documents(rows), [0, 0, 1, 2])
 
 
 def test_a_story_model_needs_fewer_bits_for_a_story_than_for_code(rows, shared_data: Path):

@@ -184,7 +184,10 @@ def test_the_preset_and_a_contrary_setting_are_refused():
 
 
 def test_a_rejected_row_of_a_source_of_weight_0_changes_no_document(corpus, captured, tmp_path):
-    corpus = corpus.set_column(1, "doc_id", pa.array(["d"] * corpus.num_rows))
+    ends = pa.array([False] * (corpus.num_rows - 1) + [True])
+    corpus = corpus.set_column(
+        corpus.schema.get_field_index("ends_document"), "ends_document", ends
+    )
     nats = captured["fine"]["nats"].to_pylist()
     index = captured["fine"].schema.get_field_index("nats")
     lost = pa.array([float("inf"), *nats[1:]], type=pa.float32())
