@@ -16,8 +16,10 @@ from typing import Any
 from rich.console import Console
 
 from rayfuse.align.facts import ALIGN_FACTS
+from rayfuse.config.base import UserError
 from rayfuse.config.load import read_recipe
 from rayfuse.config.recipe import Recipe
+from rayfuse.corpus.summary import summarize
 from rayfuse.report.results import print_scores
 from rayfuse.report.stage import is_report_current, write_report
 from rayfuse.run.layout import Layout, plan_layout
@@ -42,6 +44,10 @@ STAGE_FUNCTIONS = {
 """The function of each stage that runs on Ray, as module:function. It is imported when it is used:
 importing ray reads the environment that `join_cluster` sets, and one stage does not wait for the
 libraries of the others."""
+
+
+INPUT_STAGES = {"capture": "corpus", "align": "capture", "train": "align", "evaluate": "train"}
+"""The stage whose results each stage reads."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +94,21 @@ def run_stages(
         began = time.monotonic()
         was_done = is_stage_done(stage, layout)
         if not was_done:
+            _check_input(stage, layout)
             with _prewarm_if_next(stage, stages, recipe, layout, progress) as report:
                 _run_stage(stage, recipe, layout, report)
         report_result(StageResult(stage, was_done, time.monotonic() - began))
+
+
+def _check_input(stage: str, layout: Layout) -> None:
+    """Check that the stage whose results a stage reads is complete, before a cluster is joined.
+
+    Raises:
+        UserError: It is not.
+    """
+    needed = INPUT_STAGES.get(stage)
+    if needed is not None and not is_stage_done(needed, layout):
+        raise UserError(f"stage {needed} is incomplete; run `rayfuse {needed}` first")
 
 
 def run_recipe(
@@ -145,8 +163,35 @@ def _print_results(layout: Layout, stages: tuple[str, ...], console: Console) ->
             values[name] = {"shards": len(commits), "tokens": tokens, "rejects": rejects}
             text = f"  {name:<18} {len(commits)} shards, {tokens:,} tokens, {rejects} rejected"
             console.print(text, highlight=False)
+    values |= _print_documents(layout, console)
     if is_stage_done("evaluate", layout) and stages[-1] in ("evaluate", "report"):
         values |= print_scores(layout, console)
+    return values
+
+
+def _print_documents(layout: Layout, console: Console) -> dict[str, Any]:
+    """Print what became of the documents, and return it as plain values."""
+    corpus, held_out = layout.corpus_documents, layout.held_out_documents
+    parts = {"documents": ([layout.corpus, layout.held_out], corpus)}
+    if corpus.files != held_out.files:
+        parts = {
+            "documents": ([layout.corpus], corpus),
+            "held-out documents": ([layout.held_out], held_out),
+        }
+    values: dict[str, Any] = {}
+    for name, (data_sets, documents) in parts.items():
+        summary = summarize(data_sets, len(documents.files))
+        if not summary.documents:
+            continue
+        values[name] = summary.to_json() | {"skipped": dict(documents.skipped)}
+        skipped = ", ".join(f"{count:,} {cause}" for cause, count in documents.skipped.items())
+        files = f"{summary.files:,} files" + (f" (skipped: {skipped})" if skipped else "")
+        console.print(
+            f"  {name:<18} {files}, {summary.documents:,} documents, "
+            f"rejected: {summary.describe_rejects()}",
+            highlight=False,
+            markup=False,
+        )
     return values
 
 

@@ -12,7 +12,7 @@ from rayfuse.capture.top_k import TopLogprobs
 from rayfuse.models.tokenizer import TextTokenizer
 from rayfuse.schema import CAPTURED, codes, halfs, ints
 from rayfuse.storage.codec import EncodedTopK, build_list_column, encode_probs
-from rayfuse.storage.dataset import Reject
+from rayfuse.storage.rejects import Reject
 
 NOT_FINITE = "log-probabilities are not finite"
 

@@ -8,7 +8,7 @@ from pydantic import (
     PositiveInt,
 )
 
-from rayfuse.config.base import Settings, result_neutral
+from rayfuse.config.base import Settings, Share, result_neutral
 
 
 class DocumentsSettings(Settings):
@@ -53,6 +53,9 @@ class CorpusSettings(Settings):
     """Approximate tokens of a shard, estimated at four bytes of text per token."""
     max_document_bytes: PositiveInt = 50_000_000
     """Documents longer than this are rejected: a dump that lost its line ends, most likely."""
+    max_rejected_share: Share = result_neutral(0.1)
+    """Maximum share of the documents that may be rejected, empty ones not counted, and of the files
+    that may be unreadable, before the run stops."""
     resplit: bool = result_neutral(False)
     """Split the documents for the tokenizers of this recipe, even if they were split for another
     recipe. By default the first segmentation is reused, so that captured data stays valid; a source

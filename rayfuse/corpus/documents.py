@@ -1,24 +1,24 @@
 """Read documents from one file, one at a time and in bounded memory, for any file content."""
 
+import codecs
 import json
-import posixpath
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import pyarrow as pa
-import zstandard
 
-from rayfuse.config.corpus import DocumentsSettings
+from rayfuse.config.base import UserError, user_error_from
+from rayfuse.corpus.json_array import read_array
 from rayfuse.corpus.parquet_guard import find_largest_page
-from rayfuse.run.inputs import (
+from rayfuse.run.inputs import InputFile, check_unchanged, is_saved_dataset
+from rayfuse.run.open_input import (
     BUFFER_BYTES,
-    InputFile,
-    check_unchanged,
-    is_saved_dataset,
+    UNPACK_ERRORS,
+    max_text_bytes,
     open_input,
+    split_name,
 )
 from rayfuse.storage.parquet import open_parquet
 
@@ -44,7 +44,13 @@ MAX_NAME_CHARS = 2048
 
 MAX_REASON_CHARS = 200
 
-READ_ERRORS = (OSError, EOFError, ValueError, pa.ArrowException, zlib.error, zstandard.ZstdError)
+MIN_DOCUMENT_BYTES = 1000
+"""What a document or a reject counts as, at least, towards the text that a file may have."""
+
+UNREADABLE = "unreadable file"
+"""The kind of a reject that stands for a file, or for the rest of it."""
+
+READ_ERRORS = (OSError, ValueError, pa.ArrowException, zlib.error, *UNPACK_ERRORS)
 """Errors of the readers for a file whose content does not match its format."""
 
 
@@ -56,20 +62,25 @@ class Document:
     domain: str
     text: str
     fault: str | None = None
+    """The kind of the fault, and after a colon its details."""
+    file: str = ""
+    """The name of its file, where there is a fault."""
+    num_documents: int = 1
+    """How many documents are lost by the fault, where this is known."""
 
 
 def read_documents(file: InputFile, max_document_bytes: int) -> Iterator[Document]:
     """Yield a file's documents in order; those without text have a `fault`.
 
     A read error in the middle yields one last document with the reason; the documents before it
-    are kept.
+    are kept. So does a file that makes far more documents than its size can hold.
 
     Args:
         file: As listed.
         max_document_bytes: Of a longer document, little more than this is held in memory.
 
     Raises:
-        UserError: The file has changed since it was listed.
+        UserError: The file has changed since it was listed, or a data set cannot be loaded.
         OSError: The storage fails; the file itself may be sound.
     """
     readers = {
@@ -79,13 +90,18 @@ def read_documents(file: InputFile, max_document_bytes: int) -> Iterator[Documen
         "dataset": _read_dataset,
     }
     check_unchanged(file)
+    max_bytes, num_bytes = max_text_bytes(file.num_bytes), 0
     try:
-        yield from readers[file.format](file, max_document_bytes)
+        for document in readers[file.format](file, max_document_bytes):
+            yield document if document.fault is None else replace(document, file=file.name)
+            num_bytes += max(len(document.text), MIN_DOCUMENT_BYTES)
+            if num_bytes > max_bytes and file.format != "dataset":
+                raise ValueError(f"more documents than {file.num_bytes} bytes can hold")
     except READ_ERRORS as error:
-        if _is_of_storage(error):
+        if _is_of_storage(error) or isinstance(error, UserError):
             raise
-        reason = f"file is no {file.format} file or is corrupt: {_shorten(error)}"
-        yield Document(_printable(file.path), _domain_of(file), "", reason)
+        reason = f"{UNREADABLE}: it is no {file.format} file or is corrupt: {_shorten(error)}"
+        yield Document(_printable(file.path), _domain_of(file), "", reason, file.name)
     check_unchanged(file)
 
 
@@ -106,22 +122,41 @@ def _printable(name: str) -> str:
 
 
 def _read_jsonl(file: InputFile, max_document_bytes: int) -> Iterator[Document]:
-    name = _printable(posixpath.basename(file.path))
+    with open_input(file.path, file.num_bytes) as stream:
+        start = stream.peek().removeprefix(codecs.BOM_UTF8).lstrip()
+        if start.startswith(b"[") and split_name(file.path)[1] == ".json":
+            elements = read_array(stream, max_document_bytes + LINE_ROOM_BYTES)
+            for number, element in enumerate(elements, 1):
+                yield _make_document(file, f"{file.name}:{number}", element)
+        else:
+            yield from _read_lines(file, stream, max_document_bytes)
+
+
+def _read_lines(file: InputFile, stream: Any, max_document_bytes: int) -> Iterator[Document]:
     longest = ESCAPE_BYTES * max_document_bytes + LINE_ROOM_BYTES
-    with open_input(file.path) as stream:
-        for number in count(1):
-            line = stream.readline(longest + 1)
-            if not line:
-                return
-            place = f"{name}:{number}"
-            if (
-                len(line) > longest
-                or _count_text_bytes(line) > max_document_bytes + LINE_ROOM_BYTES
-            ):
-                _skip_line(stream, line)
-                yield Document(place, _domain_of(file), "", _too_long("line", max_document_bytes))
-            elif line.strip():
-                yield _parse_line(file, place, line)
+    number = 0
+    while line := stream.readline(longest + 1):
+        number += 1
+        place = f"{file.name}:{number}"
+        if len(line) > longest or _count_text_bytes(line) > max_document_bytes + LINE_ROOM_BYTES:
+            _skip_line(stream, line)
+            yield Document(place, _domain_of(file), "", _too_long("line", max_document_bytes))
+        elif line.strip():
+            yield _parse_line(file, place, line)
+        else:
+            number += _skip_blank_lines(stream)
+
+
+def _skip_blank_lines(stream: Any) -> int:
+    """Skip whitespace, a buffer at a time, and count its line ends: a file may hold gigabytes."""
+    line_ends = 0
+    while data := stream.peek():
+        num_bytes = len(data) - len(data.lstrip())
+        line_ends += data.count(b"\n", 0, num_bytes)
+        stream.read(num_bytes)
+        if num_bytes < len(data):
+            break
+    return line_ends
 
 
 def _count_text_bytes(line: bytes) -> int:
@@ -141,19 +176,23 @@ def _too_long(what: str, max_document_bytes: int) -> str:
 
 def _parse_line(file: InputFile, place: str, line: bytes) -> Document:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return Document(place, _domain_of(file), "", f"invalid UTF-8: {error.reason}")
     except RecursionError:
         return Document(place, _domain_of(file), "", "no JSON object: nested too deep")
+    except json.JSONDecodeError as error:
+        reason = f"no JSON object: {error.msg} at character {error.pos + 1} of the line"
+        return Document(place, _domain_of(file), "", reason)
     except ValueError as error:
         return Document(place, _domain_of(file), "", f"no JSON object: {_shorten(error)}")
+    return _make_document(file, place, record)
+
+
+def _make_document(file: InputFile, place: str, record: object) -> Document:
     if not isinstance(record, dict):
-        return Document(place, _domain_of(file), "", "no JSON object on the line")
-    return _make_document(file, place, cast(dict[str, Any], record))
-
-
-def _make_document(file: InputFile, place: str, record: dict[str, Any]) -> Document:
+        return Document(place, _domain_of(file), "", "no JSON object: another JSON value")
+    record = cast(dict[str, Any], record)
     try:
         doc_id = _read_name(record, "id") or place
         domain = _domain_of(file, _read_name(record, "domain"))
@@ -187,18 +226,18 @@ def _read_name(record: dict[str, Any], field: str) -> str:
     return name if name.strip() else ""
 
 
-def _decode(doc_id: str, domain: str, data: bytes) -> Document:
+def _decode(doc_id: str, domain: str, data: bytes, encoding: str = "utf-8") -> Document:
     try:
-        return Document(doc_id, domain, data.decode("utf-8"))
+        return Document(doc_id, domain, data.decode(encoding))
     except UnicodeDecodeError as error:
         return Document(doc_id, domain, "", f"invalid UTF-8: {error.reason}")
 
 
 def _read_parquet(file: InputFile, max_document_bytes: int) -> Iterator[Document]:
-    name = _printable(posixpath.basename(file.path))
+    name = file.name
     max_page_bytes = max_document_bytes + PAGE_ROOM_BYTES
     number = 0
-    with open_input(file.path) as stream:
+    with open_input(file.path, file.num_bytes) as stream:
         parquet = open_parquet(stream, buffer_size=BUFFER_BYTES, pre_buffer=False)
         columns = _choose_columns(parquet.schema_arrow, file.settings.text)
         for group in range(parquet.num_row_groups):
@@ -207,7 +246,8 @@ def _read_parquet(file: InputFile, max_document_bytes: int) -> Iterator[Document
             if page_bytes > max_page_bytes:
                 place = f"{name}:{number + 1}-{number + num_rows}"
                 what = f"{num_rows} rows not read, a page has {page_bytes} bytes"
-                yield Document(place, _domain_of(file), "", _too_long(what, max_document_bytes))
+                fault = _too_long(what, max_document_bytes)
+                yield Document(place, _domain_of(file), "", fault, num_documents=num_rows)
                 number += num_rows
                 continue
             # No cell is larger than its page, but a dictionary entry may be repeated in every row.
@@ -250,28 +290,36 @@ def _to_records(batch: pa.RecordBatch) -> list[dict[str, Any]]:
 
 
 def _read_text(file: InputFile, max_document_bytes: int) -> Iterator[Document]:
-    name = _printable(posixpath.basename(file.path))
-    with open_input(file.path) as stream:
+    with open_input(file.path, file.num_bytes) as stream:
         data = stream.read(max_document_bytes + 1)
     if len(data) > max_document_bytes:
-        yield Document(name, _domain_of(file), "", _too_long("file", max_document_bytes))
+        yield Document(file.name, _domain_of(file), "", _too_long("file", max_document_bytes))
     else:
-        yield _decode(name, _domain_of(file), data)
+        yield _decode(file.name, _domain_of(file), data, "utf-8-sig")
 
 
 def _read_dataset(file: InputFile, max_document_bytes: int) -> Iterator[Document]:
     del max_document_bytes  # the library has the records in memory or mapped already
-    for number, record in enumerate(_load_dataset(file.settings), 1):
-        yield _make_document(file, f"{file.settings.path}:{number}", cast(dict[str, Any], record))
+    for number, record in enumerate(_load_dataset(file.path, file.settings.split), 1):
+        yield _make_document(file, f"{file.name}:{number}", record)
 
 
-def _load_dataset(settings: DocumentsSettings) -> Any:
+def _load_dataset(path: str, split: str) -> Any:
+    """Load a data set; one that cannot be loaded is the user's choice, not a stranger's bad file.
+
+    Raises:
+        UserError: It cannot be loaded.
+    """
     import datasets
 
-    if is_saved_dataset(settings.path):
-        loaded = datasets.load_from_disk(settings.path)
-        return loaded[settings.split] if isinstance(loaded, datasets.DatasetDict) else loaded
-    return datasets.load_dataset(settings.path, split=settings.split)
+    def explain(error: Exception) -> UserError:
+        return UserError(f"the data set {path!r} has no usable split {split!r}: {_shorten(error)}")
+
+    with user_error_from(explain):
+        if is_saved_dataset(path):
+            loaded = datasets.load_from_disk(path)
+            return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        return datasets.load_dataset(path, split=split)
 
 
 def _domain_of(file: InputFile, named: str = "") -> str:

@@ -10,7 +10,7 @@ from rayfuse.corpus.split import Row, find_fault, is_held_out, split_document
 from rayfuse.models.tokenizer import TextTokenizer
 from rayfuse.run.inputs import InputFile
 from rayfuse.schema import CORPUS
-from rayfuse.storage.dataset import Reject
+from rayfuse.storage.rejects import Reject
 
 BYTES_PER_TOKEN = 4
 """Assumed text bytes of a token, by which `shard_tokens` is converted."""
@@ -80,7 +80,9 @@ def batch_documents(
             continue
         fault = find_fault(document, max_document_bytes)
         if fault is not None:
-            batch.rejects.append(Reject(document.doc_id, fault))
+            batch.rejects.append(
+                Reject(document.doc_id, fault, document.file, document.num_documents)
+            )
         else:
             batch.documents.append(document)
             num_bytes += len(document.text.encode())

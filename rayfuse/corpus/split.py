@@ -16,6 +16,10 @@ CONTROL_SHARE = 0.01
 """A document with a larger share of control characters is rejected as binary."""
 
 
+EMPTY = "empty"
+"""The kind of a reject that loses nothing."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A piece of a document that fits every tokenizer."""
@@ -32,7 +36,7 @@ def find_fault(document: Document, max_bytes: int) -> str | None:
         return document.fault
     text = document.text
     if not text.strip():
-        return "empty"
+        return EMPTY
     if len(text) > max_bytes:
         return f"over-long: {len(text)} characters, corpus.max_document_bytes is {max_bytes}"
     try:

@@ -26,6 +26,13 @@ from rayfuse.corpus.shards import (
     group_inputs,
     has_one_shard,
 )
+from rayfuse.corpus.summary import (
+    check_has_text,
+    check_held_out_share,
+    check_rejects,
+    count_documents,
+    summarize,
+)
 from rayfuse.models.config_file import read_context_tokens
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.run.inputs import InputFile, check_unchanged
@@ -37,6 +44,8 @@ from rayfuse.runtime.resources import limit_cpu_tasks
 from rayfuse.storage.codec import flatten_column
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.manifest import Commit
+
+PARTS: tuple[CorpusPart, CorpusPart] = ("rows", "held-out")
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,11 @@ class SplitTask:
     segmentation: Segmentation
     part: Part
     groups: list[list[InputFile]]
+
+    @property
+    def num_files(self) -> int:
+        """The number of files of documents."""
+        return sum(len(group) for group in self.groups)
 
     def batches(self, group: int) -> Iterator[DocumentBatch]:
         """Read a group's documents, shard by shard.
@@ -77,7 +91,8 @@ def build_corpora(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     """Make the corpus and the held-out rows; what is committed already stays.
 
     Raises:
-        UserError: There is not one usable document, or a file is no longer what was listed.
+        UserError: There is not one usable document, too many are rejected, or a file is no longer
+            what was listed.
     """
     share = recipe.evaluate.held_out_share if recipe.evaluate.documents is None else 0.0
     corpus, held_out = (
@@ -95,21 +110,45 @@ def build_corpora(recipe: Recipe, layout: Layout, progress: Progress) -> None:
             (layout.held_out, layout.held_out_documents, True),
         )
     )
-    build_corpus(recipe, corpus, progress, "rows")
-    build_corpus(recipe, held_out, progress, "held-out")
+    num_shards = [
+        commit_rows(recipe, task, progress, part)
+        for task, part in zip((corpus, held_out), PARTS, strict=True)
+    ]
+    _check_documents(recipe, corpus, held_out)
+    for task, count in zip((corpus, held_out), num_shards, strict=True):
+        task.data.finish(count)
 
 
-def build_corpus(recipe: Recipe, task: SplitTask, progress: Progress, part: CorpusPart) -> None:
-    """Make one data set of rows from files of documents.
+def _check_documents(recipe: Recipe, corpus: SplitTask, held_out: SplitTask) -> None:
+    """Check that both data sets have rows, and that not too many documents were rejected.
 
     Raises:
-        UserError: There is not one usable document, or a file is no longer what was listed, or
-            the tokenizers that its rows fit are not there.
+        UserError: They have none, or too many were.
+    """
+    is_shared = recipe.evaluate.documents is None
+    for tasks in [(corpus, held_out)] if is_shared else [(corpus,), (held_out,)]:
+        data = [task.data for task in tasks]
+        summary = summarize(data, tasks[0].num_files)
+        check_has_text(data, summary)
+        check_rejects(data, summary, recipe.corpus.max_rejected_share)
+        if is_shared:
+            for task, part in zip(tasks, PARTS, strict=True):
+                num_rows = summarize([task.data], task.num_files).rows
+                share = recipe.evaluate.held_out_share
+                check_held_out_share(part, num_rows, summary.documents, share)
+
+
+def commit_rows(recipe: Recipe, task: SplitTask, progress: Progress, part: CorpusPart) -> int:
+    """Commit all shards of one data set of rows, and return their number.
+
+    Raises:
+        UserError: A file is no longer what was listed, or the tokenizers that the rows fit are not
+            there.
     """
     data, groups = task.data, task.groups
-    if data.is_complete():
-        _check_not_empty(data, part)
-        return
+    manifest = data.read_manifest()
+    if manifest is not None and data.is_complete():
+        return manifest.num_shards
     task.segmentation.check_tokenizers()
     data.claim({"recipe": dump_recipe(recipe)})
     data.drop_missing_shards()
@@ -133,8 +172,7 @@ def build_corpus(recipe: Recipe, task: SplitTask, progress: Progress, part: Corp
         for _ in shards.iter_rows():
             done += 1
             progress(ProgressEvent("corpus", part, done, sum(counts), "shards"))
-    data.finish(sum(counts))
-    _check_not_empty(data, part)
+    return sum(counts)
 
 
 def _count_shards(task: SplitTask) -> list[int]:
@@ -208,25 +246,12 @@ def _commit_rows(data: DataSet, shard: int, rows: pa.Table, batch: DocumentBatch
         rows,
         tokens=tokens,
         rejects=batch.rejects,
-        stats={
-            "documents": float(len(batch.documents)),
-            "bytes": float(sum(rows["num_bytes"].to_pylist())),
-        },
+        stats=count_documents(
+            len(batch.documents), sum(rows["num_bytes"].to_pylist()), batch.rejects
+        ),
     )
 
 
 def _numbers_of(commit: Commit) -> pa.Table:
     numbers: dict[str, Any] = {"shard": commit.shard, "rows": commit.rows, "tokens": commit.tokens}
     return pa.table({name: [value] for name, value in numbers.items()})
-
-
-def _check_not_empty(data: DataSet, part: CorpusPart) -> None:
-    commits = data.commits().values()
-    if any(commit.rows for commit in commits):
-        return
-    rejects = sum(commit.rejects for commit in commits)
-    where = f"{data.store.root}/{data.folder}/rejects"
-    raise UserError(
-        f"the documents of corpus {part} hold no usable text: {rejects} documents rejected "
-        f"(reasons in {where}); check the paths and the `text` setting"
-    )

@@ -23,7 +23,7 @@ from rayfuse.corpus.split import find_fault
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.pipeline import is_stage_done
 from rayfuse.plan.model_size import ModelSize, size_from_files, size_from_settings
-from rayfuse.run.inputs import InputFile, list_inputs
+from rayfuse.run.inputs import InputFile, list_documents
 from rayfuse.run.layout import Layout, plan_layout
 from rayfuse.status import list_data_sets
 from rayfuse.storage.manifest import Manifest
@@ -169,7 +169,7 @@ def _try(read: Callable[[], Result], warnings: list[str], subject: str) -> Resul
 
 
 def _list_all(documents: Documents, setting: str) -> list[InputFile]:
-    return [file for entry in documents for file in list_inputs(entry, setting)]
+    return [file for found in list_documents(documents, setting) for file in found.files]
 
 
 def sample_documents(

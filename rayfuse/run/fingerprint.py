@@ -5,6 +5,7 @@ A folder is named by its fingerprint, so that results of other settings are neve
 
 import hashlib
 import json
+import posixpath
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,11 +45,18 @@ def describe_split(
         "inputs": [
             [
                 files[0].settings.dump_result_settings(),
-                [[file.path, file.num_bytes, file.version] for file in files],
+                [_describe_file(file) for file in files],
             ]
             for files in inputs
         ],
     }
+
+
+def _describe_file(file: InputFile) -> list[Any]:
+    """List what identifies a file; its name only where it is more than the end of the path."""
+    usual = file.path if file.format == "dataset" else posixpath.basename(file.path)
+    names = [] if file.name == usual else [file.name]
+    return [file.path, file.num_bytes, file.version, *names]
 
 
 def fingerprint_captured(

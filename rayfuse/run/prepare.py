@@ -3,13 +3,12 @@
 What the checks find decides the names of a run's folders (`rayfuse.run.layout`).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import chain
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from rayfuse.config.base import UserError
-from rayfuse.config.corpus import Documents
 from rayfuse.config.recipe import Recipe
 from rayfuse.models.files import (
     ModelFiles,
@@ -20,7 +19,7 @@ from rayfuse.models.files import (
 )
 from rayfuse.models.tokenizer import TextTokenizer
 from rayfuse.run.fingerprint import describe_split
-from rayfuse.run.inputs import InputFile, list_inputs
+from rayfuse.run.inputs import InputFile, list_documents
 from rayfuse.run.segmentation import Segmentation, plan_segmentation
 from rayfuse.run.tasks import describe_tasks
 from rayfuse.storage.store import Store, open_store
@@ -47,6 +46,8 @@ class SplitDocuments:
 
     files: tuple[InputFile, ...]
     segmentation: Segmentation
+    skipped: Mapping[str, int] = field(default_factory=Counter[str])
+    """How many files of folders were not taken, by the reason."""
 
 
 @dataclass(frozen=True)
@@ -161,27 +162,23 @@ def _check_pairs(recipe: Recipe, align: AlignFacts) -> None:
 def _plan_documents(recipe: Recipe, store: Store) -> list[SplitDocuments]:
     """List the documents of corpus and held-out rows, and plan how each is split."""
     own = recipe.evaluate.documents
-    inputs = _list_documents(recipe.corpus.documents, "corpus.documents")
-    held_out = inputs if own is None else _list_documents(own, "evaluate.documents")
+    inputs = list_documents(recipe.corpus.documents, "corpus.documents")
+    held_out = inputs if own is None else list_documents(own, "evaluate.documents")
     share = recipe.evaluate.held_out_share if own is None else 0.0
     return [
         SplitDocuments(
-            files=tuple(chain.from_iterable(lists)),
+            files=tuple(file for found in lists for file in found.files),
             segmentation=plan_segmentation(
                 store,
                 name,
-                describe_split(recipe, lists, share),
+                describe_split(recipe, [found.files for found in lists], share),
                 (recipe.target, *recipe.sources),
                 resplit=recipe.corpus.resplit,
             ),
+            skipped=sum((Counter(found.skipped) for found in lists), Counter[str]()),
         )
         for name, lists in (("", inputs), ("held-out", held_out))
     ]
-
-
-def _list_documents(documents: Documents, setting: str) -> list[list[InputFile]]:
-    """List the files of each entry of a `documents` setting; no list is empty."""
-    return [list_inputs(entry, setting) for entry in documents]
 
 
 def _find_unmergeable(models: dict[str, ModelFiles], tokenizers: dict[str, str]) -> dict[str, str]:

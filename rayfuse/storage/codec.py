@@ -115,7 +115,7 @@ def flatten_column(
 def number_documents(rows: pa.Table) -> Int[np.ndarray, " rows"]:
     """Number each row's document, from 0: a document's rows are consecutive, and its last ends it.
 
-    Documents are not told apart by `doc_id`: files of different origin may use the same ids.
+    Not by `doc_id`: files of different origin may use the same ids.
 
     Args:
         rows: CORPUS rows of one shard, of which `ends_document` is read.

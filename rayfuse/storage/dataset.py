@@ -1,7 +1,6 @@
 """A data set: numbered shards, each part of it once its commit record exists."""
 
 import hashlib
-import json
 import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,6 @@ from rayfuse.storage.listing import NUM_READERS, list_files, list_shards
 from rayfuse.storage.manifest import (
     Commit,
     Manifest,
-    Reject,
     build_manifest,
     check_version,
     decode_commit,
@@ -28,6 +26,7 @@ from rayfuse.storage.manifest import (
     hash_text,
 )
 from rayfuse.storage.parquet import decode_origin, encode_table, read_parquet
+from rayfuse.storage.rejects import Reject, decode_rejects, encode_rejects
 from rayfuse.storage.seal import REMEDY, ShardError, seal
 from rayfuse.storage.store import Store
 
@@ -111,8 +110,8 @@ class DataSet:
         """
         attempt = uuid.uuid4().hex[:12]
         data = encode_table(table, self.fingerprint, shard)
-        rejected = [json.dumps(asdict(reject)) + "\n" for reject in rejects]
-        rejects_data = "".join(rejected).encode()
+        rejected = list(rejects)
+        rejects_data = encode_rejects(rejected)
         commit = Commit(
             shard=shard,
             file=f"data/{shard:05d}-{attempt}.parquet",
@@ -201,7 +200,7 @@ class DataSet:
             return []
         name = f"rejects/{commit.shard:05d}.jsonl"
         data = self._read_checked(name, commit.rejects_sha256)
-        return [Reject(**json.loads(line)) for line in data.splitlines()]
+        return decode_rejects(data)
 
     def read_commit(self, shard: int) -> Commit:
         """Read one shard's commit record.

@@ -26,14 +26,6 @@ of a network file system, `.DS_Store`, copies."""
 
 
 @dataclass(frozen=True)
-class Reject:
-    """A row or document that could not be used."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Commit:
     """The record that makes a shard part of its data set."""
 

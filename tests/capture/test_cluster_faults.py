@@ -35,7 +35,8 @@ from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.pipeline import prepare_run
 from rayfuse.runtime.progress import ProgressEvent, report_nothing
 from rayfuse.storage.codec import flatten_column
-from rayfuse.storage.dataset import DataSet, Reject
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.rejects import Reject
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 
 pytestmark = pytest.mark.ray

@@ -40,7 +40,7 @@ REAL = (
 
 
 def list_files(path: Path | str) -> list[InputFile]:
-    return list_inputs(DocumentsSettings(path=str(path)), "corpus.documents")
+    return list_inputs(DocumentsSettings(path=str(path)), "corpus.documents").files
 
 
 def read_all(path: Path | str, max_bytes: int = MAX_BYTES) -> list[Document]:

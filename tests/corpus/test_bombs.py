@@ -39,7 +39,7 @@ def peak():
     # Not ru_maxrss, which a process takes over from the one that started it.
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
 
-(file,) = list_inputs(DocumentsSettings(path=sys.argv[1]), "documents")
+(file,) = list_inputs(DocumentsSettings(path=sys.argv[1]), "documents").files
 before = peak()
 found = [[d.doc_id, d.text[:80], d.fault] for d in read_documents(file, int(sys.argv[2]))]
 print(json.dumps({"documents": found, "growth": peak() - before}))

@@ -18,8 +18,8 @@ EXPECTED = [("a", "x", "eins"), ("b", "", "zwei\n")]
 
 
 def read_all(path: Path | str, **settings: str) -> list[Document]:
-    files = list_inputs(DocumentsSettings(path=str(path), **settings), "corpus.documents")
-    return [document for file in files for document in read_documents(file, MAX_BYTES)]
+    found = list_inputs(DocumentsSettings(path=str(path), **settings), "corpus.documents")
+    return [document for file in found.files for document in read_documents(file, MAX_BYTES)]
 
 
 def triples(documents: list[Document]) -> list[tuple[str, str, str]]:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayfuse.config.base import UserError
 from rayfuse.corpus.documents import MAX_NAME_CHARS, Document, read_documents
 from rayfuse.corpus.shards import (
     batch_documents,
@@ -288,17 +289,64 @@ def test_fault_29_names_in_documents_write_nothing_outside_the_data_set(tmp_path
     assert sorted(files) == sorted([Path("d.jsonl"), *expected])
 
 
-def test_fault_29_links_to_files_are_read_and_links_to_folders_are_not(tmp_path):
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "blob").write_text("behind the link")
-    (outside / "other.txt").write_text("not in the folder")
-    folder = tmp_path / "documents"
-    folder.mkdir()
-    (folder / "a.txt").symlink_to(outside / "blob")
-    (folder / "up").symlink_to(outside)
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder of documents beside a file that is none of them."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/secret.txt").write_text("not in the folder")
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents/a.txt").write_text("in the folder")
+    return tmp_path / "documents"
+
+
+def test_fault_29_links_to_files_of_the_folder_are_read_and_links_to_folders_are_not(folder):
+    (folder / "b.txt").symlink_to(folder / "a.txt")
+    (folder / "up").symlink_to(folder.parent / "outside")
     (folder / "loop").symlink_to(folder)
-    assert good_texts(read_all(folder)) == ["behind the link"]
+    assert good_texts(read_all(folder)) == ["in the folder"] * 2
+
+
+@pytest.mark.parametrize("given", ["", "/*.txt"])
+def test_fault_29_a_link_out_of_a_folder_is_refused(given, folder):
+    (folder / "b.txt").symlink_to(folder.parent / "outside/secret.txt")
+    with pytest.raises(UserError, match=r"b.txt are a link out of .*secret.txt; remove the link"):
+        list_files(f"{folder}{given}")
+
+
+@pytest.mark.parametrize("given", ["", "/*.txt", "/*/*.txt", "/**"])
+def test_fault_29_a_file_uri_leads_through_no_link(given, folder):
+    (folder / "b.txt").symlink_to(folder.parent / "outside/secret.txt")
+    (folder / "up").symlink_to(folder.parent / "outside")
+    try:
+        found = good_texts(read_all(f"file://{folder}{given}"))
+    except UserError:
+        found = []
+    assert "not in the folder" not in found
+
+
+def test_fault_29_a_pattern_does_not_lead_through_a_link_to_a_folder(folder):
+    (folder / "up").symlink_to(folder.parent / "outside")
+    with pytest.raises(UserError, match=r"up/secret.txt are a link out of"):
+        list_files(folder / "*/*.txt")
+
+
+def test_fault_29_a_hidden_link_and_a_link_that_the_recipe_names_are_no_error(folder):
+    (folder / ".b.txt").symlink_to(folder.parent / "outside/secret.txt")
+    assert good_texts(read_all(folder)) == ["in the folder"]
+    assert good_texts(read_all(folder / ".b.txt")) == ["not in the folder"]
+
+
+def test_fault_29_the_blobs_of_the_hubs_cache_are_read_and_nothing_else(folder):
+    cache = folder / "datasets--a--b"
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "blobs/17").write_text("a blob")
+    snapshot = cache / "snapshots/revision"
+    snapshot.mkdir(parents=True)
+    (snapshot / "a.txt").symlink_to("../../blobs/17")
+    assert good_texts(read_all(snapshot)) == ["a blob"]
+    (snapshot / "b.txt").symlink_to(folder.parent / "outside/secret.txt")
+    with pytest.raises(UserError, match=r"b.txt are a link out of"):
+        list_files(snapshot)
 
 
 @pytest.mark.parametrize("target", ["nowhere", "a.txt"])

@@ -16,7 +16,8 @@ from rayfuse.run.layout import EvaluationFiles, Layout, Merge, TrainRun
 from rayfuse.run.prepare import SplitDocuments
 from rayfuse.run.segmentation import Segmentation
 from rayfuse.schema import ALIGNED, CORPUS
-from rayfuse.storage.dataset import DataSet, Reject
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.rejects import Reject
 from rayfuse.storage.store import Store, open_store
 
 HOSTILE = '<script>alert("x")</script> | $\\frac'

@@ -101,7 +101,10 @@ def identify(settings: ModelSettings) -> str:
 
 
 def split(recipe: Recipe, documents: Any, prefix: str, share: float) -> SplitDocuments:
-    files = [InputFile(entry.path, "jsonl", 123, "7", entry) for entry in documents]
+    files = [
+        InputFile(entry.path, "jsonl", 123, "7", entry, Path(entry.path).name)
+        for entry in documents
+    ]
     described = describe_split(recipe, [[file] for file in files], share)
     tokenizers = sorted(set(TOKENIZERS.values()))
     segmentation = Segmentation(

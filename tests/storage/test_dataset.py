@@ -11,8 +11,9 @@ import pytest
 
 from rayfuse.run.fingerprint import fingerprint_of
 from rayfuse.schema import CORPUS
-from rayfuse.storage.dataset import DataSet, Reject
+from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.parquet import encode_table
+from rayfuse.storage.rejects import Reject
 from rayfuse.storage.seal import ShardError
 from rayfuse.storage.store import LocalStore, Store, check_store, open_store
 

@@ -110,7 +110,7 @@ def test_documents_of_every_extension_type_are_read_by_their_storage(
 
 
 def read_documents_of(path: Path) -> list[Document]:
-    (file,) = list_inputs(DocumentsSettings(path=str(path)), "corpus.documents")
+    (file,) = list_inputs(DocumentsSettings(path=str(path)), "corpus.documents").files
     return list(read_documents(file, 10**6))
 
 

@@ -4,8 +4,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rayfuse.storage.dataset import Reject
 from rayfuse.storage.object_store import ObjectStore
+from rayfuse.storage.rejects import Reject
 from rayfuse.storage.store import Store, check_store, open_store
 from tests.storage.test_dataset import make_data_in, make_table
 

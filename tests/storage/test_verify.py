@@ -8,7 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from rayfuse.storage.dataset import DataSet, Reject
+from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.rejects import Reject
 from rayfuse.storage.seal import ShardError, seal
 from rayfuse.storage.todo import list_missing
 from rayfuse.storage.verify import read_status, repair_data_set, verify_data_set
