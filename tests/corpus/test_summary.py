@@ -97,7 +97,7 @@ def test_documents_without_any_text_are_refused(tmp_path):
     data, summary = read_corpus(tmp_path, 1)
     with pytest.raises(
         UserError,
-        match=r"no usable text: 2 documents rejected \(1 no JSON object, 1 empty; reasons",
+        match=r"no usable text: 2 documents rejected \(1 empty, 1 no JSON object; reasons",
     ):
         check_has_text([data], summary)
 

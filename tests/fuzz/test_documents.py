@@ -56,7 +56,7 @@ def read_all(path: Path) -> None:
     """Read a file as the corpus stage does, and check what is handed on."""
     began = time.monotonic()
     try:
-        files = list_inputs(DocumentsSettings(path=str(path)), "corpus.documents")
+        files = list_inputs(DocumentsSettings(path=str(path)), "corpus.documents").files
     except UserError:
         return
     for file in files:
