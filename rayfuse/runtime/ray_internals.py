@@ -28,6 +28,8 @@ GCS_TIMEOUT_SECONDS = 60.0
 _OPERATOR_LOGGER = "ray.data._internal.execution.operators.map_operator"
 _PROGRESS_LOGGER = "ray.data._internal.progress"
 _EXCEPTION_LOGGER = "ray.data.exceptions"
+_EXECUTOR_LOGGER = "ray.data._internal.execution.streaming_executor_state"
+_TASK_ERROR = "An exception was raised from a task"
 
 
 def read_node_groups() -> list[tuple[dict[str, float], int]] | None:
@@ -141,15 +143,18 @@ def drain_node(gcs: Any, node_id: str, deadline_seconds: float) -> str | None:
 
 
 def quiet_data_loggers() -> None:
-    """Silence three loggers of Ray Data: two warn about settings we intend, one prints tracebacks.
+    """Silence what Ray Data warns about settings we intend, and its tracebacks.
 
-    No public option does it: the first warns that progress bars are disabled, the second about each
-    actor that asks for a GPU and for CPUs, as every capture actor does. The third prints a hundred
-    lines for an error that the driver raises, and its message prints, anyway.
+    No public option does it. Two loggers warn that progress bars are disabled, and about each actor
+    that asks for a GPU and for CPUs, as every capture actor does. Two print a hundred lines for an
+    error of a task, which the driver raises and prints as one message.
     """
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger(_PROGRESS_LOGGER).setLevel(logging.ERROR)
     logging.getLogger(_EXCEPTION_LOGGER).setLevel(logging.CRITICAL)
+    logging.getLogger(_EXECUTOR_LOGGER).addFilter(
+        lambda record: not record.getMessage().startswith(_TASK_ERROR)
+    )
     logging.getLogger(_OPERATOR_LOGGER).addFilter(
         lambda record: "num_cpus and num_gpus" not in record.getMessage()
     )

@@ -23,3 +23,22 @@ def test_a_gpu_actor_causes_no_warning_and_other_warnings_stay():
     finally:
         logger.removeHandler(handler)
     assert messages == ["something else"]
+
+
+def test_the_error_of_a_task_prints_no_traceback_and_other_errors_stay(capsys):
+    _quiet_ray_data()
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    executor = logging.getLogger("ray.data._internal.execution.streaming_executor_state")
+    exceptions = logging.getLogger("ray.data.exceptions")
+    for logger in (executor, exceptions):
+        logger.addHandler(handler)
+    try:
+        executor.error('An exception was raised from a task of operator "X".', exc_info=OSError())
+        exceptions.error("Full stack trace:", exc_info=OSError())
+        executor.error("something else")
+    finally:
+        for logger in (executor, exceptions):
+            logger.removeHandler(handler)
+    assert messages == ["something else"]
