@@ -20,7 +20,7 @@ from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.rejects import Reject
 from rayfuse.storage.store import Store, open_store
 
-HOSTILE = '<script>alert("x")</script> | $\\frac'
+HOSTILE = '<script>alert("x")</script> | $\\frac [/b]'
 DOMAINS = ("books", "code", "math", HOSTILE, "web", "wiki")
 COSTS = {"big": 0.98, "coder": 1.15, "small": 1.15, "ensemble": 1.09, "merged": 1.4, "target": 1.10,
          "clm": 1.05, "fused": 1.03}  # fmt: skip

@@ -81,6 +81,14 @@ def test_hostile_domains_stay_text_in_every_form(findings: Findings):
     assert escape_markdown(HOSTILE).startswith(r"\<script\>")
 
 
+def test_control_characters_of_a_domain_are_signs_in_every_form():
+    table = build_table({"fused": evaluate("fused", 1.0, 2.0, domains="\x1bb")})
+    cells = "".join(cell.plain for row in render_rich(table) for cell in row)
+    for text in (render_html(table), render_markdown(table), cells):
+        assert "\x1b" not in text
+        assert "\u241b" in text
+
+
 def test_the_table_of_tasks_shows_the_better_direction_and_missing_scores(findings: Findings):
     table = build_task_table(findings.evaluations, findings.task_scores)
     assert table.header[2:] == ["choose, acc \u2191", f"{HOSTILE}, bits_per_byte \u2193"]
