@@ -15,9 +15,12 @@ class DocumentsSettings(Settings):
     """Where documents are stored and how they are read."""
 
     path: str
-    """A file, a folder, a pattern such as `s3://bucket/*.parquet`, or a data set on the hub."""
+    """A file, a folder, a pattern such as `s3://bucket/*.parquet`, or a data set on the hub. Of a
+    folder, names that begin with `.` or `_`, READMEs and the like, and unknown kinds are skipped. A
+    document without a field `id` is named by its file's path below the folder, and its line."""
     format: Literal["auto", "jsonl", "parquet", "text", "dataset"] = "auto"
-    """`auto`: by the file's name. `dataset`: a Hugging Face data set, a folder or a hub id."""
+    """`auto`: by the file's name, before `.gz`, `.zst`, `.xz` or `.bz2`. `dataset`: a Hugging Face
+    data set, a folder or a hub id."""
     text: str = "text"
     """The field or column that holds the text."""
     domain: str | None = None

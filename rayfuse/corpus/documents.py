@@ -15,6 +15,7 @@ from rayfuse.corpus.parquet_guard import find_largest_page
 from rayfuse.run.inputs import InputFile, check_unchanged, is_saved_dataset
 from rayfuse.run.open_input import (
     BUFFER_BYTES,
+    MAX_EXPANSION,
     UNPACK_ERRORS,
     max_text_bytes,
     open_input,
@@ -37,12 +38,16 @@ PAGE_ROOM_BYTES = 24 * MIB
 """Bytes that a Parquet page may have besides the longest text; the usual page size is 1 MiB."""
 
 BATCH_BYTES = 24 * MIB
+"""Bytes of Parquet rows that are in memory at a time; of longer ones, a row at a time."""
+
 MAX_BATCH_ROWS = 256
+"""Rows of a Parquet batch: their Python objects take more memory than their bytes."""
 
 MAX_NAME_CHARS = 2048
 """Maximum length of a document's id or domain, which each of its rows repeats."""
 
 MAX_REASON_CHARS = 200
+"""Maximum length of a reader's error in a reason, which may quote any part of a file."""
 
 MIN_DOCUMENT_BYTES = 1000
 """What a document or a reject counts as, at least, towards the text that a file may have."""
@@ -236,7 +241,7 @@ def _decode(doc_id: str, domain: str, data: bytes, encoding: str = "utf-8") -> D
 def _read_parquet(file: InputFile, max_document_bytes: int) -> Iterator[Document]:
     name = file.name
     max_page_bytes = max_document_bytes + PAGE_ROOM_BYTES
-    number = 0
+    number, num_bytes = 0, 0
     with open_input(file.path, file.num_bytes) as stream:
         parquet = open_parquet(stream, buffer_size=BUFFER_BYTES, pre_buffer=False)
         columns = _choose_columns(parquet.schema_arrow, file.settings.text)
@@ -253,6 +258,9 @@ def _read_parquet(file: InputFile, max_document_bytes: int) -> Iterator[Document
             # No cell is larger than its page, but a dictionary entry may be repeated in every row.
             batch_size = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES // max(page_bytes, 1)))
             for batch in parquet.iter_batches(batch_size, row_groups=[group], columns=columns):
+                num_bytes += batch.nbytes
+                if num_bytes > max_text_bytes(file.num_bytes):
+                    raise ValueError(f"it unpacks to over {MAX_EXPANSION} times its size")
                 for record in _to_records(batch):
                     number += 1
                     yield _make_document(file, f"{name}:{number}", record)
@@ -313,7 +321,10 @@ def _load_dataset(path: str, split: str) -> Any:
     import datasets
 
     def explain(error: Exception) -> UserError:
-        return UserError(f"the data set {path!r} has no usable split {split!r}: {_shorten(error)}")
+        return UserError(
+            f"the data set {path!r}, split {split!r}, cannot be loaded: {_shorten(error)}; check "
+            "path and split of the documents, or save them as JSON Lines or Parquet"
+        )
 
     with user_error_from(explain):
         if is_saved_dataset(path):

@@ -1,5 +1,6 @@
 import gzip
 import json
+import pickle
 from pathlib import Path
 
 import pyarrow as pa
@@ -7,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from rayfuse.config.base import UserError
 from rayfuse.config.corpus import DocumentsSettings
 from rayfuse.corpus.documents import Document, read_documents
 from rayfuse.run.inputs import list_inputs
@@ -53,6 +55,23 @@ def test_a_saved_hugging_face_data_set_reads_like_json_lines(tmp_path):
 
     datasets.Dataset.from_list(RECORDS).save_to_disk(str(tmp_path / "data"))
     assert triples(read_all(tmp_path / "data")) == EXPECTED
+
+
+def test_a_saved_data_set_with_a_foreign_type_is_refused_by_name(tmp_path):
+    import datasets
+    from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
+
+    datasets.Dataset.from_list(RECORDS).save_to_disk(str(tmp_path / "data"))
+    (file,) = (tmp_path / "data").glob("*.arrow")
+    storage = pa.array([pickle.dumps(text) for text in "ab"], pa.large_binary())
+    column = pa.ExtensionArray.from_storage(ArrowPythonObjectType(), storage)
+    table = pa.table({"text": column})
+    with pa.OSFile(str(file), "wb") as out, pa.ipc.new_stream(out, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(
+        UserError, match=r"data', split 'train', cannot be loaded: .*pickled_object"
+    ):
+        read_all(tmp_path / "data")
 
 
 def test_a_domain_of_the_recipe_wins_over_the_documents_own(tmp_path):

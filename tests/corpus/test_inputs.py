@@ -282,6 +282,19 @@ def test_a_file_makes_no_more_text_than_its_size_allows(line, tmp_path, monkeypa
     assert "times its size" in str(last.fault) or "more documents than" in str(last.fault)
 
 
+@pytest.mark.parametrize("field", ["id", "text"])
+def test_a_cell_that_is_repeated_in_every_row_makes_no_more_than_its_file_allows(
+    field, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(open_input, "FREE_BYTES", 1 << 20)
+    columns = {name: pa.array(["x"] * 2000) for name in ("id", "text")}
+    columns[field] = pa.array(["a" * 100_000] * 2000).dictionary_encode()
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet", dictionary_pagesize_limit=1 << 30)
+    documents = read_all(tmp_path)
+    assert len(documents) < 2000
+    assert "it unpacks to over 1000 times its size" in str(documents[-1].fault)
+
+
 def test_a_zstd_window_that_is_too_large_has_a_remedy(tmp_path):
     frame = b"\x28\xb5\x2f\xfd" + bytes([0x00, 31 << 3]) + b"\x01\x00\x00"
     (tmp_path / "d.jsonl.zst").write_bytes(frame + b"x" * 100)
