@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rayfuse import pipeline
+from rayfuse.config.base import UserError
+from rayfuse.config.load import read_recipe
+from rayfuse.runtime.progress import report_nothing
 from tests.fakes import (
     byte_level_tokenizer,
     line_tokenizer,
@@ -170,6 +174,23 @@ def test_tokenizers_that_cannot_be_aligned_are_refused(models, tmp_path):
     assert done.returncode == 2
     assert "source lines: these tokenizers cannot be aligned" in done.stderr
     assert "'Hello world' is ['[UNK]'] to the source" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("stage", "needed"),
+    [("capture", "corpus"), ("align", "capture"), ("train", "align"), ("evaluate", "train")],
+)
+def test_a_stage_whose_input_is_missing_ends_before_a_cluster_is_joined(
+    stage, needed, models, tmp_path, monkeypatch
+):
+    def join_cluster() -> None:
+        raise AssertionError("a cluster is joined")
+
+    monkeypatch.setattr(pipeline, "join_cluster", join_cluster)
+    recipe = read_recipe(write_recipe(tmp_path, models), [])
+    layout = pipeline.prepare_run(recipe)
+    with pytest.raises(UserError, match=f"stage {needed} is incomplete; run `rayfuse {needed}`"):
+        pipeline.run_stages(recipe, layout, (stage,), report_nothing, lambda result: None)
 
 
 @pytest.mark.ray
