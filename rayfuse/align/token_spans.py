@@ -293,7 +293,7 @@ def _place_changed_rows(
     own = [texts[row] for row in rows.tolist()]
     encoded = tokenizer.encode_with_ends([text.decode() for text in own])
     return [
-        _place_row(number, text, ids, chars, vocabulary, tokenizer.implies_prefix_space)
+        _place_row(number, text, ids, chars, vocabulary, tokenizer)
         for number, text, (ids, chars) in zip(rows.tolist(), own, encoded, strict=True)
     ]
 
@@ -304,8 +304,10 @@ def _place_row(
     ids: Int[np.ndarray, " tokens"],
     chars: Int[np.ndarray, "tokens 2"],
     vocabulary: TokenBytes,
-    implies_prefix_space: bool,
+    tokenizer: TextTokenizer,
 ) -> _PlacedRow:
+    # Some tokenizers insert a space also after each added token.
+    is_added = [tokenizer.token_names[token_id] in tokenizer.added_names for token_id in ids]
     token_bytes = [vocabulary.spell(token_id) for token_id in ids.tolist()]
     begins, ends = _count_in_bytes(text, chars, token_bytes)
     faults = np.zeros(len(ids), dtype=np.uint8)
@@ -313,7 +315,9 @@ def _place_row(
     done = 0
     for at, piece in enumerate(token_bytes):
         covered = text[done : ends[at]]
-        may_add = implies_prefix_space or (at == 0 and vocabulary.adds_prefix_space)
+        may_add = tokenizer.implies_prefix_space or (
+            tokenizer.adds_prefix_space and (at == 0 or is_added[at - 1])
+        )
         has_prefix_space[at] = may_add and piece == SPACE + covered
         if not piece:
             faults[at] = Fault.UNKNOWN_TOKEN

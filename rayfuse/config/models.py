@@ -51,6 +51,14 @@ class ModelSettings(Settings):
     """Run Python code that comes with the model. Only for models with code that you have read."""
 
 
+class TrainedSettings(ModelSettings):
+    """A model that a run has made from the target: weights in the storage, all else as before."""
+
+    target: ModelSettings
+    """The model of the recipe: its tokenizer, and its own code if it may run any. Other writers of
+    the storage could have put code there."""
+
+
 class SourceSettings(ModelSettings):
     """One source LLM and the nodes it runs on."""
 

@@ -1,11 +1,15 @@
-"""A model to be scored, as files that a worker can load."""
+"""A model to be scored: checked by the driver, and as files that a worker can load."""
 
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
+from rayfuse.config.recipe import Recipe
+from rayfuse.models.architecture import compare_tensors
+from rayfuse.run.layout import Layout, describe_model
 from rayfuse.storage.store import Store
 
 
@@ -34,3 +38,24 @@ def download_folder(store: Store, folder: str, path: Path) -> None:
     """
     for name in store.sizes(folder):
         store.download(f"{folder}/{name}", str(path / name))
+
+
+def check_trained(recipe: Recipe, layout: Layout, name: str) -> None:
+    """Check that a model is trained and, on a local disk, that all its tensors are there.
+
+    Raises:
+        UserError: It is not trained, or its files are not those of its architecture.
+    """
+    run = next((run for run in layout.runs if run.name == name), None)
+    if run is None:
+        return
+    if "done.json" not in layout.store.sizes(run.folder):
+        raise UserError(f"the model {name} is not trained; run `rayfuse train` first")
+    if layout.store.is_local:
+        try:
+            compare_tensors(describe_model(recipe, name, layout))
+        except UserError as error:
+            raise UserError(
+                f"the model {name} is no longer as it was trained: {error}. Or remove "
+                f"{layout.store.root}/{run.folder}/done.json, and run `rayfuse train` again"
+            ) from error

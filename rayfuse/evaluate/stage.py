@@ -23,7 +23,7 @@ from rayfuse.evaluate.bits_per_byte import (
 )
 from rayfuse.evaluate.ensemble import average_sources, build_nll_table, read_nll_table
 from rayfuse.evaluate.merged_weights import average_weights
-from rayfuse.evaluate.model_loading import local_model
+from rayfuse.evaluate.model_loading import check_trained, local_model
 from rayfuse.evaluate.scores import (
     DocumentScore,
     Evaluation,
@@ -198,7 +198,7 @@ def _score_tasks(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     pending: dict[Any, str] = {}
     for name, job in jobs.items():
         if name != ENSEMBLE:
-            _check_trained(layout, name)
+            check_trained(recipe, layout, name)
             model = describe_model(recipe, name, layout)
             remote: Any = ray.remote(**_resource_options(model, recipe))(run_model_job)
             pending[remote.remote(job, model, find_own_folder(name, layout))] = name
@@ -249,7 +249,7 @@ def _plan_groups(recipe: Recipe, layout: Layout) -> list[list[int]]:
 
 
 def _plan_job(recipe: Recipe, layout: Layout, name: str) -> ScoringJob:
-    _check_trained(layout, name)
+    check_trained(recipe, layout, name)
     return ScoringJob(
         name=name,
         model=describe_model(recipe, name, layout),
@@ -258,12 +258,6 @@ def _plan_job(recipe: Recipe, layout: Layout, name: str) -> ScoringJob:
         own_folder=find_own_folder(name, layout),
         token_nll=layout.evaluation.token_nll.get(name),
     )
-
-
-def _check_trained(layout: Layout, name: str) -> None:
-    for run in layout.runs:
-        if run.name == name and "done.json" not in layout.store.sizes(run.folder):
-            raise UserError(f"the model {name} is not trained; run `rayfuse train` first")
 
 
 def _is_evaluated(layout: Layout, name: str) -> bool:

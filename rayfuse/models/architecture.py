@@ -14,7 +14,7 @@ from transformers.utils import logging as hf_logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from rayfuse.config.base import UserError, user_error_from
-from rayfuse.config.models import ModelSettings
+from rayfuse.config.models import ModelSettings, TrainedSettings
 from rayfuse.models.config_file import read_config
 from rayfuse.models.out_of_memory import is_out_of_memory
 from rayfuse.models.weight_files import (
@@ -74,6 +74,7 @@ def load_model(settings: ModelSettings, dtype: torch.dtype) -> Any:
             name,
             config=config,
             revision=settings.revision,
+            code_revision=_find_code(settings).revision,
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,
             dtype=dtype,
@@ -91,14 +92,27 @@ def load_config(settings: ModelSettings) -> Any:
     Raises:
         UserError: The config cannot be loaded, or takes code from another repository.
     """
-    read_config(settings)  # before any code that it names runs
+    origin = _find_code(settings)
+    read_config(origin)  # before any code that it names runs
     with _naming(settings.model):
         config: Any = AutoConfig.from_pretrained(
-            _expand(settings.model),
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
+            _expand(origin.model),
+            revision=origin.revision,
+            trust_remote_code=origin.trust_remote_code,
         )
+    if origin is not settings and hasattr(config, "auto_map"):
+        places = {
+            name: f"{_expand(origin.model)}--{place}" for name, place in config.auto_map.items()
+        }
+        config.auto_map = places
     return _reset_choices(config)
+
+
+def _find_code(settings: ModelSettings) -> ModelSettings:
+    """Find the model that a model's config and own code come from: never code in the storage."""
+    if isinstance(settings, TrainedSettings) and settings.trust_remote_code:
+        return settings.target
+    return settings
 
 
 def build_config(config: Mapping[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfuse.config.base import UserError
-from rayfuse.config.models import ModelSettings
+from rayfuse.config.models import ModelSettings, TrainedSettings
 from rayfuse.models.config_file import (
     TEXT_KEYS,
     find_config,
@@ -44,11 +44,13 @@ class ModelFiles:
 
 
 def load_recipe_tokenizer(settings: ModelSettings) -> TextTokenizer:
-    """Load the tokenizer of a recipe's model.
+    """Load the tokenizer of a recipe's model; that of a model made from the target is the target's.
 
     Raises:
         UserError: As for `load_tokenizer`.
     """
+    if isinstance(settings, TrainedSettings):
+        settings = settings.target
     return load_tokenizer(settings.model, settings.revision, settings.trust_remote_code)
 
 

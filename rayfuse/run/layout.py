@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayfuse.config.align import METHODS
-from rayfuse.config.models import ModelSettings
+from rayfuse.config.models import ModelSettings, TrainedSettings
 from rayfuse.config.recipe import Recipe
 from rayfuse.run.fingerprint import (
     fingerprint_aligned,
@@ -294,8 +294,11 @@ def describe_model(recipe: Recipe, name: str, layout: Layout) -> ModelSettings:
     folder = find_own_folder(name, layout)
     if folder is None:
         raise KeyError(name)
-    return recipe.target.model_copy(
-        update={"model": f"{layout.store.root}/{folder}", "revision": None}
+    return TrainedSettings(
+        model=f"{layout.store.root}/{folder}",
+        dtype=recipe.target.dtype,
+        trust_remote_code=recipe.target.trust_remote_code,
+        target=recipe.target,
     )
 
 

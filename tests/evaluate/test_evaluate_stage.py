@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from safetensors.torch import load_file, save_file
 
+from rayfuse.config.base import UserError
 from rayfuse.config.evaluate import EvaluateSettings, TasksSettings
 from rayfuse.config.load import parse_recipe
-from rayfuse.config.models import ModelSettings
+from rayfuse.config.models import ModelSettings, TrainedSettings
 from rayfuse.config.recipe import Recipe
 from rayfuse.evaluate.bits_per_byte import (
     load_scored_model,
@@ -26,8 +28,14 @@ from rayfuse.evaluate.bits_per_byte import (
 from rayfuse.evaluate.ensemble import TokenNLL, average_sources
 from rayfuse.evaluate.model_loading import local_model
 from rayfuse.evaluate.scores import bits_per_byte
-from rayfuse.evaluate.stage import _resource_options, evaluate_models, group_shards
+from rayfuse.evaluate.stage import (
+    _plan_job,
+    _resource_options,
+    evaluate_models,
+    group_shards,
+)
 from rayfuse.evaluate.task_scores import parse_task_score
+from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.run.layout import EvaluationFiles, Layout, Merge, TrainRun
 from rayfuse.run.prepare import SplitDocuments
@@ -274,9 +282,67 @@ def test_a_model_that_is_not_trained_yet_is_named(ray_cluster: Any, recipe: Reci
 
 @pytest.mark.ray
 def test_an_error_in_a_ray_task_is_raised_as_itself(
-    ray_cluster: Any, recipe: Recipe, layout: Layout
+    ray_cluster: Any, recipe: Recipe, layout: Layout, tmp_path: Path
 ):
     layout.store.write("train/fused-0/done.json", b"{}")
-    layout.store.remove("train/fused-0/model/config.json")
-    with pytest.raises(ValueError, match=r"^model is '.*/train/fused-0/model'"):
+    broken = shutil.copytree(recipe.sources[0].model, tmp_path / "broken")
+    (broken / "config.json").unlink()
+    source = recipe.sources[0].model_copy(update={"model": str(broken)})
+    recipe = recipe.model_copy(update={"sources": (source, *recipe.sources[1:])})
+    with pytest.raises(ValueError, match=r"^model is '.*/broken'"):
         evaluate_models(recipe, layout, Notes())
+
+
+def test_a_trained_model_that_lost_a_tensor_is_refused_before_a_task_starts(
+    recipe: Recipe, layout: Layout
+):
+    layout.store.write("train/fused-0/done.json", b"{}")
+    _plan_job(recipe, layout, "fused")
+    path = Path(recipe.storage, "train/fused-0/model/model.safetensors")
+    tensors = load_file(path)
+    name = sorted(tensors)[-1]
+    save_file({key: tensors[key] for key in tensors if key != name}, path)
+    with pytest.raises(
+        UserError, match=rf"model fused is no longer .*{name} is missing.*done.json"
+    ):
+        _plan_job(recipe, layout, "fused")
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Path({marker!r}).touch()
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_in_the_storage_never_runs_for_a_target_with_its_own_code(
+    tmp_path: Path, make_model: Callable[[int], Path]
+):
+    target, stored = tmp_path / "target", tmp_path / "stored"
+    for folder in (target, stored):
+        shutil.copytree(make_model(260), folder)
+        config = json.loads((folder / "config.json").read_text()) | {
+            "model_type": "own",
+            "auto_map": {
+                "AutoConfig": "modeling_own.OwnConfig",
+                "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+                "AutoTokenizer": ["modeling_own.Own", None],
+            },
+        }
+        (folder / "config.json").write_text(json.dumps(config))
+        marker = str(tmp_path / f"{folder.name}-ran")
+        (folder / "modeling_own.py").write_text(CODE.format(marker=marker))
+    own = ModelSettings(model=str(target), trust_remote_code=True)
+    trained = TrainedSettings(model=str(stored), trust_remote_code=True, target=own)
+    lm = load_scored_model(trained)
+    assert type(lm.model).__name__ == "OwnForCausalLM"
+    assert load_recipe_tokenizer(trained) is load_recipe_tokenizer(own)
+    assert (tmp_path / "target-ran").exists()
+    assert not (tmp_path / "stored-ran").exists()
