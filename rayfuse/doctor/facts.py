@@ -119,8 +119,11 @@ def check_storage(request: FactsRequest) -> tuple[str | None, bool]:
         return str(error), False
     if request.marker is None:
         return None, True
-    folder, _, name = request.marker.rpartition("/")
-    return None, name in store.sizes(folder)
+    try:
+        store.read(request.marker)
+    except FileNotFoundError:
+        return None, False
+    return None, True
 
 
 def check_models(models: tuple[tuple[str, ModelSettings], ...]) -> dict[str, str]:

@@ -21,7 +21,13 @@ from rayfuse.doctor.checks import (
     check_resources,
     list_findings,
 )
-from rayfuse.doctor.facts import FactsRequest, NodeFacts, collect_facts, list_listeners
+from rayfuse.doctor.facts import (
+    FactsRequest,
+    NodeFacts,
+    check_storage,
+    collect_facts,
+    list_listeners,
+)
 from rayfuse.storage.store import open_store
 from tests.fakes import save_model
 from tests.s3 import Rule
@@ -176,6 +182,13 @@ def test_a_storage_that_cannot_be_written_or_reached(fault, method, model, s3_pr
     finding = find(recipe, cluster_of(look(recipe)))
     assert finding.check == "storage"
     assert "which cannot be written" in finding.text
+
+
+def test_a_node_sees_the_marker_in_a_storage_that_it_shares(tmp_path):
+    request = FactsRequest(str(tmp_path), 1.0, ".doctor-0a", (), None)
+    assert check_storage(request) == (None, False)
+    open_store(str(tmp_path)).write(".doctor-0a", b"rayfuse doctor")
+    assert check_storage(request) == (None, True)
 
 
 def test_a_folder_that_another_node_does_not_share(good):
