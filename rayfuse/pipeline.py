@@ -190,7 +190,6 @@ def _print_documents(layout: Layout, console: Console) -> dict[str, Any]:
             f"  {name:<18} {files}, {summary.documents:,} documents, "
             f"rejected: {summary.describe_rejects()}",
             highlight=False,
-            markup=False,
         )
     return values
 

@@ -211,6 +211,32 @@ def test_documents_without_any_text_end_with_the_place_of_the_reasons(models, tm
 
 
 @pytest.mark.ray
+def test_a_run_that_loses_a_file_ends_with_its_name_and_resumes_with_a_higher_share(
+    models, tmp_path
+):
+    recipe = write_recipe(tmp_path, models)
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    lines = "".join(json.dumps({"text": f"document {i} of some text"}) + "\n" for i in range(100))
+    (folder / "a.jsonl").write_text(lines)
+    (folder / "b.jsonl.zst").write_bytes(b"no zstd")
+    (folder / "README.md").write_text("About these documents.")
+    settings = [f"corpus.documents={folder}", "evaluate.held_out_share=0.2"]
+    done = rayfuse("corpus", str(recipe), *settings)
+    assert done.returncode == 2
+    assert "1 of 2 files of documents cannot be read" in done.stderr
+    assert "b.jsonl.zst (1: unreadable file" in done.stderr
+    done = rayfuse("corpus", str(recipe), *settings, "corpus.max_rejected_share=0.5", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["documents"] == {
+        "files": 2,
+        "documents": 100,
+        "rejects": {"unreadable file": 1},
+        "skipped": {"about the data": 1},
+    }
+
+
+@pytest.mark.ray
 def test_json_is_all_that_stdout_gets_and_a_second_run_has_nothing_to_do(models, tmp_path):
     recipe = write_recipe(tmp_path, models)
     lines = "".join(json.dumps({"text": f"document {i} of some text"}) + "\n" for i in range(200))
@@ -222,6 +248,12 @@ def test_json_is_all_that_stdout_gets_and_a_second_run_has_nothing_to_do(models,
         numbers = json.loads(line)
         assert numbers["stages"] == {"corpus": True}
         assert numbers["corpus"]["rejects"] == 0
+        assert numbers["documents"] == {
+            "files": 1,
+            "documents": 200,
+            "rejects": {},
+            "skipped": {},
+        }
     assert "nothing to do" in done.stderr
 
 
