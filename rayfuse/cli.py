@@ -72,14 +72,14 @@ def _run_command() -> int:
         _exit_interrupted()
     except Exception as error:  # the last place that can turn an error into a message
         from rayfuse.config.base import UserError
-        from rayfuse.runtime.connect import find_root_cause
+        from rayfuse.runtime.connect import describe_error, find_root_cause
 
         if _is_interrupt(error):
             _exit_interrupted()
         cause = find_root_cause(error)
         if isinstance(cause, UserError):
-            return _print_error(str(cause), USER_ERROR)
-        return _print_error(f"{type(cause).__name__}: {cause}", FAILED)
+            return _print_error(describe_error(cause), USER_ERROR)
+        return _print_error(f"{type(cause).__name__}: {describe_error(cause)}", FAILED)
     return 0
 
 

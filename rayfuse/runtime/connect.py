@@ -26,6 +26,9 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 ADDRESS_ERRORS = ("Invalid address format", "Failed to connect to GCS")
 """Beginnings of Ray's error messages about a wrong address."""
 
+RETRY_ADVICE = "\nFailed to apply UDF transform after "
+"""Begins what Ray Data appends to the message of a task's error, once for each task."""
+
 
 class ClusterError(UserError):
     """The cluster that RAY_ADDRESS names cannot be joined."""
@@ -133,6 +136,11 @@ def find_root_cause(error: BaseException) -> BaseException:
     for failure in getattr(error, "worker_failures", {}).values():
         inner = failure
     return find_root_cause(inner) if isinstance(inner, BaseException) else error
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an error's message without the advice on retries that Ray Data appends to it."""
+    return str(error).partition(RETRY_ADVICE)[0]
 
 
 def _quiet_ray_data() -> None:

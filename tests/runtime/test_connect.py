@@ -2,7 +2,9 @@
 
 import logging
 
-from rayfuse.runtime.connect import _quiet_ray_data
+import pytest
+
+from rayfuse.runtime.connect import _quiet_ray_data, describe_error
 
 OPERATORS = "ray.data._internal.execution.operators.map_operator"
 
@@ -42,3 +44,14 @@ def test_the_error_of_a_task_prints_no_traceback_and_other_errors_stay(capsys):
         for logger in (executor, exceptions):
             logger.removeHandler(handler)
     assert messages == ["something else"]
+
+
+def test_an_error_is_described_without_the_advice_of_ray_data():
+    from ray.data._internal.util import iterate_with_retry
+
+    def fail():
+        raise ValueError("capture.top_k is 9\nuse 8")
+
+    with pytest.raises(ValueError, match="DataContext") as raised:
+        list(iterate_with_retry(fail, "apply UDF transform", max_attempts=1))
+    assert describe_error(raised.value) == "capture.top_k is 9\nuse 8"
