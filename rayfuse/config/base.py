@@ -48,14 +48,17 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def user_error_from(explain: Callable[[Exception], UserError]) -> Generator[None]:
+def user_error_from(explain: Callable[[BaseException], UserError]) -> Generator[None]:
     """Replace any error inside by the UserError that `explain` makes of it.
 
-    For calls into libraries that raise errors of many types without a common base class.
+    For calls into libraries that raise errors of many types without a common base class. Those in
+    Rust (tokenizers) raise a `PanicException`, which is no `Exception`.
     """
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise explain(error) from error
 
 

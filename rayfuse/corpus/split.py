@@ -113,12 +113,12 @@ def _find_cut(
 
 
 def _count_chars_that_fit(text: str, tokenizer: TextTokenizer, max_tokens: int) -> int:
-    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+    ((ids, chars),) = tokenizer.encode_with_ends([text])
     room = max_tokens - tokenizer.count_specials()
-    if len(encoding.ids) <= room:
+    if len(ids) <= room:
         return len(text)
     # Token number `room` is the first that does not fit: end where it starts.
-    return max(1, min(encoding.offsets[room][0], len(text) - 1))
+    return max(1, min(int(chars[room, 0]), len(text) - 1))
 
 
 def _move_to_space(text: str, cut: int) -> int:

@@ -235,7 +235,7 @@ def _expand(model: str) -> str:
 def _naming(model: str) -> Generator[None]:
     """Name the model in every error of a library, but for a lack of memory, which may pass."""
 
-    def explain(error: Exception) -> UserError:
+    def explain(error: BaseException) -> UserError:
         if is_out_of_memory(error):
             raise error
         return UserError(f"model is {model!r}, which cannot be loaded: {str(error).strip()}")

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 
+from rayfuse.config.base import UserError, first_line, user_error_from
 from rayfuse.models.token_bytes import (
     BYTE_PATTERN,
     SPACE_MARK,
@@ -63,15 +64,25 @@ class TextTokenizer:
         return len(self.token_bytes)
 
     def encode(self, texts: list[str]) -> list[Int[np.ndarray, " _"]]:
-        """Encode each text into token ids, without start token or EOS."""
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        """Encode each text into token ids, without start token or EOS.
+
+        Raises:
+            UserError: The tokenizer fails on a text.
+        """
+        with user_error_from(_explain_failure):
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def encode_with_ends(
         self, texts: list[str]
     ) -> list[tuple[Int[np.ndarray, " _"], Int[np.ndarray, "_ 2"]]]:
-        """Encode each text into token ids and the start and end of each token, in characters."""
-        encodings = self.backend.encode_batch(texts, add_special_tokens=False)
+        """Encode each text into token ids and the start and end of each token, in characters.
+
+        Raises:
+            UserError: The tokenizer fails on a text.
+        """
+        with user_error_from(_explain_failure):
+            encodings = self.backend.encode_batch(texts, add_special_tokens=False)
         return [
             (
                 np.array(encoding.ids, dtype=np.int32),
@@ -134,6 +145,13 @@ class TextTokenizer:
     def known_ids(self) -> Bool[np.ndarray, " vocab"]:
         """Mask the ids that exist."""
         return np.array([text is not None for text in self.token_bytes])
+
+
+def _explain_failure(error: BaseException) -> UserError:
+    return UserError(
+        f"the tokenizer fails on a text ({first_line(error)}); its pre-tokenizer in tokenizer.json "
+        "may hold a regular expression without a limit: use another model"
+    )
 
 
 def build_tokenizer(

@@ -244,3 +244,19 @@ def test_sentencepiece_model_alone_is_an_error_with_the_conversion(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     with pytest.raises(UserError, match=r"SentencePiece model but no tokenizer.json: convert it"):
         load_tokenizer(str(tmp_path))
+
+
+def test_panic_inside_the_tokenizers_library_is_an_error_like_others(folder):
+    edit(
+        folder / "tokenizer.json",
+        pre_tokenizer={
+            "type": "Split",
+            "pattern": {"Regex": "(x+x+)+y"},
+            "behavior": "Isolated",
+            "invert": False,
+        },
+    )
+    tokenizer = load_tokenizer(str(folder))
+    for encode in (tokenizer.encode, tokenizer.encode_with_ends):
+        with pytest.raises(UserError, match=r"fails on a text \(Onig: .*retry-limit"):
+            encode(["x" * 60])
