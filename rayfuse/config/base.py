@@ -48,7 +48,7 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def user_error_from(explain: Callable[[BaseException], UserError]) -> Generator[None]:
+def user_error_from(explain: Callable[[Exception], UserError]) -> Generator[None]:
     """Replace any error inside by the UserError that `explain` makes of it.
 
     For calls into libraries that raise errors of many types without a common base class. Those in
@@ -57,9 +57,11 @@ def user_error_from(explain: Callable[[BaseException], UserError]) -> Generator[
     try:
         yield
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if isinstance(error, Exception):
+            raise explain(error) from error
+        if type(error).__name__ != "PanicException":
             raise
-        raise explain(error) from error
+        raise explain(RuntimeError(str(error))) from error
 
 
 def result_neutral(default: T) -> T:

@@ -26,11 +26,13 @@ class Backend:
     """Whether one actor can spread a model over any whole number of GPUs."""
     makes_draws: bool
     """Whether it can sample from the distribution, which some values of `capture.signal` need."""
+    keeps_long_rope: bool
+    """Whether each row gets the position factors of its own length from a model with LongRoPE."""
 
 
 BACKENDS: dict[BackendName, Backend] = {
-    "transformers": Backend(uses_several_gpus=False, makes_draws=True),
-    "vllm": Backend(uses_several_gpus=True, makes_draws=False),
+    "transformers": Backend(uses_several_gpus=False, makes_draws=True, keeps_long_rope=True),
+    "vllm": Backend(uses_several_gpus=True, makes_draws=False, keeps_long_rope=False),
 }
 """By name; the engines themselves are in `rayfuse.capture.engines.load.ENGINES`."""
 

@@ -16,6 +16,9 @@ CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_le
 TEXT_KEYS = ("text_config", "decoder", "generator", "text_encoder")
 """Keys of config.json that hold the part for text, as `get_text_config` of transformers."""
 
+LONG_ROPE = ("longrope", "su")
+"""Names of LongRoPE in config.json."""
+
 MAX_COUNT = 4096
 """The most layers or experts: a model is built, if only without memory, before it is loaded."""
 
@@ -106,6 +109,16 @@ def find_text_part(config: dict[str, Any]) -> dict[str, Any]:
     """Find the part of a config for text: that of a multimodal model is nested."""
     parts = (config.get(key) for key in TEXT_KEYS)
     return next((part for part in parts if isinstance(part, dict)), config)
+
+
+def find_long_rope(config: dict[str, Any]) -> int | None:
+    """Find the row length beyond which LongRoPE changes its factors; None without LongRoPE."""
+    text = config | find_text_part(config)
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) not in LONG_ROPE:
+        return None
+    key = "original_max_position_embeddings"
+    return text.get(key) or rope.get(key)
 
 
 def find_context(config: dict[str, Any]) -> int | None:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rayfuse.config.base import UserError
-from rayfuse.config.models import ModelSettings, TrainedSettings
+from rayfuse.config.models import BACKENDS, ModelSettings, SourceSettings, TrainedSettings
 from rayfuse.models.config_file import (
     TEXT_KEYS,
     find_config,
     find_context,
+    find_long_rope,
     find_text_part,
     read_config,
 )
@@ -71,12 +72,29 @@ def check_model(settings: ModelSettings, max_tokens: int, *, role: str) -> Model
         _check_ids(settings.model, load_recipe_tokenizer(settings), files.head_width)
     except ValueError as error:
         raise UserError(f"{role}: {error}") from error
+    _check_backend(settings, find_long_rope(files.config), max_tokens)
     if files.context_tokens is not None and files.context_tokens < max_tokens:
         raise UserError(
             f"corpus.max_tokens is {max_tokens}, more than the context of {files.context_tokens} "
             f"tokens of {role} {settings.model!r}; use <= {files.context_tokens}"
         )
     return files
+
+
+def _check_backend(settings: ModelSettings, long_rope: int | None, max_tokens: int) -> None:
+    """Check that a source's engine scores each row as if it were alone.
+
+    Raises:
+        UserError: It would give short rows the position factors of long ones.
+    """
+    if not isinstance(settings, SourceSettings) or BACKENDS[settings.backend].keeps_long_rope:
+        return
+    if long_rope is not None and long_rope < max_tokens:
+        raise UserError(
+            f"source {settings.name}: backend {settings.backend} does not choose the LongRoPE "
+            f"factors of {settings.model!r} by row, and corpus.max_tokens is {max_tokens}, more "
+            f"than their boundary; use backend transformers, or max_tokens <= {long_rope}"
+        )
 
 
 def _check_ids(model: str, tokenizer: TextTokenizer, head_width: int) -> None:

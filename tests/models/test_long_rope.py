@@ -11,11 +11,13 @@ from transformers import AutoModelForCausalLM, Phi3Config
 
 from rayfuse.capture.engines.transformers_engine import TransformersEngine
 from rayfuse.capture.top_k import TopLogprobs
+from rayfuse.config.base import UserError
 from rayfuse.config.capture import CaptureSettings
-from rayfuse.config.models import ModelSettings
+from rayfuse.config.models import ModelSettings, SourceSettings
 from rayfuse.evaluate.bits_per_byte import score_rows
 from rayfuse.models.batching import batch_by_tokens
 from rayfuse.models.causal_lm import load_causal_lm
+from rayfuse.models.files import check_model
 from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.train.batches import Packing, build_micro_batches
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
@@ -80,6 +82,15 @@ def test_scores_do_not_depend_on_the_rows_beside_them(model):
         for batch_tokens in (10_000, 1)
     )
     np.testing.assert_allclose(together, alone, rtol=1e-5)
+
+
+def test_engine_that_does_not_choose_by_row_is_refused_for_longer_rows(model):
+    source = SourceSettings(name="s", model=model.model, backend="vllm")
+    check_model(source, ORIGINAL, role="source s")
+    with pytest.raises(UserError, match=rf"use backend transformers, or max_tokens <= {ORIGINAL}"):
+        check_model(source, ORIGINAL + 1, role="source s")
+    plain = SourceSettings(name="s", model=model.model)
+    check_model(plain, CONTEXT, role="source s")
 
 
 def test_boundaries_are_read_from_the_config(model):
