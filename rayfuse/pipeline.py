@@ -23,6 +23,7 @@ from rayfuse.corpus.summary import summarize
 from rayfuse.report.results import print_scores
 from rayfuse.report.stage import is_report_current, write_report
 from rayfuse.run.layout import Layout, plan_layout
+from rayfuse.run.made_models import is_made, read_inputs
 from rayfuse.run.prepare import check_weights, list_tokenizer_notes
 from rayfuse.runtime.connect import join_cluster
 from rayfuse.runtime.console import ProgressBars
@@ -204,7 +205,7 @@ def is_stage_done(stage: str, layout: Layout) -> bool:
     if stage == "align":
         return all(data.is_complete() for data in layout.aligned.values())
     if stage == "train":
-        return all("done.json" in store.sizes(run.folder) for run in layout.runs)
+        return all(is_made(store, run.folder, read_inputs(layout, run)) for run in layout.runs)
     if stage == "evaluate":
         present = store.sizes("evaluate")
         names = [name.removeprefix("evaluate/") for name in layout.evaluation.list_files()]

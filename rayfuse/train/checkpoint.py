@@ -5,8 +5,6 @@ commit is a record per worker: it lists the worker's files with their sha256 and
 them. A checkpoint is complete once the records of all its workers are there.
 """
 
-import hashlib
-import json
 import os
 import re
 import tempfile
@@ -16,13 +14,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rayfuse.runtime.logging import log_event
-from rayfuse.storage.store import Store
+from rayfuse.storage.seal import ShardError, seal, unseal
+from rayfuse.storage.store import Store, hash_file
 
 STARTED = "begun"
 """Stands for the rank in the name of the file that marks a checkpoint as started."""
 
-RECORD_FILE = re.compile(rf"(step_\d+-\w+)-(?:\d+|{STARTED})\.json")
-BLOCK_BYTES = 2**22
+RECORD_FILE = re.compile(rf"(step_\d+-\w+)-(\d+|{STARTED})\.json")
+
+FILE = re.compile(r"metrics\.jsonl|zero_to_fp32\.py|ds/\w[\w.-]{0,200}\.pt")
+"""The names of a checkpoint's files: DeepSpeed's states, its script, and the metrics."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,14 @@ class CheckpointRecord:
     """The checkpoint's: its step, and an id of the attempt."""
     step: int
     num_workers: int
+    rank: int
+    """The worker's."""
     files: dict[str, str]
     """sha256 by name."""
     bits_per_byte: float | None
     """The last validation before it."""
+    inputs: dict[str, str]
+    """What the run is trained on: see `run.made_models.read_inputs`."""
 
 
 class Checkpoints:
@@ -58,12 +63,12 @@ class Checkpoints:
         found: dict[str, list[CheckpointRecord]] = {}
         for file, name in self._list_records().items():
             record = self._read_record(file)
-            if record is not None and record.name == name:
+            if record is not None and file == f"{record.name}-{record.rank}.json":
                 found.setdefault(name, []).append(record)
         return {
-            name: records
+            name: sorted(records, key=lambda record: record.rank)
             for name, records in found.items()
-            if len(records) == records[0].num_workers
+            if sorted(record.rank for record in records) == list(range(records[0].num_workers))
         }
 
     def list_incomplete(self) -> list[str]:
@@ -77,32 +82,32 @@ class Checkpoints:
 
     def _read_record(self, file: str) -> CheckpointRecord | None:
         """Return a worker's record; None for a start mark, or a file that is corrupt or gone."""
+        name = f"{self.folder}/records/{file}"
         try:
-            return CheckpointRecord(**json.loads(self.store.read(f"{self.folder}/records/{file}")))
-        except (FileNotFoundError, ValueError, TypeError):
+            record = CheckpointRecord(**unseal(self.store.read(name), name))
+            is_ours = all(FILE.fullmatch(file) for file in record.files)
+        except (FileNotFoundError, ShardError, TypeError):
             return None
+        return record if is_ours else None
 
     def mark_started(self, name: str) -> None:
         """Mark a checkpoint as started, so that an incomplete one is known; one worker calls."""
         self.store.write(f"{self.folder}/records/{name}-{STARTED}.json", b"{}")
 
-    def upload(
-        self, local: tempfile.TemporaryDirectory[str], record: CheckpointRecord, rank: int
-    ) -> None:
+    def upload(self, local: tempfile.TemporaryDirectory[str], record: CheckpointRecord) -> None:
         """Start to upload a worker's files and then its record, in the background.
 
         Waits for the previous upload first: two would need twice the local disk.
 
         Args:
             local: The folder with the files; it is deleted in the end.
-            record: The record, still without the files.
-            rank: The worker's.
+            record: The worker's record, still without the files.
 
         Raises:
             StorageUnavailableError: The previous upload has failed.
         """
         self.wait()
-        self.uploading = self.uploader.submit(self._upload, local, record, rank)
+        self.uploading = self.uploader.submit(self._upload, local, record)
 
     def wait(self) -> None:
         """Wait for the upload that was started last.
@@ -118,20 +123,19 @@ class Checkpoints:
         """Download a checkpoint's files to a folder, and check them against their records.
 
         Returns:
-            False if a file is missing, differs from its record, or would lie outside the folder.
+            False if a file is missing, differs from its record, or is none of a checkpoint.
         """
         for record in records:
             for name, digest in record.files.items():
-                path = (folder / name).resolve()
-                if not path.is_relative_to(folder.resolve()):
+                if not FILE.fullmatch(name):
                     return False
+                path = folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     self.store.download(f"{self.folder}/{record.name}/{name}", str(path))
                 except FileNotFoundError:
                     return False
-                # Before torch.load sees it: unpickling a file that was replaced runs its code.
-                if sha256_of_file(path) != digest:
+                if hash_file(path) != digest:
                     return False
         return True
 
@@ -149,6 +153,21 @@ class Checkpoints:
         for name in removed:
             self._remove(name)
 
+    def remove_stale(self, inputs: dict[str, str]) -> int:
+        """Delete the checkpoints of other training data, and return their number.
+
+        Args:
+            inputs: What the run is trained on now.
+        """
+        stale = [
+            name
+            for name, records in self.list_complete().items()
+            if any(inputs.get(key, value) != value for key, value in records[0].inputs.items())
+        ]
+        for name in stale:
+            self._remove(name)
+        return len(stale)
+
     def _remove(self, name: str) -> None:
         # The records go first: if this stops in between, files without a record are left over,
         # never a record that promises files which are gone.
@@ -159,25 +178,23 @@ class Checkpoints:
             for file in self.store.sizes(folder):
                 self.store.remove(f"{folder}/{file}")
 
-    def _upload(
-        self, local: tempfile.TemporaryDirectory[str], record: CheckpointRecord, rank: int
-    ) -> None:
+    def _upload(self, local: tempfile.TemporaryDirectory[str], record: CheckpointRecord) -> None:
         with local as folder:
             files: dict[str, str] = {}
             for path in list_files(Path(folder)):
                 name = path.relative_to(folder).as_posix()
-                files[name] = sha256_of_file(path)
+                files[name] = hash_file(path)
                 self.store.upload(str(path), f"{self.folder}/{record.name}/{name}")
         # The commit: a worker killed before this line leaves the checkpoint incomplete.
-        content = json.dumps(asdict(record) | {"files": files}).encode()
-        self.store.write(f"{self.folder}/records/{record.name}-{rank}.json", content)
+        content = seal(asdict(record) | {"files": files})
+        self.store.write(f"{self.folder}/records/{record.name}-{record.rank}.json", content)
         log_event(
             "checkpoint complete",
             run=self.store.root,
             stage="train",
             folder=self.folder,
             checkpoint=record.name,
-            worker=rank,
+            worker=record.rank,
         )
 
 
@@ -189,12 +206,3 @@ def name_checkpoint(step: int, attempt: str) -> str:
 def list_files(folder: Path) -> Iterator[Path]:
     """Return all files below a folder, sorted."""
     return (Path(at, name) for at, _, names in sorted(os.walk(folder)) for name in sorted(names))
-
-
-def sha256_of_file(path: Path) -> str:
-    """Return the sha256 of all bytes of a file, as hex digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

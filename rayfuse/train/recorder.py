@@ -85,10 +85,12 @@ class MetricsRecorder:
         if self.group.is_rank_zero:
             self.status.log.remote(self.run.name, message)
 
-    def upload(self) -> None:
-        """Write metrics.jsonl and the trackers' files to the store."""
-        self.store.write(f"{self.run.folder}/metrics.jsonl", self.to_lines().encode())
+    def upload(self) -> bytes:
+        """Write metrics.jsonl and the trackers' files to the store, and return the former."""
+        content = self.to_lines().encode()
+        self.store.write(f"{self.run.folder}/metrics.jsonl", content)
         self.trackers.upload(self.store)
+        return content
 
     def to_lines(self) -> str:
         """Return the content of metrics.jsonl: one line a step."""

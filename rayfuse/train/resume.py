@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rayfuse.config.base import UserError
 from rayfuse.train.checkpoint import CheckpointRecord, Checkpoints
+from rayfuse.train.pickle_guard import check_pickle
 from rayfuse.train.process_group import ProcessGroup
 
 TAG = "ds"
@@ -71,9 +73,10 @@ def fetch_newest(
     for records in reversed(group.broadcast(list(complete.values()))):
         first: CheckpointRecord = records[0]
         found = LocalCheckpoint(group.scratch / first.name, first)
-        is_intact = not group.is_local_rank_zero or checkpoints.download(records, found.folder)
-        if not all(group.gather(is_intact)):
-            log(f"the checkpoint of step {first.step} is corrupt and not used")
+        fault = _fetch(checkpoints, records, found.folder) if group.is_local_rank_zero else ""
+        faults = [fault for fault in group.gather(fault) if fault]
+        if faults:
+            log(f"the checkpoint of step {first.step} is not used: {faults[0]}")
             group.remove_folder(found.folder)
             continue
         is_resized = first.num_workers != group.num_workers
@@ -88,6 +91,18 @@ def fetch_newest(
         group.remove_folder(found.folder)
         return
     yield None
+
+
+def _fetch(checkpoints: Checkpoints, records: list[CheckpointRecord], folder: Path) -> str:
+    """Download a checkpoint and check it, before anything is loaded; return the fault, or nothing."""
+    if not checkpoints.download(records, folder):
+        return "it is corrupt"
+    try:
+        for path in sorted((folder / TAG).iterdir()):
+            check_pickle(path)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def has_parts(folder: Path) -> bool:

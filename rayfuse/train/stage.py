@@ -1,12 +1,14 @@
 """The train stage: Ray Train workers around a DeepSpeed engine, with and without fusion at once."""
 
 import os
+import tempfile
 import time
 import uuid
 from typing import Any
 
 import ray
 import ray.train
+from pyarrow.fs import LocalFileSystem
 from ray.exceptions import RayTaskError
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -14,6 +16,7 @@ from rayfuse.config.base import UserError
 from rayfuse.config.recipe import Recipe
 from rayfuse.fuse.source_filter import select_active_sources
 from rayfuse.run.layout import Layout, TrainRun
+from rayfuse.run.made_models import DONE_FILE, is_current, is_made, read_done, read_inputs
 from rayfuse.runtime.progress import Progress, ProgressEvent
 from rayfuse.runtime.resources import (
     count_default_gpus,
@@ -24,6 +27,7 @@ from rayfuse.runtime.resources import (
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.lease import Lease
 from rayfuse.storage.store import Store
+from rayfuse.train.checkpoint import Checkpoints
 from rayfuse.train.monitor import RunControl, RunMonitor, RunStatus
 from rayfuse.train.trackers import check_trackers
 from rayfuse.train.worker import WorkerTask, run_worker
@@ -41,11 +45,6 @@ autoscaler needs for a node."""
 
 RESIZE_SECONDS = 30.0
 """Between two checks whether an elastic run can have more workers."""
-
-
-def is_trained(run: TrainRun, store: Store) -> bool:
-    """Check whether a run's model is complete."""
-    return "done.json" in store.sizes(run.folder)
 
 
 def check_data(*data_sets: DataSet) -> None:
@@ -77,11 +76,14 @@ def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
         FloatingPointError: Losses or gradients of several consecutive steps are not finite.
         StorageUnavailableError: The storage has failed for longer than the retries last.
     """
-    runs = [run for run in layout.runs if not is_trained(run, layout.store)]
+    inputs = {run.name: read_inputs(layout, run) for run in layout.runs}
+    runs = [r for r in layout.runs if not is_made(layout.store, r.folder, inputs[r.name])]
     if not runs:
         return
     check_trackers(recipe)
     check_data(layout.corpus, *layout.aligned.values())
+    for run in runs:
+        _drop_stale(run, layout.store, inputs[run.name], progress)
     if any(run.is_fused for run in runs):
         _check_sources(recipe, layout, progress)
     status: Any = ray.remote(**on_driver_node())(RunStatus).remote()
@@ -108,6 +110,16 @@ def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
         for run in running:
             ray.cancel(run, force=True)
         scheduler.release()
+
+
+def _drop_stale(run: TrainRun, store: Store, inputs: dict[str, str], progress: Progress) -> None:
+    """Drop a model and checkpoints that were trained on other rows than there are now."""
+    record = read_done(store, run.folder)
+    num_stale = Checkpoints(store, run.folder).remove_stale(inputs)
+    if num_stale or (record is not None and not is_current(record["inputs"], inputs)):
+        note = "it was trained on other rows than there are now: it is trained again"
+        progress(ProgressEvent("train", run.name, note=note))
+        store.remove(f"{run.folder}/{DONE_FILE}")
 
 
 def _check_sources(recipe: Recipe, layout: Layout, progress: Progress) -> None:
@@ -162,7 +174,7 @@ class RunScheduler:
             if len(taken) == room:
                 break
             lease = self.leases[task.run.name]
-            if is_trained(task.run, task.store):
+            if is_made(task.store, task.run.folder, task.inputs):
                 self.waiting.remove(task)
             elif lease.acquire():
                 self.waiting.remove(task)
@@ -227,6 +239,7 @@ def _plan_run(
         use_gpu=use_gpu,
         status=status,
         control=control,
+        inputs=read_inputs(layout, run),
         job=job,
     )
 
@@ -238,6 +251,7 @@ def _fit(task: WorkerTask) -> None:
     is_elastic = settings.min_workers not in (None, workers)
     if not is_elastic:  # an elastic run would rather start soon with fewer workers
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = WORKER_START_SECONDS
+    scratch = tempfile.TemporaryDirectory(prefix="rayfuse-ray-")
     trainer = TorchTrainer(
         run_worker,
         train_loop_config={"task": task},
@@ -252,8 +266,13 @@ def _fit(task: WorkerTask) -> None:
         ),
         run_config=ray.train.RunConfig(
             name="ray",
-            storage_path=f"{task.store.root}/{task.run.folder}",
+            # Of no use here: nothing is reported to Ray Train, which would open the user's address
+            # by pyarrow, with other credentials and another idea of what an address may hold. The
+            # controller runs on this node.
+            storage_path=scratch.name,
+            storage_filesystem=LocalFileSystem(),
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
         ),
     )
-    trainer.fit()
+    with scratch:
+        trainer.fit()

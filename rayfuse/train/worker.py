@@ -1,7 +1,6 @@
 """What each Ray Train worker does: load, resume from the newest checkpoint, train, publish."""
 
 import errno
-import json
 import tempfile
 import time
 import uuid
@@ -22,7 +21,9 @@ from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.models.folder import TOKENIZER_FILES, copy_files, find_folder, list_files
 from rayfuse.models.out_of_memory import is_out_of_memory
 from rayfuse.run.layout import TrainRun
+from rayfuse.run.made_models import DONE_FILE
 from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.files import hash_bytes, upload_files, write_record
 from rayfuse.storage.retry import StorageUnavailableError
 from rayfuse.storage.seal import ShardError
 from rayfuse.storage.store import Store
@@ -63,6 +64,8 @@ class WorkerTask:
     """The `RunStatus` actor."""
     control: Any
     """The `RunControl` actor."""
+    inputs: dict[str, str]
+    """What the run is trained on: see `made_models.read_inputs`."""
     job: str
     """An id of this call of `train_runs`; it keeps the local folders of two jobs apart."""
 
@@ -278,9 +281,15 @@ class Trainer:
             self.checkpoints.mark_started(name)
             self.recorder.upload()
         record = CheckpointRecord(
-            name, step, self.group.num_workers, {}, self.recorder.bits_per_byte
+            name,
+            step,
+            self.group.num_workers,
+            self.group.rank,
+            {},
+            self.recorder.bits_per_byte,
+            self.task.inputs,
         )
-        self.checkpoints.upload(local, record, self.group.rank)
+        self.checkpoints.upload(local, record)
         if self.group.is_rank_zero:
             self.checkpoints.retain(self.settings.keep_checkpoints)
 
@@ -301,14 +310,18 @@ class Trainer:
         target = task.recipe.target
         own = find_folder(target.model, target.revision, TOKENIZER_FILES)
         copy_files(own, folder, TOKENIZER_FILES)
-        for file in list_files(folder, ("**/*",)):
-            name = file.relative_to(folder).as_posix()
-            task.store.upload(str(file), f"{task.run.folder}/model/{name}")
-        self.recorder.upload()
+        paths = {
+            f"model/{file.relative_to(folder).as_posix()}": file
+            for file in list_files(folder, ("**/*",))
+        }
+        files = upload_files(task.store, task.run.folder, paths)
+        metrics = self.recorder.upload()
         done = {
             "fingerprint": task.run.fingerprint,
             "finished": time.time(),
+            "inputs": task.inputs,
             "recipe": dump_recipe(task.recipe),
             "steps": len(self.recorder.records),
         }
-        task.store.write(f"{task.run.folder}/done.json", json.dumps(done, indent=1).encode())
+        files["metrics.jsonl"] = hash_bytes(metrics)
+        write_record(task.store, f"{task.run.folder}/{DONE_FILE}", done, files)

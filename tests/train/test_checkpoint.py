@@ -1,15 +1,21 @@
 """Checkpoints: used only when complete and intact, and retained by age and validation."""
 
 import hashlib
+import io
 import pickle
 import tempfile
-from dataclasses import dataclass, replace
+import zipfile
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from rayfuse.config.base import UserError
+from rayfuse.storage.seal import seal
 from rayfuse.storage.store import LocalStore
 from rayfuse.train.checkpoint import CheckpointRecord, Checkpoints, name_checkpoint
+from rayfuse.train.pickle_guard import check_pickle
 from rayfuse.train.process_group import ProcessGroup
 from rayfuse.train.resume import fetch_newest
 
@@ -26,6 +32,7 @@ def save(
     ranks: tuple[int, ...] = (0, 1),
     bits: float | None = None,
     attempt: str = "a",
+    inputs: dict[str, str] | None = None,
 ) -> str:
     name = name_checkpoint(step, attempt)
     checkpoints.mark_started(name)
@@ -33,7 +40,7 @@ def save(
         local = tempfile.TemporaryDirectory()
         Path(local.name, "ds").mkdir()
         Path(local.name, "ds", f"part_{rank}.pt").write_bytes(b"%d of %d" % (rank, step))
-        checkpoints.upload(local, CheckpointRecord(name, step, 2, {}, bits), rank)
+        checkpoints.upload(local, CheckpointRecord(name, step, 2, rank, {}, bits, inputs or {}))
         checkpoints.wait()
         assert not Path(local.name).exists()
     return name
@@ -100,7 +107,9 @@ class Bomb:
         return Path.touch, (Path(self.path),)
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"name": "step_0000', b"[]", b"{}", b"\xff\x00", b"null"])
+@pytest.mark.parametrize(
+    "torn", [b"[" * 100_000, b"", b'{"name": "step_0000', b"[]", b"{}", b"\xff\x00", b"null"]
+)
 def test_a_torn_record_makes_its_checkpoint_incomplete(torn, checkpoints, tmp_path):
     before, name = save(checkpoints, 5), save(checkpoints, 10)
     (tmp_path / f"train/fused-x/checkpoints/records/{name}-1.json").write_bytes(torn)
@@ -145,7 +154,7 @@ def test_fault_25_a_pickle_in_place_of_a_checkpoints_file_is_never_read(
     with fetch_newest(checkpoints, group, messages.append) as found:
         assert found is None
     assert not any(group.scratch.iterdir())
-    assert messages == ["the checkpoint of step 5 is corrupt and not used"]
+    assert messages == ["the checkpoint of step 5 is not used: it is corrupt"]
     assert not marker.exists()
     pickle.loads(path.read_bytes())  # it would have gone off
     assert marker.exists()
@@ -156,9 +165,9 @@ def test_fault_14_a_full_disk_is_named_and_leaves_the_checkpoint_before(small_di
     before = save(checkpoints, 5)
     local = tempfile.TemporaryDirectory()
     Path(local.name, "weights.pt").write_bytes(bytes(2**20))
-    record = CheckpointRecord(name_checkpoint(10, "a"), 10, 1, {}, None)
+    record = CheckpointRecord(name_checkpoint(10, "a"), 10, 1, 0, {}, None, {})
     checkpoints.mark_started(record.name)
-    checkpoints.upload(local, record, 0)
+    checkpoints.upload(local, record)
     with pytest.raises(OSError, match="No space left on device") as error:
         checkpoints.wait()
     assert str(small_disk) in str(error.value)
@@ -166,3 +175,93 @@ def test_fault_14_a_full_disk_is_named_and_leaves_the_checkpoint_before(small_di
     later = Checkpoints(checkpoints.store, "train/fused-x")
     after = save(later, 15)
     assert list(later.list_complete()) == [before, after]
+
+
+HOSTILE = {
+    "the record of the other worker": asdict,
+    "files that are a list": lambda record: asdict(record) | {"rank": 1, "files": ["a"]},
+    "a long name": lambda record: (
+        asdict(record) | {"rank": 1, "files": {f"ds/{'a' * 300}.pt": "0" * 64}}
+    ),
+    "a name outside": lambda record: asdict(record) | {"rank": 1, "files": {"ds/../../x.pt": "0"}},
+    "an absolute name": lambda record: asdict(record) | {"rank": 1, "files": {"/etc/passwd": "0"}},
+    "a rank that is text": lambda record: asdict(record) | {"rank": "1"},
+    "a key too many": lambda record: asdict(record) | {"rank": 1, "more": 1},
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_record_makes_its_checkpoint_incomplete(kind, checkpoints, tmp_path):
+    name = save(checkpoints, 5)
+    (records,) = checkpoints.list_complete().values()
+    path = tmp_path / f"train/fused-x/checkpoints/records/{name}-1.json"
+    path.write_bytes(seal(HOSTILE[kind](records[0])))
+    assert not checkpoints.list_complete()
+    assert checkpoints.list_incomplete() == [name]
+
+
+def test_checkpoints_of_other_training_data_are_deleted_and_others_kept(checkpoints):
+    old = save(checkpoints, 20, inputs={"corpus": "a"})
+    new = save(checkpoints, 5, inputs={"corpus": "b"}, attempt="b")
+    unknown = save(checkpoints, 6, attempt="c")
+    assert checkpoints.remove_stale({"corpus": "b"}) == 1
+    assert list(checkpoints.list_complete()) == [new, unknown]
+    assert not checkpoints.store.sizes(f"{checkpoints.folder}/{old}/ds")
+
+
+def put_file(checkpoints: Checkpoints, name: str, rank: int, content: bytes) -> None:
+    """Replace a worker's file and its hash in the record beside it, as who writes the store can."""
+    file = f"ds/part_{rank}.pt"
+    checkpoints.store.write(f"{checkpoints.folder}/{name}/{file}", content)
+    record = checkpoints.list_complete()[name][rank]
+    record = replace(record, files={file: hashlib.sha256(content).hexdigest()})
+    checkpoints.store.write(
+        f"{checkpoints.folder}/records/{name}-{rank}.json", seal(asdict(record))
+    )
+
+
+@pytest.mark.parametrize("has_zip", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_fault_25_a_pickle_with_an_agreeing_record_runs_no_code(
+    has_zip, protocol, process_group, checkpoints, tmp_path
+):
+    name, before = save(checkpoints, 5), save(checkpoints, 3)
+    for saved in (name, before):
+        for rank in (0, 1):
+            content = io.BytesIO()
+            torch.save({"weight": torch.ones(3)}, content)
+            put_file(checkpoints, saved, rank, content.getvalue())
+    marker, content = tmp_path / "marker", io.BytesIO()
+    torch.save(
+        {"a": Bomb(str(marker))},
+        content,
+        pickle_protocol=protocol,
+        _use_new_zipfile_serialization=has_zip,
+    )
+    put_file(checkpoints, name, 1, content.getvalue())
+    group = ProcessGroup(rank=0, num_workers=1, local_rank=0, scratch=tmp_path / "scratch")
+    group.reset_scratch()
+    messages: list[str] = []
+    with fetch_newest(checkpoints, group, messages.append) as found:
+        assert found is not None and found.record.name == before
+    assert "step 5 is not used: part_1.pt is no checkpoint of this package" in messages[0]
+    assert not marker.exists()
+    content.seek(0)
+    torch.load(content, weights_only=False)
+    assert marker.exists(), "it would have run"
+
+
+def test_what_a_pickle_does_to_a_class_is_refused(tmp_path):
+    """BUILD with a class on the stack would set attributes of it: no global is named but ours."""
+    path = tmp_path / "a.pt"
+    torch.save({}, path)
+    program = (
+        b"\x80\x02cdeepspeed.runtime.fp16.loss_scaler\nLossScaler\n}X\x01\x00\x00\x00aK\x01sb."
+    )
+    with zipfile.ZipFile(path) as archive:
+        entries = {info: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for info, content in entries.items():
+            archive.writestr(info, program if info.filename.endswith("data.pkl") else content)
+    with pytest.raises(UserError, match=r"a\.pt is no checkpoint of this package"):
+        check_pickle(path)

@@ -24,11 +24,12 @@ from rayfuse.train.checkpoint import CheckpointRecord
 from rayfuse.train.deepspeed_engine import build_engine, save_model
 from rayfuse.train.loop import Objective, StepMetrics, train_steps
 from rayfuse.train.model import FusionModel
+from rayfuse.train.pickle_guard import check_pickle
 from rayfuse.train.resume import TAG, LocalCheckpoint, convert_checkpoint, has_parts
 from tests.fakes import tiny_config
 
 VOCAB, STEPS, ROWS, CHECKPOINT = 97, 4, 8, 2
-RECORD = CheckpointRecord("step_2-x", CHECKPOINT, 2, {}, None)
+RECORD = CheckpointRecord("step_2-x", CHECKPOINT, 2, 0, {}, None, {})
 
 
 def random_row(random: np.random.Generator) -> FusedRows:
@@ -69,6 +70,9 @@ def train_once(
     )
     root = Path(os.environ["MODEL_FOLDER"])
     found = LocalCheckpoint(root / f"checkpoint-{family}-{stage}", RECORD)
+    if start:
+        for path in (found.folder / TAG).iterdir():
+            check_pickle(path)
     if start and has_parts(found.folder):
         convert_checkpoint(found.folder)
     engine = build_engine(
