@@ -20,6 +20,7 @@ from rayfuse.config.base import UserError
 from rayfuse.config.load import read_recipe
 from rayfuse.config.recipe import Recipe
 from rayfuse.corpus.summary import summarize
+from rayfuse.evaluate.results import is_evaluated
 from rayfuse.report.results import print_scores
 from rayfuse.report.stage import is_report_current, write_report
 from rayfuse.run.layout import Layout, plan_layout
@@ -207,9 +208,7 @@ def is_stage_done(stage: str, layout: Layout) -> bool:
     if stage == "train":
         return all(is_made(store, run.folder, read_inputs(layout, run)) for run in layout.runs)
     if stage == "evaluate":
-        present = store.sizes("evaluate")
-        names = [name.removeprefix("evaluate/") for name in layout.evaluation.list_files()]
-        return all(name in present for name in names)
+        return is_evaluated(layout)
     return is_report_current(layout)
 
 

@@ -1,6 +1,7 @@
 """`rayfuse status`, `verify`, `migrate`: progress of a run, integrity and version of its data."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,28 @@ from rich.console import Console
 from rich.table import Table
 
 from rayfuse.align.facts import ALIGN_FACTS
+from rayfuse.align.task import record_of_map
 from rayfuse.config.addresses import has_secrets
 from rayfuse.config.base import UserError
 from rayfuse.config.load import read_recipe
 from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.config.text import show_on_one_line
+from rayfuse.evaluate.results import find_corrupt_results
 from rayfuse.pipeline import STAGES, is_stage_done, run_recipe
+from rayfuse.report.stage import FINDINGS_FILE
 from rayfuse.run.layout import Layout, plan_layout
+from rayfuse.run.made_models import DONE_FILE, find_faults
+from rayfuse.run.segmentation import find_corrupt_records, write_segmentation
 from rayfuse.runtime.console import ProgressBars
 from rayfuse.runtime.progress import Progress, ProgressEvent
 from rayfuse.schema import SCHEMA_VERSION
 from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.files import find_corrupt
 from rayfuse.storage.migrate import count_migrated, migrate_store
+from rayfuse.storage.seal import ShardError
 from rayfuse.storage.store import open_store
 from rayfuse.storage.verify import (
+    CorruptFile,
     Status,
     Verified,
     read_status,
@@ -55,14 +64,21 @@ def verify_recipe(
         UserError: The recipe cannot be used, or the store has another schema version.
     """
     recipe = read_recipe(path, overrides)
+    segmentations = verify_segmentations(recipe)
+    if repair:  # before the folders have names: a corrupt record of a segmentation hides them
+        for fault in segmentations.corrupt:
+            open_store(recipe.storage).remove(fault.file)
     layout = plan_layout(recipe, ALIGN_FACTS)
     with ProgressBars(console) as bars:
-        found = verify_layout(layout, bars)
+        found = {"segmentations": segmentations} | verify_layout(layout, bars)
     print_verified(found, console)
     if repair:
-        stages = repair_layout(recipe, layout, found)
-        if stages:
-            run_recipe(path, overrides, tuple(stages), console)
+        complete = [stage for stage in STAGES if has_results(stage, layout)]
+        corrupt = repair_layout(recipe, layout, found)
+        # What is written again may have other bytes: then what was made from it is stale.
+        stages = tuple(stage for stage in STAGES if stage in {*complete, *corrupt})
+        if corrupt:
+            run_recipe(path, overrides, stages, console)
     return {"data_sets": list_numbers(found), "repaired": repair}
 
 
@@ -90,6 +106,14 @@ def migrate_storage(uri: str, console: Console) -> dict[str, Any]:
     return count_migrated(migration)
 
 
+def has_results(stage: str, layout: Layout) -> bool:
+    """Check whether a stage is complete, or was before a record of it became corrupt."""
+    try:
+        return is_stage_done(stage, layout)
+    except ShardError:
+        return True
+
+
 @dataclass(frozen=True)
 class RunDataSet:
     """A data set of a run, and the stage that writes it."""
@@ -114,6 +138,11 @@ def list_data_sets(layout: Layout) -> list[RunDataSet]:
         *(RunDataSet("capture", data) for data in layout.captured.values()),
         *(RunDataSet("align", data) for data in layout.aligned.values()),
     ]
+
+
+def list_token_nll(layout: Layout) -> list[RunDataSet]:
+    """List the data sets that evaluation computes the ensemble from."""
+    return [RunDataSet("evaluate", data) for data in layout.evaluation.token_nll.values()]
 
 
 def read_statuses(layout: Layout) -> dict[str, Status]:
@@ -163,19 +192,45 @@ def _describe_state(status: Status) -> str:
 
 
 def verify_layout(layout: Layout, progress: Progress) -> dict[str, Verified]:
-    """Read and check every shard of a run; return the result of each data set, by its label.
+    """Read and check all that a run has stored; return the results by label.
 
     Raises:
         UserError: The store has another schema version.
     """
     found: dict[str, Verified] = {}
-    for part in list_data_sets(layout):
+    for part in (*list_data_sets(layout), *list_token_nll(layout)):
 
         def report(done: int, total: int, label: str = part.label) -> None:
             progress(ProgressEvent("verify", label, done, total, "shards"))
 
         found[part.label] = verify_data_set(part.data, report)
+    for label, (_, faults) in list_file_checks(layout).items():
+        corrupt = [CorruptFile(file, reason) for file, reason in faults]
+        found[label] = Verified(label, 0, corrupt, [])
     return found
+
+
+def verify_segmentations(recipe: Recipe) -> Verified:
+    """Check the records of segmentations, which decide the names of folders."""
+    store = open_store(recipe.storage)
+    corrupt = [CorruptFile(file, reason) for file, reason in find_corrupt_records(store)]
+    return Verified("corpus", 0, corrupt, [])
+
+
+def list_file_checks(layout: Layout) -> dict[str, tuple[str, Iterable[tuple[str, str]]]]:
+    """List what a run has stored besides data sets: by label its stage, and its corrupt files."""
+    store = layout.store
+    checks: dict[str, tuple[str, Iterable[tuple[str, str]]]] = {
+        f"map {name}": ("align", find_corrupt(store, record_of_map(file)))
+        for name, file in layout.map_files.items()
+    }
+    checks |= {f"train {run.name}": ("train", find_faults(layout, run)) for run in layout.runs}
+    merged = layout.evaluation.merge.folder
+    if merged is not None:
+        checks["merged model"] = ("evaluate", find_corrupt(store, f"{merged}/{DONE_FILE}"))
+    checks["scores"] = ("evaluate", find_corrupt_results(layout))
+    checks["report"] = ("report", find_corrupt(store, FINDINGS_FILE))
+    return checks
 
 
 def repair_layout(recipe: Recipe, layout: Layout, found: dict[str, Verified]) -> list[str]:
@@ -187,7 +242,13 @@ def repair_layout(recipe: Recipe, layout: Layout, found: dict[str, Verified]) ->
         found: The results of `verify_layout`.
     """
     stages: list[str] = []
-    for part in list_data_sets(layout):
+    for segmentation in (layout.corpus_documents, layout.held_out_documents):
+        if layout.corpus.store.sizes(layout.corpus.folder, "run.json"):
+            write_segmentation(layout.store, segmentation.segmentation)
+    for label, (stage, _) in list_file_checks(layout).items():
+        _remove_corrupt(layout, found[label])
+        stages += [stage] if found[label].corrupt else []
+    for part in (*list_data_sets(layout), *list_token_nll(layout)):
         run: dict[str, Any] = {"recipe": dump_recipe(recipe)}
         if part.data.inputs:
             run["source"] = part.data.name
@@ -197,12 +258,25 @@ def repair_layout(recipe: Recipe, layout: Layout, found: dict[str, Verified]) ->
     return [stage for stage in STAGES if stage in stages]
 
 
+def _remove_corrupt(layout: Layout, verified: Verified) -> None:
+    """Remove corrupt files, and the records that list them: then their stage writes both again."""
+    for fault in verified.corrupt:
+        layout.store.remove(fault.file)
+        stem = fault.file.removesuffix(".parquet")
+        if fault.file.startswith("maps/"):
+            layout.store.remove(f"{stem.removesuffix('.json')}.parquet")
+            layout.store.remove(f"{stem.removesuffix('.json')}.json")
+        folder = fault.file.partition("/model/")[0].removesuffix("/metrics.jsonl")
+        if folder != fault.file:
+            layout.store.remove(f"{folder}/{DONE_FILE}")
+
+
 def print_verified(found: dict[str, Verified], console: Console) -> None:
     """Print the result of each data set, and each corrupt file."""
     for name, verified in found.items():
         state = f"{len(verified.corrupt)} CORRUPT" if verified.corrupt else "intact"
         left = f", {len(verified.orphans)} leftover files" if verified.orphans else ""
-        checked = f"{verified.shards_checked} shards checked"
+        checked = f"{verified.shards_checked} shards checked" if verified.shards_checked else "read"
         console.print(f"{name:<24} {checked}, {state}{left}", highlight=False)
         for fault in verified.corrupt:
             line = show_on_one_line(f"{fault.file}: {fault.reason}")

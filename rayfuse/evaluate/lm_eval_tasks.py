@@ -8,7 +8,7 @@ import io
 import logging
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from rayfuse.evaluate.bits_per_byte import load_scored_model
 from rayfuse.evaluate.ensemble import build_nll_table, read_nll_table
 from rayfuse.evaluate.lm_eval_model import EnsembleLM, TextLM
 from rayfuse.evaluate.model_loading import local_model
+from rayfuse.evaluate.results import read_task_nll
 from rayfuse.evaluate.sandbox import check_sandbox
-from rayfuse.evaluate.task_scores import SubtaskScore, TaskScore, read_samples
+from rayfuse.evaluate.task_scores import SubtaskScore, TaskScore, parse_task_score, read_samples
 from rayfuse.models.config_file import read_context_tokens
 from rayfuse.models.files import load_recipe_tokenizer
+from rayfuse.storage.files import hash_bytes
 from rayfuse.storage.parquet import read_parquet
 from rayfuse.storage.store import Store
 
@@ -48,6 +50,8 @@ class LmEvalJob:
     """By task: the file of its score."""
     nll_files: dict[str, str]
     """By task: the file of a source's token NLL, from which the ensemble is computed."""
+    inputs: dict[str, str] = field(default_factory=dict[str, str])
+    """What the scores are made from: see `TaskScore`."""
 
 
 def open_task_manager(settings: TasksSettings) -> Any:
@@ -200,19 +204,28 @@ def run_model_job(job: LmEvalJob, model: ModelSettings, folder: str | None) -> i
                 context_tokens=context_tokens,
             )
             subtasks = tuple(run_tasks(text_lm, manager, name, job.settings))
+            nll_sha256 = ""
             if name in job.nll_files:
                 sink = io.BytesIO()
                 ids = [str(number) for number in range(len(text_lm.token_nll))]
                 table = build_nll_table(ids, text_lm.token_nll)
                 pq.write_table(table, sink, compression="zstd")
                 job.store.write(job.nll_files[name], sink.getvalue())
+                nll_sha256 = hash_bytes(sink.getvalue())["sha256"]
             # The score is written last: its presence marks the task as complete.
-            score = TaskScore(job.name, name, subtasks, time.monotonic() - began)
+            seconds = time.monotonic() - began
+            score = TaskScore(job.name, name, subtasks, seconds, job.inputs, nll_sha256)
             job.store.write(file, score.to_json())
     return len(job.score_files)
 
 
-def run_ensemble_job(job: LmEvalJob, sources: list[dict[str, str]]) -> int:
+def _read_nll(store: Store, score_file: str, nll_file: str) -> bytes:
+    """Read a source's token NLL at a task, and check it against the score beside it."""
+    score = parse_task_score(store.read(score_file), f"{store.root}/{score_file}")
+    return read_task_nll(store, nll_file, score.nll_sha256)
+
+
+def run_ensemble_job(job: LmEvalJob, sources: list[dict[str, tuple[str, str]]]) -> int:
     """Store the ensemble's score at each task, from its sources' token NLL; a Ray task.
 
     Generation tasks are skipped and get an empty score: sources with different tokenizers cannot
@@ -220,7 +233,7 @@ def run_ensemble_job(job: LmEvalJob, sources: list[dict[str, str]]) -> int:
 
     Args:
         job: The tasks.
-        sources: The token NLL file of each source, by task.
+        sources: The files of each source's score and token NLL, by task.
     """
     assert job.settings.tasks is not None, "there are no tasks to run"
     manager = open_task_manager(job.settings.tasks)
@@ -229,9 +242,11 @@ def run_ensemble_job(job: LmEvalJob, sources: list[dict[str, str]]) -> int:
         subtasks: list[SubtaskScore] = []
         if needs_only_logprobs(manager, name):
             token_nll = [
-                read_nll_table(read_parquet(job.store.read(files[name]))) for files in sources
+                read_nll_table(read_parquet(_read_nll(job.store, *files[name])))
+                for files in sources
             ]
             subtasks = run_tasks(EnsembleLM(token_nll), manager, name, job.settings)
-        score = TaskScore(job.name, name, tuple(subtasks), time.monotonic() - began)
+        seconds = time.monotonic() - began
+        score = TaskScore(job.name, name, tuple(subtasks), seconds, job.inputs)
         job.store.write(file, score.to_json())
     return len(job.score_files)

@@ -10,6 +10,8 @@ from rayfuse.config.models import ModelSettings
 from rayfuse.config.recipe import Recipe
 from rayfuse.models.architecture import compare_tensors
 from rayfuse.run.layout import Layout, describe_model
+from rayfuse.run.made_models import DONE_FILE, is_made
+from rayfuse.storage.files import check_files, download_files
 from rayfuse.storage.store import Store
 
 
@@ -22,22 +24,21 @@ def local_model(model: ModelSettings, store: Store, folder: str | None) -> Itera
         store: The storage of the run.
         folder: Where this run has stored the model, below the storage root. None for a model that
             this run has not made: transformers finds it by its path or hub id.
+
+    Raises:
+        ShardError: A file of the model is missing or corrupt.
     """
-    if folder is None or store.is_local:
+    if folder is None:
+        yield model
+        return
+    record = f"{folder.removesuffix('/model')}/{DONE_FILE}"
+    if store.is_local:
+        check_files(store, record)
         yield model
         return
     with tempfile.TemporaryDirectory(prefix="rayfuse-model-") as local:
-        download_folder(store, folder, Path(local))
+        download_files(store, record, "model/", Path(local))
         yield model.model_copy(update={"model": local})
-
-
-def download_folder(store: Store, folder: str, path: Path) -> None:
-    """Copy the files directly below a folder of a store into an existing local folder.
-
-    Files are streamed to disk: weight files are often larger than a worker's memory.
-    """
-    for name in store.sizes(folder):
-        store.download(f"{folder}/{name}", str(path / name))
 
 
 def check_trained(recipe: Recipe, layout: Layout, name: str) -> None:
@@ -49,7 +50,7 @@ def check_trained(recipe: Recipe, layout: Layout, name: str) -> None:
     run = next((run for run in layout.runs if run.name == name), None)
     if run is None:
         return
-    if "done.json" not in layout.store.sizes(run.folder):
+    if not is_made(layout.store, run.folder, {}):
         raise UserError(f"the model {name} is not trained; run `rayfuse train` first")
     if layout.store.is_local:
         try:

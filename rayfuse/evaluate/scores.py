@@ -4,18 +4,18 @@ The number of bytes does not depend on the tokenizer, so bits per byte compare m
 token do not.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int
 
 from rayfuse.config.base import UserError
 from rayfuse.evaluate.bootstrap import Difference, bootstrap
+from rayfuse.storage.seal import seal, unseal
 
 ALL = "all"
 """The group of all documents. A domain with this name has no group of its own."""
@@ -63,22 +63,32 @@ class Evaluation:
     documents: list[DocumentScore]
     seconds: float
     """Computing time, loading included, summed over tasks."""
+    inputs: dict[str, str] = field(default_factory=dict[str, str])
+    """Hashes of the held-out rows, and of a model that the run has made: see `evaluate.results`."""
 
     def to_json(self) -> bytes:
         """Encode the result file."""
-        record = asdict(self) | {"bits_per_byte": bits_per_byte(self.documents)}
-        return json.dumps(record, indent=1).encode()
+        return seal(asdict(self) | {"bits_per_byte": bits_per_byte(self.documents)})
 
 
-def parse_evaluation(data: bytes) -> Evaluation:
-    """Decode a result file."""
-    record: dict[str, Any] = json.loads(data)
+def parse_evaluation(data: bytes, path: str = "the result") -> Evaluation:
+    """Decode a result file.
+
+    Args:
+        data: Its bytes.
+        path: Its path or URI, for errors.
+
+    Raises:
+        ShardError: It is corrupt.
+    """
+    record = unseal(data, path)
     return Evaluation(
         name=record["name"],
         role=record["role"],
         model=record["model"],
         documents=[DocumentScore(**document) for document in record["documents"]],
         seconds=record["seconds"],
+        inputs=record["inputs"],
     )
 
 

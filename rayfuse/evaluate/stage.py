@@ -24,6 +24,7 @@ from rayfuse.evaluate.bits_per_byte import (
 from rayfuse.evaluate.ensemble import average_sources, build_nll_table, read_nll_table
 from rayfuse.evaluate.merged_weights import average_weights
 from rayfuse.evaluate.model_loading import check_trained, local_model
+from rayfuse.evaluate.results import is_scored, read_inputs, read_task_inputs
 from rayfuse.evaluate.scores import (
     DocumentScore,
     Evaluation,
@@ -34,6 +35,7 @@ from rayfuse.models.config_file import read_context_tokens
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.models.folder import PLAIN_FILES, find_folder, list_files
 from rayfuse.run.layout import Layout, describe_model, find_own_folder
+from rayfuse.run.made_models import DONE_FILE, is_made
 from rayfuse.runtime.logging import log_event
 from rayfuse.runtime.metrics import count_work
 from rayfuse.runtime.progress import Progress, ProgressEvent
@@ -44,6 +46,7 @@ from rayfuse.runtime.resources import (
     gpu_options,
 )
 from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.files import upload_files, write_record
 from rayfuse.storage.manifest import Commit, check_inputs
 from rayfuse.storage.seal import REMEDY, ShardError
 from rayfuse.storage.store import Store
@@ -82,7 +85,11 @@ def evaluate_models(recipe: Recipe, layout: Layout, progress: Progress) -> dict[
         UserError: The held-out rows are incomplete or empty, a model is not trained yet, or a model
             or a task cannot be used.
     """
-    names = [name for name in layout.evaluation.scores if not _is_evaluated(layout, name)]
+    names = [
+        name
+        for name, file in layout.evaluation.scores.items()
+        if not is_scored(layout.store, file, read_inputs(layout, name))
+    ]
     if names:
         groups = _plan_groups(recipe, layout)
         if ENSEMBLE in names:
@@ -94,7 +101,7 @@ def evaluate_models(recipe: Recipe, layout: Layout, progress: Progress) -> dict[
     if recipe.evaluate.tasks is not None:
         _score_tasks(recipe, layout, progress)
     return {
-        name: parse_evaluation(layout.store.read(file))
+        name: parse_evaluation(layout.store.read(file), f"{layout.store.root}/{file}")
         for name, file in layout.evaluation.scores.items()
     }
 
@@ -107,6 +114,8 @@ def _claim_token_nll(
     incomplete: list[str] = []
     for name, token_nll in layout.evaluation.token_nll.items():
         token_nll.claim({"recipe": dump_recipe(recipe), "source": name})
+        made_from = {shard: commit.inputs for shard, commit in token_nll.commits().items()}
+        token_nll.drop_shards(token_nll.find_stale(made_from))
         if shards - token_nll.list_committed() and name not in names:
             incomplete.append(name)
     return incomplete
@@ -141,7 +150,7 @@ def _score_models(
         remote: Any = ray.remote(**_resource_options(job.model, recipe))(score_shards)
         pending |= {remote.remote(job, group, merge): (name, i) for i, group in enumerate(groups)}
     for name, parts in _gather(pending, groups, progress):
-        evaluation = _join_parts(name, jobs[name].model.model, parts)
+        evaluation = _join_parts(name, jobs[name].model.model, parts, read_inputs(layout, name))
         layout.store.write(layout.evaluation.scores[name], evaluation.to_json())
 
 
@@ -153,7 +162,8 @@ def _score_ensemble(layout: Layout, groups: list[list[int]], progress: Progress)
         for i, group in enumerate(groups)
     }
     for name, parts in _gather(pending, groups, progress):
-        evaluation = _join_parts(name, ", ".join(layout.evaluation.token_nll), parts)
+        models = ", ".join(layout.evaluation.token_nll)
+        evaluation = _join_parts(name, models, parts, read_inputs(layout, name))
         layout.store.write(layout.evaluation.scores[name], evaluation.to_json())
 
 
@@ -183,18 +193,20 @@ def _score_tasks(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     # lm-eval is an optional dependency (rayfuse[tasks]).
     from rayfuse.evaluate.lm_eval_tasks import LmEvalJob, run_ensemble_job, run_model_job
 
-    present = layout.store.sizes("evaluate")
+    store = layout.store
+    present = store.sizes("evaluate")
     jobs: dict[str, LmEvalJob] = {}
     for name, score_files in layout.evaluation.task_scores.items():
         nll_files = layout.evaluation.task_nll.get(name, {})
+        inputs = read_task_inputs(layout, name)
         missing = {
             task: file
             for task, file in score_files.items()
-            if _base(file) not in present
+            if not is_scored(store, file, inputs)
             or (task in nll_files and _base(nll_files[task]) not in present)
         }
         if missing:
-            jobs[name] = LmEvalJob(name, recipe.evaluate, layout.store, missing, nll_files)
+            jobs[name] = LmEvalJob(name, recipe.evaluate, store, missing, nll_files, inputs)
     pending: dict[Any, str] = {}
     for name, job in jobs.items():
         if name != ENSEMBLE:
@@ -204,7 +216,13 @@ def _score_tasks(recipe: Recipe, layout: Layout, progress: Progress) -> None:
             pending[remote.remote(job, model, find_own_folder(name, layout))] = name
     _wait_for_jobs(pending, progress)
     if ENSEMBLE in jobs:
-        sources = list(layout.evaluation.task_nll.values())
+        sources = [
+            {
+                task: (layout.evaluation.task_scores[name][task], file)
+                for task, file in files.items()
+            }
+            for name, files in layout.evaluation.task_nll.items()
+        ]
         remote = ray.remote(max_retries=TASK_RETRIES)(run_ensemble_job)
         _wait_for_jobs({remote.remote(jobs[ENSEMBLE], sources): ENSEMBLE}, progress)
 
@@ -230,7 +248,7 @@ def _start_merge(recipe: Recipe, layout: Layout) -> Any:
     """Start to average the weights, and return the task's reference; None where it is done."""
     folder = layout.evaluation.merge.folder
     assert folder is not None, "no model is merged"
-    if "done.json" in layout.store.sizes(folder):
+    if is_made(layout.store, folder, {}):
         return None
     sources = [
         source for source in recipe.sources if source.name in layout.evaluation.merge.sources
@@ -260,15 +278,12 @@ def _plan_job(recipe: Recipe, layout: Layout, name: str) -> ScoringJob:
     )
 
 
-def _is_evaluated(layout: Layout, name: str) -> bool:
-    folder, _, file = layout.evaluation.scores[name].rpartition("/")
-    return file in layout.store.sizes(folder)
-
-
-def _join_parts(name: str, model: str, parts: list[ScoredShards]) -> Evaluation:
+def _join_parts(
+    name: str, model: str, parts: list[ScoredShards], inputs: dict[str, str]
+) -> Evaluation:
     documents = [document for part in parts for document in part.documents]
     seconds = sum(part.seconds for part in parts)
-    return Evaluation(name, find_role(name), model, documents, seconds)
+    return Evaluation(name, find_role(name), model, documents, seconds, inputs)
 
 
 def _fetch(reference: Any) -> Any:
@@ -371,9 +386,12 @@ def merge_models(models: list[ModelSettings], store: Store, folder: str) -> None
     """Store the model of averaged weights below a folder, `done.json` last; a Ray task."""
     with tempfile.TemporaryDirectory(prefix="rayfuse-merged-") as merged:
         average_weights([_find_weights(model) for model in models], Path(merged))
-        for file in list_files(Path(merged), ("**/*",)):
-            store.upload(str(file), f"{folder}/model/{file.relative_to(merged).as_posix()}")
-    store.write(f"{folder}/done.json", b"{}")
+        paths = {
+            f"model/{file.relative_to(merged).as_posix()}": file
+            for file in list_files(Path(merged), ("**/*",))
+        }
+        files = upload_files(store, folder, paths)
+    write_record(store, f"{folder}/{DONE_FILE}", {"inputs": {}}, files)
 
 
 def _find_weights(model: ModelSettings) -> Path:

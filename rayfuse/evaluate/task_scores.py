@@ -1,15 +1,15 @@
 """Scores of models at tasks, question by question, and their differences."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from rayfuse.config.base import UserError
 from rayfuse.evaluate.bootstrap import Difference, bootstrap
+from rayfuse.storage.seal import seal, unseal
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ class TaskScore:
     subtasks: tuple[SubtaskScore, ...]
     """Every task and metric; a task's first metric comes first."""
     seconds: float
+    inputs: dict[str, str] = field(default_factory=dict[str, str])
+    """The hash of a model that the run has made."""
+    nll_sha256: str = ""
+    """Of the file of token NLL beside it; empty without one."""
 
     def list_main(self) -> list[SubtaskScore]:
         """List each task's first metric."""
@@ -61,18 +65,33 @@ class TaskScore:
 
     def to_json(self) -> bytes:
         """Encode the result file."""
-        return json.dumps(asdict(self)).encode()
+        return seal(asdict(self))
 
 
-def parse_task_score(data: bytes) -> TaskScore:
-    """Decode a result file."""
-    record: dict[str, Any] = json.loads(data)
+def parse_task_score(data: bytes, path: str = "the result") -> TaskScore:
+    """Decode a result file.
+
+    Args:
+        data: Its bytes.
+        path: Its path or URI, for errors.
+
+    Raises:
+        ShardError: It is corrupt.
+    """
+    record = unseal(data, path)
     lists = ("questions", "values", "weights")
     subtasks = [
         SubtaskScore(**subtask | {name: tuple(subtask[name]) for name in lists})
         for subtask in record["subtasks"]
     ]
-    return TaskScore(record["name"], record["task"], tuple(subtasks), record["seconds"])
+    return TaskScore(
+        record["name"],
+        record["task"],
+        tuple(subtasks),
+        record["seconds"],
+        record["inputs"],
+        record["nll_sha256"],
+    )
 
 
 def read_samples(

@@ -156,7 +156,7 @@ def read_evaluations(layout: Layout) -> dict[str, Evaluation]:
     found: dict[str, Evaluation] = {}
     for name, file in layout.evaluation.scores.items():
         try:
-            found[name] = parse_evaluation(layout.store.read(file))
+            found[name] = parse_evaluation(layout.store.read(file), f"{layout.store.root}/{file}")
         except FileNotFoundError as error:
             raise UserError(
                 f"the model {name} is not evaluated; run `rayfuse evaluate` first"
@@ -175,7 +175,7 @@ def read_task_scores(layout: Layout, names: list[str]) -> dict[str, dict[str, Ta
     for name in names:
         for task, file in layout.evaluation.task_scores.get(name, {}).items():
             try:
-                score = parse_task_score(layout.store.read(file))
+                score = parse_task_score(layout.store.read(file), f"{layout.store.root}/{file}")
             except FileNotFoundError as error:
                 raise UserError(
                     f"the model {name} has no score at {task}; run `rayfuse evaluate` first"

@@ -1,6 +1,5 @@
 """Print a run's scores and verdict on a terminal."""
 
-import json
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +16,7 @@ from rayfuse.report.tables import (
     render_rich,
 )
 from rayfuse.run.layout import Layout
+from rayfuse.storage.files import read_record
 
 
 def print_scores(layout: Layout, console: Console) -> dict[str, Any]:
@@ -41,7 +41,9 @@ def print_scores(layout: Layout, console: Console) -> dict[str, Any]:
         },
     }
     if is_report_current(layout):
-        verdict = json.loads(layout.store.read(FINDINGS_FILE))["verdict"]
+        record = read_record(layout.store, FINDINGS_FILE)
+        assert record is not None, "the report is current"
+        verdict = record["verdict"]
         console.print("\n".join([verdict["headline"], *verdict["sentences"]]), highlight=False)
         values["report"] = f"{layout.store.root}/{PAGE_FILE}"
         console.print(f"report: {values['report']}", highlight=False)

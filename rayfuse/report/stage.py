@@ -16,7 +16,10 @@ from rayfuse.report.page import build_page
 from rayfuse.report.spans import share_waited, sum_busy
 from rayfuse.report.tables import render_tables
 from rayfuse.report.verdict import Verdict, judge
+from rayfuse.run.fingerprint import fingerprint_of
 from rayfuse.run.layout import Layout
+from rayfuse.storage.files import has_all_files, hash_bytes, read_record, write_record
+from rayfuse.storage.seal import ShardError
 
 PAGE_FILE = "report/index.html"
 FINDINGS_FILE = "report/findings.json"
@@ -43,34 +46,51 @@ def write_report(recipe: Recipe, layout: Layout) -> str:
         PAGE_FILE: build_page(findings, verdict, recipe, plots),
         "report/table.md": render_tables(findings),
         f"{run.folder}/model/README.md": build_model_card(findings, verdict, recipe),
-        FINDINGS_FILE: dump_findings(findings, verdict, layout.input_fingerprint()),
     }
-    for name, png in plots.items():
-        layout.store.write(f"report/{name}.png", png)
-    for name, text in texts.items():
-        layout.store.write(name, text.encode())
+    files = {f"report/{name}.png": png for name, png in plots.items()}
+    files |= {name: text.encode() for name, text in texts.items()}
+    layout.store.remove(FINDINGS_FILE)  # of another report, which these files replace
+    for name, content in files.items():
+        layout.store.write(name, content)
+    values = describe_findings(findings, verdict, identify_inputs(layout))
+    json.dumps(values, allow_nan=False)  # NaN is no JSON
+    hashes = {name.removeprefix("report/"): hash_bytes(files[name]) for name in files}
+    card = hashes.pop(f"{run.folder}/model/README.md")
+    write_record(layout.store, FINDINGS_FILE, values | {"model_card": card}, hashes)
     return f"{layout.store.root}/{PAGE_FILE}"
 
 
+def identify_inputs(layout: Layout) -> str:
+    """Hash all that a report is made from: the recipe, and the bytes of every result."""
+    results = {file: layout.store.hash_file(file) for file in layout.evaluation.list_files()}
+    return fingerprint_of(layout=layout.input_fingerprint(), results=results, recipe=layout.recipe)
+
+
 def is_report_current(layout: Layout) -> bool:
-    """Check whether the report is complete and made from the run's current results."""
+    """Check whether the report is complete and made from this recipe and its current results.
+
+    A corrupt record counts as none: the report is written again.
+    """
     try:
-        findings = json.loads(layout.store.read(FINDINGS_FILE))
-    except FileNotFoundError:
+        record = read_record(layout.store, FINDINGS_FILE)
+        if record is None or record["input"] != identify_inputs(layout):
+            return False
+    except (FileNotFoundError, ShardError):
         return False
-    is_there = PAGE_FILE.removeprefix("report/") in layout.store.sizes("report")
-    return is_there and findings.get("input") == layout.input_fingerprint()
+    return has_all_files(layout.store, FINDINGS_FILE, record)
 
 
-def dump_findings(findings: Findings, verdict: Verdict, input_fingerprint: str) -> str:
-    """Serialise the report's numbers as JSON.
+def describe_findings(
+    findings: Findings, verdict: Verdict, input_fingerprint: str
+) -> dict[str, Any]:
+    """Convert the report's numbers to JSON values.
 
     Args:
         findings: The results.
         verdict: The claims that they support.
         input_fingerprint: Hash of everything that the report is made from.
     """
-    record = {
+    return {
         "input": input_fingerprint,
         "verdict": asdict(verdict),
         "bits_per_byte": {
@@ -107,7 +127,6 @@ def dump_findings(findings: Findings, verdict: Verdict, input_fingerprint: str) 
         "stages": [asdict(count) for count in findings.counts],
         "evaluation_seconds": {name: model.seconds for name, model in findings.evaluations.items()},
     }
-    return json.dumps(record, indent=1, allow_nan=False)
 
 
 def _dump_difference(difference: Difference) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from rayfuse.config.align import METHODS
 from rayfuse.config.models import ModelSettings, TrainedSettings
-from rayfuse.config.recipe import Recipe
+from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.run.fingerprint import (
     fingerprint_aligned,
     fingerprint_captured,
@@ -80,6 +80,8 @@ class Layout:
     """Stored vocabulary maps by source; empty for methods that store none."""
     runs: tuple[TrainRun, ...]
     evaluation: EvaluationFiles
+    recipe: dict[str, Any] = field(default_factory=dict[str, Any])
+    """The resolved recipe, as plain values."""
 
     def input_fingerprint(self) -> str:
         """Hash the names of all results in the report."""
@@ -124,6 +126,7 @@ def name_folders(recipe: Recipe, found: Prepared) -> Layout:
         map_files=_name_maps(recipe, found, corpus),
         runs=runs,
         evaluation=_name_evaluation(recipe, found, held_out, runs),
+        recipe=dump_recipe(recipe),
     )
 
 

@@ -1,11 +1,13 @@
 """Models that a run makes: their files are listed in `done.json`, and what they were made from."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from rayfuse.run.fingerprint import fingerprint_of
 from rayfuse.run.layout import Layout, TrainRun
 from rayfuse.storage.dataset import DataSet
-from rayfuse.storage.files import has_all_files, read_record
+from rayfuse.storage.files import find_corrupt, has_all_files, read_record
+from rayfuse.storage.seal import ShardError
 from rayfuse.storage.store import Store
 
 DONE_FILE = "done.json"
@@ -69,3 +71,16 @@ def identify_model(store: Store, folder: str) -> str | None:
         return None
     files = {name: file for name, file in record["files"].items() if name.startswith("model/")}
     return fingerprint_of(files=files)
+
+
+def find_faults(layout: Layout, run: TrainRun) -> Iterator[tuple[str, str]]:
+    """Read every file of a trained model; yield the corrupt ones, and a record that is stale."""
+    name = f"{run.folder}/{DONE_FILE}"
+    faults = list(find_corrupt(layout.store, name))
+    yield from faults
+    try:
+        record = read_done(layout.store, run.folder)
+        if record and not faults and not is_current(record["inputs"], read_inputs(layout, run)):
+            yield name, "is stale: the model was trained on other rows than there are now"
+    except ShardError:
+        return  # the record is reported above; verifying the rows reports their manifest

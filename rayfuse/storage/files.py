@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rayfuse.storage.object_store import check_name
 from rayfuse.storage.seal import REMEDY, ShardError, seal, unseal
 from rayfuse.storage.store import Store, hash_file
 
@@ -133,3 +134,34 @@ def check_files(store: Store, name: str) -> None:
     """
     for file, reason in find_corrupt(store, name):
         raise ShardError(f"{store.root}/{file}: {reason}; {REMEDY}")
+
+
+def download_files(store: Store, name: str, prefix: str, path: Path) -> None:
+    """Copy files of a record into an existing local folder, and check every byte of them.
+
+    They are streamed to disk: weight files are often larger than a worker's memory.
+
+    Args:
+        store: The store.
+        name: The record's name.
+        prefix: Only files whose names begin with it are copied, under the rest of their names.
+        path: The local folder.
+
+    Raises:
+        ShardError: The record or a file is missing or corrupt.
+    """
+    record = read_record(store, name)
+    if record is None:
+        raise ShardError(f"{store.root}/{name} is missing; {REMEDY}")
+    for file, expected in record["files"].items():
+        if not file.startswith(prefix):
+            continue
+        check_name(file, store.root)
+        local, stored = path / file.removeprefix(prefix), f"{name.rpartition('/')[0]}/{file}"
+        local.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            store.download(stored, str(local))
+        except FileNotFoundError as error:
+            raise ShardError(f"{store.root}/{stored} is missing; {REMEDY}") from error
+        if hash_file(local) != expected["sha256"]:
+            raise ShardError(f"{store.root}/{stored} is corrupt; {REMEDY}")

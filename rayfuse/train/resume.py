@@ -94,7 +94,7 @@ def fetch_newest(
 
 
 def _fetch(checkpoints: Checkpoints, records: list[CheckpointRecord], folder: Path) -> str:
-    """Download a checkpoint and check it, before anything is loaded; return the fault, or nothing."""
+    """Download a checkpoint and check it before it is loaded; return its fault, or nothing."""
     if not checkpoints.download(records, folder):
         return "it is corrupt"
     try:
