@@ -109,6 +109,16 @@ class Recipe(Settings):
             )
         return self
 
+    @field_validator("target")
+    @classmethod
+    def _check_target(cls, target: ModelSettings) -> ModelSettings:
+        if target.dtype == "float16":
+            raise ValueError(
+                "dtype is float16, whose gradients overflow without loss scaling; use bfloat16 or "
+                "float32"
+            )
+        return target
+
     @field_validator("storage")
     @classmethod
     def _check_storage(cls, storage: str) -> str:

@@ -61,7 +61,7 @@ class Lease:
         try:
             record = json.loads(self.last_record or b"")
             return f"process {record['pid']} of {record['host']}"
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return "another process"
 
     def _encode_record(self) -> bytes:
@@ -98,6 +98,7 @@ def _has_died_here(record: bytes) -> bool:
         os.kill(owner["pid"], 0)
     except ProcessLookupError:
         return True
-    except (ValueError, KeyError, TypeError, PermissionError):
+    # Overflow and recursion: a foreign file in its place.
+    except (ValueError, KeyError, TypeError, PermissionError, OverflowError, RecursionError):
         return False
     return False

@@ -100,6 +100,11 @@ def test_duplicate_source_names_are_refused():
         parse_recipe(values)
 
 
+def test_a_target_in_float16_is_refused_since_its_gradients_overflow():
+    with pytest.raises(RecipeError, match=r"float16.*use bfloat16 or float32"):
+        parse_recipe(MINIMAL | {"target": MINIMAL["target"] | {"dtype": "float16"}})
+
+
 def test_error_names_a_missing_setting():
     values = {key: value for key, value in MINIMAL.items() if key != "target"}
     with pytest.raises(RecipeError, match="target is missing"):
