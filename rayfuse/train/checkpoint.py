@@ -22,8 +22,8 @@ STARTED = "begun"
 
 RECORD_FILE = re.compile(rf"(step_\d+-\w+)-(\d+|{STARTED})\.json")
 
-FILE = re.compile(r"metrics\.jsonl|zero_to_fp32\.py|ds/\w[\w.-]{0,200}\.pt")
-"""The names of a checkpoint's files: DeepSpeed's states, its script, and the metrics."""
+FILE = re.compile(r"metrics\.jsonl|zero_to_\w{1,30}\.py|ds/\w[\w.-]{0,200}\.pt")
+"""The names of a checkpoint's files: DeepSpeed's states, its scripts, and the metrics."""
 
 
 @dataclass(frozen=True)
