@@ -117,12 +117,12 @@ class SourceCapture:
         self.progress(ProgressEvent("capture", self.work.source.name, note=text))
 
     def _report_wait(self) -> None:
-        """Report which resources the source waits for, if it has no actor yet."""
+        """Report which resources an actor needs, if the source has none yet."""
         source = self.work.source
         if not ray.get(self.crashes.has_started.remote(source.name)):
             resources = {"CPU": source.cpus, "GPU": self.work.gpus}
             needs = describe_needs(resources, source.accelerator_type)
-            self._note(f"waits for a node with {needs} free")
+            self._note(f"no actor has started yet; one needs a node with {needs} free")
 
     def _capture(self) -> None:
         work = self.work
