@@ -163,12 +163,20 @@ def decode_map(
     Raises:
         ShardError: It is not a map from the one vocabulary to the other.
     """
-    plain = read_parquet(content)["target_id"].to_numpy()
-    is_inside = len(plain) == source.vocab_size and plain.min() >= -1
-    if not is_inside or plain.max() >= target.vocab_size:
+    try:
+        column = read_parquet(content)["target_id"]
+    except (KeyError, pa.ArrowException) as error:
+        raise ShardError(f"{map_file} is no vocabulary map ({error}); {REMEDY}") from error
+    if not pa.types.is_integer(column.type) or len(column) != source.vocab_size:
         raise ShardError(
-            f"{map_file} maps {len(plain)} tokens to ids from {plain.min()} to {plain.max()}; the "
-            f"source has {source.vocab_size} tokens, the target {target.vocab_size}: {REMEDY}"
+            f"{map_file} maps {len(column)} tokens to values of type {column.type}, but the source "
+            f"has {source.vocab_size} tokens, and target ids are integers; {REMEDY}"
+        )
+    plain = column.to_numpy()
+    if plain.min() < -1 or plain.max() >= target.vocab_size:
+        raise ShardError(
+            f"{map_file} has ids from {plain.min()} to {plain.max()}, but the target has "
+            f"{target.vocab_size}; {REMEDY}"
         )
     return build_maps(plain, source, target)
 

@@ -17,12 +17,13 @@ from pandas.core.arrays.arrow.extension_types import ArrowIntervalType, ArrowPer
 from ray.data._internal.object_extensions import arrow as ray_objects
 from ray.data._internal.tensor_extensions import arrow as ray_tensors
 
-from rayfuse.align.task import read_maps
+from rayfuse.align.task import decode_map
 from rayfuse.config.corpus import DocumentsSettings
 from rayfuse.corpus.documents import Document, read_documents
 from rayfuse.models.tokenizer import build_tokenizer
 from rayfuse.run.inputs import list_inputs
 from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.manifest import ShardError
 from rayfuse.storage.parquet import open_parquet, read_parquet
 from rayfuse.storage.store import LocalStore
 from tests.fakes import byte_level_tokenizer
@@ -165,14 +166,15 @@ def test_pickled_objects_of_a_document_a_shard_and_a_map_are_not_unpickled(tmp_p
     assert all("invalid UTF-8" in str(document.fault) for document in read_documents_of(path))
 
     data = DataSet(LocalStore(str(tmp_path / "storage")), "captured", "s", "fp")
-    cells = read_parquet(path.read_bytes())
+    cells = read_parquet(path.read_bytes()).rename_columns(["cells"])
     commit = data.write_shard(0, cells, tokens=0)
-    assert data.read_shard(commit)["text"].type == pa.binary()
+    assert data.read_shard(commit)["cells"].type == pa.binary()
 
     tokenizer = build_tokenizer(byte_level_tokenizer(280).to_str(), start_id=0, eos_id=0)
-    data.store.write("maps/m.parquet", write_pickles(path, mark, "target_id"))
-    with pytest.raises((ValueError, TypeError, IndexError)):
-        read_maps(data.store, "maps/m.parquet", tokenizer, tokenizer)
+    content = write_pickles(path, mark, "target_id")
+    with pytest.raises(ShardError, match="target ids are integers"):
+        decode_map(content, "maps/m.parquet", tokenizer, tokenizer)
+    assert not mark.exists()
     pq.read_table(path)["target_id"].to_pylist()  # what a reader by Arrow's types does
     assert mark.exists()
 
