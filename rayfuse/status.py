@@ -11,6 +11,7 @@ from rich.table import Table
 
 from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.align.task import record_of_map
+from rayfuse.capture.dtype import DTYPE_FILE, find_corrupt_dtype, repair_dtype
 from rayfuse.config.addresses import has_secrets
 from rayfuse.config.base import UserError
 from rayfuse.config.load import read_recipe
@@ -224,6 +225,10 @@ def list_file_checks(layout: Layout) -> dict[str, tuple[str, Iterable[tuple[str,
         f"map {name}": ("align", find_corrupt(store, record_of_map(file)))
         for name, file in layout.map_files.items()
     }
+    checks |= {
+        f"dtype of {name}": ("capture", find_corrupt_dtype(captured))
+        for name, captured in layout.captured.items()
+    }
     checks |= {f"train {run.name}": ("train", find_faults(layout, run)) for run in layout.runs}
     merged = layout.evaluation.merge.folder
     if merged is not None:
@@ -245,6 +250,8 @@ def repair_layout(recipe: Recipe, layout: Layout, found: dict[str, Verified]) ->
     for segmentation in (layout.corpus_documents, layout.held_out_documents):
         if layout.corpus.store.sizes(layout.corpus.folder, "run.json"):
             write_segmentation(layout.store, segmentation.segmentation)
+    for captured in layout.captured.values():
+        repair_dtype(captured)
     for label, (stage, _) in list_file_checks(layout).items():
         _remove_corrupt(layout, found[label])
         stages += [stage] if found[label].corrupt else []
@@ -261,6 +268,8 @@ def repair_layout(recipe: Recipe, layout: Layout, found: dict[str, Verified]) ->
 def _remove_corrupt(layout: Layout, verified: Verified) -> None:
     """Remove corrupt files, and the records that list them: then their stage writes both again."""
     for fault in verified.corrupt:
+        if fault.file.endswith(f"/{DTYPE_FILE}"):  # repaired already
+            continue
         layout.store.remove(fault.file)
         stem = fault.file.removesuffix(".parquet")
         if fault.file.startswith("maps/"):

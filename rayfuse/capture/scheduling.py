@@ -4,10 +4,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from rayfuse.capture.dtype import settle_dtype
 from rayfuse.capture.engines.load import check_backend
-from rayfuse.config.base import UserError
 from rayfuse.config.capture import CaptureSettings
-from rayfuse.config.models import DType, SourceSettings
+from rayfuse.config.models import SourceSettings
 from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.models.files import read_model_files
 from rayfuse.run.layout import Layout
@@ -111,32 +111,6 @@ def _plan_source(
         rows_before=manifest.rows * len(done) // max(num_shards, 1),
         rejects_before=captured.count_rejects(done, num_shards),
     )
-
-
-def settle_dtype(captured: DataSet, wanted: DType, *, on_gpu: bool) -> DType:
-    """Decide the dtype of all shards of a capture; for `auto`, the dtype that it started in.
-
-    The first job records its choice, so that a resumed capture does not mix GPU and CPU dtypes.
-
-    Args:
-        captured: The data set that holds the record.
-        wanted: The recipe's dtype.
-        on_gpu: The actors of this job have GPUs.
-
-    Raises:
-        UserError: The recorded dtype is corrupt.
-    """
-    if wanted != "auto":
-        return wanted
-    name = f"{captured.folder}/dtype"
-    captured.store.create(name, b"bfloat16" if on_gpu else b"float32")
-    found = captured.store.read(name).decode(errors="replace")
-    if found not in ("bfloat16", "float32"):
-        raise UserError(
-            f"{captured.store.root}/{name} is corrupt: it holds {found!r}; write bfloat16 there if "
-            "the shards come from GPUs, float32 if from CPUs"
-        )
-    return found
 
 
 def size_pools(work: list[SourceWork]) -> list[SourceWork]:

@@ -20,10 +20,11 @@ import yaml
 
 from rayfuse.align.task import plan_align_step
 from rayfuse.capture.actor import MAX_CRASHES
+from rayfuse.capture.dtype import settle_dtype
 from rayfuse.capture.engines.base import Engine, Failure, TokenRows
 from rayfuse.capture.engines.transformers_engine import TransformersEngine
 from rayfuse.capture.rows import NOT_FINITE, tokenise_rows
-from rayfuse.capture.scheduling import plan_work, settle_dtype
+from rayfuse.capture.scheduling import plan_work
 from rayfuse.capture.stage import capture_sources
 from rayfuse.capture.top_k import TopLogprobs
 from rayfuse.config.capture import CaptureSettings
