@@ -116,7 +116,7 @@ def measure(store: SimulatedStore) -> dict[str, float]:
     assert manifest is not None and corpus.is_complete()
     checked = time.monotonic()
     captured.claim({"source": "a"})
-    missing = list_missing(captured, manifest.num_shards)
+    missing = list_missing(captured, manifest.num_shards, print)
     assert len(missing) == manifest.num_shards // 2
     resumed = time.monotonic()
     blocks = split_shards(missing)

@@ -107,7 +107,7 @@ def test_fault_6_a_worker_that_hung_cannot_replace_a_shard_and_leaves_no_file(mo
     assert not late.is_ours
     assert late.worker == numbers.worker
     assert sorted((path.name, path.read_bytes()) for path in (content / "data").iterdir()) == before
-    assert not verify_data_set(capturer.captured, corpus).orphans
+    assert not verify_data_set(capturer.captured).orphans
 
 
 def test_fault_7_retried_storage_requests_are_counted(model, corpus, s3_root, s3_proxy):
@@ -141,7 +141,7 @@ def test_fault_14_an_error_names_the_full_disk_and_no_partial_shard_is_committed
     assert not data.exists() or not list(data.iterdir())
     ballast.unlink()
     assert capturer.capture(0).is_ours
-    assert not verify_data_set(capturer.captured, corpus).corrupt
+    assert not verify_data_set(capturer.captured).corrupt
 
 
 def test_fault_15_a_batch_beyond_the_memory_is_halved_until_it_fits(model, tmp_path):
@@ -449,11 +449,11 @@ def test_fault_31_no_decision_depends_on_file_times(model, corpus):
     for when in (0.0, time.time() + 10 * 365 * 86_400):  # 1970, and ten years on
         for path in folder.rglob("*"):
             os.utime(path, (when, when))
-        found = verify_data_set(captured, corpus)
+        found = verify_data_set(captured)
         assert not found.corrupt
         assert found.orphans == [f"{captured.folder}/data/{leftover.name}"]
         assert captured.is_complete()
         assert make_capturer(model, corpus).capture(0).worker == capturer.worker
-    repair_data_set(captured, verify_data_set(captured, corpus), {})
+    repair_data_set(captured, verify_data_set(captured), {})
     assert in_flight.exists()
     assert not leftover.exists()

@@ -66,7 +66,7 @@ def read_content(recipe: Path) -> Content:
     layout = plan_layout(read_recipe(recipe), ALIGN_FACTS)
     found: Content = {}
     for data in (*layout.captured.values(), *layout.aligned.values()):
-        assert not verify_data_set(data, layout.corpus).corrupt
+        assert not verify_data_set(data).corrupt
         found[data.folder] = {
             shard: (commit.sha256, data.store.read(f"{data.folder}/{commit.file}"))
             for shard, commit in data.commits().items()

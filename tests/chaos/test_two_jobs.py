@@ -112,7 +112,7 @@ def test_fault_11_30_in_twenty_rounds_two_identical_jobs_lose_and_duplicate_noth
     for recipe, a, b in zip(recipes, *answers, strict=True):
         assert read_content(recipe) == expected
         layout = plan_layout(read_recipe(recipe), ALIGN_FACTS)
-        assert not verify_data_set(layout.captured["llama"], layout.corpus).orphans
+        assert not verify_data_set(layout.captured["llama"]).orphans
         shared += a or b
     print(f"{ROUNDS} rounds in {seconds:.0f} s; in {shared} both jobs made shards")
     assert shared > ROUNDS // 2

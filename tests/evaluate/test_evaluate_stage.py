@@ -42,6 +42,7 @@ from rayfuse.run.prepare import SplitDocuments
 from rayfuse.run.segmentation import Segmentation
 from rayfuse.runtime.progress import ProgressEvent
 from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.files import hash_bytes, write_record
 from rayfuse.storage.manifest import Commit
 from rayfuse.storage.object_store import ObjectStore
 from rayfuse.storage.store import LocalStore, open_store
@@ -72,10 +73,18 @@ def test_small_shards_share_a_task_and_empty_ones_need_none():
 
 @dataclass(frozen=True)
 class NoReadStore(ObjectStore):
-    """Object storage in which reading a file into memory is an error."""
+    """Object storage in which reading anything but a record into memory is an error."""
 
     def read(self, name: str) -> bytes:
-        raise AssertionError(f"{name} was read into memory")
+        assert name.endswith("/done.json"), f"{name} was read into memory"
+        return super().read(name)
+
+
+def mark_trained(layout: Layout) -> None:
+    """Write the record of the trained model, as training does in the end."""
+    folder = Path(layout.store.root, "train/fused-0")
+    files = {f"model/{path.name}": hash_bytes(path.read_bytes()) for path in folder.glob("model/*")}
+    write_record(layout.store, "train/fused-0/done.json", {"inputs": {}}, files)
 
 
 def test_a_model_in_object_storage_is_streamed_to_disk_and_removed_afterwards():
@@ -83,6 +92,8 @@ def test_a_model_in_object_storage_is_streamed_to_disk_and_removed_afterwards():
     files = {"config.json": b"{}", "model.safetensors": b"weights"}
     for name, data in files.items():
         store.write(f"train/x/model/{name}", data)
+    listed = {f"model/{name}": hash_bytes(data) for name, data in files.items()}
+    write_record(store, "train/x/done.json", {"inputs": {}}, listed)
     model = ModelSettings(model=f"{store.root}/train/x/model", dtype="bfloat16")
     with local_model(model, store, "train/x/model") as local:
         found = {path.name: path.read_bytes() for path in Path(local.model).iterdir()}
@@ -166,7 +177,7 @@ class Notes:
 def test_every_model_is_scored_once_on_all_held_out_rows(
     ray_cluster: Any, recipe: Recipe, layout: Layout, rows: pa.Table
 ):
-    layout.store.write("train/fused-0/done.json", b"{}")
+    mark_trained(layout)
     notes = Notes()
     found = evaluate_models(recipe, layout, notes)
     assert {name: evaluation.role for name, evaluation in found.items()} == {
@@ -233,7 +244,7 @@ def test_fault_1_a_scoring_task_survives_more_losses_than_ray_retries_by_default
 def test_every_model_runs_every_task_once(
     ray_cluster: Any, recipe: Recipe, layout: Layout, tmp_path: Path
 ):
-    layout.store.write("train/fused-0/done.json", b"{}")
+    mark_trained(layout)
     folder = str(make_tasks(tmp_path / "tasks"))
     make_tasks(tmp_path / "tasks", task="write", **WRITE)
     tasks = TasksSettings(names=("choose", "write"), folder=folder, data=folder)
@@ -284,7 +295,7 @@ def test_a_model_that_is_not_trained_yet_is_named(ray_cluster: Any, recipe: Reci
 def test_an_error_in_a_ray_task_is_raised_as_itself(
     ray_cluster: Any, recipe: Recipe, layout: Layout, tmp_path: Path
 ):
-    layout.store.write("train/fused-0/done.json", b"{}")
+    mark_trained(layout)
     broken = shutil.copytree(recipe.sources[0].model, tmp_path / "broken")
     (broken / "config.json").unlink()
     source = recipe.sources[0].model_copy(update={"model": str(broken)})
@@ -296,12 +307,13 @@ def test_an_error_in_a_ray_task_is_raised_as_itself(
 def test_a_trained_model_that_lost_a_tensor_is_refused_before_a_task_starts(
     recipe: Recipe, layout: Layout
 ):
-    layout.store.write("train/fused-0/done.json", b"{}")
+    mark_trained(layout)
     _plan_job(recipe, layout, "fused")
     path = Path(recipe.storage, "train/fused-0/model/model.safetensors")
     tensors = load_file(path)
     name = sorted(tensors)[-1]
     save_file({key: tensors[key] for key in tensors if key != name}, path)
+    mark_trained(layout)
     with pytest.raises(
         UserError, match=rf"model fused is no longer .*{name} is missing.*done.json"
     ):

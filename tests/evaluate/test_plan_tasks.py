@@ -10,6 +10,7 @@ from rayfuse.config.load import parse_recipe
 from rayfuse.config.recipe import Recipe
 from rayfuse.pipeline import is_stage_done, prepare_run
 from rayfuse.run.layout import Layout, plan_layout
+from rayfuse.storage.seal import seal
 from tests.evaluate.test_merge_weights import make_model
 from tests.evaluate.test_tasks import make_tasks
 
@@ -43,10 +44,10 @@ def test_every_model_has_a_file_for_every_task(values: dict[str, Any]):
     assert set(layout.evaluation.task_nll) == {"a", "b"}
     assert len(files_of(layout)) == len(layout.evaluation.scores)
     for file in layout.evaluation.scores.values():
-        layout.store.write(file, b"{}")
+        layout.store.write(file, seal({}))
     assert not is_stage_done("evaluate", layout)  # the tasks are still to be asked
     for file in files_of(layout):
-        layout.store.write(file, b"{}")
+        layout.store.write(file, seal({}))
     assert is_stage_done("evaluate", layout)
     silent = plan_layout(parse_recipe(values | {"evaluate": {}}), ALIGN_FACTS)
     assert silent.evaluation.scores == layout.evaluation.scores

@@ -108,7 +108,7 @@ def test_corpus_capture_alignment_and_training_make_the_requests_that_are_planne
 
     source, data = recipe.sources[0], layout.captured["a"]
     data.claim({})
-    assert list_missing(data, shards) == list(range(shards))
+    assert list_missing(data, shards, print) == list(range(shards))
     capturer = ShardCapturer(
         load_recipe_engine(source, recipe.capture),
         load_recipe_tokenizer(source),
@@ -120,10 +120,8 @@ def test_corpus_capture_alignment_and_training_make_the_requests_that_are_planne
     data.finish(shards)
     found = count_requests(s3_proxy)
     puts, gets = of_shards(CAPTURE_SHARD, shards)
-    assert (found.puts, found.gets) == (
-        puts,
-        gets + 1,
-    )  # HEAD of the manifest
+    # Per data set: HEAD of the manifest, and the corpus' manifest and records.
+    assert (found.puts, found.gets) == (puts, gets + 3)
     assert found.lists <= DATA_SET_PAGES + 1  # an empty folder is listed twice
 
     task = plan_task(recipe, layout, source)
@@ -133,7 +131,9 @@ def test_corpus_capture_alignment_and_training_make_the_requests_that_are_planne
         align_committed(task, shard)
     task.aligned.finish(shards)
     found = count_requests(s3_proxy)
-    assert (found.puts, found.gets) == of_shards(ALIGN_SHARD, shards)
+    puts, gets = of_shards(ALIGN_SHARD, shards)
+    # Per data set: manifest and records of the corpus and of the captured data.
+    assert (found.puts, found.gets) == (puts, gets + 4)
     assert found.lists <= DATA_SET_PAGES
 
 
