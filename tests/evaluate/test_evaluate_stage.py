@@ -207,7 +207,8 @@ def test_every_model_is_scored_once_on_all_held_out_rows(
     assert bits_per_byte(found["ensemble"].documents) == pytest.approx(expected, rel=1e-5)
     assert found["ensemble"].model == "small, other"
     record = json.loads(layout.store.read("evaluate/small-0.json"))
-    assert set(record) == {"name", "role", "model", "bits_per_byte", "documents", "seconds"}
+    own = {"name", "role", "model", "bits_per_byte", "documents", "seconds"}
+    assert set(record) == own | {"inputs", "record_sha256"}
     assert ("evaluate small", 2, 2) in notes.calls
 
     again = Notes()
