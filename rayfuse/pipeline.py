@@ -29,6 +29,7 @@ from rayfuse.run.prepare import check_weights, list_tokenizer_notes
 from rayfuse.runtime.connect import join_cluster
 from rayfuse.runtime.console import ProgressBars
 from rayfuse.runtime.progress import Progress
+from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import check_store
 
 STAGES = ("corpus", "capture", "align", "train", "evaluate", "report")
@@ -110,7 +111,9 @@ def _check_input(stage: str, layout: Layout) -> None:
     """
     needed = INPUT_STAGES.get(stage)
     if needed is not None and not is_stage_done(needed, layout):
-        raise UserError(f"stage {needed} is incomplete; run `rayfuse {needed}` first")
+        folders = [data.folder for data in _list_outputs(needed, layout) if not data.is_complete()]
+        where = f" ({', '.join(folders)})" if folders else ""
+        raise UserError(f"stage {needed} is incomplete{where}; run `rayfuse {needed}` first")
 
 
 def run_recipe(
@@ -196,15 +199,21 @@ def _print_documents(layout: Layout, console: Console) -> dict[str, Any]:
     return values
 
 
+def _list_outputs(stage: str, layout: Layout) -> list[DataSet]:
+    """List the data sets that a stage writes; none for the stages after align."""
+    outputs = {
+        "corpus": [layout.corpus, layout.held_out],
+        "capture": [*layout.captured.values()],
+        "align": [*layout.aligned.values()],
+    }
+    return outputs.get(stage, [])
+
+
 def is_stage_done(stage: str, layout: Layout) -> bool:
     """Check whether all results of a stage exist."""
     store = layout.store
-    if stage == "corpus":
-        return layout.corpus.is_complete() and layout.held_out.is_complete()
-    if stage == "capture":
-        return all(data.is_complete() for data in layout.captured.values())
-    if stage == "align":
-        return all(data.is_complete() for data in layout.aligned.values())
+    if data_sets := _list_outputs(stage, layout):
+        return all(data.is_complete() for data in data_sets)
     if stage == "train":
         return all(is_made(store, run.folder, read_inputs(layout, run)) for run in layout.runs)
     if stage == "evaluate":

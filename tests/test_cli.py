@@ -190,7 +190,7 @@ def test_a_stage_whose_input_is_missing_ends_before_a_cluster_is_joined(
     monkeypatch.setattr(pipeline, "join_cluster", join_cluster)
     recipe = read_recipe(write_recipe(tmp_path, models), [])
     layout = pipeline.prepare_run(recipe)
-    with pytest.raises(UserError, match=f"stage {needed} is incomplete; run `rayfuse {needed}`"):
+    with pytest.raises(UserError, match=rf"stage {needed} is incomplete.*; run `rayfuse {needed}`"):
         pipeline.run_stages(recipe, layout, (stage,), report_nothing, lambda result: None)
 
 

@@ -171,6 +171,7 @@ YAML_BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         "*nothing",
         "[",
     ],
+    ids=lambda value: value[:30],
 )
 def test_fault_28_value_that_is_not_plain_yaml_is_refused_in_files_and_overrides(
     value, tmp_path, monkeypatch
