@@ -31,7 +31,11 @@ def spread_nll(
     # Sums of float16 numbers are exact in float64, so subtracting the sum of all rows before makes
     # a row's numbers bit-identical whatever rows stand before it.
     nll_before = -records.log_totals[:-1]
-    nll_before -= np.repeat(nll_before[firsts], np.diff(source.offsets))
+    num_tokens = np.diff(source.offsets)
+    nll_before -= np.repeat(nll_before[firsts], num_tokens)
+    # A token without bytes at the start of a row, such as a prefix space alone, counts for the
+    # bytes after it: up to there the sum is 0.
+    nll_before[source.ends == np.repeat(source.ends[firsts], num_tokens)] = 0.0
     is_text = ~np.append(False, source.next_is_eos[:-1])
     ends, nll_before = source.ends[is_text], nll_before[is_text]
     # Where several tokens end at one byte, the sum at the last of them includes the others.

@@ -24,7 +24,7 @@ from rayfuse.storage.codec import (
     flatten_column,
 )
 
-ALIGN_VERSION = 4
+ALIGN_VERSION = 5
 """Increased when the same captured shards are aligned to other rows or maps, so that stored results
 of older code are never reused.
 2: `min_edit_distance` counts distances above 255 bytes; a row's NLL does not depend on the next
@@ -32,6 +32,8 @@ row (LOG.md).
 3: tokens that share a character are placed by their bytes where a tokenizer normalizes its text.
 4: a token that ends inside a character goes to the tail if the tokens after it may change the
 target's.
+5: a token without bytes at the start of a row counts for the bytes after it; a prefix space may
+follow an added token; characters that the target's normalizer changes go to its own token.
 """
 
 KNOWN_SHARE = 0.9

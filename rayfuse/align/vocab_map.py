@@ -148,9 +148,19 @@ def _first_tokens(
     for text, ids in zip(texts, rows, strict=True):
         found = _token_after(target, ids, len(anchor) + bool(anchor))
         token = b"" if found < 0 else target.token_bytes[found] or b""
-        is_first = bool(token) and text.startswith(token)
-        firsts.append(found if is_first else _longest_prefix(text, by_bytes))
+        # A token that does not begin the text is the target's own if its normalizer changes these
+        # characters. Bytes that are no complete characters are spelled by byte tokens instead.
+        is_own = bool(token) and (text.startswith(token) or _is_text(text))
+        firsts.append(found if is_own else _longest_prefix(text, by_bytes))
     return firsts
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _token_after(target: TextTokenizer, ids: Int[np.ndarray, " tokens"], num_bytes: int) -> int:

@@ -1,10 +1,8 @@
 """Every family of tokenizers, trained on the spot: what its tokens spell and where they end."""
 
 import json
-import re
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from tokenizers import (
     AddedToken,
@@ -19,7 +17,7 @@ from tokenizers import (
 
 from benchmarks.synthetic import make_captured, make_corpus
 from rayfuse.align.matches import NO_SHARED_BOUNDARY, NO_TOKENS, ONE_SIDED, match_positions
-from rayfuse.align.method import Alignment, build_alignment
+from rayfuse.align.method import build_alignment
 from rayfuse.align.shard import align_shard
 from rayfuse.align.token_spans import (
     Fault,
@@ -32,7 +30,6 @@ from rayfuse.align.vocab_map import (
     UNCHANGED,
     WITH_SPACE,
     WITHOUT_SPACE,
-    find_unfinished,
     map_vocabulary,
 )
 from rayfuse.models.tokenizer import TextTokenizer, build_tokenizer
@@ -320,46 +317,6 @@ def test_what_a_source_says_of_a_row_depends_on_that_row_alone(source):
         assert (nats * lengths).sum() <= alone["nats"].to_pylist()[0] * (1 + 1e-3)
 
 
-def make_shard() -> tuple[pa.Table, pa.Table, Alignment]:
-    source, target = LOSSLESS["gpt-2"], LOSSLESS["llama-2"]
-    corpus = make_corpus(SAMPLE, target, max_tokens=512)
-    captured = make_captured(corpus, source, top_k=4)
-    maps = map_vocabulary(source, target)
-    return corpus, captured, build_alignment(source, target, maps=maps)
-
-
-def replace_ids(table: pa.Table, column: str, row: int, at: int, value: int) -> pa.Table:
-    rows = table[column].to_pylist()
-    rows[row][at] = value
-    index = table.schema.get_field_index(column)
-    return table.set_column(index, column, pa.array(rows, type=table.schema.field(column).type))
-
-
-def test_ids_outside_the_vocabulary_are_named_by_row_and_position():
-    corpus, captured, alignment = make_shard()
-    with pytest.raises(ValueError, match=r"row 2, position 3: top_ids .*999.* vocabulary of 360"):
-        align_shard(corpus, replace_ids(captured, "top_ids", 2, 3 * 4 + 1, 999), alignment)
-    with pytest.raises(ValueError, match=r"row 1, position 5: token 999 is outside"):
-        align_shard(corpus, replace_ids(captured, "token_ids", 1, 5, 999), alignment)
-
-
-def test_tokens_of_another_text_are_refused():
-    corpus, captured, alignment = make_shard()
-    with pytest.raises(ValueError, match=r"row 1: its tokens are not those of its text"):
-        align_shard(corpus, replace_ids(captured, "token_ids", 1, 5, 40), alignment)
-
-
-def test_the_error_shows_the_tokens_around_the_first_difference():
-    corpus, captured, alignment = make_shard()
-    ids = captured["token_ids"].to_pylist()[1]
-    wrong = r"around token 4 of the text they are (\[.*\]) b'.*', the text's are (\[.*\]) b'"
-    with pytest.raises(ValueError, match=wrong) as error:
-        align_shard(corpus, replace_ids(captured, "token_ids", 1, 5, 40), alignment)
-    theirs, own = re.search(wrong, str(error.value)).groups()  # the start token is not of the text
-    assert json.loads(own) == ids[2:9]
-    assert json.loads(theirs) == [*ids[2:5], 40, *ids[6:9]]
-
-
 def reads_markers(eos: str = "</s>") -> TextTokenizer:
     """A unigram model that reads a literal EOS in a text as its own EOS, as T5's does."""
     content = json.loads(unigram(byte_fallback=False, adds_prefix_space=True).to_str())
@@ -405,53 +362,3 @@ def test_a_first_token_that_spells_nothing_has_no_blank_to_take_off():
         placed = place_tokens(ids, np.array([0, 2]), [b" a"], vocabulary, [False])
         assert placed.ends.tolist() == [0, 2]
         assert not placed.next_has_prefix_space.any()
-
-
-def test_a_token_that_ends_inside_a_character_is_mapped_only_where_that_is_certain():
-    """A target with tokens for characters uses byte tokens for the others alone."""
-    levels, fallback = LOSSLESS["gpt-2"], FAMILIES["unigram, bytes"]
-    byte_tokens = {fallback.token_bytes[i]: i for i in np.flatnonzero(fallback.byte_ids())}
-    assert len(byte_tokens) == 256
-    for only_equal in (False, True):
-        mapped = map_vocabulary(levels, fallback, only_equal=only_equal)[UNCHANGED]
-        own = map_vocabulary(fallback, LOSSLESS["llama-2"], only_equal=only_equal)[UNCHANGED]
-        back = map_vocabulary(fallback, levels, only_equal=only_equal)[UNCHANGED]
-        for byte in range(256):
-            token_id = levels.list_by_bytes()[bytes([byte])]
-            assert (mapped[token_id] == -1) == (byte >= 0xC0)  # others go on with a character
-            byte_id = byte_tokens[bytes([byte])]
-            assert LOSSLESS["llama-2"].token_names[own[byte_id]] == f"<0x{byte:02X}>"
-            assert back[byte_id] == token_id
-
-
-@pytest.mark.parametrize(
-    ("token", "start"),
-    [
-        (b"", 0),
-        (b"a", 1),
-        ("\u6f22".encode(), 3),
-        ("\u6f22".encode()[:1], 0),
-        ("\u6f22".encode()[:2], 0),
-        ("\u6f22".encode()[1:], 2),
-        ("\u00e9".encode()[:1], 0),
-        ("a\U0001f469".encode()[:4], 1),
-        ("a\U0001f469".encode(), 5),
-        ("\u6f22".encode() + b"\xe5", 3),
-        (b" \xe5\xad", 1),
-    ],
-)
-def test_where_a_character_begins_that_a_token_does_not_finish(token, start):
-    assert find_unfinished(token) == start
-
-
-@pytest.mark.parametrize(("name", "target"), LOSSLESS.items())
-def test_what_a_token_is_mapped_to_begins_every_text_that_it_begins(name, target):
-    """A blank and half a character: is the target's first token the blank, whatever it will be?"""
-    source = LOSSLESS["gpt-2"]
-    mapped = map_vocabulary(source, target)[UNCHANGED]
-    for token_id, spelled in enumerate(source.token_bytes):
-        start = find_unfinished(spelled or b"")
-        if not spelled or start == len(spelled) or mapped[token_id] < 0:
-            continue
-        goal = target.token_bytes[mapped[token_id]] or b""
-        assert goal == spelled or len(goal) < max(start, 1) or spelled[0] < 0xC0, (name, spelled)
