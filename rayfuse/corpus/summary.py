@@ -54,7 +54,9 @@ class CorpusSummary:
         return {"files": self.files, "documents": self.documents, "rejects": self.rejects}
 
 
-def count_documents(num_documents: int, num_bytes: int, rejects: Iterable[Reject]) -> Any:
+def count_documents(
+    num_documents: int, num_bytes: int, rejects: Iterable[Reject]
+) -> dict[str, float]:
     """Count the documents of a shard, for the sums of its commit record.
 
     Args:

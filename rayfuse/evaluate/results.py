@@ -1,10 +1,10 @@
 """Which results of an evaluation are there, intact, and made from what there is now."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from rayfuse.run.layout import Layout, find_own_folder
 from rayfuse.run.made_models import identify_model, is_current
+from rayfuse.storage.files import hash_bytes
 from rayfuse.storage.seal import REMEDY, ShardError, unseal
 from rayfuse.storage.store import Store
 
@@ -84,7 +84,9 @@ def find_corrupt_results(layout: Layout) -> Iterator[tuple[str, str]]:
             yield from _check(layout, file, lambda name=name: read_task_inputs(layout, name))
 
 
-def _check(layout: Layout, file: str, read: Any) -> Iterator[tuple[str, str]]:
+def _check(
+    layout: Layout, file: str, read: Callable[[], dict[str, str]]
+) -> Iterator[tuple[str, str]]:
     store = layout.store
     try:
         record = unseal(store.read(file), f"{store.root}/{file}")
@@ -113,9 +115,9 @@ def read_task_nll(store: Store, file: str, sha256: str) -> bytes:
         ShardError: It is missing or corrupt.
     """
     try:
-        is_intact = store.hash_file(file) == sha256
+        content = store.read(file)
     except FileNotFoundError as error:
         raise ShardError(f"{store.root}/{file} is missing; {REMEDY}") from error
-    if not is_intact:
+    if hash_bytes(content)["sha256"] != sha256:
         raise ShardError(f"{store.root}/{file} is corrupt; {REMEDY}")
-    return store.read(file)
+    return content

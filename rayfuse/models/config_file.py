@@ -5,9 +5,9 @@ from typing import Any
 
 import huggingface_hub  # imports its parts when they are used
 
-from rayfuse.config.base import UserError, first_line, user_error_from
+from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
-from rayfuse.models.folder import check_folder, read_json_object
+from rayfuse.models.folder import check_folder, naming_hub_model, read_json_object
 from rayfuse.models.weight_files import list_weight_files
 
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -52,12 +52,7 @@ def find_config(model: str, revision: str | None) -> Path:
 
 
 def _fetch_config(model: str, revision: str | None) -> Path:
-    with user_error_from(
-        lambda error: UserError(
-            f"model is {model!r}, which is not a local folder and cannot be read from the hub "
-            f"({first_line(error)}); check the name, or log in if it is gated"
-        )
-    ):
+    with naming_hub_model(model):
         return Path(huggingface_hub.hf_hub_download(model, "config.json", revision=revision))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +56,22 @@ def find_folder(model: str, revision: str | None, patterns: tuple[str, ...]) -> 
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
-    with user_error_from(
-        lambda error: UserError(
-            f"model is {model!r}, which is not a local folder and cannot be read from the hub "
-            f"({first_line(error)}); check the name, or log in if it is gated"
-        )
-    ):
+    with naming_hub_model(model):
         return Path(
             huggingface_hub.snapshot_download(
                 model, revision=revision, allow_patterns=list(patterns)
             )
         )
+
+
+def naming_hub_model(model: str) -> AbstractContextManager[None]:
+    """Turn any error of the hub's client into a `UserError` that names the model."""
+    return user_error_from(
+        lambda error: UserError(
+            f"model is {model!r}, which is not a local folder and cannot be read from the hub "
+            f"({first_line(error)}); check the name, or log in if it is gated"
+        )
+    )
 
 
 def list_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:

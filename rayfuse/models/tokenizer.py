@@ -7,6 +7,7 @@ decides how text is encoded; the class decides only which tokens start and end a
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -95,13 +96,18 @@ def _read_checked(path: Path, read: Callable[[bytes], Any]) -> Any:
     Raises:
         UserError: `read` raised an exception.
     """
-    with user_error_from(
+    with _naming_file(path):
+        return read(path.read_bytes())
+
+
+def _naming_file(path: Path) -> AbstractContextManager[None]:
+    """Turn any error into a `UserError` that names the file."""
+    return user_error_from(
         lambda error: UserError(
             f"{path} is corrupt or not a tokenizer file ({first_line(error)}); "
             "save it again with save_pretrained, or download it again"
         )
-    ):
-        return read(path.read_bytes())
+    )
 
 
 def _check_object(value: object) -> dict[str, Any]:
@@ -258,12 +264,7 @@ def _build(
     bos, eos = (
         None if name is None else own.token_to_id(name) for name in (special.bos, special.eos)
     )
-    with user_error_from(
-        lambda error: UserError(
-            f"{path} is corrupt or not a tokenizer file ({first_line(error)}); "
-            "save it again with save_pretrained, or download it again"
-        )
-    ):
+    with _naming_file(path):
         return build_tokenizer(
             content,
             start_id=eos if bos is None else bos,
