@@ -306,9 +306,13 @@ def _place_row(
     vocabulary: TokenBytes,
     tokenizer: TextTokenizer,
 ) -> _PlacedRow:
-    # Some tokenizers insert a space also after each added token.
-    is_added = [tokenizer.token_names[token_id] in tokenizer.added_names for token_id in ids]
     token_bytes = [vocabulary.spell(token_id) for token_id in ids.tolist()]
+    # Some tokenizers insert a space also after each added token of the text; the unknown token,
+    # which spells nothing, stands for other text.
+    is_added = [
+        bool(piece) and tokenizer.token_names[token_id] in tokenizer.added_names
+        for token_id, piece in zip(ids, token_bytes, strict=True)
+    ]
     begins, ends = _count_in_bytes(text, chars, token_bytes)
     faults = np.zeros(len(ids), dtype=np.uint8)
     has_prefix_space = np.zeros(len(ids), dtype=bool)

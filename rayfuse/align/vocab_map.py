@@ -7,8 +7,8 @@ from jaxtyping import Int
 
 from rayfuse.models.tokenizer import TextTokenizer
 
-ANCHOR = "\n"
-"""Put before a text to keep a tokenizer from adding a prefix space to it."""
+ANCHORS = ("\n", ".")
+"""Put before a text to keep a tokenizer from adding a prefix space to it; some drop line ends."""
 
 UNCHANGED, WITHOUT_SPACE, WITH_SPACE = 0, -1, 1
 """A vocabulary's three maps: of tokens as they are; of tokens without their prefix space, where the
@@ -140,19 +140,32 @@ def _map_roles(maps: VocabMaps, source: TextTokenizer, target: TextTokenizer) ->
 def _first_tokens(
     texts: Sequence[bytes], target: TextTokenizer, by_bytes: dict[bytes, int]
 ) -> list[int]:
-    """Find the first token of the target's tokenization of each text, as inside a longer text."""
-    anchor = ANCHOR if target.adds_prefix_space else ""
-    decoded = [text.decode("utf-8", errors="replace") for text in texts]
-    rows = target.encode([anchor + text for text in decoded])
+    """Find the first token of the target's tokenization of each text, as inside a longer text.
+
+    A token that does not begin the text is the target's own if its normalizer changes these
+    characters. Bytes that are no complete characters are spelled by byte tokens instead.
+    """
+    anchor, anchor_ids = _find_anchor(target)
+    rows = target.encode([anchor + text.decode("utf-8", errors="replace") for text in texts])
     firsts: list[int] = []
     for text, ids in zip(texts, rows, strict=True):
-        found = _token_after(target, ids, len(anchor) + bool(anchor))
-        token = b"" if found < 0 else target.token_bytes[found] or b""
-        # A token that does not begin the text is the target's own if its normalizer changes these
-        # characters. Bytes that are no complete characters are spelled by byte tokens instead.
-        is_own = bool(token) and (text.startswith(token) or _is_text(text))
-        firsts.append(found if is_own else _longest_prefix(text, by_bytes))
+        found = _token_after(anchor_ids, ids.tolist())
+        token = b"" if found is None else target.token_bytes[found] or b""
+        may_change = _is_text(text) and not target.implies_prefix_space
+        is_own = bool(token) and (text.startswith(token) or may_change)
+        firsts.append(found if is_own and found is not None else _longest_prefix(text, by_bytes))
     return firsts
+
+
+def _find_anchor(target: TextTokenizer) -> tuple[str, list[int]]:
+    """Find a text that the target keeps as it is, with its tokens; nothing if it adds no space."""
+    if not target.adds_prefix_space:
+        return "", []
+    for anchor in ANCHORS:
+        ids = target.encode([anchor])[0].tolist()
+        if b"".join(target.token_bytes[i] or b"" for i in ids) == b" " + anchor.encode():
+            return anchor, ids
+    return ANCHORS[0], [-1]  # begins no text: no token is known to begin one
 
 
 def _is_text(data: bytes) -> bool:
@@ -163,14 +176,10 @@ def _is_text(data: bytes) -> bool:
     return True
 
 
-def _token_after(target: TextTokenizer, ids: Int[np.ndarray, " tokens"], num_bytes: int) -> int:
-    """Find the token that begins after a number of bytes, -1 if none begins there."""
-    done = 0
-    for token_id in ids.tolist():
-        if done == num_bytes:
-            return token_id
-        done += len(target.token_bytes[token_id] or b"")
-    return -1
+def _token_after(before: list[int], ids: list[int]) -> int | None:
+    """Find the token after these, None if others stand there."""
+    at = len(before)
+    return ids[at] if ids[:at] == before and len(ids) > at else None
 
 
 def _longest_prefix(text: bytes, by_bytes: dict[bytes, int]) -> int:

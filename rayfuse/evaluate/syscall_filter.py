@@ -78,10 +78,9 @@ def main() -> None:
         library = None
     if library is not None:
         refuse_calls(library)
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(
-            number, signal.SIG_DFL
-        )  # Python ignores them, and the program would inherit it
+    # The program would inherit what this process ignores: of Python's own, or of who started it.
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_DFL)
     os.execvp(sys.argv[1], sys.argv[1:])
 
 

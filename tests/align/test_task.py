@@ -11,7 +11,7 @@ from rayfuse.config.models import ModelSettings
 from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.storage.dataset import DataSet, ShardError
 from rayfuse.storage.store import open_store
-from tests.align.test_families import replace_ids
+from tests.align.test_refusals import replace_ids
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_tokenizer, sentencepiece_tokenizer
 
 TOP_K = 4
