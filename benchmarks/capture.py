@@ -4,7 +4,7 @@
 
 The baseline is a loop in one process: the same model, rows, batches and threads, forward and top-k
 and nothing else, on tokens made beforehand. The pipeline runs on Ray as `rayfuse capture` does:
-shards are read, tokenised, scored, encoded, written, committed and aligned. Its time is from the
+shards are read, tokenized, scored, encoded, written, committed and aligned. Its time is from the
 first batch to the last shard's commit; starting Ray and loading the model, which take the same time
 for any corpus, are printed separately. Both are repeated, interleaved; the value is the median of
 the ratios. With a GPU both run on it.
@@ -28,7 +28,7 @@ from align import read_texts
 from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.align.task import plan_align_step
 from rayfuse.capture.engines.transformers_engine import TransformersEngine
-from rayfuse.capture.rows import tokenise_rows
+from rayfuse.capture.rows import tokenize_rows
 from rayfuse.capture.stage import capture_sources
 from rayfuse.config.load import parse_recipe
 from rayfuse.config.recipe import Recipe
@@ -130,7 +130,7 @@ def measure(data: Path, size: int, num_tokens: int) -> dict[str, Any]:
         engine = TransformersEngine(recipe.sources[0], recipe.capture)
         tokenizer = load_recipe_tokenizer(recipe.sources[0])
         commits = layout.corpus.commits().values()
-        shards = [tokenise_rows(layout.corpus.read_shard(c), tokenizer) for c in commits]
+        shards = [tokenize_rows(layout.corpus.read_shard(c), tokenizer) for c in commits]
         engine.score_rows(shards[0][:4])
         for _ in range(ROUNDS):
             bare = time_bare_loop(engine, shards)

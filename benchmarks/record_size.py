@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rayfuse.capture.engines.base import Failure
 from rayfuse.capture.engines.transformers_engine import TransformersEngine
-from rayfuse.capture.rows import build_captured, tokenise_rows
+from rayfuse.capture.rows import build_captured, tokenize_rows
 from rayfuse.capture.top_k import TopLogprobs
 from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.models import ModelSettings
@@ -107,7 +107,7 @@ def measure_record(
     """Capture rows with a model, and measure the size and loss of their record."""
     engine = TransformersEngine(source, settings)
     tokenizer = load_recipe_tokenizer(source)
-    rows = tokenise_rows(corpus, tokenizer)
+    rows = tokenize_rows(corpus, tokenizer)
     records = engine.score_rows(rows)
     kept = [record for record in records if not isinstance(record, Failure)]
     num_tokens = sum(len(row) for row in rows)

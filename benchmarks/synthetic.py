@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
 
-from rayfuse.capture.rows import build_captured, tokenise_rows
+from rayfuse.capture.rows import build_captured, tokenize_rows
 from rayfuse.capture.top_k import TopLogprobs
 from rayfuse.corpus.documents import Document
 from rayfuse.corpus.shards import build_rows
@@ -28,7 +28,7 @@ def make_captured(
     uniformly from the vocabulary; most of them are rare and absent from the target's.
     """
     random = np.random.default_rng(seed)
-    rows = tokenise_rows(corpus, source)
+    rows = tokenize_rows(corpus, source)
     tokens = np.arange(1, source.vocab_size) if uniform else np.concatenate(rows)
     pool = _draw_tokens(tokens, top_k, FREQUENT_TOKENS if not uniform else len(tokens), random)
     records = [_make_record(row, pool, random) for row in rows]

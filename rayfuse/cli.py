@@ -265,7 +265,7 @@ def migrate(
     storage: Annotated[str, typer.Argument(help="A run's storage: a folder or a URI.")],
     as_json: AsJson = False,
 ) -> None:
-    """Migrate a storage of an earlier version of rayfuse; run it again to resume. Needs no GPU."""
+    """Migrate storage of an earlier version of rayfuse; run it again to resume. Needs no GPU."""
     with command_output(as_json) as output:
         from rayfuse.status import migrate_storage
 

@@ -248,7 +248,7 @@ def _estimate_corpus_seconds(recipe: Recipe, layout: Layout, cpus: float) -> flo
         return math.inf
     parallel_tasks = max(min(cpus, len(sizes)), 1.0)  # one task reads a file
     tokenizers = 1 + len(recipe.sources)
-    return sum(sizes) * tokenizers / recipe.plan.tokenise_bytes_per_core_second / parallel_tasks
+    return sum(sizes) * tokenizers / recipe.plan.tokenize_bytes_per_core_second / parallel_tasks
 
 
 def _run_stage(stage: str, recipe: Recipe, layout: Layout, progress: Progress) -> None:

@@ -37,7 +37,7 @@ from rayfuse.align.vocab_map import (
 )
 from rayfuse.capture.engines.base import Failure
 from rayfuse.capture.engines.transformers_engine import TransformersEngine
-from rayfuse.capture.rows import build_captured, tokenise_rows
+from rayfuse.capture.rows import build_captured, tokenize_rows
 from rayfuse.capture.top_k import TopLogprobs
 from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.fuse import FuseSettings
@@ -160,7 +160,7 @@ def _capture(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     settings, model = unit.settings, unit.needs["model"]
     tokenizer = _tokenizer_of(model.needs["tokenizer"], out)
     corpus = _read_rows(unit.needs["corpus"], out)
-    rows = tokenise_rows(corpus, tokenizer)
+    rows = tokenize_rows(corpus, tokenizer)
     capture = CaptureSettings(**settings["capture"], batch_tokens=BATCH_TOKENS)
     source = ModelSettings(model=str(_model_folder(model, out)), dtype="float32")
     records = TransformersEngine(source, capture).score_rows(rows)

@@ -17,8 +17,8 @@ from rayfuse.storage.rejects import Reject
 NOT_FINITE = "log-probabilities are not finite"
 
 
-def tokenise_rows(corpus: pa.Table, tokenizer: TextTokenizer) -> list[Int[np.ndarray, " _"]]:
-    """Tokenise each corpus row for the source, start token and EOS included."""
+def tokenize_rows(corpus: pa.Table, tokenizer: TextTokenizer) -> list[Int[np.ndarray, " _"]]:
+    """Tokenize each corpus row for the source, start token and EOS included."""
     return tokenizer.encode_rows(corpus["text"].to_pylist(), corpus["ends_document"].to_pylist())
 
 

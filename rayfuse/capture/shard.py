@@ -1,4 +1,4 @@
-"""One shard through one source LLM: read, tokenise, score, commit."""
+"""One shard through one source LLM: read, tokenize, score, commit."""
 
 import os
 import socket
@@ -8,7 +8,7 @@ import uuid
 from dataclasses import dataclass
 
 from rayfuse.capture.engines.base import Engine
-from rayfuse.capture.rows import build_captured, tokenise_rows
+from rayfuse.capture.rows import build_captured, tokenize_rows
 from rayfuse.models.tokenizer import TextTokenizer
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.manifest import Commit
@@ -39,7 +39,7 @@ class ShardStats:
 class ShardCapturer:
     """Captures shards with one source LLM. Thread-safe.
 
-    Only one thread uses the model at a time: while it scores a shard, others read and tokenise the
+    Only one thread uses the model at a time: while it scores a shard, others read and tokenize the
     next one and write the last.
     """
 
@@ -62,7 +62,7 @@ class ShardCapturer:
             return self._describe(self.captured.read_commit(shard))
         corpus_commit = self.corpus.read_commit(shard)
         corpus = self.corpus.read_shard(corpus_commit)
-        rows = tokenise_rows(corpus, self.tokenizer)
+        rows = tokenize_rows(corpus, self.tokenizer)
         with self.model_lock:
             began = time.monotonic()
             idle_seconds = began - self.idle_since

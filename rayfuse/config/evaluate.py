@@ -51,7 +51,7 @@ class EvaluateSettings(Settings):
     documents: Documents | None = None
     """Text that no model was trained on; by default a share of the corpus is held out."""
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    """Share of the corpus' documents that is held out if `documents` is not set."""
+    """Share of the corpus's documents that is held out if `documents` is not set."""
     batch_tokens: PositiveInt = result_neutral(16_384)
     """Tokens in one forward pass."""
     bootstrap_samples: PositiveInt = 2000

@@ -44,7 +44,7 @@ class FuseSettings(Settings):
     weights: dict[str, NonNegativeFloat] = Field(default_factory=dict[str, NonNegativeFloat])
     """Factors on the `avg_ce` weights, by source; 0 excludes the source. Default 1."""
     skip_noise: bool = True
-    """Skip a source that predicts no row better than chance, ln V nats per token: its
+    """Skip a source that predicts nearly no row 10 % better than chance, ln V nats per token: its
     weights or its tokenizer must be wrong."""
     tail: Literal["bucket", "truth", "renormalise"] = "bucket"
     """`bucket`: the mass outside the top k is one more outcome. `truth`: it goes to the token that

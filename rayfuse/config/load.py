@@ -18,6 +18,7 @@ from rayfuse.config.text import show_on_one_line
 RENAMED_KEYS = {
     "storage_patience_seconds": "storage_retry_seconds",
     "corpus.recut": "corpus.resplit",
+    "plan.tokenise_bytes_per_core_second": "plan.tokenize_bytes_per_core_second",
 }
 RENAMED_VALUES = {
     ("align.method", "mined"): "min_edit_distance",

@@ -144,7 +144,7 @@ class PlanSettings(Settings):
     upload_part_bytes: PositiveFloat = 52_428_800.0
     """Bytes of a large file that one request uploads. Source: s3fs."""
 
-    tokenise_bytes_per_core_second: PositiveFloat = 700_000.0
+    tokenize_bytes_per_core_second: PositiveFloat = 700_000.0
     """Bytes of text that a core splits into rows in a second, for one tokenizer. Source: two
     tokenizers at 350,000 on a slow shared core."""
     align_tokens_per_core_second: PositiveFloat = 1_000_000.0

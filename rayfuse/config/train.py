@@ -116,7 +116,7 @@ class TrainSettings(Settings):
     num_workers: PositiveInt = result_neutral(1)
     """Ray Train workers."""
     min_workers: PositiveInt | None = result_neutral(None)
-    """Minimum of workers with which training continues when nodes are lost, until others come; by
+    """The least workers with which training continues when nodes are lost, until others come; by
     default it waits for all. Steps have the same rows with any number."""
     gpus_per_worker: NonNegativeFloat | None = result_neutral(None)
     """GPUs of one worker; by default 1 if accelerator_type is set or the cluster has or may add
@@ -135,7 +135,7 @@ class TrainSettings(Settings):
     gradient_checkpointing: bool = result_neutral(False)
     """Recompute activations in the backward pass instead of storing them."""
     lora: LoraSettings | None = None
-    """Train adapters instead of all weights."""
+    """Train adapters instead of all weights; needs `pip install 'rayfuse[lora]'`."""
     checkpoint_every_steps: PositiveInt = result_neutral(500)
     """Steps between checkpoints."""
     keep_checkpoints: PositiveInt = result_neutral(2)

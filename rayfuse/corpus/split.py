@@ -97,7 +97,7 @@ def _find_cut(
         text: The document; the piece is text[start:stop].
         start: In characters.
         stop: In characters.
-        num_chars: Size of the first window that is tokenised, in characters. It is doubled until
+        num_chars: Size of the first window that is tokenized, in characters. It is doubled until
             it holds a row, so that the time is linear in the text.
         tokenizers: As for `split_document`.
         max_tokens: As for `split_document`.

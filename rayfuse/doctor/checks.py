@@ -50,7 +50,7 @@ class ClusterFacts:
     resources: tuple[dict[str, float], ...] = ()
     """Of each node."""
     has_autoscaler: bool = False
-    may_come: tuple[NodeKind, ...] | None = None
+    addable: tuple[NodeKind, ...] | None = None
     """Node types that the autoscaler may add; None if they are unknown."""
     checkpoint_bytes: float = 0.0
     """Of one checkpoint of the training."""
@@ -222,13 +222,13 @@ def check_resources(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
         here = _count_fitting(request, kinds)
         if here >= request.count:
             continue
-        # The maximum counts of `may_come` include the nodes that are up, but not the head.
+        # The maximum counts of `addable` include the nodes that are up, but not the head.
         head = [NodeKind(resources, 1) for resources in cluster.resources if HEAD in resources]
-        ever = max(here, _count_fitting(request, (*(cluster.may_come or ()), *head)))
+        ever = max(here, _count_fitting(request, (*(cluster.addable or ()), *head)))
         what = f"{request.part} needs {_describe(request)}; the cluster has room for {here:g} now"
         if ever >= request.count:
             continue  # the autoscaler will add the nodes
-        if cluster.has_autoscaler and cluster.may_come is None:
+        if cluster.has_autoscaler and cluster.addable is None:
             yield Finding(
                 "resources",
                 "warning",
@@ -247,7 +247,7 @@ def check_resources(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
 
 def check_defaults(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
     """Find settings that would default to CPUs because the autoscaler's GPUs are unknown."""
-    if _has_gpu(cluster.resources) or not cluster.has_autoscaler or cluster.may_come is not None:
+    if _has_gpu(cluster.resources) or not cluster.has_autoscaler or cluster.addable is not None:
         return
     unset = [
         f"sources.{source.name}.gpus"
@@ -271,7 +271,7 @@ def _has_gpu(nodes: Iterable[dict[str, float]]) -> bool:
 
 def list_requests(recipe: Recipe, cluster: ClusterFacts) -> Iterator[ResourceRequest]:
     """List the minimum resources of each source and of the training."""
-    coming = [kind.resources for kind in cluster.may_come or ()]
+    coming = [kind.resources for kind in cluster.addable or ()]
     has_gpu = _has_gpu([*cluster.resources, *coming])
 
     def count_gpus(given: float | None, accelerator_type: str | None) -> float:

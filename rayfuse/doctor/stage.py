@@ -53,7 +53,7 @@ def collect_cluster_facts(recipe: Recipe, marker: str | None) -> ClusterFacts:
         id(pending[reference]): _fetch(reference, pending[reference]) for reference in ready
     }
     nodes = [found for node in alive if (found := facts_by_node.get(id(node))) is not None]
-    has_autoscaler, may_come = read_autoscaler()
+    has_autoscaler, addable = read_autoscaler()
     token_file, mode = find_token_file()
     own = ray.get_runtime_context().get_node_id()
     driver_node = _name(next(node for node in alive if node["NodeID"] == own))
@@ -63,7 +63,7 @@ def collect_cluster_facts(recipe: Recipe, marker: str | None) -> ClusterFacts:
         unresponsive=tuple(_name(node) for node in alive if facts_by_node.get(id(node)) is None),
         resources=tuple(node["Resources"] for node in alive),
         has_autoscaler=has_autoscaler,
-        may_come=may_come,
+        addable=addable,
         checkpoint_bytes=_size_checkpoint(recipe),
     )
 

@@ -78,7 +78,7 @@ def main() -> None:
         library = None
     if library is not None:
         refuse_calls(library)
-    # The program would inherit what this process ignores: of Python's own, or of who started it.
+    # The program would inherit what this process ignores: by Python, or by whatever started it.
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         signal.signal(number, signal.SIG_DFL)
     os.execvp(sys.argv[1], sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Scores of models at tasks, question by question, and their differences."""
+"""Scores of models on tasks, question by question, and their differences."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ from rayfuse.storage.seal import seal, unseal
 
 @dataclass(frozen=True)
 class SubtaskScore:
-    """One model at one task of lm-eval, by one metric."""
+    """One model on one task of lm-eval, by one metric."""
 
     subtask: str
     metric: str
-    """lm-eval's name of the metric, followed by its filter in brackets."""
+    """lm-eval's name of the metric, and in brackets its filter of answers unless that is `none`."""
     higher_is_better: bool
     value: float
     """lm-eval's score over all questions."""
@@ -32,7 +32,7 @@ class SubtaskScore:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One model at one entry of `evaluate.tasks.names`: a task, or a group of them."""
+    """One model on one entry of `evaluate.tasks.names`: a task, or a group of them."""
 
     name: str
     """The model's name in tables."""
@@ -41,11 +41,11 @@ class TaskScore:
     """Every task and metric; a task's first metric comes first."""
     seconds: float
     inputs: dict[str, str] = field(default_factory=dict[str, str])
-    """The hash of a model that the run has made."""
+    """By input name, the hash of what it was made from: of a model that the run has made."""
     nll_sha256: str = ""
-    """Of the file of token NLL beside it; empty without one."""
+    """SHA-256 of the token NLL file beside this result; empty without one."""
 
-    def list_main(self) -> list[SubtaskScore]:
+    def list_first_metrics(self) -> list[SubtaskScore]:
         """List each task's first metric."""
         firsts: dict[str, SubtaskScore] = {}
         for score in self.subtasks:
@@ -55,13 +55,13 @@ class TaskScore:
     @property
     def value(self) -> float:
         """The mean over the tasks of their first metric; NaN where the model was not evaluated."""
-        values = [score.value for score in self.list_main()]
+        values = [score.value for score in self.list_first_metrics()]
         return float(np.mean(values)) if values else math.nan
 
     @property
     def higher_is_better(self) -> bool:
         """Whether a larger value is the better one."""
-        return self.list_main()[0].higher_is_better
+        return self.list_first_metrics()[0].higher_is_better
 
     def to_json(self) -> bytes:
         """Encode the result file."""
@@ -103,7 +103,8 @@ def read_samples(
     """Convert lm-eval's results of one task; the definition's first metric comes first.
 
     A metric that is the mean over its questions keeps a value per question, `bits_per_byte` keeps
-    its pairs of bits and bytes, and other metrics keep the total alone.
+    a pair of bits and bytes, made of lm-eval's log-likelihood and bytes; other metrics keep the
+    total alone.
 
     Args:
         subtask: The task's name.
@@ -133,7 +134,7 @@ def read_samples(
             )
         )
     scores.sort(key=lambda score: _rank(score.metric.partition(" ")[0], order))
-    return [_check_sum(score) for score in scores]
+    return [_drop_unexplained_values(score) for score in scores]
 
 
 def _rank(metric: str, order: Sequence[str]) -> int:
@@ -150,8 +151,8 @@ def _read_value(metric: str, value: Any) -> tuple[float, float] | None:
     return None
 
 
-def _check_sum(score: SubtaskScore) -> SubtaskScore:
-    """Drop the questions of a metric that is not their mean: they give no interval of it."""
+def _drop_unexplained_values(score: SubtaskScore) -> SubtaskScore:
+    """Drop the values of the questions if the score is not their ratio: they give no interval."""
     mean = sum(score.values) / sum(score.weights) if score.values else math.nan
     is_mean = math.isclose(mean, score.value, rel_tol=1e-6, abs_tol=1e-9)
     return score if is_mean else replace(score, values=(), weights=())
@@ -168,7 +169,7 @@ def compare_tasks(a: TaskScore, b: TaskScore, *, samples: int, seed: int) -> Dif
     """
     values: list[np.ndarray] = []
     weights: list[np.ndarray] = []
-    for ours, theirs in zip(a.list_main(), b.list_main(), strict=True):
+    for ours, theirs in zip(a.list_first_metrics(), b.list_first_metrics(), strict=True):
         if ours.questions != theirs.questions or ours.weights != theirs.weights:
             raise UserError(
                 f"{a.name} and {b.name} answered different questions of {ours.subtask}; delete "

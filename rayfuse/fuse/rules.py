@@ -42,10 +42,10 @@ class OpenSource:
     def read_tail(
         self, at: Int[np.ndarray, " positions"], settings: FuseSettings
     ) -> Float[np.ndarray, " positions"]:
-        """Return the log of the mass outside the head as fusion uses it.
+        """Return the log of the mass outside the entries as fusion uses it.
 
         The setting `tail: renormalise` empties the tail here, and nowhere else: decoding scales
-        every head to the mass that the tail does not have.
+        the entries to the mass that the tail does not have.
         """
         if settings.tail == "renormalise":
             return np.full(len(at), -np.inf, dtype=np.float32)

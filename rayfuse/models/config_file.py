@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub  # imports its parts when they are used
+import huggingface_hub  # loads its submodules on first use
 
 from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
@@ -14,13 +14,13 @@ CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_le
 """Keys of config.json that limit the context length, in different families."""
 
 TEXT_KEYS = ("text_config", "decoder", "generator", "text_encoder")
-"""Keys of config.json that hold the part for text, as `get_text_config` of transformers."""
+"""Keys of config.json that hold the part for text, as in `get_text_config` of transformers."""
 
 LONG_ROPE = ("longrope", "su")
-"""Names of LongRoPE in config.json."""
+"""Names of LongRoPE in config.json; the second is the older one."""
 
 MAX_COUNT = 4096
-"""The most layers or experts: a model is built, if only without memory, before it is loaded."""
+"""The most layers or experts: a model is built on the meta device before it is loaded."""
 
 
 def read_context_tokens(settings: ModelSettings) -> int | None:
@@ -33,7 +33,7 @@ def read_context_tokens(settings: ModelSettings) -> int | None:
 
 
 def find_config(model: str, revision: str | None) -> Path:
-    """Find a model's config.json; of a hub model it alone is downloaded.
+    """Find a model's config.json; for a hub model only this file is downloaded.
 
     Raises:
         UserError: There is none.
@@ -43,7 +43,7 @@ def find_config(model: str, revision: str | None) -> Path:
     if not folder.is_dir():
         return _fetch_config(model, revision)
     if not (folder / "config.json").is_file():
-        list_weight_files(folder)  # knows better what is wrong with other folders
+        list_weight_files(folder)  # raises a more specific error for most other folders
         raise UserError(
             f"model is {str(folder)!r}, a folder without config.json and *.safetensors; "
             "save the model there with save_pretrained"
@@ -75,7 +75,7 @@ def read_config(settings: ModelSettings) -> dict[str, Any]:
 
 
 def check_code_places(config: dict[str, Any], path: Path) -> None:
-    """Check that a model's own code is in its own repository or folder, as its identity is.
+    """Check that a model's own code is in its own repository or folder, which its identity covers.
 
     Args:
         config: The content of a JSON file with an `auto_map`.
@@ -88,7 +88,7 @@ def check_code_places(config: dict[str, Any], path: Path) -> None:
     values = places.values() if isinstance(places, dict) else [places]
     for value in values:
         for place in value if isinstance(value, list) else [value]:
-            if "--" in str(place):
+            if "--" in str(place):  # transformers writes REPOSITORY--module.Class
                 raise UserError(
                     f"{path}: auto_map takes code from another repository ({place}), whose version "
                     "the model does not fix; copy that code into a folder with the model, and "
@@ -101,7 +101,7 @@ def _is_count(key: str) -> bool:
 
 
 def find_text_part(config: dict[str, Any]) -> dict[str, Any]:
-    """Find the part of a config for text: that of a multimodal model is nested."""
+    """Find the part of a config for text; a multimodal model has it nested."""
     parts = (config.get(key) for key in TEXT_KEYS)
     return next((part for part in parts if isinstance(part, dict)), config)
 

@@ -119,7 +119,7 @@ def _plan_corpus(inputs: PlanInputs) -> Work:
         done=_share(done, shards),
         stored_bytes=text * plan.corpus_bytes_per_byte,
         requests=_of_shards(CORPUS_SHARD, shards),
-        core_hours=text * tokenizers / plan.tokenise_bytes_per_core_second / 3600,
+        core_hours=text * tokenizers / plan.tokenize_bytes_per_core_second / 3600,
     )
 
 

@@ -85,7 +85,7 @@ def _first(by_model: dict[str, TaskScore]) -> TaskScore:
 
 def _format_metric(score: TaskScore) -> str:
     """Name a task's metric, with an arrow in the better direction."""
-    metrics = sorted({part.metric for part in score.list_main()})
+    metrics = sorted({part.metric for part in score.list_first_metrics()})
     return f"{', '.join(metrics)} {UP if score.higher_is_better else DOWN}"
 
 

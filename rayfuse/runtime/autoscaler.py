@@ -1,4 +1,4 @@
-"""Read the settings of a cluster's autoscaler: which nodes it may add."""
+"""Read a cluster's autoscaler settings: which nodes it may add, so how much CPU work may wait."""
 
 import math
 from collections.abc import Sequence
@@ -27,23 +27,24 @@ class NodeKind:
         return amount * (math.inf if self.max_count < 0 else self.max_count)
 
 
-def limit_cpus(here: Sequence[NodeKind], may_come: Sequence[NodeKind]) -> int | None:
-    """Count the CPUs that may be requested at a time without a GPU node being added for them.
+def limit_cpus(live: Sequence[NodeKind], addable: Sequence[NodeKind]) -> int | None:
+    """Count the CPUs that can be requested at once without starting a GPU node.
 
     If no CPU node can be added any more, Ray's autoscaler adds GPU nodes for tasks that need only
     CPUs. Nodes that are up already may be used: they cost the same when idle.
 
     Args:
-        here: The nodes that are up.
-        may_come: The node types that the autoscaler may add.
+        live: The nodes that are up.
+        addable: The node types that the autoscaler may add.
 
     Returns:
-        None if no GPU node can be added, or if there are only GPU nodes.
+        None for no limit: no GPU node can be added, CPU nodes can without limit, or there are none.
     """
-    if not any(kind.resources.get("GPU") and kind.max_count for kind in may_come):
+    if not any(kind.resources.get("GPU") and kind.max_count for kind in addable):
         return None
-    cpu_kinds = [kind for kind in may_come if not kind.resources.get("GPU")]
-    limit = max(_count_cpus(here), _count_cpus(cpu_kinds))
+    cpu_kinds = [kind for kind in addable if not kind.resources.get("GPU")]
+    # The most nodes of a kind include those that are up: both counts are not added.
+    limit = max(_count_cpus(live), _count_cpus(cpu_kinds))
     return int(limit) if 1 <= limit < math.inf else None
 
 
@@ -54,10 +55,12 @@ def _count_cpus(kinds: Sequence[NodeKind]) -> float:
 def find_autoscaling_config(gcs_address: str) -> str:
     """Read the settings of the autoscaler process on this machine for a cluster; "" if none runs.
 
+    Only on Linux: it reads /proc.
+
     The autoscaler has no API for them, but its command line names their file.
 
     Args:
-        gcs_address: HOST:PORT of the cluster's GCS; several clusters may run on one machine.
+        gcs_address: HOST:PORT of Ray's control store (GCS); a node may have several.
     """
     option = "--autoscaling-config="
     port = gcs_address.rpartition(":")[2]

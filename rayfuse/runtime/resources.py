@@ -40,12 +40,12 @@ def count_reachable(resource: str, accelerator_type: str | None = None) -> float
     Returns:
         Infinity if the autoscaler has no limit.
     """
-    here = _list_here()
-    may_come = _read_autoscaler_once(ray.get_runtime_context().gcs_address)[1] or ()
+    live = _list_live()
+    addable = _read_autoscaler_once(ray.get_runtime_context().gcs_address)[1] or ()
     name = None if accelerator_type is None else _name_kind(accelerator_type)
     totals = [
         sum(kind.count_total(resource) for kind in kinds if name in (None, *kind.resources))
-        for kinds in (here, may_come)
+        for kinds in (live, addable)
     ]
     return float(max(totals))
 
@@ -56,11 +56,11 @@ def limit_cpu_tasks() -> int | None:
     Returns:
         None if there is no limit.
     """
-    may_come = _read_autoscaler_once(ray.get_runtime_context().gcs_address)[1] or ()
-    return limit_cpus(_list_here(), may_come)
+    addable = _read_autoscaler_once(ray.get_runtime_context().gcs_address)[1] or ()
+    return limit_cpus(_list_live(), addable)
 
 
-def _list_here() -> list[NodeKind]:
+def _list_live() -> list[NodeKind]:
     return [NodeKind(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
 
 

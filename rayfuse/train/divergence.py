@@ -31,7 +31,7 @@ Divergence = Callable[
     Float[torch.Tensor, "positions outcomes"],
 ]
 """From p, the fused probabilities, and log q, the target's log-probabilities: the summands in
-nats. They must be differentiable by log q, and finite where p is 0."""
+nats. They must be differentiable with respect to log q, and finite where p is 0."""
 
 
 def forward_kl(p: torch.Tensor, log_q: torch.Tensor, settings: TrainSettings) -> torch.Tensor:
@@ -71,7 +71,7 @@ def diverge(
     settings: TrainSettings,
     temperature: float,
 ) -> Float[torch.Tensor, " positions"]:
-    """Compute the divergence of each position in nats, differentiable by `logprobs`.
+    """Compute the divergence of each position in nats, differentiable in `logprobs`.
 
     Args:
         probs: p, the fused distribution; each row sums to 1.

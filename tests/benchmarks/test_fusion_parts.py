@@ -12,7 +12,7 @@ from benchmarks.fusion.published import teach_current_token
 from benchmarks.fusion.work import keep_fewer
 from rayfuse.align.method import build_alignment
 from rayfuse.align.shard import align_shard
-from rayfuse.capture.rows import build_captured, tokenise_rows
+from rayfuse.capture.rows import build_captured, tokenize_rows
 from rayfuse.capture.top_k import TopLogprobs, keep_top_k
 from rayfuse.corpus.documents import Document
 from rayfuse.corpus.shards import build_rows
@@ -58,7 +58,7 @@ def source_lm(tokenizers) -> CausalLM:
 
 
 def capture(lm: CausalLM, tokenizer: TextTokenizer, corpus: pa.Table, top_k: int):
-    rows = tokenise_rows(corpus, tokenizer)
+    rows = tokenize_rows(corpus, tokenizer)
     known = torch.from_numpy(tokenizer.known_ids())
     records: list[TopLogprobs] = []
     for row in rows:

@@ -23,7 +23,7 @@ from rayfuse.capture.actor import MAX_CRASHES
 from rayfuse.capture.dtype import settle_dtype
 from rayfuse.capture.engines.base import Engine, Failure, TokenRows
 from rayfuse.capture.engines.transformers_engine import TransformersEngine
-from rayfuse.capture.rows import NOT_FINITE, tokenise_rows
+from rayfuse.capture.rows import NOT_FINITE, tokenize_rows
 from rayfuse.capture.scheduling import plan_work
 from rayfuse.capture.stage import capture_sources
 from rayfuse.capture.top_k import TopLogprobs
@@ -154,7 +154,7 @@ def test_a_failed_source_is_reported_at_once_and_the_others_resume_in_the_dtype_
     assert ("capture sound", 0, "resumes in bfloat16, as it started") in events
     commit = sound.read_commit(0)
     corpus = layout.corpus.read_shard(layout.corpus.read_commit(0))
-    tokens = tokenise_rows(corpus, load_recipe_tokenizer(recipe.sources[0]))
+    tokens = tokenize_rows(corpus, load_recipe_tokenizer(recipe.sources[0]))
     stored = flatten_column(sound.read_shard(commit), "next_logprobs")[0]
     gaps = {
         dtype: np.abs(stored - score(recipe.sources[0], dtype, tokens)).max()

@@ -10,7 +10,7 @@ from rayfuse.align.method import Alignment, load_method
 from rayfuse.align.shard import align_shard
 from rayfuse.align.token_spans import list_token_bytes
 from rayfuse.capture.engines.transformers_engine import TransformersEngine
-from rayfuse.capture.rows import build_captured, tokenise_rows
+from rayfuse.capture.rows import build_captured, tokenize_rows
 from rayfuse.capture.sampling import count_draws, draw_ids, make_noise
 from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.models import ModelSettings
@@ -68,7 +68,7 @@ def capture(source: ModelSettings, signal: str, batch_tokens: int = 64, **settin
     tokenizer = load_recipe_tokenizer(source)
     documents = [Document(f"d{i}", "", text) for i, text in enumerate(SAMPLE)]
     corpus = build_rows(documents, tokenizer, [tokenizer], max_tokens=512)
-    rows = tokenise_rows(corpus, tokenizer)
+    rows = tokenize_rows(corpus, tokenizer)
     settings = {"signal": signal, "batch_tokens": batch_tokens, **settings}
     engine = TransformersEngine(source, CaptureSettings.model_validate(settings))
     records = engine.score_rows(rows)
@@ -121,7 +121,7 @@ def test_aligned_draws_are_the_sources_distribution_on_average(signal, tmp_path,
     corpus, records, _ = capture(source, signal)
     num_tokens = sum(len(record.next_logprobs) for record in records)
     exact = np.concatenate(
-        [softmax_of(source, row, tokenizer.vocab_size) for row in tokenise_rows(corpus, tokenizer)]
+        [softmax_of(source, row, tokenizer.vocab_size) for row in tokenize_rows(corpus, tokenizer)]
     )
     mean = np.zeros_like(exact)
     rounds, draws = 60, 24

@@ -334,7 +334,7 @@ TOKENIZERS = (
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_fault_23_special_tokens_spelled_in_a_text_are_tokenised_as_text(name, shared_data):
+def test_fault_23_special_tokens_spelled_in_a_text_are_tokenized_as_text(name, shared_data):
     tokenizer = load_tokenizer(str(shared_data / "tokenizers" / name), None, False)
     content = json.loads((shared_data / f"tokenizers/{name}/tokenizer.json").read_text())
     markers = [token["content"] for token in content["added_tokens"] if token["special"]]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rayfuse.capture.engines.transformers_engine import TransformersEngine
-from rayfuse.capture.rows import NOT_FINITE, build_captured, tokenise_rows
+from rayfuse.capture.rows import NOT_FINITE, build_captured, tokenize_rows
 from rayfuse.capture.top_k import TopLogprobs, keep_top_k
 from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.models import ModelSettings
@@ -90,7 +90,7 @@ def test_a_row_that_is_not_finite_is_rejected_without_its_neighbours(tmp_path):
         [tokenizer],
         max_tokens=512,
     )
-    rows = tokenise_rows(corpus, tokenizer)
+    rows = tokenize_rows(corpus, tokenizer)
     engine = TransformersEngine(source, CaptureSettings(top_k=4))
     poison = set(rows[2].tolist()) - set(rows[0].tolist()) - set(rows[1].tolist())
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_captured_columns_decode_to_the_record(tmp_path):
     tokenizer = load_recipe_tokenizer(source)
     documents = [Document(f"d{i}", "", text) for i, text in enumerate(SAMPLE)]
     corpus = build_rows(documents, tokenizer, [tokenizer], max_tokens=512)
-    rows = tokenise_rows(corpus, tokenizer)
+    rows = tokenize_rows(corpus, tokenizer)
     records = TransformersEngine(source, CaptureSettings(top_k=6)).score_rows(rows)
     table, rejects = build_captured(corpus, rows, records, tokenizer.eos_id)
     assert not rejects

@@ -244,7 +244,7 @@ def test_what_the_autoscaler_may_add_counts(model, good):
     head = ({"CPU": 8.0},)
 
     def look_at(kind: NodeKind) -> list[Finding]:
-        cluster = cluster_of(node, resources=head, has_autoscaler=True, may_come=(kind,))
+        cluster = cluster_of(node, resources=head, has_autoscaler=True, addable=(kind,))
         return list_findings(recipe, cluster)
 
     gpu = {"CPU": 4.0, "GPU": 1.0}
@@ -255,20 +255,20 @@ def test_what_the_autoscaler_may_add_counts(model, good):
     assert "at most 2 with the nodes that the autoscaler" in finding.text
     (finding,) = look_at(NodeKind(gpu, 9))  # a label alone does not bring it up
     assert "`accelerator_type:L4: 1` in the node type's resources" in finding.remedy
-    unknown = cluster_of(node, resources=head, has_autoscaler=True, may_come=None)
+    unknown = cluster_of(node, resources=head, has_autoscaler=True, addable=None)
     finding = find(recipe, unknown)
     assert finding.severity == "warning" and "the autoscaler may add the rest" in finding.text
 
 
-def test_what_would_run_on_cpus_where_nobody_knows_whether_gpus_may_come(good):
+def test_what_would_run_on_cpus_where_nobody_knows_whether_gpus_addable(good):
     recipe, node = good
     gpu = NodeKind({"CPU": 4.0, "GPU": 1.0}, 2)
-    growing = cluster_of(node, has_autoscaler=True, may_come=(gpu,))
+    growing = cluster_of(node, has_autoscaler=True, addable=(gpu,))
     assert list_findings(recipe, growing) == []
-    finding = find(recipe, replace(growing, may_come=None))
+    finding = find(recipe, replace(growing, addable=None))
     assert (finding.severity, finding.check) == ("warning", "resources")
     assert "the default of sources.a.gpus, train.gpus_per_worker would be CPUs" in finding.text
-    assert list_findings(recipe, replace(growing, may_come=(NodeKind({"CPU": 4.0}, 2),))) == []
+    assert list_findings(recipe, replace(growing, addable=(NodeKind({"CPU": 4.0}, 2),))) == []
     here = {"CPU": 8.0, "GPU": 2.0}
     assert list_findings(recipe, replace(growing, resources=(here,))) == []
 
@@ -307,11 +307,11 @@ def test_workers_that_must_be_on_one_node_or_on_many(good):
     recipe, node = good
     places = ({"CPU": 8.0}, {"CPU": 8.0})
 
-    def look_at(placement: str, workers: int, *may_come: NodeKind) -> list[Finding]:
+    def look_at(placement: str, workers: int, *addable: NodeKind) -> list[Finding]:
         update = {"num_workers": workers, "placement": placement}
         train = recipe.train.model_copy(update=update)
         cluster = cluster_of(
-            node, resources=places, has_autoscaler=bool(may_come), may_come=may_come or None
+            node, resources=places, has_autoscaler=bool(addable), addable=addable or None
         )
         return list_findings(recipe.model_copy(update={"train": train}), cluster)
 
@@ -360,6 +360,6 @@ def test_the_clusters_that_come_with_rayfuse_can_run_a_recipe_that_says_what_it_
     overrides = [f"sources.{name}.accelerator_type=L4" for name in ("mpt", "openllama", "self")]
     node = NodeFacts("node 1", {}, requires_token=True)
     head = ({"CPU": 0.0},)
-    cluster = cluster_of(node, resources=head, has_autoscaler=True, may_come=kinds)
+    cluster = cluster_of(node, resources=head, has_autoscaler=True, addable=kinds)
     recipe = read_recipe(root / "recipes/two-sources.yaml", overrides)
     assert list(check_resources(recipe, cluster)) == list(check_defaults(recipe, cluster)) == []

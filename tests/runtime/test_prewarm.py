@@ -46,7 +46,7 @@ def test_a_large_corpus_requests_nodes_when_it_is_nearly_done(
 ):
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    recipe = recipe_of(root, tmp_path, plan={"tokenise_bytes_per_core_second": 0.001})
+    recipe = recipe_of(root, tmp_path, plan={"tokenize_bytes_per_core_second": 0.001})
     layout = plan_layout(recipe, ALIGN_FACTS)
     with _prewarm_if_next("corpus", STAGES, recipe, layout, report_nothing) as progress:
         report(progress, "rows", 0)
