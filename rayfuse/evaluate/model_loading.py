@@ -1,9 +1,7 @@
 """A model to be scored: checked by the driver, and as files that a worker can load."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
@@ -11,6 +9,7 @@ from rayfuse.config.recipe import Recipe
 from rayfuse.models.architecture import compare_tensors
 from rayfuse.run.layout import Layout, describe_model
 from rayfuse.run.made_models import DONE_FILE, is_made
+from rayfuse.runtime.scratch import scratch_folder
 from rayfuse.storage.files import check_files, download_files
 from rayfuse.storage.store import Store
 
@@ -36,9 +35,9 @@ def local_model(model: ModelSettings, store: Store, folder: str | None) -> Itera
         check_files(store, record)
         yield model
         return
-    with tempfile.TemporaryDirectory(prefix="rayfuse-model-") as local:
-        download_files(store, record, "model/", Path(local))
-        yield model.model_copy(update={"model": local})
+    with scratch_folder("model") as local:
+        download_files(store, record, "model/", local)
+        yield model.model_copy(update={"model": str(local)})
 
 
 def check_trained(recipe: Recipe, layout: Layout, name: str) -> None:

@@ -9,7 +9,6 @@ for each process and for all together.
 
 import os
 import sys
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +22,7 @@ from rayfuse.evaluate.bounded_process import (
     limited_cgroup,
     run_bounded,
 )
+from rayfuse.runtime.scratch import scratch_folder
 
 MAX_MEMORY_BYTES = 4 * 2**30
 """Of each process by its limit on addresses, and of all together."""
@@ -133,8 +133,8 @@ def run_sandboxed(
         proof: A line without which the program has not passed, whatever its exit code: a program
             may end with 0 before its tests. Make it random, and print it after the last test.
     """
-    with tempfile.TemporaryDirectory(prefix="rayfuse-sandbox-") as folder:
-        root, program = Path(folder, "root"), Path(folder, "work")
+    with scratch_folder("sandbox") as folder:
+        root, program = folder / "root", folder / "work"
         root.mkdir()
         texts = files | {".filter.py": Path(syscall_filter.__file__).read_text()}
         for name, text in texts.items():
@@ -143,7 +143,7 @@ def run_sandboxed(
             path.write_text(text, encoding="utf-8", errors="replace")
         limits = Limits(WALL_SECONDS_PER_CPU_SECOND * seconds, MAX_MEMORY_BYTES, MAX_OUTPUT_BYTES)
         with limited_cgroup(_find_cgroup(), MAX_MEMORY_BYTES, MAX_PROCESSES) as cgroup:
-            sandboxed = _build_command(Path(folder), command, seconds, cgroup)
+            sandboxed = _build_command(folder, command, seconds, cgroup)
             ended = run_bounded(sandboxed, TOOL_PATH, limits)
     output = ended.output[-2000:].decode(errors="replace")
     if ended.exceeded:

@@ -1,6 +1,5 @@
 """The evaluate stage: Ray tasks score the held-out rows with every model of the run."""
 
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -45,6 +44,7 @@ from rayfuse.runtime.resources import (
     count_default_gpus,
     gpu_options,
 )
+from rayfuse.runtime.scratch import scratch_folder
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.files import upload_files, write_record
 from rayfuse.storage.manifest import Commit, check_inputs
@@ -384,11 +384,11 @@ def _read_same_rows(data: DataSet, rows_commit: Commit, rows: pa.Table) -> pa.Ta
 
 def merge_models(models: list[ModelSettings], store: Store, folder: str) -> None:
     """Store the model of averaged weights below a folder, `done.json` last; a Ray task."""
-    with tempfile.TemporaryDirectory(prefix="rayfuse-merged-") as merged:
-        average_weights([_find_weights(model) for model in models], Path(merged))
+    with scratch_folder("merged") as merged:
+        average_weights([_find_weights(model) for model in models], merged)
         paths = {
             f"model/{file.relative_to(merged).as_posix()}": file
-            for file in list_files(Path(merged), ("**/*",))
+            for file in list_files(merged, ("**/*",))
         }
         files = upload_files(store, folder, paths)
     write_record(store, f"{folder}/{DONE_FILE}", {"inputs": {}}, files)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from rayfuse.runtime.scratch import claim_scratch
+
 
 @dataclass(frozen=True)
 class ProcessGroup:
@@ -51,8 +53,7 @@ class ProcessGroup:
         Workers that were killed could not remove theirs.
         """
         if self.is_local_rank_zero:
-            shutil.rmtree(self.scratch, ignore_errors=True)
-            self.scratch.mkdir(mode=0o700)
+            claim_scratch(self.scratch)  # until this process ends
         self.barrier()
 
     def remove_folder(self, folder: Path) -> None:

@@ -1,7 +1,6 @@
 """The train stage: Ray Train workers around a DeepSpeed engine, with and without fusion at once."""
 
 import os
-import tempfile
 import time
 import uuid
 from typing import Any
@@ -24,6 +23,7 @@ from rayfuse.runtime.resources import (
     describe_needs,
     on_driver_node,
 )
+from rayfuse.runtime.scratch import scratch_folder
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.lease import Lease
 from rayfuse.storage.store import Store
@@ -251,28 +251,27 @@ def _fit(task: WorkerTask) -> None:
     is_elastic = settings.min_workers not in (None, workers)
     if not is_elastic:  # an elastic run would rather start soon with fewer workers
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = WORKER_START_SECONDS
-    scratch = tempfile.TemporaryDirectory(prefix="rayfuse-ray-")
-    trainer = TorchTrainer(
-        run_worker,
-        train_loop_config={"task": task},
-        torch_config=TorchConfig(backend="nccl" if task.use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=(settings.min_workers or workers, workers) if is_elastic else workers,
-            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
-            use_gpu=task.use_gpu,
-            resources_per_worker=_worker_resources(task),
-            accelerator_type=settings.accelerator_type,
-            placement_strategy=settings.placement.upper(),
-        ),
-        run_config=ray.train.RunConfig(
-            name="ray",
-            # Of no use here: nothing is reported to Ray Train, which would open the user's address
-            # by pyarrow, with other credentials and another idea of what an address may hold. The
-            # controller runs on this node.
-            storage_path=scratch.name,
-            storage_filesystem=LocalFileSystem(),
-            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
-        ),
-    )
-    with scratch:
+    with scratch_folder("ray") as scratch:
+        trainer = TorchTrainer(
+            run_worker,
+            train_loop_config={"task": task},
+            torch_config=TorchConfig(backend="nccl" if task.use_gpu else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=(settings.min_workers or workers, workers) if is_elastic else workers,
+                elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+                use_gpu=task.use_gpu,
+                resources_per_worker=_worker_resources(task),
+                accelerator_type=settings.accelerator_type,
+                placement_strategy=settings.placement.upper(),
+            ),
+            run_config=ray.train.RunConfig(
+                name="ray",
+                # Of no use here: nothing is reported to Ray Train, which would open the user's
+                # address by pyarrow, with other credentials and another idea of what an address may
+                # hold. The controller runs on this node.
+                storage_path=str(scratch),
+                storage_filesystem=LocalFileSystem(),
+                failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            ),
+        )
         trainer.fit()

@@ -22,6 +22,7 @@ from rayfuse.models.folder import TOKENIZER_FILES, copy_files, find_folder, list
 from rayfuse.models.out_of_memory import is_out_of_memory
 from rayfuse.run.layout import TrainRun
 from rayfuse.run.made_models import DONE_FILE
+from rayfuse.runtime.scratch import name_scratch
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.files import hash_bytes, upload_files, write_record
 from rayfuse.storage.retry import StorageUnavailableError
@@ -105,7 +106,7 @@ def join_group(task: WorkerTask) -> ProcessGroup:
         rank=context.get_world_rank(),
         num_workers=context.get_world_size(),
         local_rank=context.get_local_rank(),
-        scratch=Path(tempfile.gettempdir(), f"rayfuse-{task.run.fingerprint}-{task.job}"),
+        scratch=name_scratch(f"{task.run.fingerprint}-{task.job}"),
     )
 
 
