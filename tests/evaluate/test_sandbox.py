@@ -1,6 +1,8 @@
 """Model-written programs run isolated from files, network and other processes."""
 
+import gzip
 import importlib.util
+import json
 import os
 import signal
 import sys
@@ -242,6 +244,64 @@ def test_a_program_passes_only_if_it_runs_its_tests_to_the_end(language: str):
     assert score(RIGHT[language]) == 1
     assert [score(answer) for answer in early] == [0, 0]
     assert score(RIGHT[language].replace("1", "2")) == 0
+
+
+UNREACHABLE = {
+    "its memory": "open(f'/proc/{os.getppid()}/mem', 'rb').read(1)",
+    "its descriptors": "open(f'/proc/{os.getppid()}/fd/1', 'w')",
+    "its environment": "open(f'/proc/{os.getppid()}/environ', 'rb').read()",
+    "the test": "open('/work/tests.json').read()",
+}
+
+
+@pytest.mark.parametrize("place", UNREACHABLE)
+def test_a_function_cannot_reach_the_process_that_judges_it(place: str):
+    code = load_code_tasks()
+    doc = {"prompt": "def f():\n", "test": TESTS["python"], "entry_point": "f"}
+    reach = f"    import os\n    try:\n        {UNREACHABLE[place]}\n"
+    refused = "    except OSError:\n        return 1\n    return 2\n"
+    assert code.pass_python(doc, [reach + refused])["pass_at_1"] == 1
+    assert code.pass_python(doc, ["    open('/work/judge.py').read()\n    return 1\n"])["pass_at_1"]
+
+
+def test_a_function_that_prints_or_answers_anything_has_not_passed():
+    code = load_code_tasks()
+    doc = {"prompt": "def f():\n", "test": TESTS["python"], "entry_point": "f"}
+    answers = [
+        "    class Same:\n        __eq__ = lambda *_: True\n    return Same()\n",
+        "    import os\n    for fd in range(20):\n        try:\n"
+        "            os.write(fd, b'[\"plain\", 1]\\n')\n        except OSError:\n"
+        "            pass\n    return 2\n",
+        "    import os, signal\n    os.kill(os.getppid(), signal.SIGTERM)\n",
+        "    raise SystemExit\n",
+    ]
+    passed = [code.pass_python(doc, [answer])["pass_at_1"] for answer in answers]
+    assert passed == [0] * len(answers)
+
+
+def test_arguments_and_results_of_every_kind_cross_unchanged():
+    code = load_code_tasks()
+    values = (
+        "[None, True, 1, -2.5, float('inf'), 'a\\n\u00e9', (1, [2]), {3}, {(1,): {'x': 2}}, 10**40]"
+    )
+    test = f"def check(candidate):\n    values = {values}\n"
+    test += "    assert candidate(*values) == values\n    assert type(candidate(True)[0]) is bool\n"
+    test += "    try:\n        candidate()\n    except ZeroDivisionError:\n        return\n"
+    doc = {"prompt": "def f(*x):\n", "test": test + "    assert False\n", "entry_point": "f"}
+    assert code.pass_python(doc, ["    x or 1 / 0\n    return list(x)\n"])["pass_at_1"] == 1
+    assert code.pass_python(doc, ["    x or [][0]\n    return list(x)\n"])["pass_at_1"] == 0
+    assert code.pass_python(doc, ["    x or 1 / 0\n    return iter(x)\n"])["pass_at_1"] == 0
+
+
+@pytest.mark.slow
+def test_every_solution_of_humaneval_passes_and_none_is_passed_by_nothing(shared_data):
+    code = load_code_tasks()
+    with gzip.open(shared_data / "eval/humaneval/HumanEval.jsonl.gz", "rt") as file:
+        rows = [json.loads(line) for line in file]
+    for row in rows if os.environ.get("RAYFUSE_LONG_CHAOS") else rows[::20]:
+        solutions = [row["canonical_solution"], "    return None\n"]
+        passed = [code.pass_python(row, [answer])["pass_at_1"] for answer in solutions]
+        assert passed == [1, 0], row["task_id"]
 
 
 def test_tests_of_another_form_are_refused():
