@@ -1,9 +1,9 @@
 """Run the test of a Python function, which runs in another process that cannot reach this one.
 
 Beside it in the sandbox: `candidate.py`, the model's program; `tests.json`, its test, the
-function's name, and the proof that this process prints if the test passes. Arguments and results cross as text
-in JSON that has numbers, strings, lists, tuples, sets and dicts; other results equal nothing. The
-module uses the standard library alone: it is copied into the sandbox.
+function's name, and the proof that this process prints if the test passes. Arguments and results
+cross as JSON that has numbers, strings, lists, tuples, sets and dicts; other results equal nothing.
+The module uses the standard library alone: it is copied into the sandbox.
 """
 
 import builtins
