@@ -17,26 +17,50 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rayfuse.align.facts import ALIGN_FACTS
+from rayfuse.capture.dtype import DTYPE_FILE
 from rayfuse.config.base import UserError
 from rayfuse.config.load import read_recipe
 from rayfuse.config.recipe import Recipe
-from rayfuse.run.layout import plan_layout
+from rayfuse.run.layout import Layout, plan_layout
 from rayfuse.runtime.progress import report_nothing
-from rayfuse.status import verify_layout, verify_segmentations
+from rayfuse.status import (
+    list_data_sets,
+    list_file_checks,
+    list_token_nll,
+    verify_layout,
+    verify_segmentations,
+)
 from rayfuse.storage.seal import ShardError
+from rayfuse.storage.verify import verify_data_set
 
 RECORD_SUFFIXES = (".json", ".jsonl", "")
 SEED = 0
 
 
-def find_corrupt(recipe: Recipe) -> list[str]:
-    """Verify a run as the command does; list the corrupt files, or the error."""
+def find_all_corrupt(recipe: Recipe) -> list[str]:
+    """Verify a run as the command does; list the corrupt files."""
+    found = {"segmentations": verify_segmentations(recipe)}
+    found |= verify_layout(plan_layout(recipe, ALIGN_FACTS), report_nothing)
+    return [fault.file for verified in found.values() for fault in verified.corrupt]
+
+
+def find_corrupt(recipe: Recipe, layout: Layout, file: str) -> list[str]:
+    """Run the part of `verify` that reads a file; list the corrupt files, or the error.
+
+    Args:
+        recipe: The run's.
+        layout: The run's, planned before any flip.
+        file: The file that was flipped, below the storage root.
+    """
     try:
-        found = {"segmentations": verify_segmentations(recipe)}
-        found |= verify_layout(plan_layout(recipe, ALIGN_FACTS), report_nothing)
+        for part in (*list_data_sets(layout), *list_token_nll(layout)):
+            if file.startswith(f"{part.data.folder}/") and not file.endswith(f"/{DTYPE_FILE}"):
+                return [fault.file for fault in verify_data_set(part.data).corrupt]
+        checks = [faults for _, faults in list_file_checks(layout).values()]
+        corrupt = [name for faults in checks for name, _ in faults]
+        return corrupt + [fault.file for fault in verify_segmentations(recipe).corrupt]
     except (UserError, ShardError) as error:
         return [str(error)]
-    return [fault.file for verified in found.values() for fault in verified.corrupt]
 
 
 def name_kind(path: Path, root: Path) -> str:
@@ -58,13 +82,12 @@ def choose_bits(path: Path, root: Path, samples: int) -> Iterator[int]:
 
 
 def flip_all(
-    recipe: Recipe, root: Path, samples: int, stride: int, deadline: float
+    recipe: Recipe, samples: int, stride: int, deadline: float
 ) -> tuple[Counter[str], list[str]]:
     """Flip the chosen bits of every file.
 
     Args:
         recipe: The finished run's.
-        root: Its storage.
         samples: Bits of each file that is not a record.
         stride: Flip only each bit whose number is a multiple.
         deadline: Monotonic time at which to stop.
@@ -72,6 +95,7 @@ def flip_all(
     Returns:
         The number of flips by kind, and the flips that were not found.
     """
+    root, layout = Path(recipe.storage), plan_layout(recipe, ALIGN_FACTS)
     tried: Counter[str] = Counter()
     missed: list[str] = []
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
@@ -83,8 +107,9 @@ def flip_all(
             flipped[bit // 8] ^= 1 << bit % 8
             path.write_bytes(flipped)
             tried[name_kind(path, root)] += 1
-            if not find_corrupt(recipe):
-                missed.append(f"{path.relative_to(root)}, bit {bit}")
+            file = path.relative_to(root).as_posix()
+            if not find_corrupt(recipe, layout, file):
+                missed.append(f"{file}, bit {bit}")
             path.write_bytes(content)
     return tried, missed
 
@@ -100,11 +125,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     recipe = read_recipe(given.recipe, given.overrides)
-    faults = find_corrupt(recipe)
+    faults = find_all_corrupt(recipe)
     assert not faults, f"the run is corrupt before any flip: {faults}"
     deadline = time.monotonic() + given.seconds
-    tried, missed = flip_all(recipe, Path(recipe.storage), given.samples, given.stride, deadline)
-    assert not find_corrupt(recipe), "a file was not restored"
+    tried, missed = flip_all(recipe, given.samples, given.stride, deadline)
+    assert not find_all_corrupt(recipe), "a file was not restored"
     result = {"flips": dict(tried), "total": sum(tried.values()), "missed": missed}
     print(json.dumps(result, indent=1))
     if given.out:
