@@ -20,7 +20,7 @@ from rayfuse.fuse.reader import FusedRows, ShardReader
 from rayfuse.models.batching import pad_rows
 from rayfuse.models.causal_lm import CausalLM
 from rayfuse.storage.codec import TopK, flatten_column
-from rayfuse.train.batches import MicroBatch, build_micro_batches
+from rayfuse.train.batches import MicroBatch, StepPlan, build_micro_batches
 from rayfuse.train.order import count_steps, order_rows
 
 
@@ -109,15 +109,16 @@ def place_full_source(
 
 
 def iterate_full_steps(
-    reader: ShardReader, sources: list[FullSource], *, seed: int, rows_per_step: int
+    reader: ShardReader, sources: list[FullSource], plan: StepPlan
 ) -> Iterator[list[MicroBatch]]:
-    """Yield the steps of an epoch over one shard, in the order of a real run."""
+    """Yield the steps of all epochs over one shard, in the order of a real run."""
     reader.keep({0})
-    order = order_rows(reader.rows_per_shard, seed=seed, epoch=0)
-    for number in range(count_steps(sum(reader.rows_per_shard), rows_per_step, 1)):
-        numbers = order.step(number, rows_per_step).share(0, 1)
-        rows = reader.read_rows(numbers)
-        yield build_micro_batches(_widen(rows, numbers[:, 1], sources), PACKING)
+    for epoch in range(plan.epochs):
+        order = order_rows(reader.rows_per_shard, seed=plan.seed, epoch=epoch)
+        for number in range(count_steps(sum(reader.rows_per_shard), plan.rows_per_step, 1)):
+            numbers = order.step(number, plan.rows_per_step).share(0, 1)
+            rows = reader.read_rows(numbers)
+            yield build_micro_batches(_widen(rows, numbers[:, 1], sources), PACKING)
 
 
 def _widen(

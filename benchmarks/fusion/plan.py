@@ -43,8 +43,17 @@ StudyPlan = dict[str, dict[str, Unit]]
 class Planner:
     """Builds the units of one seed at one scale."""
 
-    def __init__(self, scale: Scale, seed: int) -> None:
+    def __init__(self, scale: Scale, seed: int, *, has_reserve: bool = False) -> None:
+        """Plan the text and the models before fusion.
+
+        Args:
+            scale: The sizes.
+            seed: Decides the models' text, weights and order.
+            has_reserve: Keep the reserved documents out of all training, and report on them.
+        """
         self.scale, self.seed = scale, seed
+        # Keys of the study without a reserve stay as they were.
+        self.text: dict[str, Any] = {"has_reserve": True} if has_reserve else {}
         self.tokenizers = {
             make.name: Unit(
                 "tokenizer",
@@ -53,7 +62,7 @@ class Planner:
             )
             for make in (TARGET, *SOURCES)
         }
-        rows = {"max_tokens": scale.max_tokens}
+        rows = {"max_tokens": scale.max_tokens} | self.text
         needs = {"target": self.tokenizers["target"], **self.tokenizers}
         self.held_out = Unit(
             "held_out",
@@ -97,7 +106,7 @@ class Planner:
             "rows_per_step": scale.pretrain_rows_per_step,
             "seed": self.seed,
             "train": train,
-        }
+        } | self.text
         needs = {"tokenizer": self.tokenizers[make.name]}
         if start is not None:
             needs["start"] = start
@@ -161,6 +170,8 @@ class Planner:
             "full": full,
             "keep": False,
         }
+        if train.get("epochs", 1) > 1:
+            settings["epochs"] = train["epochs"]
         needs = {
             "start": start or self.target,
             "corpus": self.corpora[times],

@@ -14,6 +14,9 @@ PRETRAIN_SHARE = 0.5
 
 HALVES = ("selection", "reported")
 
+RESERVED_BYTES = 150_000
+"""Text of each domain's training documents that the regimes reserve for their reported half."""
+
 
 def read_domain(data: Path, domain: str, part: str) -> list[Document]:
     """Read the documents of a domain's `train` or `valid` part, in the file's order."""
@@ -29,42 +32,88 @@ def split_domain(documents: Sequence[Document], seed: int) -> tuple[list[Documen
     return ordered[:cut], ordered[cut:]
 
 
-def read_pretraining(data: Path, seed: int) -> list[Document]:
+def reserve(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
+    """Split a domain's training documents into those reserved for evaluation, and the others.
+
+    Pieces of one text (`NAME#0`, `NAME#1`) are never divided between the two.
+    """
+    texts: dict[str, list[Document]] = {}
+    for document in documents:
+        texts.setdefault(document.doc_id.partition("#")[0], []).append(document)
+    reserved: list[Document] = []
+    others: list[Document] = []
+    room = RESERVED_BYTES
+    for name in sorted(
+        texts, key=lambda name: hashlib.sha256(f"reserved:{name}".encode()).digest()
+    ):
+        size = sum(len(document.text.encode()) for document in texts[name])
+        # A book would be half of the reserve, and few texts are a bad sample.
+        is_reserved = room > 0 and size <= RESERVED_BYTES / 3
+        (reserved if is_reserved else others).extend(texts[name])
+        room -= size if is_reserved else 0
+    return reserved, others
+
+
+def read_training(data: Path, domain: str, *, has_reserve: bool) -> list[Document]:
+    """Read a domain's training documents, without the reserve where there is one."""
+    documents = read_domain(data, domain, "train")
+    return reserve(documents)[1] if has_reserve else documents
+
+
+def read_pretraining(data: Path, seed: int, *, has_reserve: bool = False) -> list[Document]:
     """Read the documents for pre-training, which fusion never sees."""
     return [
         document
         for domain in DOMAINS
-        for document in split_domain(read_domain(data, domain, "train"), seed)[0]
+        for document in split_domain(read_training(data, domain, has_reserve=has_reserve), seed)[0]
     ]
 
 
-def read_fusion(data: Path, seed: int, bytes_per_domain: int, max_chars: int) -> list[Document]:
+def read_fusion(
+    data: Path, seed: int, bytes_per_domain: int, max_chars: int, *, has_reserve: bool = False
+) -> list[Document]:
     """Read the fusion corpus: the first documents of each domain that no model has seen.
 
     Documents are truncated to `max_chars`, and the last one of a domain to the remaining bytes. A
     smaller corpus is the beginning of a larger one.
+
+    Raises:
+        ValueError: A domain has less text.
     """
     chosen: list[Document] = []
     for domain in DOMAINS:
         room = bytes_per_domain
-        for document in split_domain(read_domain(data, domain, "train"), seed)[1]:
+        training = read_training(data, domain, has_reserve=has_reserve)
+        for document in split_domain(training, seed)[1]:
             text = document.text[:max_chars].encode()[:room].decode(errors="ignore")
             room -= len(text.encode())
             if text.strip():
                 chosen.append(Document(document.doc_id, domain, text))
             if room <= 0:
                 break
+        if room > 0:
+            raise ValueError(
+                f"{domain} has {bytes_per_domain - room:,} bytes for fusion in documents of at "
+                f"most {max_chars:,} characters, fewer than {bytes_per_domain:,}"
+            )
     return chosen
 
 
-def read_held_out(data: Path, half: str, *, max_documents: int, max_chars: int) -> list[Document]:
-    """Read one half of the `valid` parts: every second document, truncated to `max_chars`."""
+def read_held_out(
+    data: Path, half: str, *, max_documents: int, max_chars: int, has_reserve: bool = False
+) -> list[Document]:
+    """Read one half of the held-out documents, truncated to `max_chars`.
+
+    The halves are every second document of the `valid` parts; with a reserve, all of the `valid`
+    parts, on which settings were chosen before, and the reserve.
+    """
     chosen: list[Document] = []
     for domain in DOMAINS:
-        ordered = sorted(
-            read_domain(data, domain, "valid"), key=lambda document: _draw(document, 0)
-        )
-        mine = ordered[HALVES.index(half) :: 2][:max_documents]
+        documents = read_domain(data, domain, "valid")
+        if has_reserve and half == "reported":
+            documents = reserve(read_domain(data, domain, "train"))[0]
+        ordered = sorted(documents, key=lambda document: _draw(document, 0))
+        mine = (ordered if has_reserve else ordered[HALVES.index(half) :: 2])[:max_documents]
         chosen += [
             Document(document.doc_id, domain, document.text[:max_chars]) for document in mine
         ]

@@ -110,7 +110,9 @@ def _make_model(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     if spec.steps:
         documents = [
             PlainDocument(document.doc_id, document.domain, document.text)
-            for document in read_pretraining(data, settings["seed"])
+            for document in read_pretraining(
+                data, settings["seed"], has_reserve=settings.get("has_reserve", False)
+            )
         ]
         rows = draw_rows(spec, documents, tokenizer, settings["seed"])
         steps = lay_out_text(rows, rows_per_step)
@@ -124,7 +126,13 @@ def _make_model(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
 
 def _make_corpus(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     settings = unit.settings
-    documents = read_fusion(data, settings["seed"], settings["bytes_per_domain"], settings["chars"])
+    documents = read_fusion(
+        data,
+        settings["seed"],
+        settings["bytes_per_domain"],
+        settings["chars"],
+        has_reserve=settings.get("has_reserve", False),
+    )
     tokenizers = [_tokenizer_of(need, out) for need in unit.needs.values()]
     table = build_rows(documents, tokenizers[0], tokenizers, max_tokens=settings["max_tokens"])
     tokens = sum(len(ids) for ids in table["target_ids"])
@@ -144,7 +152,11 @@ def _make_held_out(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     found: Record = {}
     for shard, half in enumerate(HALVES):
         documents = read_held_out(
-            data, half, max_documents=settings["documents"], max_chars=settings["chars"]
+            data,
+            half,
+            max_documents=settings["documents"],
+            max_chars=settings["chars"],
+            has_reserve=settings.get("has_reserve", False),
         )
         table = build_rows(documents, tokenizers[0], tokenizers, max_tokens=settings["max_tokens"])
         _data(unit, out, "rows").write_shard(shard, table, tokens=0)
@@ -249,6 +261,7 @@ def _train(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     )
     train = TrainSettings(**settings["train"])
     rows_per_step, seed = settings["rows_per_step"], settings["seed"]
+    epochs = settings.get("epochs", 1)
     if settings["full"]:
         table = _read_rows(corpus, out)
         sources = [
@@ -260,15 +273,15 @@ def _train(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
             )
             for need in aligned.values()
         ]
-        steps = iterate_full_steps(reader, sources, seed=seed, rows_per_step=rows_per_step)
+        steps = iterate_full_steps(reader, sources, StepPlan(seed, epochs, rows_per_step))
     else:
-        steps = _iterate_batches(reader, StepPlan(seed, 1, rows_per_step))
+        steps = _iterate_batches(reader, StepPlan(seed, epochs, rows_per_step))
     lm = _load(unit.needs["start"], out)
     losses = train_lm(
         lm,
         steps,
         train,
-        num_steps=count_steps(sum(reader.rows_per_shard), rows_per_step, 1),
+        num_steps=count_steps(sum(reader.rows_per_shard), rows_per_step, epochs),
         source_names=reader.names,
     )
     if settings["keep"]:
