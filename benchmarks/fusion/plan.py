@@ -162,6 +162,8 @@ class Planner:
         chosen = FuseSettings(**(fuse or {})).model_dump(mode="json", include=FUSE_FIELDS)
         if (fuse or {}).get("skip_noise"):  # off elsewhere, to measure the effect of noise
             chosen["skip_noise"] = True
+        if chosen["method"] == "fixed_share":  # other methods have no such setting
+            chosen["switch_rate"] = FuseSettings(**(fuse or {})).switch_rate
         settings = {
             "fuse": chosen if sources else {},
             "train": TrainSettings(**train).model_dump(mode="json", include=TRAIN_FIELDS),

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from rayfuse.config.train import TrainSettings
 from rayfuse.fuse.reader import FusedRows
@@ -26,6 +26,7 @@ def train_lm(
     *,
     num_steps: int,
     source_names: tuple[str, ...] = (),
+    unigram: Float[np.ndarray, " vocab"] | None = None,
 ) -> list[float]:
     """Train a model in place, and return the language-modeling loss of every step.
 
@@ -35,11 +36,12 @@ def train_lm(
         settings: The loss and the optimizer.
         num_steps: Number of steps, for the learning-rate schedule.
         source_names: The sources, for the fusion loss by source.
+        unigram: How the mass of tails is divided, for `fuse.tail: unigram`.
 
     Raises:
         FloatingPointError: A loss is not finite.
     """
-    model = FusionModel(lm, settings, num_sources=len(source_names))
+    model = FusionModel(lm, settings, num_sources=len(source_names), unigram=unigram)
     optimizer = torch.optim.AdamW(
         group_parameters(model, settings.weight_decay),
         lr=settings.learning_rate,

@@ -283,6 +283,7 @@ def _train(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
         train,
         num_steps=count_steps(sum(reader.rows_per_shard), rows_per_step, epochs),
         source_names=reader.names,
+        unigram=reader.unigram,
     )
     if settings["keep"]:
         _save(lm, corpus.needs["target"], folder, out)

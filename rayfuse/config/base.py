@@ -73,6 +73,14 @@ def result_neutral(default: T) -> T:
     return Field(default=default, json_schema_extra={"affects_result": False})
 
 
+def later_setting(default: T) -> T:
+    """Declare a setting that affects the result, and was added after there were results.
+
+    At its default, which computes what was computed before, fingerprints omit it: they stay valid.
+    """
+    return Field(default=default, json_schema_extra={"omits_default": True})
+
+
 def affects_result(field: FieldInfo) -> bool:
     """Look up whether fingerprints include a setting; true unless it is declared otherwise."""
     return bool(_extra_of(field).get("affects_result", True))
@@ -81,6 +89,10 @@ def affects_result(field: FieldInfo) -> bool:
 def is_fusion_only(field: FieldInfo) -> bool:
     """Look up whether a training without fusion ignores a setting."""
     return bool(_extra_of(field).get("fusion_only", False))
+
+
+def _is_omitted(field: FieldInfo, value: Any) -> bool:
+    return bool(_extra_of(field).get("omits_default", False)) and value == field.default
 
 
 def _extra_of(field: FieldInfo) -> dict[str, Any]:
@@ -129,6 +141,8 @@ class Settings(BaseModel):
         excluded = {
             name
             for name, field in type(self).model_fields.items()
-            if not affects_result(field) or (is_fusion_only(field) and not with_fusion)
+            if not affects_result(field)
+            or (is_fusion_only(field) and not with_fusion)
+            or _is_omitted(field, getattr(self, name))
         }
         return self.model_dump(mode="json", by_alias=True, exclude=excluded)

@@ -11,9 +11,13 @@ from pydantic import (
     model_validator,
 )
 
-from rayfuse.config.base import Settings, check_known
+from rayfuse.config.base import Settings, check_known, later_setting
 
-RULES = {"min_ce": "rayfuse.fuse.rules:take_selected", "avg_ce": "rayfuse.fuse.rules:average"}
+RULES = {
+    "min_ce": "rayfuse.fuse.rules:take_selected",
+    "avg_ce": "rayfuse.fuse.rules:average",
+    "fixed_share": "rayfuse.fuse.rules:average_by_posterior",
+}
 """Every fusion rule by its name, as module:function, a `fuse.rules.FusionRule`. A new one is one
 function and one line here. It is imported when rows are read, so that a recipe can be read without
 the libraries that the rule needs."""
@@ -29,7 +33,11 @@ class FuseSettings(Settings):
     method: Annotated[
         str, AfterValidator(_check_rule), Field(json_schema_extra={"enum": [*RULES]})
     ] = "min_ce"
-    """`min_ce`: the source with the lowest cross-entropy; `avg_ce`: a mean weighted by it."""
+    """`min_ce`: the source with the lowest cross-entropy; `avg_ce`: a mean weighted by it;
+    `fixed_share`: a mean weighted by how well each source predicted the text before."""
+    switch_rate: Annotated[float, Field(gt=0, lt=1)] = later_setting(0.05)
+    """Share of the weights of `fixed_share` that returns to the prior with each token: how fast the
+    best source may change within a document."""
     unit: Literal["row", "document", "span", "token"] = "row"
     """The text that one choice is made for: a row, all rows of a document that no source rejected,
     a window of `span_tokens` target tokens around each position, or each token by itself."""
@@ -42,14 +50,15 @@ class FuseSettings(Settings):
     temperature: PositiveFloat = 1.0
     """Temperature of the `avg_ce` weights, softmax(-cost / temperature)."""
     weights: dict[str, NonNegativeFloat] = Field(default_factory=dict[str, NonNegativeFloat])
-    """Factors on the `avg_ce` weights, by source; 0 excludes the source. Default 1."""
+    """Factors on the weights of `avg_ce`, and the prior of `fixed_share`, by source; 0 excludes the
+    source. Default 1."""
     skip_noise: bool = True
     """Skip a source that predicts nearly no row 10 % better than chance, ln V nats per token: its
     weights or its tokenizer must be wrong."""
-    tail: Literal["bucket", "truth", "renormalise"] = "bucket"
-    """`bucket`: the mass outside the top k is one more outcome. `truth`: it goes to the token that
-    really comes next. `renormalise`: it is dropped and the top k scaled up to 1, as in the
-    papers."""
+    tail: Literal["bucket", "unigram", "truth", "renormalise"] = "bucket"
+    """`bucket`: the mass outside the top k is one more outcome. `unigram`: it is divided among the
+    other tokens by their frequency in the corpus. `truth`: it goes to the token that really comes
+    next. `renormalise`: it is dropped and the top k scaled up to 1, as in the papers."""
 
     @model_validator(mode="after")
     def _check_cost(self) -> "FuseSettings":
@@ -57,5 +66,10 @@ class FuseSettings(Settings):
             raise ValueError(
                 f"cost nats_per_token is not defined for unit {self.unit}, where sources have no "
                 "complete tokens; use unit row or document, or cost nats_per_byte"
+            )
+        if self.method == "fixed_share" and self.unit != "row":
+            raise ValueError(
+                f"unit {self.unit} has no meaning for method fixed_share, which weighs the sources "
+                "at every token; remove unit, or use method avg_ce"
             )
         return self

@@ -10,12 +10,17 @@ from jaxtyping import Bool, Float, Int
 
 from rayfuse.config.fuse import FuseSettings
 from rayfuse.fuse.nll import nll_of_documents, nll_of_positions, nll_of_rows
+from rayfuse.fuse.posterior import weigh_by_posterior
 from rayfuse.fuse.rules import OpenSource, give_tail_to, load_rule, make_empty, select_lowest
 from rayfuse.fuse.source_filter import select_active_sources
+from rayfuse.fuse.unigram import count_unigram
 from rayfuse.storage.codec import EncodedTopK, TopK, flatten_column, number_documents
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.manifest import check_inputs
 from rayfuse.storage.seal import ShardError
+
+MIN_WEIGHT = 1e-30
+"""Lower bound of a posterior weight, of which the log is taken."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,11 @@ class ShardReader:
         self.data = [corpus, *(aligned[name] for name in active)]
         self.weights = [fuse.weights.get(name, 1.0) for name in active]
         self.commits = [corpus.commits(), *active.values()]
+        self.unigram = (
+            count_unigram(corpus, self.commits[0], len(token_bytes))
+            if fuse.tail == "unigram" and active
+            else None
+        )
         self.open: dict[int, Future[OpenShard]] = {}
         self.pool = ThreadPoolExecutor(max_workers=1)
 
@@ -132,11 +142,17 @@ class ShardReader:
         target_ids, offsets = flatten_column(corpus, "target_ids")
         num_bytes = np.append(self.token_bytes[target_ids[1:]], 0)[: len(target_ids)]
         num_bytes[offsets[1:] - 1] = 0  # the token after a row's last is another row's
+        row_nll = self._rate_rows(corpus, aligned)
+        if self.fuse.method == "fixed_share" and aligned:
+            nll = self._rate_prefixes(corpus, aligned, num_bytes, offsets)
+        else:
+            nll = [
+                nll_of_positions(_nats_per_byte(table), num_bytes, rated, offsets, self.fuse)
+                for table, rated in zip(aligned, row_nll, strict=True)
+            ]
         sources = tuple(
-            _open_source(table, num_bytes, row_nll, offsets, weight, self.fuse)
-            for table, row_nll, weight in zip(
-                aligned, self._rate_rows(corpus, aligned), self.weights, strict=True
-            )
+            _open_source(table, rated, weight, self.unigram, self.fuse)
+            for table, rated, weight in zip(aligned, nll, self.weights, strict=True)
         )
         selected = np.full(len(target_ids), -1)
         if sources:
@@ -148,11 +164,12 @@ class ShardReader:
         corpus_columns = ["row_id", "num_bytes", "target_ids"]
         aligned_columns = ["row_id", "has_signal", "top_ids", "top_logprobs", "tail_logprobs"]
         aligned_columns.append("nats")
-        if self.fuse.unit == "document":
+        is_by_prefix = self.fuse.method == "fixed_share"
+        if self.fuse.unit == "document" or is_by_prefix:
             corpus_columns.append("ends_document")
         if self.fuse.cost == "nats_per_token":
             aligned_columns.append("num_tokens")
-        if self.fuse.unit in ("span", "token"):
+        if self.fuse.unit in ("span", "token") or is_by_prefix:
             aligned_columns.append("nats_per_byte")
         return [corpus_columns, *[aligned_columns] * len(self.weights)]
 
@@ -177,16 +194,48 @@ class ShardReader:
             nll_of_documents(source_nats, size, documents, is_common) for source_nats, size in sums
         ]
 
+    def _rate_prefixes(
+        self,
+        corpus: pa.Table,
+        aligned: Sequence[pa.Table],
+        num_bytes: Int[np.ndarray, " tokens"],
+        offsets: Int[np.ndarray, " rows_plus_1"],
+    ) -> list[Float[np.ndarray, " tokens"]]:
+        """Compute -log of each source's posterior weight at each position, from the text before it.
+
+        Infinite in rows that the source rejected.
+        """
+        lengths = np.diff(offsets)
+        has_row = np.stack([np.isfinite(table["nats"].to_numpy()) for table in aligned])
+        is_known = np.repeat(has_row, lengths, axis=1)
+        per_byte = [flatten_column(table, "nats_per_byte")[0] for table in aligned]
+        nats = np.where(is_known, np.stack(per_byte).astype(np.float64) * num_bytes, 0.0)
+        weights = weigh_by_posterior(
+            nats,
+            np.stack([flatten_column(table, "has_signal")[0] for table in aligned]),
+            has_row,
+            offsets,
+            number_documents(corpus),
+            prior=self.weights,
+            switch_rate=self.fuse.switch_rate,
+        )
+        return list(np.where(is_known, -np.log(np.maximum(weights, MIN_WEIGHT)), np.inf))
+
+
+def _nats_per_byte(table: pa.Table) -> Float[np.ndarray, " tokens"] | None:
+    """Look up the NLL of each position's next token per byte; None if it was not read."""
+    has_column = "nats_per_byte" in table.column_names
+    return flatten_column(table, "nats_per_byte")[0] if has_column else None
+
 
 def _open_source(
     table: pa.Table,
-    num_bytes: Int[np.ndarray, " tokens"],
-    row_nll: Float[np.ndarray, " rows"],
-    offsets: Int[np.ndarray, " rows_plus_1"],
+    nll: Float[np.ndarray, " tokens"],
     weight: float,
+    unigram: Float[np.ndarray, " vocab"] | None,
     fuse: FuseSettings,
 ) -> OpenSource:
-    top_ids = flatten_column(table, "top_ids")[0].reshape(len(num_bytes), -1)
+    top_ids = flatten_column(table, "top_ids")[0].reshape(len(nll), -1)
     codes = flatten_column(table, "top_logprobs")[0].reshape(top_ids.shape)
     tails = flatten_column(table, "tail_logprobs")[0]
     has_signal = flatten_column(table, "has_signal")[0]
@@ -194,11 +243,8 @@ def _open_source(
         # Without a head there is nothing to scale up to 1. float16 rounds some full tails to just
         # below 1, so the entries themselves are looked at too.
         has_signal = has_signal & (tails < 0) & (top_ids >= 0).any(axis=1)
-    nats_per_byte = (
-        flatten_column(table, "nats_per_byte")[0] if fuse.unit in ("span", "token") else None
-    )
-    nll = nll_of_positions(nats_per_byte, num_bytes, row_nll, offsets, fuse)
-    return OpenSource(EncodedTopK(top_ids, codes, tails), np.where(has_signal, nll, np.inf), weight)
+    top = EncodedTopK(top_ids, codes, tails)
+    return OpenSource(top, np.where(has_signal, nll, np.inf), weight, unigram)
 
 
 def join_rows(parts: Sequence[FusedRows]) -> FusedRows:

@@ -32,6 +32,8 @@ class OpenSource:
     source is not active: it has no signal there, or it rejected the row."""
     weight: float = 1.0
     """Multiplies the source's share of a mean; above 0."""
+    unigram: Float[np.ndarray, " vocab"] | None = None
+    """The shares by which the setting `tail: unigram` divides the tail; else None."""
 
     def read(self, at: Int[np.ndarray, " positions"], settings: FuseSettings) -> TopK:
         """Decode the distributions of some positions."""
@@ -51,6 +53,9 @@ class OpenSource:
             return np.full(len(at), -np.inf, dtype=np.float32)
         return self.top.tail_logprobs.take(at).astype(np.float32)
 
+
+MIN_REST = 1e-6
+"""Lower bound of the unigram share of all tokens without an entry, by which tails are divided."""
 
 FusionRule = Callable[
     [
@@ -113,7 +118,24 @@ def average(
     nll = np.stack([source.nll.take(at) for source in sources])
     shares = np.array([source.weight for source in sources])
     weights = weigh_by_nll(nll, shares, settings.temperature)
-    return mix([source.read(at, settings) for source in sources], weights)
+    return mix([source.read(at, settings) for source in sources], weights, sources[0].unigram)
+
+
+def average_by_posterior(
+    sources: Sequence[OpenSource],
+    at: Int[np.ndarray, " positions"],
+    selected: Int[np.ndarray, " positions"],
+    settings: FuseSettings,
+) -> TopK:
+    """Take the mean of the active sources, weighted by the text before it (`fixed_share`).
+
+    The `nll` of these sources is -log of their posterior weight (`posterior.py`).
+    """
+    del selected
+    weights = weigh_by_nll(
+        np.stack([source.nll.take(at) for source in sources]), np.ones(len(sources)), 1.0
+    )
+    return mix([source.read(at, settings) for source in sources], weights, sources[0].unigram)
 
 
 def select_lowest(nll: Float[np.ndarray, "num_sources positions"]) -> Int[np.ndarray, " positions"]:
@@ -142,14 +164,43 @@ def weigh_by_nll(
     return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
 
 
-def mix(tops: Sequence[TopK], weights: Float[np.ndarray, "num_sources positions"]) -> TopK:
-    """Add up distributions times their weights, with one entry per token."""
+def mix(
+    tops: Sequence[TopK],
+    weights: Float[np.ndarray, "num_sources positions"],
+    unigram: Float[np.ndarray, " vocab"] | None = None,
+) -> TopK:
+    """Add up distributions times their weights, with one entry per token.
+
+    Args:
+        tops: The sources' distributions.
+        weights: Their weights, which sum to 1, or are all 0.
+        unigram: The shares by which each tail is divided among the tokens without an entry. An
+            entry of one source then also gets the other sources' shares of it, out of their tails;
+            without them each source would vote against the others' entries. None keeps the tails
+            undivided.
+    """
     ids = np.concatenate([top.ids for top in tops], axis=1)
     weighted = [top.probs * weight[:, None] for top, weight in zip(tops, weights, strict=True)]
     probs = np.concatenate(weighted, axis=1)
-    tails = np.stack([top.tail for top in tops])
-    ids, probs = _add_equal_ids(np.where(probs > 0, ids, -1), probs)
-    return TopK(ids, probs, (tails * weights).sum(axis=0))
+    ids = np.where(probs > 0, ids, -1)
+    tail = (np.stack([top.tail for top in tops]) * weights).sum(axis=0)
+    if unigram is None:
+        ids, probs = _add_equal_ids(ids, probs)
+        return TopK(ids, probs, tail)
+    # A tail tau of a source with entries H gives tau / (1 - u(H)) * u(v) to each other token v.
+    shares = np.where(ids >= 0, unigram[ids], np.float32(0))
+    own = np.split(shares, np.cumsum([top.ids.shape[1] for top in tops])[:-1], axis=1)
+    scales = [
+        top.tail * weight / np.maximum(1 - share.sum(axis=1), MIN_REST)
+        for top, weight, share in zip(tops, weights, own, strict=True)
+    ]
+    taken = [share * scale[:, None] for share, scale in zip(own, scales, strict=True)]
+    ids, probs = _add_equal_ids(ids, probs - np.concatenate(taken, axis=1))
+    total = np.sum(scales, axis=0)
+    shares = np.where(ids >= 0, unigram[ids], np.float32(0))
+    probs = (probs + shares * total[:, None]) * (ids >= 0)
+    tail = total * np.maximum(1 - shares.sum(axis=1), MIN_REST)
+    return TopK(ids, probs.astype(np.float32), tail.astype(np.float32))
 
 
 def give_tail_to(
@@ -190,7 +241,7 @@ def _add_equal_ids(
     sums = np.zeros_like(probs)
     if probs.size:
         sums[is_first] = np.add.reduceat(probs.reshape(-1), np.flatnonzero(is_first.reshape(-1)))
-    ids = np.where(is_first & (sums > 0), ids, -1)
+    ids = np.where(is_first, ids, -1)
     return ids, sums
 
 

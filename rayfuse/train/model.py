@@ -3,7 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from torch import nn
 
 from rayfuse.config.base import UserError
@@ -17,13 +19,21 @@ from rayfuse.train.loss import HeadLoss, LossTargets, LossWeights
 class FusionModel(nn.Module):
     """A target LLM with the loss as its output."""
 
-    def __init__(self, lm: CausalLM, settings: TrainSettings, *, num_sources: int) -> None:
+    def __init__(
+        self,
+        lm: CausalLM,
+        settings: TrainSettings,
+        *,
+        num_sources: int,
+        unigram: Float[np.ndarray, " vocab"] | None = None,
+    ) -> None:
         """Wrap a target, with LoRA adapters if `train.lora` is set.
 
         Args:
             lm: The target; its weights are trained in place.
             settings: The training settings.
             num_sources: Sources by which the fusion loss is reported.
+            unigram: As for `HeadLoss`.
         """
         super().__init__()
         if settings.lora is not None:
@@ -31,7 +41,11 @@ class FusionModel(nn.Module):
         self.model = lm.model
         self.lm = [lm]  # in a list, or torch would register its body and head a second time
         self.head_loss = HeadLoss(
-            lm, settings, num_sources=num_sources, chunk_positions=settings.chunk_positions
+            lm,
+            settings,
+            num_sources=num_sources,
+            chunk_positions=settings.chunk_positions,
+            unigram=unigram,
         )
 
     def forward(self, batch: MicroBatch, weights: LossWeights) -> tuple[torch.Tensor, torch.Tensor]:

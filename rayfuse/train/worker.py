@@ -166,7 +166,7 @@ class Trainer:
         task, settings = self.task, self.settings
         reader = self._open_reader(task.corpus, task.aligned)
         num_steps = count_steps(sum(reader.rows_per_shard), settings.rows_per_step, settings.epochs)
-        engine, packing = self._restore_engine(num_steps, len(reader.names))
+        engine, packing = self._restore_engine(num_steps, reader)
         validation = self._read_validation(packing)
         first_step = len(self.recorder.records)
         steps = iterate_steps(
@@ -216,17 +216,19 @@ class Trainer:
     def _token_bytes(self) -> np.ndarray:
         return load_recipe_tokenizer(self.task.recipe.target).count_bytes()
 
-    def _restore_engine(self, num_steps: int, num_sources: int) -> tuple[Any, Packing]:
+    def _restore_engine(self, num_steps: int, reader: ShardReader) -> tuple[Any, Packing]:
         """Build the engine, and load the newest usable checkpoint into it if there is one."""
         with fetch_newest(self.checkpoints, self.group, self.recorder.log) as found:
             is_universal = found is not None and found.is_universal
-            engine, packing = self._build(num_steps, num_sources, is_universal)
+            engine, packing = self._build(num_steps, reader, is_universal)
             if found is not None:
                 found.load(engine)
                 self.recorder.restore(found.read_metrics(), found.record.bits_per_byte)
         return engine, packing
 
-    def _build(self, num_steps: int, num_sources: int, is_universal: bool) -> tuple[Any, Packing]:
+    def _build(
+        self, num_steps: int, reader: ShardReader, is_universal: bool
+    ) -> tuple[Any, Packing]:
         """Build the engine with the target's original weights, and choose how rows are packed."""
         recipe, settings = self.task.recipe, self.settings
         lm = load_causal_lm(recipe.target, self.device)
@@ -239,7 +241,7 @@ class Trainer:
         lm.model.train()
         torch.manual_seed(recipe.seed)  # LoRA adapters are initialised at random
         engine = build_engine(
-            FusionModel(lm, settings, num_sources=num_sources),
+            FusionModel(lm, settings, num_sources=len(reader.names), unigram=reader.unigram),
             settings,
             num_steps=num_steps,
             num_workers=self.group.num_workers,

@@ -70,6 +70,8 @@ def test_dumped_recipe_reads_back_unchanged():
         ("train.lambda", 1.5, r"train.lambda is 1.5: lambda is a share"),
         ("train.lambda", {"start": 0.9, "end": 2}, r"2 is not between 0 and 1"),
         ("train.temperature", 0, r"temperature 0 is not above 0"),
+        ("fuse", {"method": "fixed_share", "unit": "span"}, r"unit span has no meaning"),
+        ("fuse", {"tail": "unigram"}, None),
         ("train.sequence_tokens", 100, r"sequence_tokens 100 is below corpus.max_tokens 2048"),
         ("sources.0.gpus", 2, r"gpus is 2.0; backend transformers uses one GPU or a part of it"),
         ("sources", [{"name": "a", "model": "m", "backend": "vllm", "gpus": 1.5}], "any whole"),
@@ -80,7 +82,7 @@ def test_dumped_recipe_reads_back_unchanged():
 def test_error_names_the_setting_its_value_and_the_remedy(path, value, message):
     values = with_setting(path, value)
     if message is None:
-        assert parse_recipe(values).train.rows_per_step == value
+        assert parse_recipe(values).model_dump(mode="json")
         return
     with pytest.raises(RecipeError, match=message):
         parse_recipe(values)
@@ -92,6 +94,12 @@ def test_signal_with_draws_is_refused_for_a_backend_without_them(signal):
     assert parse_recipe(values).sources[0].backend == "vllm"
     with pytest.raises(RecipeError, match="source a has backend vllm, which makes no draws"):
         parse_recipe(values | {"capture": {"signal": signal}})
+
+
+@pytest.mark.parametrize("train", [{"divergence": "reverse_kl"}, {"temperature": 2.0}])
+def test_a_divided_tail_is_refused_where_it_is_not_defined(train):
+    with pytest.raises(RecipeError, match=r"fuse.tail is unigram.*use fuse.tail bucket"):
+        parse_recipe(MINIMAL | {"fuse": {"tail": "unigram"}, "train": train})
 
 
 def test_duplicate_source_names_are_refused():

@@ -48,5 +48,5 @@ def test_a_rule_is_added_by_one_function_and_one_registry_line(tmp_path, monkeyp
 
 
 def test_an_unknown_rule_is_refused_with_the_known_ones():
-    with pytest.raises(RecipeError, match=r"fuse.method is 'max_ce': .*'min_ce' or 'avg_ce'"):
+    with pytest.raises(RecipeError, match=r"'max_ce': .*'min_ce', 'avg_ce' or 'fixed_share'"):
         parse_recipe(RECIPE | {"fuse": {"method": "max_ce"}})
