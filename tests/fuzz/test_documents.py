@@ -18,6 +18,7 @@ from hypothesis import given
 from rayfuse.config.base import UserError
 from rayfuse.config.corpus import DocumentsSettings
 from rayfuse.corpus.documents import read_documents
+from rayfuse.corpus.split import find_fault
 from rayfuse.run.inputs import list_inputs
 from tests.fuzz.mutations import edits, fuzz, json_edits, mutate_bytes, mutate_json
 
@@ -61,8 +62,10 @@ def read_all(path: Path) -> None:
         return
     for file in files:
         for document in read_documents(file, MAX_DOCUMENT_BYTES):
-            for text in (document.doc_id, document.domain, document.text, document.fault or ""):
-                text.encode("utf-8")  # what is not UTF-8 cannot be stored
+            fault = find_fault(document, MAX_DOCUMENT_BYTES)
+            text = "" if fault else document.text
+            for stored in (document.doc_id, document.domain, text, fault or ""):
+                stored.encode("utf-8")  # what is not UTF-8 cannot be stored
             if document.fault is not None:
                 assert not document.text
     assert time.monotonic() - began < MAX_SECONDS

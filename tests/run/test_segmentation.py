@@ -15,6 +15,7 @@ from rayfuse.runtime.progress import report_nothing
 from rayfuse.status import verify_layout
 from rayfuse.storage.codec import flatten_column
 from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.seal import ShardError
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 
 MODELS = {"a": 300, "b": 320, "target": 340, "fine": 257, "other-target": 270}
@@ -175,5 +176,5 @@ def test_error_names_a_missing_or_changed_tokenizer_of_the_first_segmentation(
         run(recipe, "corpus")
     record_file = prepare_run(recipe).corpus_documents.segmentation.record_file
     (storage / record_file).write_text("{")
-    with pytest.raises(ValueError, match=r"corrupt.*remove it"):
+    with pytest.raises(ShardError, match=r"no record with a checksum.*verify --repair"):
         prepare_run(recipe)
