@@ -2,10 +2,12 @@
 
     python -m benchmarks.bit_flips RECIPE [section.key=value ...] [--samples N] [--out FILE]
 
-Every bit of every record (JSON, JSON lines, `dtype`) and vocabulary map is flipped, one at a
-time, and N random bits of each other file: shards, weights, checkpoints, plots, pages. A flip is
-found if `verify` names a corrupt file, or refuses the store with an error that names it. The files
-are restored after each flip. Prints the counts by kind, and each flip that was not found.
+Every bit of every sealed record is flipped, one at a time, and given to `unseal`, by which all
+readers decode records: it must refuse each. Then bits of all files are flipped in place, every
+STRIDE-th of the records, `dtype` and vocabulary maps, N random ones of each other file (shards,
+weights, checkpoints, plots, pages). A flip is found if `verify` names a corrupt file, or refuses
+the store with an error that names it; files are restored after each flip. Prints the counts by
+kind, and each flip that was not found.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from rayfuse.status import (
     verify_layout,
     verify_segmentations,
 )
-from rayfuse.storage.seal import ShardError
+from rayfuse.storage.seal import ShardError, is_sealed, unseal
 from rayfuse.storage.verify import verify_data_set
 
 RECORD_SUFFIXES = (".json", ".jsonl", "")
@@ -81,6 +83,23 @@ def choose_bits(path: Path, root: Path, samples: int) -> Iterator[int]:
         yield from (generator.randrange(num_bits) for _ in range(samples if num_bits else 0))
 
 
+def list_accepted(path: Path) -> tuple[int, list[int]]:
+    """Flip every bit of a file of sealed records; count the bits, and list those not refused."""
+    lines = path.suffix == ".jsonl"
+    content = path.read_bytes()
+    accepted: list[int] = []
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        try:
+            for record in bytes(flipped).splitlines() if lines else [bytes(flipped)]:
+                unseal(record, path.name, indent=None if lines else 1)
+        except ShardError:
+            continue
+        accepted.append(bit)
+    return 8 * len(content), accepted
+
+
 def flip_all(
     recipe: Recipe, samples: int, stride: int, deadline: float
 ) -> tuple[Counter[str], list[str]]:
@@ -100,6 +119,10 @@ def flip_all(
     missed: list[str] = []
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         content = path.read_bytes()
+        if path.suffix in (".json", ".jsonl") and is_sealed(content):
+            number, accepted = list_accepted(path)
+            tried[f"decoded {name_kind(path, root)}"] += number
+            missed += [f"{path.relative_to(root)}, bit {bit}, decoded" for bit in accepted]
         for number, bit in enumerate(choose_bits(path, root, samples)):
             if number % stride or time.monotonic() > deadline:
                 continue

@@ -111,7 +111,7 @@ def check_chaos(cluster: LocalCluster, recipe: Path, seed: int, calm_content: Co
     assert {"actor", "node", "driver"} <= set(chaos.kills)
 
 
-@pytest.mark.skipif(not IS_LONG, reason="test_job_chaos has the short form; RAYFUSE_LONG_CHAOS=1")
+@pytest.mark.skipif(not IS_LONG, reason="the same on S3 has a short form; RAYFUSE_LONG_CHAOS=1")
 def test_fault_1_3_5_killing_anything_changes_no_byte_on_a_local_disk(
     cluster, folder, calm_content
 ):
@@ -119,7 +119,6 @@ def test_fault_1_3_5_killing_anything_changes_no_byte_on_a_local_disk(
     check_chaos(cluster, recipe, 1, calm_content)
 
 
-@pytest.mark.skipif(not IS_LONG, reason="test_job_chaos has the short form; RAYFUSE_LONG_CHAOS=1")
 def test_fault_1_3_5_7_killing_anything_changes_no_byte_on_s3_where_5_percent_of_requests_fail(
     cluster, folder, calm_content, s3_root, s3_proxy
 ):

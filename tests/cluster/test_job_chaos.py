@@ -27,8 +27,7 @@ from tests.s3 import FaultProxy
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 SECONDS_BETWEEN_KILLS = 20.0
-MAX_KILLS = 90 if IS_LONG else 4
-MAX_JOBS = 40 if IS_LONG else 5
+MAX_KILLS, MAX_JOBS = 90, 40
 NUM_NODES = 3 if IS_LONG else 2
 POOLS = ("MapWorker", "RayTrainWorker")
 SECRET = "-".join(("canary", "4f1c9d7be2a05583"))
@@ -82,8 +81,6 @@ class NodeKiller:
         while len(self.kills) < MAX_KILLS and not self.is_over.wait(SECONDS_BETWEEN_KILLS):
             pools = {name: self.cluster.find_workers(name) for name in POOLS}
             busy = [name for name, workers in pools.items() if workers]
-            if not busy and not IS_LONG:
-                continue  # the few kills of the short form are to hurt
             if pools[POOLS[0]]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     self.random.choice(pools[POOLS[0]]).kill()
@@ -133,6 +130,18 @@ def read_everything(layout: Layout) -> dict[str, bytes]:
     return found
 
 
+def test_a_submitted_job_runs_every_stage_and_no_secret_is_written_anywhere(
+    cluster, folder, s3_root, s3_proxy: FaultProxy
+):
+    recipe = write_recipe(folder, "once", f"{s3_root}/once")
+    said = run_job(cluster, recipe)
+    assert len(said) == 1
+    check_report(said[0], plan_layout(read_recipe(recipe), ALIGN_FACTS))
+    said.append(submit_bad_recipe(cluster, folder))
+    check_secret_is_kept(cluster, said, s3_root.split("/")[2], s3_proxy)
+
+
+@pytest.mark.skipif(not IS_LONG, reason="long form: RAYFUSE_LONG_CHAOS=1")
 def test_nodes_and_the_driver_die_under_a_job_and_every_byte_is_that_of_a_calm_one(
     cluster, folder, s3_root, s3_proxy: FaultProxy
 ):
