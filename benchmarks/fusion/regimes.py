@@ -76,7 +76,7 @@ def plan_regime(scale: Scale, seed: int) -> dict[str, Variants]:
             )
             for epochs in EPOCHS
             for decay in DECAYS
-            if decay == DECAYS[0] or epochs >= 4
+            if decay == DECAYS[0] or epochs in (4, 8)
         },
         "text": {
             f"CLM, {times}x the text, {epochs} epochs": planner.train(
@@ -99,8 +99,36 @@ def plan_regime(scale: Scale, seed: int) -> dict[str, Variants]:
             )
             for epochs in (8, 16)
         },
+        "fill": _plan_fills(planner),
         "full": full,
     }
+
+
+def _plan_fills(planner: Planner) -> dict[str, Unit]:
+    """Plan complete targets from the records that are stored by default, by each rule."""
+    variants: dict[str, Unit] = {}
+    for method in ("min_ce", "avg_ce", "fixed_share"):
+        fuse: dict[str, Any] = {"method": method, "tail": "unigram"}
+        if method == "avg_ce":
+            fuse["temperature"] = 0.1
+        variants[f"{method}, unigram, lambda {LOW_LAMBDA:g}, 8 epochs"] = _train_low(
+            planner, planner.sources, 8, fuse=fuse
+        )
+    fuse = {"method": "fixed_share", "tail": "unigram"}
+    for weight in (0.1, {"start": 0.5, "end": 0.1, "shape": "linear"}):
+        for decay in (0.1, 0.4):
+            label = f"{weight:g}" if isinstance(weight, float) else "0.5 to 0.1"
+            name = f"fixed_share, unigram, lambda {label}, decay {decay:g}, 8 epochs"
+            variants[name] = planner.train(
+                name, planner.sources, epochs=8, clm_weight=weight, weight_decay=decay, fuse=fuse
+            )
+    variants["fixed_share, unigram, lambda 0.3, 16 epochs"] = _train_low(
+        planner, planner.sources, 16, fuse=fuse
+    )
+    variants["fixed_share, unigram, sources and copy, lambda 0.3, 8 epochs"] = _train_low(
+        planner, planner.sources | {"copy": planner.target}, 8, fuse=fuse
+    )
+    return variants
 
 
 def _train_low(planner: Planner, sources: dict[str, Unit], epochs: int, **more: Any) -> Unit:
