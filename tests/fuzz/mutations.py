@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 IS_LONG = bool(os.environ.get("RAYFUSE_LONG_FUZZ"))
 """`RAYFUSE_LONG_FUZZ=1`: more than 100,000 mutations in all instead of some thousand."""
 
-LONG_FACTOR = 40
+LONG_FACTOR = 42
 
 PAYLOADS = (
     b"\x00",
