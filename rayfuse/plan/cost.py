@@ -1,11 +1,13 @@
 """The cost model: work items and assumptions -> GPU-hours, dollars and warnings."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rayfuse.config.plan import GpuKind, PlanSettings
 from rayfuse.plan.estimate import GIB, GpuWork, Work, estimate_steps, list_work
 from rayfuse.plan.inputs import PlanInputs
+from rayfuse.train.order import advise_steps
 
 ENOUGH_HELD_OUT_TOKENS = 1e7
 """Gives bits per byte to the fourth digit."""
@@ -215,7 +217,11 @@ def _warn_of_text(inputs: PlanInputs) -> Iterator[str]:
 
 
 def _warn_of_training(inputs: PlanInputs) -> Iterator[str]:
-    steps, interval = estimate_steps(inputs), inputs.recipe.train.checkpoint_every_steps
+    train, rows = inputs.recipe.train, math.ceil(inputs.corpus.num_bytes / inputs.row_bytes)
+    advice = advise_steps(rows, train.rows_per_step, train.epochs, least=train.num_workers)
+    if advice is not None:
+        yield advice
+    steps, interval = estimate_steps(inputs), train.checkpoint_every_steps
     if interval >= steps > 100:
         yield (
             f"training has {steps} steps and a checkpoint every {interval}: a failure restarts it "

@@ -72,6 +72,30 @@ def draw_rows(rows_per_shard: Sequence[int], count: int, *, seed: int) -> Int[np
     return np.stack([shards, chosen - starts[shards]], axis=1)
 
 
+ENOUGH_STEPS = 100
+"""With fewer optimizer steps a training has hardly left its start: a warning advises more."""
+
+
+def advise_steps(num_rows: int, rows_per_step: int, epochs: int, *, least: int = 1) -> str | None:
+    """Describe a training of too few steps, and the setting that gives enough; None if it has them.
+
+    Args:
+        num_rows: Rows of the corpus.
+        rows_per_step: As in the recipe.
+        epochs: As in the recipe.
+        least: The fewest rows that a step may have: one for each worker.
+    """
+    steps = count_steps(num_rows, rows_per_step, epochs)
+    if steps >= ENOUGH_STEPS or not num_rows:
+        return None
+    smaller = max(num_rows * epochs // ENOUGH_STEPS, least, 1)
+    remedy = f"lower train.rows_per_step to {smaller}"
+    if count_steps(num_rows, smaller, epochs) < ENOUGH_STEPS:
+        enough = -(-ENOUGH_STEPS // count_steps(num_rows, smaller, 1))
+        remedy += f" and raise train.epochs to {enough}"
+    return f"training has {steps} steps of {rows_per_step} rows, which is few; {remedy}"
+
+
 def count_steps(num_rows: int, rows_per_step: int, epochs: int) -> int:
     """Count the optimizer steps of a run; the last one of each epoch may have fewer rows."""
     return epochs * -(-num_rows // rows_per_step)

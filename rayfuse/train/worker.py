@@ -39,7 +39,7 @@ from rayfuse.train.checkpoint import CheckpointRecord, Checkpoints, name_checkpo
 from rayfuse.train.deepspeed_engine import build_engine, save_model
 from rayfuse.train.loop import Objective, StepMetrics, measure_bits_per_byte, train_steps
 from rayfuse.train.model import FusionModel
-from rayfuse.train.order import count_steps, draw_rows
+from rayfuse.train.order import advise_steps, count_steps, draw_rows
 from rayfuse.train.process_group import ProcessGroup
 from rayfuse.train.recorder import MetricsRecorder
 from rayfuse.train.resume import TAG, fetch_newest
@@ -167,6 +167,14 @@ class Trainer:
         reader = self._open_reader(task.corpus, task.aligned)
         num_steps = count_steps(sum(reader.rows_per_shard), settings.rows_per_step, settings.epochs)
         engine, packing = self._restore_engine(num_steps, reader)
+        advice = advise_steps(
+            sum(reader.rows_per_shard),
+            settings.rows_per_step,
+            settings.epochs,
+            least=self.group.num_workers,
+        )
+        if advice is not None:
+            self.recorder.log(advice)
         validation = self._read_validation(packing)
         first_step = len(self.recorder.records)
         steps = iterate_steps(

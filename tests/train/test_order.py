@@ -1,4 +1,5 @@
 import math
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -6,7 +7,14 @@ import pytest
 
 from rayfuse.config.train import Ramp, TrainSettings, value_at
 from rayfuse.train.deepspeed_engine import learning_rate_share
-from rayfuse.train.order import SHUFFLE_STREAMS, count_steps, draw_rows, order_rows
+from rayfuse.train.order import (
+    ENOUGH_STEPS,
+    SHUFFLE_STREAMS,
+    advise_steps,
+    count_steps,
+    draw_rows,
+    order_rows,
+)
 
 SHARDS = [5, 0, 7, 3] * 6
 
@@ -85,3 +93,22 @@ def test_a_ramp_goes_from_its_start_to_its_end():
     assert value_at(linear, 0.25) == pytest.approx(0.7)
     assert value_at(cosine, 0.25) == pytest.approx(0.9 - 0.8 * (1 - math.cos(math.pi / 4)) / 2)
     assert value_at(0.3, 0.7) == 0.3
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "rows_per_step", "epochs"),
+    [(230, 128, 1), (230, 128, 8), (40, 128, 1), (40, 8, 1), (3, 128, 2), (5000, 128, 1)],
+)
+def test_advice_on_few_steps_gives_enough_of_them(num_rows, rows_per_step, epochs):
+    advice = advise_steps(num_rows, rows_per_step, epochs)
+    assert advice is not None
+    wanted = dict(re.findall(r"train\.(\w+) to (\d+)", advice))
+    settings = {"rows_per_step": rows_per_step, "epochs": epochs}
+    settings |= {name: int(value) for name, value in wanted.items()}
+    assert count_steps(num_rows, **settings) >= ENOUGH_STEPS
+    assert advise_steps(num_rows, **settings) is None
+
+
+def test_no_advice_where_steps_are_enough_or_unknown():
+    assert advise_steps(12_800, 128, 1) is None
+    assert advise_steps(0, 128, 1) is None
