@@ -56,6 +56,16 @@ def is_held_out(document: Document, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
+def is_for_selection(doc_id: str) -> bool:
+    """Decide by its id alone whether a held-out document chooses weights instead of judging them.
+
+    Where training keeps the weights that are best on held-out text (`train.publish: best`), half of
+    the documents choose them, and the report compares models on the other half.
+    """
+    digest = hashlib.sha256(doc_id.encode("utf-8", "surrogatepass")).digest()
+    return bool(digest[8] & 1)  # not the bytes that `is_held_out` uses
+
+
 def split_document(
     document: Document, tokenizers: Sequence[TextTokenizer], max_tokens: int
 ) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+from rayfuse.evaluate.scores import Evaluation, keep_compared, parse_evaluation
 from rayfuse.run.layout import Layout, find_own_folder
 from rayfuse.run.made_models import identify_model, is_current
 from rayfuse.storage.files import hash_bytes
@@ -73,6 +74,17 @@ def _list_expected(layout: Layout) -> Iterator[tuple[str, dict[str, str]]]:
         inputs = read_task_inputs(layout, name)
         for file in files.values():
             yield file, inputs
+
+
+def read_evaluation(layout: Layout, file: str) -> Evaluation:
+    """Read a model's evaluation, with the documents that models are compared on.
+
+    Raises:
+        FileNotFoundError: It does not exist.
+        ShardError: It is corrupt.
+    """
+    found = parse_evaluation(layout.store.read(file), f"{layout.store.root}/{file}")
+    return keep_compared(found) if layout.has_selection else found
 
 
 def find_corrupt_results(layout: Layout) -> Iterator[tuple[str, str]]:

@@ -7,13 +7,14 @@ token do not.
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Int
 
 from rayfuse.config.base import UserError
+from rayfuse.corpus.split import is_for_selection
 from rayfuse.evaluate.bootstrap import Difference, bootstrap
 from rayfuse.storage.seal import seal, unseal
 
@@ -90,6 +91,12 @@ def parse_evaluation(data: bytes, path: str = "the result") -> Evaluation:
         seconds=record["seconds"],
         inputs=record["inputs"],
     )
+
+
+def keep_compared(evaluation: Evaluation) -> Evaluation:
+    """Keep the documents that choose no weights: models are compared on these."""
+    kept = [score for score in evaluation.documents if not is_for_selection(score.doc_id)]
+    return replace(evaluation, documents=kept)
 
 
 def find_role(name: str) -> Role:

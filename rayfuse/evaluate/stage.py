@@ -23,12 +23,11 @@ from rayfuse.evaluate.bits_per_byte import (
 from rayfuse.evaluate.ensemble import average_sources, build_nll_table, read_nll_table
 from rayfuse.evaluate.merged_weights import average_weights
 from rayfuse.evaluate.model_loading import check_trained, local_model
-from rayfuse.evaluate.results import is_scored, read_inputs, read_task_inputs
+from rayfuse.evaluate.results import is_scored, read_evaluation, read_inputs, read_task_inputs
 from rayfuse.evaluate.scores import (
     DocumentScore,
     Evaluation,
     find_role,
-    parse_evaluation,
 )
 from rayfuse.models.config_file import read_context_tokens
 from rayfuse.models.files import load_recipe_tokenizer
@@ -100,10 +99,7 @@ def evaluate_models(recipe: Recipe, layout: Layout, progress: Progress) -> dict[
             _score_ensemble(layout, groups, progress)
     if recipe.evaluate.tasks is not None:
         _score_tasks(recipe, layout, progress)
-    return {
-        name: parse_evaluation(layout.store.read(file), f"{layout.store.root}/{file}")
-        for name, file in layout.evaluation.scores.items()
-    }
+    return {name: read_evaluation(layout, file) for name, file in layout.evaluation.scores.items()}
 
 
 def _claim_token_nll(

@@ -11,12 +11,12 @@ from jaxtyping import Float, Int
 from rayfuse.config.base import UserError
 from rayfuse.config.recipe import Recipe
 from rayfuse.evaluate.bootstrap import Difference
+from rayfuse.evaluate.results import read_evaluation
 from rayfuse.evaluate.scores import (
     OTHER,
     Evaluation,
     choose_domains,
     compare_evaluations,
-    parse_evaluation,
 )
 from rayfuse.evaluate.task_scores import TaskScore, compare_tasks, parse_task_score
 from rayfuse.fuse.source_filter import is_noise
@@ -112,6 +112,8 @@ class Findings:
     """By task, then by the model that fused is compared with."""
     merge: Merge
     """The sources of the merged weights, and why others are excluded."""
+    has_selection: bool = False
+    """Half of the held-out documents have chosen the weights, and are not in the evaluations."""
 
 
 def gather_findings(recipe: Recipe, layout: Layout) -> Findings:
@@ -144,6 +146,7 @@ def gather_findings(recipe: Recipe, layout: Layout) -> Findings:
         task_scores=tasks,
         task_differences={task: compare_to_fused(scores, recipe) for task, scores in tasks.items()},
         merge=layout.evaluation.merge,
+        has_selection=layout.has_selection,
     )
 
 
@@ -156,7 +159,7 @@ def read_evaluations(layout: Layout) -> dict[str, Evaluation]:
     found: dict[str, Evaluation] = {}
     for name, file in layout.evaluation.scores.items():
         try:
-            found[name] = parse_evaluation(layout.store.read(file), f"{layout.store.root}/{file}")
+            found[name] = read_evaluation(layout, file)
         except FileNotFoundError as error:
             raise UserError(
                 f"the model {name} is not evaluated; run `rayfuse evaluate` first"

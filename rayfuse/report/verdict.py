@@ -57,6 +57,7 @@ def judge(findings: Findings) -> Verdict:
     notes += note_tasks(findings.task_differences)
     notes += note_merge(findings.merge)
     notes += note_noise(findings.signals)
+    notes += [SELECTION] if findings.has_selection else []
     return Verdict(
         outcome="lost" if found["worse"] else "unclear" if found["unclear"] else "won",
         headline=_write_headline(found["better"], found["worse"], found["unclear"]),
@@ -67,6 +68,11 @@ def judge(findings: Findings) -> Verdict:
 NO_BASELINE = (
     "There is no CLM baseline in this run (train.baseline is false), so the effect of fusion "
     "cannot be separated from the effect of training on the text."
+)
+
+SELECTION = (
+    "The weights of each trained model are those with the lowest bits per byte on half of the "
+    "held-out documents (train.publish is best); models are compared on the other half alone."
 )
 
 CAVEAT = (

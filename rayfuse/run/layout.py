@@ -83,6 +83,11 @@ class Layout:
     recipe: dict[str, Any] = field(default_factory=dict[str, Any])
     """The resolved recipe, as plain values."""
 
+    @property
+    def has_selection(self) -> bool:
+        """Whether half of the held-out documents choose weights, and do not compare models."""
+        return self.recipe.get("train", {}).get("publish") == "best"
+
     def input_fingerprint(self) -> str:
         """Hash the names of all results in the report."""
         results = sorted(self.evaluation.list_files())

@@ -41,6 +41,21 @@ class MetricsRecorder:
         taken = [number for number, record in enumerate(self.records, 1) if _is_taken(record)]
         return len(self.records) - max(taken, default=0)
 
+    @property
+    def best_step(self) -> int | None:
+        """The step of the validation with the lowest bits per byte; None before the first."""
+        measured = self._list_validations()
+        return min(measured, key=lambda step: (measured[step], step)) if measured else None
+
+    def count_since_best(self) -> int:
+        """Count the validations after the best one."""
+        best = self.best_step
+        return 0 if best is None else sum(step > best for step in self._list_validations())
+
+    def _list_validations(self) -> dict[int, float]:
+        records = enumerate(self.records, 1)
+        return {step: each["bits_per_byte"] for step, each in records if "bits_per_byte" in each}
+
     def restore(self, records: list[dict[str, Any]], bits_per_byte: float | None) -> None:
         """Take over the metrics of a checkpoint.
 

@@ -55,7 +55,11 @@ class LocalCheckpoint:
 
 @contextlib.contextmanager
 def fetch_newest(
-    checkpoints: Checkpoints, group: ProcessGroup, log: Callable[[str], None]
+    checkpoints: Checkpoints,
+    group: ProcessGroup,
+    log: Callable[[str], None],
+    *,
+    step: int | None = None,
 ) -> Iterator[LocalCheckpoint | None]:
     """Download the newest usable checkpoint, once per node, and delete the copy in the end.
 
@@ -63,6 +67,7 @@ def fetch_newest(
         checkpoints: The run's.
         group: All of its workers must call.
         log: Called with messages for the user.
+        step: Only checkpoints of this step.
 
     Yields:
         The checkpoint; None if there is none that can be used.
@@ -72,6 +77,8 @@ def fetch_newest(
     incomplete = checkpoints.list_incomplete() if group.is_rank_zero else []
     for records in reversed(group.broadcast(list(complete.values()))):
         first: CheckpointRecord = records[0]
+        if step not in (None, first.step):
+            continue
         found = LocalCheckpoint(group.scratch / first.name, first)
         fault = _fetch(checkpoints, records, found.folder) if group.is_local_rank_zero else ""
         faults = [fault for fault in group.gather(fault) if fault]
@@ -86,7 +93,8 @@ def fetch_newest(
         is_last = not any(name > first.name for name in incomplete)
         workers = f" (of {first.num_workers} workers)" if is_resized else ""
         lost = "" if is_last else "; a later checkpoint is incomplete"
-        log(f"resuming from the checkpoint of step {first.step}{workers}{lost}")
+        verb = "resuming from" if step is None else "publishing"
+        log(f"{verb} the checkpoint of step {first.step}{workers}{lost if step is None else ''}")
         yield found
         group.remove_folder(found.folder)
         return

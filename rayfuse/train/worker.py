@@ -6,6 +6,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,12 @@ from rayfuse.train.checkpoint import CheckpointRecord, Checkpoints, name_checkpo
 from rayfuse.train.deepspeed_engine import build_engine, save_model
 from rayfuse.train.loop import Objective, StepMetrics, measure_bits_per_byte, train_steps
 from rayfuse.train.model import FusionModel
-from rayfuse.train.order import advise_steps, count_steps, draw_rows
+from rayfuse.train.order import advise_steps, count_steps
 from rayfuse.train.process_group import ProcessGroup
 from rayfuse.train.recorder import MetricsRecorder
 from rayfuse.train.resume import TAG, fetch_newest
 from rayfuse.train.trackers import Trackers
+from rayfuse.train.validation import choose_validation_rows
 
 NON_RETRYABLE_ERRORS = (ShardError, StorageUnavailableError, FloatingPointError, ValueError)
 FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
@@ -193,7 +195,7 @@ class Trainer:
         )
         train_steps(
             engine,
-            steps,
+            takewhile(lambda _: not self._is_finished, steps),
             objective,
             first_step=first_step,
             num_workers=self.group.num_workers,
@@ -202,6 +204,7 @@ class Trainer:
             seed=task.recipe.seed,
         )
         self.checkpoints.wait()
+        self._restore_best(engine)
         self._publish(engine)
 
     def _after_step(
@@ -214,8 +217,37 @@ class Trainer:
             bits = measure_bits_per_byte(engine, validation, self._token_bytes)
             self.recorder.record_validation(step, bits)
         is_due = step % self.settings.checkpoint_every_steps == 0
+        is_due |= self._keeps_best and step == self.recorder.best_step
         if (self._is_newly_preempted() or is_due) and not is_last:
             self._save(engine, step)
+
+    @property
+    def _keeps_best(self) -> bool:
+        return self.settings.publish == "best"
+
+    @property
+    def _is_finished(self) -> bool:
+        """Whether training ends before the last step: the same on all workers, and after resume."""
+        patience = self.settings.patience
+        return patience is not None and self.recorder.count_since_best() >= patience
+
+    def _restore_best(self, engine: Any) -> None:
+        """Load the weights that `train.publish` names; all workers must call.
+
+        Raises:
+            UserError: Their checkpoint is corrupt or gone.
+        """
+        best = self.recorder.best_step
+        if not self._keeps_best or best in (None, len(self.recorder.records)):
+            return
+        self.group.barrier()  # until every worker's part is uploaded
+        with fetch_newest(self.checkpoints, self.group, self.recorder.log, step=best) as found:
+            if found is None:
+                raise UserError(
+                    f"the best checkpoint, of step {best}, is missing or corrupt; remove "
+                    f"{self.task.run.folder} to train again, or set train.publish: last"
+                )
+            found.load(engine)
 
     def _open_reader(self, corpus: DataSet, aligned: dict[str, DataSet]) -> ShardReader:
         return ShardReader(corpus, aligned, self.task.recipe.fuse, self._token_bytes)
@@ -260,11 +292,10 @@ class Trainer:
 
     def _read_validation(self, packing: Packing) -> list[MicroBatch]:
         """Read this worker's micro-batches of the held-out rows for validation."""
-        count = self.settings.validation_rows
-        if not count or not self.task.held_out.is_complete():
+        if not self.settings.validation_rows or not self.task.held_out.is_complete():
             return []
         reader = self._open_reader(self.task.held_out, {})
-        chosen = draw_rows(reader.rows_per_shard, count, seed=0)
+        chosen = choose_validation_rows(self.task.held_out, self.settings)
         share = np.array_split(chosen, self.group.num_workers)[self.group.rank]
         reader.keep(set(share[:, 0].tolist()))
         rows = reader.read_rows(share)
@@ -311,6 +342,10 @@ class Trainer:
             if self.group.is_rank_zero:
                 self._upload_model(Path(folder))
 
+    def _find_published_step(self) -> int:
+        best = self.recorder.best_step
+        return best if self._keeps_best and best is not None else len(self.recorder.records)
+
     def _upload_model(self, folder: Path) -> None:
         """Upload the model, its tokenizer and the metrics; `done.json` commits them, so it is last.
 
@@ -333,6 +368,7 @@ class Trainer:
             "inputs": task.inputs,
             "recipe": dump_recipe(task.recipe),
             "steps": len(self.recorder.records),
+            "published_step": self._find_published_step(),
         }
         files["metrics.jsonl"] = hash_bytes(metrics)
         write_record(task.store, f"{task.run.folder}/{DONE_FILE}", done, files)
