@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import s3fs
+import yaml
 
 from tests.local_cluster import LocalCluster
 from tests.s3 import Rule
@@ -25,10 +26,13 @@ COMMAND = str(Path(sys.executable).with_name("rayfuse"))
 IS_LONG = bool(os.environ.get("RAYFUSE_LONG_CHAOS"))
 only_long = pytest.mark.skipif(not IS_LONG, reason="a minute or more; RAYFUSE_LONG_CHAOS=1")
 SEEDS = [1, 2, 3] if IS_LONG else [1]
-SETTINGS = [
+STEADY = [
     *("train.baseline=false", "train.epochs=20", "train.checkpoint_every_steps=5"),
-    *("train.validate_every_steps=10", "train.learning_rate=0.001"),
+    *("train.validate_every_steps=5", "train.learning_rate=0.002"),
 ]
+SETTINGS = [*STEADY, "train.publish=best", "train.patience=4"]
+NUM_STEPS = 160
+"""Of 20 epochs."""
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +66,22 @@ def captured(cluster, tmp_path_factory) -> Path:
     """A recipe's folder with everything that training needs."""
     folder = tmp_path_factory.mktemp("captured")
     recipe = write_recipe(folder)
+    hold_out_other_text(recipe)
     for stage in ("corpus", "capture"):
         finish(start(cluster, stage, recipe))
     return folder
+
+
+def hold_out_other_text(recipe: Path) -> None:
+    """Evaluate on random text, on which training is soon past its best."""
+    draw = random.Random(3)
+    letters = "The cat sat 0123456789 +=*#@ zqxj\n"
+    records = [{"id": f"o{i}", "text": "".join(draw.choices(letters, k=300))} for i in range(12)]
+    path = recipe.with_name("other.jsonl")
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    content = yaml.safe_load(recipe.read_text())
+    content["evaluate"] = {"documents": str(path)}
+    recipe.write_text(yaml.safe_dump(content))
 
 
 def make_storage(captured: Path, name: str) -> str:
@@ -90,6 +107,10 @@ def calm(cluster, captured) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
     finish(
         start(cluster, "train", captured / "recipe.yaml", make_storage(captured, "calm"), *SETTINGS)
     )
+    (done,) = (captured / "calm/train").glob("*/done.json")
+    record = json.loads(done.read_text())
+    # It ends before the last step, and publishes weights of before its end.
+    assert record["published_step"] < record["steps"] < NUM_STEPS
     return read_run(captured / "calm")
 
 
@@ -250,7 +271,7 @@ def test_fault_4_a_preemption_notice_saves_a_checkpoint_and_no_step_is_repeated(
         for stage in ("corpus", "capture"):
             finish(start(head, stage, recipe))
         (node_id,) = head.list_nodes() - there
-        settings = [*SETTINGS, "train.min_workers=1", "train.max_failures=0", "train.epochs=100"]
+        settings = [*STEADY, "train.min_workers=1", "train.max_failures=0", "train.epochs=100"]
         settings += ["train.checkpoint_every_steps=100000"]  # none but for the notice
         process = start(head, "train", recipe, make_storage(tmp_path, "spot"), *settings)
         wait_until(lambda: bool(head.find_workers("RayTrainWorker")), process)
@@ -282,7 +303,7 @@ def test_fault_3_two_workers_become_one_and_two_again_on_the_same_batches(tmp_pa
         # Other workers add up in another order. A model that learns its text by heart makes of a
         # difference of 1e-8 one of 1e-2 in 300 steps at the other tests' rate of 0.001; here it
         # stays one of 1e-7 (LOG.md).
-        settings = [*SETTINGS, "train.min_workers=1", "train.epochs=200", "train.rows_per_step=40"]
+        settings = [*STEADY, "train.min_workers=1", "train.epochs=200", "train.rows_per_step=40"]
         settings += ["train.checkpoint_every_steps=10", "train.learning_rate=0.0001"]
         finish(start(head, "train", recipe, make_storage(tmp_path, "calm"), *settings))
         process = start(head, "train", recipe, make_storage(tmp_path, "elastic"), *settings)
