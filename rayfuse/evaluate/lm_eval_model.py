@@ -19,7 +19,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from rayfuse.config.base import UserError
 from rayfuse.evaluate.bits_per_byte import score_last, score_tokens, sum_rows
 from rayfuse.evaluate.ensemble import TokenNLL, average_sources
-from rayfuse.models.batching import batch_by_tokens
+from rayfuse.models.batching import batch_by_tokens, is_same_side
 from rayfuse.models.causal_lm import CausalLM
 from rayfuse.models.tokenizer import TextTokenizer
 
@@ -144,10 +144,27 @@ class TextLM(TemplateLM):
             for prompt, request in zip(prompts, requests, strict=True)
         ]
         for batch in batch_by_tokens(lengths, self.batch_tokens, self.lm.length_boundaries):
-            for part in _split_by_settings(batch, requests):
+            for part in self._split_batch(batch, prompts, requests):
                 written = self._generate([prompts[i] for i in part], requests[part[0]].args[1])
                 answers |= dict(zip(part, written, strict=True))
         return [answers[i] for i in range(len(requests))]
+
+    def _split_batch(
+        self, batch: list[int], prompts: list[list[int]], requests: Sequence[Any]
+    ) -> list[list[int]]:
+        """Split a batch into parts of the same settings, of rows that pass no boundary or at once.
+
+        The positions of all rows change when the longest one passes a boundary (LongRoPE), so a
+        row that does while it is written has only rows of its own length beside it.
+        """
+        parts: dict[tuple[str, int], list[int]] = {}
+        for i in batch:
+            settings, length = requests[i].args[1], len(prompts[i])
+            end = length + _count_new_tokens(settings)
+            passes = not is_same_side(length, end, self.lm.length_boundaries)
+            key = repr(sorted(settings.items())), length if passes else 0
+            parts.setdefault(key, []).append(i)
+        return list(parts.values())
 
     def _truncate_prompt(self, context: str, settings: dict[str, Any]) -> list[int]:
         room = (self.context_tokens or UNLIMITED_TOKENS) - 1 - _count_new_tokens(settings)
@@ -258,11 +275,3 @@ def _read_sampling(settings: dict[str, Any]) -> dict[str, Any]:
         return {"do_sample": False}
     names = ("temperature", "top_p", "top_k")
     return {"do_sample": True} | {name: settings[name] for name in names if name in settings}
-
-
-def _split_by_settings(batch: list[int], requests: Sequence[Any]) -> list[list[int]]:
-    """Split a batch into parts of requests with the same generation settings."""
-    parts: dict[str, list[int]] = {}
-    for i in batch:
-        parts.setdefault(repr(sorted(requests[i].args[1].items())), []).append(i)
-    return list(parts.values())

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import nn
 
-from rayfuse.config.base import UserError
+from rayfuse.config.base import UserError, first_line, user_error_from
 from rayfuse.config.models import ModelSettings
 from rayfuse.models.batching import pad_rows
+from rayfuse.models.out_of_memory import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,16 @@ def load_causal_lm(settings: ModelSettings, device: str) -> CausalLM:
     return split_head(loaded.to(device).eval(), name=settings.model)
 
 
+def _explain_forward(error: Exception, name: str) -> UserError:
+    """Name the model whose forward pass failed; lack of memory is no fault of it."""
+    if is_out_of_memory(error):
+        raise error
+    return UserError(
+        f"model is {name!r}, which fails in a forward pass ({type(error).__name__}: "
+        f"{first_line(error)}); use another model"
+    )
+
+
 def split_head(model: Any, *, name: str) -> CausalLM:
     """Split a model before its head, and check by a forward pass that the parts give its logits.
 
@@ -144,8 +155,9 @@ def split_head(model: Any, *, name: str) -> CausalLM:
         name: The model's name in errors.
 
     Raises:
-        UserError: The model has no linear head on top of a body, gives values that are not finite,
-            or transforms the head's outputs in a way that `read_transform` does not know.
+        UserError: The model has no linear head on top of a body, fails in a forward pass, gives
+            values that are not finite, or transforms the head's outputs in a way that
+            `read_transform` does not know.
     """
     head, body = model.get_output_embeddings(), model.base_model
     if not isinstance(head, nn.Linear) or body is model:
@@ -155,7 +167,7 @@ def split_head(model: Any, *, name: str) -> CausalLM:
     probe = torch.arange(1, 9, device=parts.device)[None]
     was_training = model.training
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), user_error_from(lambda error: _explain_forward(error, name)):
         logits = model(input_ids=probe, use_cache=False).logits.float()
         ours = parts.logits(parts.hidden_states(probe)[0])[None]
     model.train(was_training)

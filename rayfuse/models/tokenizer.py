@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from rayfuse.config.base import UserError, first_line, user_error_from
+from rayfuse.models.config_file import check_code_places
 from rayfuse.models.folder import TOKENIZER_FILES, find_folder
 from rayfuse.models.text_tokenizer import ADDED_FLAGS, TextTokenizer, build_tokenizer
 
@@ -63,15 +64,18 @@ def load_tokenizer(
 
     Raises:
         UserError: The tokenizer is missing or corrupt, has no tokenizer.json, or marks the ends of
-            words instead of their beginnings.
+            words instead of their beginnings; or it takes code from another repository.
     """
     folder = find_folder(model, revision, TOKENIZER_FILES)
     path = folder / "tokenizer.json"
     config = _read_object(folder / "tokenizer_config.json")
+    if trust_remote_code:
+        check_code_places(config, folder / "tokenizer_config.json")
     own = _read_own(folder, config) if path.is_file() else None
     if own is not None and config.get("tokenizer_class") in PLAIN_CLASSES:
         return _build(path, own, _read_special_tokens(folder, config), note=None)
-    loaded = _load_class(model, revision, trust_remote_code, folder)
+    place = str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
+    loaded = _load_class(place, revision, trust_remote_code, folder)
     if own is None:
         own = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
     names = frozenset(map(str, loaded.all_special_tokens))
@@ -132,13 +136,17 @@ def _read_own(folder: Path, config: dict[str, Any]) -> Tokenizer:
     legacy = folder / "added_tokens.json"
     if "added_tokens_decoder" not in config and legacy.is_file():
         added = _read_checked(legacy, lambda data: _list_legacy(_check_object(json.loads(data))))
-    content = json.loads(own.to_str())
+    appended: dict[str, dict[str, Any]] = {}
     for token in sorted(added, key=lambda token: token["id"]):
+        name, next_id = token["content"], own.get_vocab_size() + len(appended)
         # Others are in the vocabulary already, or have an id that tokenizers would not give them.
-        if own.token_to_id(token["content"]) is None and token["id"] == own.get_vocab_size():
-            content["added_tokens"].append(token)
-            own = Tokenizer.from_str(json.dumps(content))
-    return own
+        if name not in appended and own.token_to_id(name) is None and token["id"] == next_id:
+            appended[name] = token
+    if not appended:
+        return own
+    content = json.loads(own.to_str())
+    content["added_tokens"] += appended.values()
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def _list_added(config: dict[str, Any]) -> list[dict[str, Any]]:

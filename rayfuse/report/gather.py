@@ -22,7 +22,9 @@ from rayfuse.evaluate.task_scores import TaskScore, compare_tasks, parse_task_sc
 from rayfuse.fuse.source_filter import is_noise
 from rayfuse.report.spans import ShardSpan, read_spans
 from rayfuse.run.layout import Layout, Merge, TrainRun
+from rayfuse.run.made_models import DONE_FILE
 from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.files import read_listed
 from rayfuse.storage.manifest import Commit
 from rayfuse.storage.seal import ShardError
 from rayfuse.storage.store import Store
@@ -200,16 +202,19 @@ def compare_to_fused(scores: dict[str, TaskScore], recipe: Recipe) -> dict[str, 
 
 
 def read_curve(store: Store, run: TrainRun) -> Curve | None:
-    """Read a run's metrics by step; None if it has none.
+    """Read a trained run's metrics by step; None if it has none.
 
     A run that was resumed from a checkpoint may have a step twice: the later line counts.
+
+    Raises:
+        ShardError: They are not what was written.
     """
     try:
-        lines = store.read(f"{run.folder}/metrics.jsonl").splitlines()
+        content = read_listed(store, f"{run.folder}/{DONE_FILE}", "metrics.jsonl")
     except FileNotFoundError:
         return None
     steps: dict[int, dict[str, Any]] = {}
-    for line in lines:
+    for line in content.splitlines():
         record: dict[str, Any] = json.loads(line)
         steps[record["step"]] = record
     if not steps:

@@ -61,6 +61,11 @@ def read_record(store: Store, name: str) -> dict[str, Any] | None:
     record = unseal(data, f"{store.root}/{name}")
     if not isinstance(record.get("files"), dict):
         raise ShardError(f"{store.root}/{name} lists no files; {REMEDY}")
+    for file in record["files"]:
+        try:
+            check_name(file, store.root)
+        except ShardError as error:  # the record is at fault: its files are never touched
+            raise ShardError(f"{store.root}/{name} is corrupt: {error}") from error
     return record
 
 
@@ -156,7 +161,6 @@ def download_files(store: Store, name: str, prefix: str, path: Path) -> None:
     for file, expected in record["files"].items():
         if not file.startswith(prefix):
             continue
-        check_name(file, store.root)
         local, stored = path / file.removeprefix(prefix), f"{name.rpartition('/')[0]}/{file}"
         local.parent.mkdir(parents=True, exist_ok=True)
         try:

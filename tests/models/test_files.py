@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
 from rayfuse.models import file_hash
-from rayfuse.models.causal_lm import load_causal_lm
+from rayfuse.models.causal_lm import load_causal_lm, split_head
 from rayfuse.models.config_file import read_context_tokens
 from rayfuse.models.file_hash import hash_file
 from rayfuse.models.files import (
@@ -243,7 +244,8 @@ def test_identity_changes_with_any_byte_that_decides_the_result(model):
 def test_every_byte_of_a_large_file_counts_and_it_is_read_one_time(tmp_path, monkeypatch):
     monkeypatch.setattr(file_hash, "MIN_CACHED_BYTES", 1000)
     path = tmp_path / "large"
-    path.write_bytes(bytes(50_000))
+    with open(path, "wb") as file:
+        file.truncate(80 * 2**20)  # more than any sample of a file would read
     first = hash_file(path)
     monkeypatch.setattr(file_hash, "_hash_content", fail)
     assert hash_file(path) == first
@@ -252,7 +254,7 @@ def test_every_byte_of_a_large_file_counts_and_it_is_read_one_time(tmp_path, mon
     monkeypatch.setattr(file_hash, "MIN_CACHED_BYTES", 1000)
     state = path.stat()
     with open(path, "r+b") as file:
-        file.seek(33_333)
+        file.seek(33_333_333)
         file.write(b"x")
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))  # the same size, time and inode
     assert hash_file(path) != first
@@ -309,6 +311,18 @@ def test_error_inside_a_models_code_names_the_model(model):
     edit_config(model, rope_parameters={"rope_type": "default", "rope_theta": "x"})
     with pytest.raises(UserError, match=f"model is '{model.model}', which cannot be loaded"):
         load_causal_lm(model, "cpu")
+
+
+def test_error_in_the_first_forward_pass_names_the_model():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=32, num_hidden_layers=1, **sizes)
+
+    class Fails(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            raise TypeError("unexpected argument 'use_cache'")
+
+    with pytest.raises(UserError, match=r"model is 'own', which fails in a forward pass \(TypeE"):
+        split_head(Fails(config), name="own")
 
 
 def test_values_that_are_not_finite_name_the_dtype_and_the_remedy(model):

@@ -125,3 +125,25 @@ def test_no_micro_batch_has_rows_on_both_sides_of_a_boundary(is_packed):
 def test_model_without_long_rope_has_no_boundaries(tmp_path: Path):
     save_model("llama", 320, tmp_path)
     assert load_causal_lm(ModelSettings(model=str(tmp_path)), "cpu").length_boundaries == ()
+
+
+def test_generated_text_does_not_depend_on_the_prompts_beside_it(model):
+    """Also where prompts are on two sides of the original context, and all results beyond it."""
+    from lm_eval.api.instance import Instance
+
+    from rayfuse.evaluate.lm_eval_model import TextLM
+
+    lm = load_causal_lm(model, "cpu")
+    tokenizer = load_tokenizer(model.model)
+    text = tokenizer.encode([SAMPLE[0] * 3])[0]
+    prompts = [
+        b"".join(tokenizer.token_bytes[i] or b"" for i in text[:size].tolist()).decode()
+        for size in (ORIGINAL - 6, ORIGINAL + 6, ORIGINAL - 2)
+    ]
+    asked = {"max_gen_toks": 12}
+    requests = [Instance("generate_until", {}, (prompt, asked), 0) for prompt in prompts]
+
+    def generate(batch_tokens: int) -> list[str]:
+        return TextLM(lm, tokenizer, batch_tokens=batch_tokens).generate_until(requests)
+
+    assert generate(10_000) == generate(1)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,36 @@ def test_id_far_behind_all_others_is_refused(folder):
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"its 301 tokens have ids up to 50000000"):
         load_tokenizer(str(folder))
+
+
+def test_many_added_tokens_are_read_in_linear_time(folder):
+    size = load_tokenizer(str(folder)).vocab_size
+    added = {f"<added {i}>": size + i for i in range(20_000)}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    load_tokenizer.cache_clear()
+    began = time.process_time()
+    tokenizer = load_tokenizer(str(folder))
+    assert time.process_time() - began < 10
+    assert tokenizer.vocab_size == size + len(added)
+    assert tokenizer.token_names[-1] == "<added 19999>"
+
+
+def test_code_of_another_repository_is_refused_for_a_tokenizer_too(folder):
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"tokenizer_class": "Own"}
+    config["auto_map"] = {"AutoTokenizer": ["other/repository--module.Class", None]}
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"tokenizer_config.json: auto_map takes code from another"):
+        load_tokenizer(str(folder), trust_remote_code=True)
+
+
+def test_a_home_folder_is_expanded_for_a_tokenizer_of_its_own_class(folder, monkeypatch):
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"tokenizer_class": "GPT2Tokenizer"}
+    path.write_text(json.dumps(config))
+    monkeypatch.setenv("HOME", str(folder.parent))
+    found = load_tokenizer(f"~/{folder.name}")
+    assert found.content_hash == load_tokenizer(str(folder)).content_hash
 
 
 def test_sentencepiece_model_alone_is_an_error_with_the_conversion(tmp_path):

@@ -17,6 +17,7 @@ from rayfuse.run.prepare import SplitDocuments
 from rayfuse.run.segmentation import Segmentation
 from rayfuse.schema import ALIGNED, CORPUS
 from rayfuse.storage.dataset import DataSet
+from rayfuse.storage.files import hash_bytes, write_record
 from rayfuse.storage.rejects import Reject
 from rayfuse.storage.store import Store, open_store
 
@@ -224,8 +225,10 @@ def layout(recipe: Recipe) -> Layout:
     )
     fused = "".join(line % (step, 3.0 - step, 0.5 / step, 100 * step) for step in (1, 2, 2, 3))
     clm = "".join(line % (step, 3.5 - step, "null", 100 * step) for step in (1, 2, 3))
-    store.write("train/fused-0/metrics.jsonl", fused.encode())
-    store.write("train/clm-0/metrics.jsonl", clm.encode())
+    for folder, lines in (("train/fused-0", fused.encode()), ("train/clm-0", clm.encode())):
+        store.write(f"{folder}/metrics.jsonl", lines)
+        done = {"metrics.jsonl": hash_bytes(lines)}
+        write_record(store, f"{folder}/done.json", {"inputs": {}}, done)
     segmentation = Segmentation("0", "corpus/segmentation-0.json", (), (), is_reused=False)
     documents = SplitDocuments((), segmentation)
     return Layout(

@@ -1,5 +1,6 @@
 """The report shows the results that are in the store."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,8 @@ from rayfuse.report.gather import (
     select_lowest_nll,
 )
 from rayfuse.run.layout import Layout
+from rayfuse.run.made_models import find_faults, is_made
+from rayfuse.storage.files import hash_bytes, write_record
 from rayfuse.storage.seal import ShardError
 from tests.report.conftest import make_aligned, make_data
 
@@ -72,7 +75,31 @@ def test_a_step_done_twice_counts_once_and_a_run_without_fusion_has_none(layout:
 def test_a_run_without_metrics_has_no_curve(layout: Layout):
     assert read_curve(layout.store, replace(layout.runs[0], folder="train/none")) is None
     layout.store.write("train/empty/metrics.jsonl", b"")
+    done = {"metrics.jsonl": hash_bytes(b"")}
+    write_record(layout.store, "train/empty/done.json", {"inputs": {}}, done)
     assert read_curve(layout.store, replace(layout.runs[0], folder="train/empty")) is None
+
+
+@pytest.mark.parametrize("change", [lambda lines: lines[:-9], lambda lines: b"9" + lines[1:]])
+def test_metrics_that_are_not_what_was_written_are_named(change, layout: Layout):
+    run = layout.runs[0]
+    file = f"{run.folder}/metrics.jsonl"
+    layout.store.write(file, change(layout.store.read(file)))
+    with pytest.raises(ShardError, match=re.escape(file)):
+        read_curve(layout.store, run)
+
+
+def test_a_model_of_other_rows_than_there_are_now_is_stale(layout: Layout):
+    run = layout.runs[0]
+    now = {"corpus": "new"}
+    assert is_made(layout.store, run.folder, now)  # its inputs are not recorded
+    files = {"metrics.jsonl": hash_bytes(layout.store.read(f"{run.folder}/metrics.jsonl"))}
+    done = f"{run.folder}/done.json"
+    write_record(layout.store, done, {"inputs": {"corpus": "old"}}, files)
+    assert not is_made(layout.store, run.folder, now)
+    layout.corpus.finish(2)
+    ((name, reason),) = find_faults(layout, run)
+    assert (name, reason.partition(":")[0]) == (done, "is stale")
 
 
 def test_sources_come_first_and_fused_last(layout: Layout):
