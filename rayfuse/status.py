@@ -19,7 +19,7 @@ from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.config.text import show_on_one_line
 from rayfuse.evaluate.results import find_corrupt_results
 from rayfuse.pipeline import STAGES, is_stage_done, run_recipe
-from rayfuse.report.stage import FINDINGS_FILE
+from rayfuse.report.stage import find_corrupt_report
 from rayfuse.run.layout import Layout, plan_layout
 from rayfuse.run.made_models import DONE_FILE, find_faults
 from rayfuse.run.segmentation import find_corrupt_records, write_segmentation
@@ -234,7 +234,7 @@ def list_file_checks(layout: Layout) -> dict[str, tuple[str, Iterable[tuple[str,
     if merged is not None:
         checks["merged model"] = ("evaluate", find_corrupt(store, f"{merged}/{DONE_FILE}"))
     checks["scores"] = ("evaluate", find_corrupt_results(layout))
-    checks["report"] = ("report", find_corrupt(store, FINDINGS_FILE))
+    checks["report"] = ("report", find_corrupt_report(layout))
     return checks
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from rayfuse.config.base import UserError, user_error_from
 from rayfuse.corpus.json_array import read_array
-from rayfuse.corpus.parquet_guard import find_largest_page
+from rayfuse.corpus.parquet_guard import find_largest_page, list_chunks
 from rayfuse.run.inputs import InputFile, check_unchanged, is_saved_dataset
 from rayfuse.run.open_input import (
     BUFFER_BYTES,
@@ -21,7 +21,7 @@ from rayfuse.run.open_input import (
     open_input,
     split_name,
 )
-from rayfuse.storage.parquet import open_parquet
+from rayfuse.storage.parquet import open_parquet, read_footer
 
 ESCAPE_BYTES = 6
 """Bytes of the longest form of one character in JSON, `\\u0041`."""
@@ -245,9 +245,12 @@ def _read_parquet(file: InputFile, max_document_bytes: int) -> Iterator[Document
     with open_input(file.path, file.num_bytes) as stream:
         parquet = open_parquet(stream, buffer_size=BUFFER_BYTES, pre_buffer=False)
         columns = _choose_columns(parquet.schema_arrow, file.settings.text)
-        for group in range(parquet.num_row_groups):
+        groups = list_chunks(read_footer(stream))
+        if len(groups) != parquet.num_row_groups:
+            raise ValueError("it has no valid footer")
+        for group, chunks in enumerate(groups):
             num_rows = parquet.metadata.row_group(group).num_rows
-            page_bytes = find_largest_page(stream, parquet.metadata, group, columns)
+            page_bytes = find_largest_page(stream, chunks, columns)
             if page_bytes > max_page_bytes:
                 place = f"{name}:{number + 1}-{number + num_rows}"
                 what = f"{num_rows} rows not read, a page has {page_bytes} bytes"

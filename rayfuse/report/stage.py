@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +19,7 @@ from rayfuse.report.tables import render_tables
 from rayfuse.report.verdict import Verdict, judge
 from rayfuse.run.fingerprint import fingerprint_of
 from rayfuse.run.layout import Layout
-from rayfuse.storage.files import has_all_files, hash_bytes, read_record, write_record
+from rayfuse.storage.files import find_corrupt, has_all_files, hash_bytes, read_record, write_record
 from rayfuse.storage.seal import ShardError
 
 PAGE_FILE = "report/index.html"
@@ -64,6 +65,29 @@ def identify_inputs(layout: Layout) -> str:
     """Hash all that a report is made from: the recipe, and the bytes of every result."""
     results = {file: layout.store.hash_file(file) for file in layout.evaluation.list_files()}
     return fingerprint_of(layout=layout.input_fingerprint(), results=results, recipe=layout.recipe)
+
+
+def find_corrupt_report(layout: Layout) -> Iterator[tuple[str, str]]:
+    """Yield the corrupt files of a report, each with the reason.
+
+    The model card lies beside the model. If it is not the one that was written, the report's record
+    is named: without it the report is written again, and the card with it.
+    """
+    corrupt = list(find_corrupt(layout.store, FINDINGS_FILE))
+    yield from corrupt
+    if corrupt:
+        return
+    record = read_record(layout.store, FINDINGS_FILE)
+    run = next((run for run in layout.runs if run.name == "fused"), None)
+    if record is None or run is None:
+        return
+    card = f"{run.folder}/model/README.md"
+    try:
+        is_intact = layout.store.hash_file(card) == record["model_card"]["sha256"]
+    except FileNotFoundError:
+        is_intact = False
+    if not is_intact and record["input"] == identify_inputs(layout):
+        yield FINDINGS_FILE, f"the model card {card} is not the one that was written with it"
 
 
 def is_report_current(layout: Layout) -> bool:

@@ -70,6 +70,19 @@ def open_parquet(stream: BinaryIO | pa.NativeFile, **options: Any) -> pq.Parquet
     Raises:
         ValueError: It is no Parquet file.
     """
+    footer = read_footer(stream).replace(_ARROW_SCHEMA_KEY, _IGNORED_KEY)
+    tail = len(footer).to_bytes(4, "little") + _MAGIC
+    metadata = pq.read_metadata(pa.BufferReader(_MAGIC + footer + tail))
+    stream.seek(0)
+    return pq.ParquetFile(stream, metadata=metadata, arrow_extensions_enabled=False, **options)
+
+
+def read_footer(stream: BinaryIO | pa.NativeFile) -> bytes:
+    """Read the footer of a Parquet file: its `FileMetaData`.
+
+    Raises:
+        ValueError: It is no Parquet file.
+    """
     size = stream.seek(0, os.SEEK_END)
     stream.seek(max(size - len(_MAGIC) - 4, 0))
     tail = stream.read()
@@ -79,10 +92,7 @@ def open_parquet(stream: BinaryIO | pa.NativeFile, **options: Any) -> pq.Parquet
     if footer_bytes > MAX_FOOTER_BYTES:
         raise ValueError(f"its footer has {footer_bytes} bytes, more than {MAX_FOOTER_BYTES}")
     stream.seek(size - len(tail) - footer_bytes)
-    footer = stream.read(footer_bytes).replace(_ARROW_SCHEMA_KEY, _IGNORED_KEY)
-    metadata = pq.read_metadata(pa.BufferReader(_MAGIC + footer + tail))
-    stream.seek(0)
-    return pq.ParquetFile(stream, metadata=metadata, arrow_extensions_enabled=False, **options)
+    return stream.read(footer_bytes)
 
 
 def read_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from rayfuse.config.base import UserError
+from rayfuse.corpus.parquet_guard import find_largest_page, list_chunks
 from rayfuse.corpus.shards import has_one_shard
+from rayfuse.storage.parquet import read_footer
 from tests.corpus.files import (
     BOUND_BYTES,
     CANARY,
@@ -163,8 +167,6 @@ def test_fault_34_nested_columns_are_no_text_and_no_names(tmp_path):
 
 
 def test_fault_34_pages_are_as_large_as_their_headers_say(tmp_path):
-    from rayfuse.corpus.parquet_guard import find_largest_page
-
     for version in ("1.0", "2.0"):
         path = tmp_path / f"{version}.parquet"
         texts = ["x" * 5000 + str(number) for number in range(500)]
@@ -176,12 +178,55 @@ def test_fault_34_pages_are_as_large_as_their_headers_say(tmp_path):
             write_batch_size=1,
             use_dictionary=["id"],
         )
-        metadata = pq.read_metadata(path)
         with open(path, "rb") as stream:
-            text = find_largest_page(stream, metadata, 0, ["text"])
-            name = find_largest_page(stream, metadata, 0, ["id"])
+            (chunks,) = list_chunks(read_footer(stream))
+            text = find_largest_page(stream, chunks, ["text"])
+            name = find_largest_page(stream, chunks, ["id"])
         assert 100_000 <= text < 110_000
         assert 0 < name < 1000
+
+
+def test_the_chunks_of_a_footer_are_those_that_pyarrow_lists(tmp_path):
+    path = tmp_path / "d.parquet"
+    nested = [{"a": [1, 2], "b": {"c": "x"}}, {"a": [], "b": {"c": None}}] * 50
+    columns = {"text": [f"text {i}" for i in range(100)], "id": range(100), "nested": nested}
+    table = pa.table(columns).replace_schema_metadata({"key": "value" * 100})
+    options = {"write_page_index": True, "store_decimal_as_integer": True, "use_dictionary": ["id"]}
+    pq.write_table(table, path, row_group_size=33, **options)
+    metadata = pq.read_metadata(path)
+    with open(path, "rb") as stream:
+        found = list_chunks(read_footer(stream))
+    assert len(found) == metadata.num_row_groups == 4
+    for number, chunks in enumerate(found):
+        group = metadata.row_group(number)
+        expected = [group.column(i) for i in range(group.num_columns)]
+        assert [(each.column, each.num_bytes) for each in chunks] == [
+            (each.path_in_schema, each.total_compressed_size) for each in expected
+        ]
+        starts = [
+            min(filter(None, (each.dictionary_page_offset, each.data_page_offset)))
+            for each in expected
+        ]
+        assert [each.start for each in chunks] == starts
+
+
+def test_a_footer_with_malformed_statistics_does_not_end_the_process(tmp_path):
+    """pyarrow's object of such a column chunk ends it by an exception that C++ does not catch."""
+    path = tmp_path / "d.parquet"
+    pq.write_table(pa.table({"text": GOOD}), path)
+    footer_bytes = int.from_bytes(path.read_bytes()[-8:-4], "little")
+    data = path.read_bytes()
+    start = len(data) - 8 - footer_bytes
+    ended: list[int] = []
+    for at in range(start, len(data) - 8):
+        for bit in range(8):
+            flipped = bytearray(data)
+            flipped[at] ^= 1 << bit
+            path.write_bytes(flipped)
+            with suppress(UserError):
+                read_all(tmp_path)
+            ended.append(at)
+    assert len(ended) == 8 * footer_bytes
 
 
 def test_fault_34_a_header_that_lies_is_a_fault_of_its_file(tmp_path):
