@@ -3,7 +3,7 @@
 A page of a few bytes may decompress to gigabytes; the reader allocates what the page header
 states, so the header is checked first. The footer is parsed here as well: pyarrow 26 describes a
 column chunk only by an object whose construction ends the process (an exception of C++ that is not
-caught) if the chunk's size statistics are malformed. Reading such a chunk's pages is harmless.
+caught) if its histograms of levels are malformed. Reading the pages of such a chunk is harmless.
 """
 
 from collections.abc import Collection, Iterator
