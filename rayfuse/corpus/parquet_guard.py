@@ -124,10 +124,13 @@ def _read_header(stream: BinaryIO, offset: int) -> tuple[int, int, int]:
             if len(data) < num_bytes:
                 break
             continue
-        sizes = fields.get(PAGE_SIZE), fields.get(COMPRESSED_PAGE_SIZE)
-        if not all(isinstance(size, int) and size >= 0 for size in sizes):
+        unpacked, packed = fields.get(PAGE_SIZE), fields.get(COMPRESSED_PAGE_SIZE)
+        if (
+            not isinstance(unpacked, int)
+            or not isinstance(packed, int)
+            or min(unpacked, packed) < 0
+        ):
             break
-        unpacked, packed = sizes
         return unpacked, packed, length
     raise ValueError(INVALID)
 
