@@ -160,6 +160,25 @@ def test_a_tree_of_processes_is_killed_at_its_limits(code: str, exceeded: str):
     assert ended.exit_code == -9
 
 
+def test_a_program_starts_no_more_processes_than_allowed():
+    code = """
+import os, time
+started = 0
+try:
+    for _ in range(600):
+        if not os.fork():
+            time.sleep(30)
+            os._exit(0)
+        started += 1
+except OSError:
+    pass
+print(started, flush=True)
+os._exit(0)
+"""
+    found = run(code)
+    assert 0 < int(found.output.split()[0]) < sandbox.MAX_PROCESSES
+
+
 def test_the_memory_of_a_process_that_has_ended_is_0():
     assert measure_tree_bytes(os.getpid()) > 0
     assert measure_tree_bytes(2**22 + 1) == 0

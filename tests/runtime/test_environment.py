@@ -180,3 +180,10 @@ def test_workers_of_a_submitted_job_stay_in_their_copy_of_its_folder(is_job: boo
     if is_job:
         monkeypatch.setenv(JOB_CONFIG, "{}")
     assert (DRIVER_FOLDER in worker_env()) != is_job
+
+
+def test_collectives_of_an_own_cluster_listen_on_loopback(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert worker_env()["GLOO_SOCKET_IFNAME"] == "lo"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert "GLOO_SOCKET_IFNAME" not in worker_env()

@@ -1,12 +1,16 @@
 """The object store on a real S3 server (moto, loopback), through s3fs."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import s3fs
 
 from rayfuse.storage.object_store import ObjectStore
 from rayfuse.storage.rejects import Reject
 from rayfuse.storage.store import Store, check_store, open_store
+from tests.s3 import make_bucket
 from tests.storage.test_dataset import make_data_in, make_table
 
 
@@ -38,3 +42,47 @@ def test_of_many_writers_of_one_name_exactly_one_creates_it(bucket):
         made = list(threads.map(lambda i: bucket.create("commit", b"%d" % i), range(8)))
     assert made.count(True) == 1
     assert bucket.read("commit") == b"%d" % made.index(True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("place", ["a.b.c/run", "odd/r un+%20\u00e9", "odd/a=b&c", "odd/deep/er"])
+def test_odd_buckets_and_prefixes_hold_what_is_written(place, s3_proxy, tmp_path):
+    bucket = place.partition("/")[0]
+    if not s3fs.S3FileSystem().exists(bucket):
+        make_bucket(s3_proxy.upstream_port, bucket)
+    store = open_store(f"s3://{place}")
+    check_store(store)
+    data = make_data_in(store)
+    commit = data.write_shard(0, make_table(3), tokens=1)
+    assert data.read_shard(commit).equals(make_table(3))
+    data.finish(1)
+    assert data.is_complete()
+    (tmp_path / "weights").write_bytes(b"weights")
+    store.upload(str(tmp_path / "weights"), "model/weights")
+    store.download("model/weights", str(tmp_path / "copy"))
+    assert (tmp_path / "copy").read_bytes() == b"weights"
+    assert store.sizes("model") == {"weights": 7}
+    assert store.folders("corpus") == [data.fingerprint]
+    store.remove("model/weights")
+    assert store.sizes("model") == {}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_endpoint_that_only_the_aws_profile_names_is_used(s3_proxy, tmp_path, monkeypatch):
+    make_bucket(s3_proxy.upstream_port, "by-profile")
+    config = Path(tmp_path, "config")
+    config.write_text(f"[profile odd]\nendpoint_url = http://127.0.0.1:{s3_proxy.port}\n")
+    for name in [name for name in os.environ if name.startswith("AWS_ENDPOINT")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    monkeypatch.setenv("AWS_PROFILE", "odd")
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3_proxy.log.clear()
+    try:
+        store = open_store("s3://by-profile/run")
+        check_store(store)
+        store.write("a", b"b")
+        assert store.read("a") == b"b"
+        assert len(s3_proxy.log) > 3
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
