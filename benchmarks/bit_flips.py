@@ -72,12 +72,12 @@ def name_kind(path: Path, root: Path) -> str:
     return "/".join([parts[0], *inner, path.suffix or path.name])
 
 
-def choose_bits(path: Path, root: Path, samples: int) -> Iterator[int]:
-    """Choose the bits of a file to flip: all of a record or map, else a sample."""
+def choose_bits(path: Path, root: Path, samples: int, stride: int) -> Iterator[int]:
+    """Choose the bits of a file to flip: every `stride`-th of a record or map, else a sample."""
     num_bits = 8 * path.stat().st_size
     is_record = path.suffix in RECORD_SUFFIXES and "model" not in path.parts
     if is_record or path.is_relative_to(root / "maps"):
-        yield from range(num_bits)
+        yield from range(0, num_bits, stride)
     else:
         generator = random.Random(f"{SEED} {path.relative_to(root)}")
         yield from (generator.randrange(num_bits) for _ in range(samples if num_bits else 0))
@@ -108,7 +108,7 @@ def flip_all(
     Args:
         recipe: The finished run's.
         samples: Bits of each file that is not a record.
-        stride: Flip only each bit whose number is a multiple.
+        stride: Of a record or map, flip only bits whose number is a multiple.
         deadline: Monotonic time at which to stop.
 
     Returns:
@@ -123,8 +123,8 @@ def flip_all(
             number, accepted = list_accepted(path)
             tried[f"decoded {name_kind(path, root)}"] += number
             missed += [f"{path.relative_to(root)}, bit {bit}, decoded" for bit in accepted]
-        for number, bit in enumerate(choose_bits(path, root, samples)):
-            if number % stride or time.monotonic() > deadline:
+        for bit in choose_bits(path, root, samples, stride):
+            if time.monotonic() > deadline:
                 continue
             flipped = bytearray(content)
             flipped[bit // 8] ^= 1 << bit % 8
