@@ -32,7 +32,8 @@ def weigh_by_posterior(
     """Compute each source's weight at each position of a shard; weights sum to 1.
 
     Args:
-        nats: Each source's NLL of the token that comes next; 0 at a row's end.
+        nats: Each source's NLL of the token that comes next; 0 at a row's end. It is not read in
+            rows that the source rejected.
         starts_token: A token of the source starts where the next token does.
         has_row: The source did not reject the row. The weight of one that did stays as it is.
         offsets: Where rows begin, and where the last one ends.
@@ -41,7 +42,7 @@ def weigh_by_posterior(
         prior: Weights before any text, above 0; they are scaled to sum to 1.
         switch_rate: `a`, per token of the target.
     """
-    weights = np.empty(nats.shape, dtype=np.float64)
+    weights = np.empty(nats.shape, dtype=np.float32)
     scaled = np.array(prior, dtype=np.float64) / np.sum(prior)
     _filter(nats, starts_token, has_row, offsets, documents, scaled, switch_rate, weights)
     return weights

@@ -19,7 +19,7 @@ from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.manifest import check_inputs
 from rayfuse.storage.seal import ShardError
 
-MIN_WEIGHT = 1e-30
+MIN_WEIGHT = np.float32(1e-30)
 """Lower bound of a posterior weight, of which the log is taken."""
 
 
@@ -205,13 +205,10 @@ class ShardReader:
 
         Infinite in rows that the source rejected.
         """
-        lengths = np.diff(offsets)
         has_row = np.stack([np.isfinite(table["nats"].to_numpy()) for table in aligned])
-        is_known = np.repeat(has_row, lengths, axis=1)
         per_byte = [flatten_column(table, "nats_per_byte")[0] for table in aligned]
-        nats = np.where(is_known, np.stack(per_byte).astype(np.float64) * num_bytes, 0.0)
         weights = weigh_by_posterior(
-            nats,
+            np.stack(per_byte).astype(np.float32) * num_bytes.astype(np.float32),
             np.stack([flatten_column(table, "has_signal")[0] for table in aligned]),
             has_row,
             offsets,
@@ -219,7 +216,14 @@ class ShardReader:
             prior=self.weights,
             switch_rate=self.fuse.switch_rate,
         )
-        return list(np.where(is_known, -np.log(np.maximum(weights, MIN_WEIGHT)), np.inf))
+        return [
+            np.where(known, -np.log(of_source), np.float32(np.inf))
+            for of_source, known in zip(
+                np.maximum(weights, MIN_WEIGHT),
+                np.repeat(has_row, np.diff(offsets), axis=1),
+                strict=True,
+            )
+        ]
 
 
 def _nats_per_byte(table: pa.Table) -> Float[np.ndarray, " tokens"] | None:

@@ -6,7 +6,7 @@ is made for (`nll.py`): the same bytes for every source, so that tokenizers comp
 `rayfuse.config.fuse.RULES` lists.
 
 Mass is conserved: `OpenSource.read` scales each source's entries to one minus its tail, a selected
-source is copied, a mean has weights that sum to 1, and `_add_equal_ids` adds what it merges.
+source is copied, a mean has weights that sum to 1, and `_mix_into` adds up equal tokens.
 """
 
 import importlib
@@ -180,27 +180,13 @@ def mix(
             undivided.
     """
     ids = np.concatenate([top.ids for top in tops], axis=1)
-    weighted = [top.probs * weight[:, None] for top, weight in zip(tops, weights, strict=True)]
-    probs = np.concatenate(weighted, axis=1)
-    ids = np.where(probs > 0, ids, -1)
-    tail = (np.stack([top.tail for top in tops]) * weights).sum(axis=0)
-    if unigram is None:
-        ids, probs = _add_equal_ids(ids, probs)
-        return TopK(ids, probs, tail)
-    # A tail tau of a source with entries H gives tau / (1 - u(H)) * u(v) to each other token v.
-    shares = np.where(ids >= 0, unigram[ids], np.float32(0))
-    own = np.split(shares, np.cumsum([top.ids.shape[1] for top in tops])[:-1], axis=1)
-    scales = [
-        top.tail * weight / np.maximum(1 - share.sum(axis=1), MIN_REST)
-        for top, weight, share in zip(tops, weights, own, strict=True)
-    ]
-    taken = [share * scale[:, None] for share, scale in zip(own, scales, strict=True)]
-    ids, probs = _add_equal_ids(ids, probs - np.concatenate(taken, axis=1))
-    total = np.sum(scales, axis=0)
-    shares = np.where(ids >= 0, unigram[ids], np.float32(0))
-    probs = (probs + shares * total[:, None]) * (ids >= 0)
-    tail = total * np.maximum(1 - shares.sum(axis=1), MIN_REST)
-    return TopK(ids, probs.astype(np.float32), tail.astype(np.float32))
+    probs = np.concatenate([top.probs for top in tops], axis=1, dtype=np.float32)
+    tails = np.stack([top.tail for top in tops]).astype(np.float32)
+    stops = np.cumsum([top.ids.shape[1] for top in tops])
+    shares = np.zeros(0, dtype=np.float32) if unigram is None else unigram
+    mixed = make_empty(*ids.shape)
+    _mix_into(ids, probs, tails, weights, stops, shares, (mixed.ids, mixed.probs, mixed.tail))
+    return mixed
 
 
 def give_tail_to(
@@ -229,20 +215,62 @@ def make_empty(positions: int, entries: int = 0) -> TopK:
     )
 
 
-def _add_equal_ids(
-    ids: Int[np.ndarray, "positions entries"], probs: Float[np.ndarray, "positions entries"]
-) -> tuple[Int[np.ndarray, "positions entries"], Float[np.ndarray, "positions entries"]]:
-    """Add up the entries of one token. The result is sorted by token, surplus entries are empty."""
-    order = np.argsort(ids, axis=1, kind="stable")
-    ids = np.take_along_axis(ids, order, axis=1)
-    probs = np.take_along_axis(probs, order, axis=1)
-    is_first = np.ones(ids.shape, dtype=bool)
-    is_first[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    sums = np.zeros_like(probs)
-    if probs.size:
-        sums[is_first] = np.add.reduceat(probs.reshape(-1), np.flatnonzero(is_first.reshape(-1)))
-    ids = np.where(is_first, ids, -1)
-    return ids, sums
+@numba.njit(cache=True)
+@no_type_check
+def _mix_into(ids, probs, tails, weights, stops, unigram, mixed):  # noqa: PLR0917 (compiled)
+    """Mix the distributions of each position into `mixed`: entries of one token are added up.
+
+    `slots` has the place of a token among the entries so far. It is never cleared: a place counts
+    only if the token stands there.
+    """
+    mixed_ids, mixed_probs, mixed_tails = mixed
+    slots = np.zeros(max(ids.max(), 0) + 1 if ids.size else 1, dtype=np.int32)
+    for at in range(len(ids)):
+        used, tail, divided, start = 0, 0.0, 0.0, 0
+        for source in range(len(stops)):
+            stop, weight = stops[source], weights[source, at]
+            mass, scale = weight * tails[source, at], 0.0
+            if len(unigram):  # a token v without an entry has scale * u(v)
+                rest = _sum_rest(ids[at, start:stop], probs[at, start:stop], unigram)
+                scale = mass / max(rest, MIN_REST)
+            tail, divided = tail + mass, divided + scale
+            for entry in range(start, stop):
+                token, prob = ids[at, entry], weight * probs[at, entry]
+                if token < 0 or prob <= 0:
+                    continue
+                if len(unigram):  # below, every token of the mixture gets its share of all tails
+                    prob -= scale * unigram[token]
+                place = slots[token]
+                if place >= used or mixed_ids[at, place] != token:
+                    place, used = used, used + 1
+                    slots[token], mixed_ids[at, place] = place, token
+                mixed_probs[at, place] += prob
+            start = stop
+        mixed_tails[at] = tail
+        if len(unigram):
+            mixed_tails[at] = _divide_tails(mixed_ids[at, :used], mixed_probs[at], divided, unigram)
+
+
+@numba.njit(cache=True)
+@no_type_check
+def _sum_rest(ids, probs, unigram):
+    """Sum u over the tokens without an entry."""
+    rest = 1.0
+    for entry in range(len(ids)):
+        if ids[entry] >= 0 and probs[entry] > 0:
+            rest -= unigram[ids[entry]]
+    return rest
+
+
+@numba.njit(cache=True)
+@no_type_check
+def _divide_tails(ids, probs, divided, unigram):
+    """Add the tails' shares to entries, and return the mass that the other tokens have."""
+    rest = 1.0
+    for entry in range(len(ids)):
+        probs[entry] += divided * unigram[ids[entry]]
+        rest -= unigram[ids[entry]]
+    return divided * max(rest, MIN_REST)
 
 
 @numba.njit(cache=True)

@@ -59,8 +59,8 @@ def test_weights_are_those_of_plain_loops(switch_rate):
         case = draw(seed)
         found = weigh_by_posterior(**case, prior=[1.0, 2.0, 0.5], switch_rate=switch_rate)
         expected = weigh_plainly(case, [1.0, 2.0, 0.5], switch_rate)
-        np.testing.assert_allclose(found, expected, rtol=1e-9)
-        np.testing.assert_allclose(found.sum(axis=0), 1, rtol=1e-9)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        np.testing.assert_allclose(found.sum(axis=0), 1, rtol=1e-6)
 
 
 def test_later_text_never_changes_earlier_weights():
@@ -86,7 +86,7 @@ def test_the_source_that_predicts_a_document_gets_its_weight_and_the_next_starts
     found = weigh_by_posterior(**case, prior=[1.0] * SOURCES, switch_rate=0.02)
     starts = case["offsets"][:-1]
     assert (found[2, starts[1:3]] > 0.9).all()  # carried over the rows of a document
-    np.testing.assert_allclose(found[:, starts[[0, 3, 5]]], 1 / SOURCES)
+    np.testing.assert_allclose(found[:, starts[[0, 3, 5]]], 1 / SOURCES, rtol=1e-6)
 
 
 def test_a_reader_weighs_by_the_text_before_and_counts_the_corpus(tmp_path):
@@ -104,5 +104,5 @@ def test_a_reader_weighs_by_the_text_before_and_counts_the_corpus(tmp_path):
     opened = reader.open[0].result()
     weights = np.exp(-np.stack([source.nll for source in opened.sources]))
     is_active = np.isfinite([source.nll for source in opened.sources]).all(axis=0)
-    np.testing.assert_allclose(weights.sum(axis=0)[is_active], 1, rtol=1e-9)
-    np.testing.assert_allclose(weights[:, 0][weights[:, 0] > 0], 0.5)  # the prior
+    np.testing.assert_allclose(weights.sum(axis=0)[is_active], 1, rtol=1e-6)
+    np.testing.assert_allclose(weights[:, 0][weights[:, 0] > 0], 0.5, rtol=1e-6)  # the prior
