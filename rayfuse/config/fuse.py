@@ -57,8 +57,9 @@ class FuseSettings(Settings):
     weights or its tokenizer must be wrong."""
     tail: Literal["bucket", "unigram", "truth", "renormalise"] = "bucket"
     """`bucket`: the mass outside the top k is one more outcome. `unigram`: it is divided among the
-    other tokens by their frequency in the corpus. `truth`: it goes to the token that really comes
-    next. `renormalise`: it is dropped and the top k scaled up to 1, as in the papers."""
+    other tokens by their frequency in the first shards of the corpus. `truth`: it goes to the token
+    that really comes next. `renormalise`: it is dropped and the top k scaled up to 1, as in the
+    papers."""
 
     @model_validator(mode="after")
     def _check_cost(self) -> "FuseSettings":

@@ -245,7 +245,9 @@ def _read_parquet(file: InputFile, max_document_bytes: int) -> Iterator[Document
     with open_input(file.path, file.num_bytes) as stream:
         parquet = open_parquet(stream, buffer_size=BUFFER_BYTES, pre_buffer=False)
         columns = _choose_columns(parquet.schema_arrow, file.settings.text)
-        groups = list_chunks(read_footer(stream))
+        schema = parquet.schema
+        paths = [schema.column(number).path for number in range(len(schema))]
+        groups = list_chunks(read_footer(stream), paths, parquet.metadata.created_by)
         if len(groups) != parquet.num_row_groups:
             raise ValueError("it has no valid footer")
         for group, chunks in enumerate(groups):

@@ -35,7 +35,8 @@ def weigh_by_posterior(
         nats: Each source's NLL of the token that comes next; 0 at a row's end. It is not read in
             rows that the source rejected.
         starts_token: A token of the source starts where the next token does.
-        has_row: The source did not reject the row. The weight of one that did stays as it is.
+        has_row: The source did not reject the row. The weight of one that did only moves towards
+            the prior.
         offsets: Where rows begin, and where the last one ends.
         documents: The number of each row's document. A document's rows continue one another; at the
             start of a document the weights are the prior.

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from rayfuse.config.fuse import RULES, FuseSettings
+from rayfuse.fuse.unigram import MIN_REST
 from rayfuse.storage.codec import PROB_OF_CODE, EncodedTopK, TopK, decode_probs
 
 
@@ -53,9 +54,6 @@ class OpenSource:
             return np.full(len(at), -np.inf, dtype=np.float32)
         return self.top.tail_logprobs.take(at).astype(np.float32)
 
-
-MIN_REST = 1e-6
-"""Lower bound of the unigram share of all tokens without an entry, by which tails are divided."""
 
 FusionRule = Callable[
     [
@@ -175,9 +173,8 @@ def mix(
         tops: The sources' distributions.
         weights: Their weights, which sum to 1, or are all 0.
         unigram: The shares by which each tail is divided among the tokens without an entry. An
-            entry of one source then also gets the other sources' shares of it, out of their tails;
-            without them each source would vote against the others' entries. None keeps the tails
-            undivided.
+            entry of one source then also gets the other sources' shares of it, out of their tails.
+            None keeps the tails undivided.
     """
     ids = np.concatenate([top.ids for top in tops], axis=1)
     probs = np.concatenate([top.probs for top in tops], axis=1, dtype=np.float32)
@@ -246,9 +243,11 @@ def _mix_into(ids, probs, tails, weights, stops, unigram, mixed):  # noqa: PLR09
                     slots[token], mixed_ids[at, place] = place, token
                 mixed_probs[at, place] += prob
             start = stop
-        mixed_tails[at] = tail
         if len(unigram):
-            mixed_tails[at] = _divide_tails(mixed_ids[at, :used], mixed_probs[at], divided, unigram)
+            _divide_tails(mixed_ids[at, :used], mixed_probs[at], divided, unigram)
+            # What is left: rounding and `MIN_REST` neither make nor lose mass.
+            tail = max(weights[:, at].sum() - mixed_probs[at].sum(), 0.0)
+        mixed_tails[at] = tail
 
 
 @numba.njit(cache=True)
@@ -265,12 +264,9 @@ def _sum_rest(ids, probs, unigram):
 @numba.njit(cache=True)
 @no_type_check
 def _divide_tails(ids, probs, divided, unigram):
-    """Add the tails' shares to entries, and return the mass that the other tokens have."""
-    rest = 1.0
+    """Add the tails' shares to entries."""
     for entry in range(len(ids)):
         probs[entry] += divided * unigram[ids[entry]]
-        rest -= unigram[ids[entry]]
-    return divided * max(rest, MIN_REST)
 
 
 @numba.njit(cache=True)

@@ -86,7 +86,11 @@ def find_corrupt_report(layout: Layout) -> Iterator[tuple[str, str]]:
         is_intact = layout.store.hash_file(card) == record["model_card"]["sha256"]
     except FileNotFoundError:
         is_intact = False
-    if not is_intact and record["input"] == identify_inputs(layout):
+    try:
+        is_current = record["input"] == identify_inputs(layout)
+    except FileNotFoundError:  # a result is missing: the report will be written again
+        is_current = False
+    if is_current and not is_intact:
         yield FINDINGS_FILE, f"the model card {card} is not the one that was written with it"
 
 

@@ -114,7 +114,12 @@ def fingerprint_map(tokenizers: list[str], *, text: str | None, method: str, ver
 
 
 def fingerprint_training(
-    recipe: Recipe, target: ModelFiles, *, corpus: str, aligned: list[str] | None
+    recipe: Recipe,
+    target: ModelFiles,
+    *,
+    corpus: str,
+    held_out: str,
+    aligned: list[str] | None,
 ) -> str:
     """Hash what decides the weights of a trained target.
 
@@ -122,6 +127,7 @@ def fingerprint_training(
         recipe: Its settings of training and fusion count, and its seed.
         target: The target's files.
         corpus: The corpus, by its fingerprint.
+        held_out: The held-out rows, by their fingerprint; they count if they choose the weights.
         aligned: The aligned rows of each source, by their fingerprints; None without fusion.
     """
     common: dict[str, Any] = {
@@ -130,6 +136,8 @@ def fingerprint_training(
         "seed": recipe.seed,
         "train": recipe.train.dump_result_settings(with_fusion=aligned is not None),
     }
+    if recipe.train.publish == "best":
+        common["held_out"] = held_out
     if aligned is None:
         return fingerprint_of(**common)
     return fingerprint_of(**common, aligned=aligned, fuse=recipe.fuse.dump_result_settings())

@@ -119,7 +119,7 @@ def name_folders(recipe: Recipe, found: Prepared) -> Layout:
     held_out = place_rows(store, "held-out", found.held_out.segmentation.fingerprint, target)
     captured = _name_captured(recipe, found, corpus)
     aligned = _name_aligned(recipe, found, captured, corpus)
-    runs = _name_runs(recipe, found, corpus, aligned)
+    runs = _name_runs(recipe, found, (corpus, held_out), aligned)
     return Layout(
         store=store,
         corpus=corpus,
@@ -192,13 +192,19 @@ def _name_maps(recipe: Recipe, found: Prepared, corpus: DataSet) -> dict[str, st
 
 
 def _name_runs(
-    recipe: Recipe, found: Prepared, corpus: DataSet, aligned: dict[str, DataSet]
+    recipe: Recipe,
+    found: Prepared,
+    rows: tuple[DataSet, DataSet],
+    aligned: dict[str, DataSet],
 ) -> tuple[TrainRun, ...]:
-    target, rows = found.models[TARGET], [data.fingerprint for data in aligned.values()]
-    fused = fingerprint_training(recipe, target, corpus=corpus.fingerprint, aligned=rows)
+    """Name the trainings; `rows` are the corpus and the held-out rows."""
+    corpus, held_out = (data.fingerprint for data in rows)
+    target, distributions = found.models[TARGET], [data.fingerprint for data in aligned.values()]
+    text = {"corpus": corpus, "held_out": held_out}
+    fused = fingerprint_training(recipe, target, **text, aligned=distributions)
     runs = [TrainRun("fused", f"train/fused-{fused}", fused, recipe.train.is_fused)]
     if recipe.train.baseline:
-        clm = fingerprint_training(recipe, target, corpus=corpus.fingerprint, aligned=None)
+        clm = fingerprint_training(recipe, target, **text, aligned=None)
         runs.append(TrainRun("clm", f"train/clm-{clm}", clm, False))
     return tuple(runs)
 

@@ -22,6 +22,8 @@ def read_inputs(layout: Layout, run: TrainRun) -> dict[str, str]:
         ShardError: A manifest is corrupt.
     """
     sets: dict[str, DataSet] = {"corpus": layout.corpus}
+    if layout.has_selection:
+        sets["held_out"] = layout.held_out
     if run.is_fused:
         sets |= {f"aligned {name}": data for name, data in layout.aligned.items()}
     manifests = {name: data.read_manifest() for name, data in sets.items()}

@@ -5,6 +5,7 @@ commit is a record per worker: it lists the worker's files with their sha256 and
 them. A checkpoint is complete once the records of all its workers are there.
 """
 
+import math
 import os
 import re
 import tempfile
@@ -146,7 +147,9 @@ class Checkpoints:
         kept = {*names[-num_newest:]}
         measured = [name for name in names if complete[name][0].bits_per_byte is not None]
         if measured:
-            kept.add(min(measured, key=lambda name: complete[name][0].bits_per_byte or 0.0))
+            kept.add(
+                min(measured, key=lambda name: rank_bits(complete[name][0].bits_per_byte or 0))
+            )
         removed = [name for name in names if name not in kept]
         # An incomplete checkpoint that is newer than every complete one may still be uploading.
         removed += [name for name in self.list_incomplete() if names and name < names[-1]]
@@ -196,6 +199,12 @@ class Checkpoints:
             checkpoint=record.name,
             worker=record.rank,
         )
+
+
+def rank_bits(bits_per_byte: float) -> tuple[bool, float]:
+    """Rank validations, the best first; one that is not finite comes after all others."""
+    is_finite = math.isfinite(bits_per_byte)
+    return not is_finite, bits_per_byte if is_finite else 0.0
 
 
 def name_checkpoint(step: int, attempt: str) -> str:

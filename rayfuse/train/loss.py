@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import nn
 
 from rayfuse.config.train import TrainSettings
+from rayfuse.fuse.unigram import MIN_REST
 from rayfuse.models.causal_lm import CausalLM
 from rayfuse.storage.codec import TopK
 from rayfuse.train.divergence import LOWEST, diverge
@@ -288,7 +289,8 @@ def _differentiate_complete(
     probs = targets.top.probs.to(logits.dtype) * is_entry
     entry_shares = shares[ids] * is_entry
     entry_logits = logits.gather(1, ids)
-    scale = tail / (1 - entry_shares.sum(1)).clamp(min=MIN_TARGET_TAIL)
+    rest = (1 - entry_shares.double().sum(1)).clamp(min=MIN_REST).to(logits.dtype)
+    scale = tail / rest
     mean_logit = (probs * entry_logits).sum(1)
     mean_logit += scale * (logits @ shares - (entry_shares * entry_logits).sum(1))
     entropy = torch.xlogy(shares, shares).sum() - torch.xlogy(entry_shares, entry_shares).sum(1)

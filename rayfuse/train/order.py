@@ -89,10 +89,14 @@ def advise_steps(num_rows: int, rows_per_step: int, epochs: int, *, least: int =
     if steps >= ENOUGH_STEPS or not num_rows:
         return None
     smaller = max(num_rows * epochs // ENOUGH_STEPS, least, 1)
-    remedy = f"lower train.rows_per_step to {smaller}"
-    if count_steps(num_rows, smaller, epochs) < ENOUGH_STEPS:
-        enough = -(-ENOUGH_STEPS // count_steps(num_rows, smaller, 1))
-        remedy += f" and raise train.epochs to {enough}"
+    remedies: list[str] = []
+    if smaller < rows_per_step:
+        remedies.append(f"lower train.rows_per_step to {smaller}")
+    chosen = min(smaller, rows_per_step)
+    if count_steps(num_rows, chosen, epochs) < ENOUGH_STEPS:
+        enough = -(-ENOUGH_STEPS // count_steps(num_rows, chosen, 1))
+        remedies.append(f"raise train.epochs to {enough}")
+    remedy = " and ".join(remedies)
     return f"training has {steps} steps of {rows_per_step} rows, which is few; {remedy}"
 
 

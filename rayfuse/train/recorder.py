@@ -7,6 +7,7 @@ from typing import Any
 from rayfuse.run.layout import TrainRun
 from rayfuse.runtime.metrics import count_work
 from rayfuse.storage.store import Store
+from rayfuse.train.checkpoint import rank_bits
 from rayfuse.train.loop import StepMetrics
 from rayfuse.train.process_group import ProcessGroup
 from rayfuse.train.trackers import Trackers
@@ -45,7 +46,7 @@ class MetricsRecorder:
     def best_step(self) -> int | None:
         """The step of the validation with the lowest bits per byte; None before the first."""
         measured = self._list_validations()
-        return min(measured, key=lambda step: (measured[step], step)) if measured else None
+        return min(measured, key=lambda step: (*rank_bits(measured[step]), step), default=None)
 
     def count_since_best(self) -> int:
         """Count the validations after the best one."""

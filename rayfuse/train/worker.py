@@ -204,16 +204,23 @@ class Trainer:
             seed=task.recipe.seed,
         )
         self.checkpoints.wait()
-        self._restore_best(engine)
+        best = self._find_published_step()
+        if best != len(self.recorder.records):
+            del engine  # or two would be in memory
+            engine = self._load_engine(best, num_steps, reader)
         self._publish(engine)
 
     def _after_step(
-        self, engine: Any, validation: list[MicroBatch], metrics: StepMetrics, num_steps: int
+        self,
+        engine: Any,
+        validation: list[MicroBatch] | None,
+        metrics: StepMetrics,
+        num_steps: int,
     ) -> None:
         """Record a step, and validate and save a checkpoint where they are due."""
         self.recorder.record_step(metrics, num_steps)
         step, is_last = metrics.step, metrics.step == num_steps
-        if validation and (step % self.settings.validate_every_steps == 0 or is_last):
+        if validation is not None and (step % self.settings.validate_every_steps == 0 or is_last):
             bits = measure_bits_per_byte(engine, validation, self._token_bytes)
             self.recorder.record_validation(step, bits)
         is_due = step % self.settings.checkpoint_every_steps == 0
@@ -231,23 +238,22 @@ class Trainer:
         patience = self.settings.patience
         return patience is not None and self.recorder.count_since_best() >= patience
 
-    def _restore_best(self, engine: Any) -> None:
-        """Load the weights that `train.publish` names; all workers must call.
+    def _load_engine(self, step: int, num_steps: int, reader: ShardReader) -> Any:
+        """Build an engine with the weights of a checkpoint; all workers must call.
 
         Raises:
-            UserError: Their checkpoint is corrupt or gone.
+            UserError: The checkpoint is corrupt or gone.
         """
-        best = self.recorder.best_step
-        if not self._keeps_best or best in (None, len(self.recorder.records)):
-            return
         self.group.barrier()  # until every worker's part is uploaded
-        with fetch_newest(self.checkpoints, self.group, self.recorder.log, step=best) as found:
+        with fetch_newest(self.checkpoints, self.group, self.recorder.log, step=step) as found:
             if found is None:
                 raise UserError(
-                    f"the best checkpoint, of step {best}, is missing or corrupt; remove "
+                    f"the best checkpoint, of step {step}, is missing or corrupt; remove "
                     f"{self.task.run.folder} to train again, or set train.publish: last"
                 )
+            engine, _ = self._build(num_steps, reader, found.is_universal)
             found.load(engine)
+        return engine
 
     def _open_reader(self, corpus: DataSet, aligned: dict[str, DataSet]) -> ShardReader:
         return ShardReader(corpus, aligned, self.task.recipe.fuse, self._token_bytes)
@@ -290,12 +296,22 @@ class Trainer:
         )
         return engine, packing
 
-    def _read_validation(self, packing: Packing) -> list[MicroBatch]:
-        """Read this worker's micro-batches of the held-out rows for validation."""
+    def _read_validation(self, packing: Packing) -> list[MicroBatch] | None:
+        """Read this worker's micro-batches of the held-out rows; None if no worker validates.
+
+        Raises:
+            UserError: `publish: best` has no held-out rows to choose by.
+        """
         if not self.settings.validation_rows or not self.task.held_out.is_complete():
-            return []
+            if self._keeps_best:
+                raise UserError(
+                    "there are no held-out rows for train.publish: best; split the corpus"
+                )
+            return None
         reader = self._open_reader(self.task.held_out, {})
         chosen = choose_validation_rows(self.task.held_out, self.settings)
+        if not len(chosen):
+            return None
         share = np.array_split(chosen, self.group.num_workers)[self.group.rank]
         reader.keep(set(share[:, 0].tolist()))
         rows = reader.read_rows(share)

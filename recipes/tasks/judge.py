@@ -21,14 +21,19 @@ CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
 def encode(value: Any) -> Any:
-    """Encode a value as [TYPE, CONTENT]; of other types as an iterator over what they hold."""
-    if value is None or type(value) in (bool, int, float, str):
+    """Encode a value as [TYPE, CONTENT]: subtypes as their base, other iterables as iterators."""
+    if value is None or isinstance(value, bool):
         return ["plain", value]
+    for base in (int, float, str):
+        if isinstance(value, base):
+            return ["plain", base(value)]
     if isinstance(value, dict):
         return ["dict", [[encode(key), encode(value[key])] for key in value]]
-    name = type(value).__name__
-    if name in CONTAINERS or isinstance(value, Iterable):
-        return [name if name in CONTAINERS else "iterator", [encode(item) for item in value]]
+    for name, base in CONTAINERS.items():
+        if isinstance(value, base):
+            return [name, [encode(item) for item in value]]
+    if isinstance(value, Iterable):
+        return ["iterator", [encode(item) for item in value]]
     return ["other", None]
 
 
@@ -49,7 +54,7 @@ def serve(name: str) -> None:
     """Call a function of `candidate.py` with each line's arguments, and write back its result."""
     requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):  # what the program reads and prints is nobody's concern
+    for descriptor in (0, 1, 2):  # the program's own input and output
         os.dup2(null, descriptor)
     program = ModuleType("candidate")
     with open("candidate.py", encoding="utf-8") as file:
@@ -89,6 +94,7 @@ def judge() -> None:
 
         names: dict[str, Any] = {}
         exec(task["test"], names)  # with the helpers of the prompt; not written by the model
+        names[task["name"]] = candidate  # some tests call the function by its own name
         names["check"](candidate)
         process.kill()
     print(f"\n{task['proof']}", flush=True)

@@ -179,7 +179,7 @@ def test_fault_34_pages_are_as_large_as_their_headers_say(tmp_path):
             use_dictionary=["id"],
         )
         with open(path, "rb") as stream:
-            (chunks,) = list_chunks(read_footer(stream))
+            (chunks,) = list_chunks(read_footer(stream), ["text", "id"], "parquet-cpp")
             text = find_largest_page(stream, chunks, ["text"])
             name = find_largest_page(stream, chunks, ["id"])
         assert 100_000 <= text < 110_000
@@ -195,7 +195,8 @@ def test_the_chunks_of_a_footer_are_those_that_pyarrow_lists(tmp_path):
     pq.write_table(table, path, row_group_size=33, **options)
     metadata = pq.read_metadata(path)
     with open(path, "rb") as stream:
-        found = list_chunks(read_footer(stream))
+        paths = [metadata.schema.column(i).path for i in range(len(metadata.schema))]
+        found = list_chunks(read_footer(stream), paths, metadata.created_by)
     assert len(found) == metadata.num_row_groups == 4
     for number, chunks in enumerate(found):
         group = metadata.row_group(number)
@@ -217,16 +218,46 @@ def test_a_footer_with_malformed_statistics_does_not_end_the_process(tmp_path):
     footer_bytes = int.from_bytes(path.read_bytes()[-8:-4], "little")
     data = path.read_bytes()
     start = len(data) - 8 - footer_bytes
-    ended: list[int] = []
+    given = 0
     for at in range(start, len(data) - 8):
         for bit in range(8):
             flipped = bytearray(data)
             flipped[at] ^= 1 << bit
             path.write_bytes(flipped)
+            documents = []
             with suppress(UserError):
-                read_all(tmp_path)
-            ended.append(at)
-    assert len(ended) == 8 * footer_bytes
+                documents = read_all(tmp_path)
+            given += sum(document.text == GOOD[0] for document in documents)
+    assert 0 < given < 8 * footer_bytes  # some flips change nothing that matters, others do
+
+
+ZIGZAG_2_62 = bytes([0xFF] * 8 + [0x7F])
+
+
+@pytest.mark.parametrize(
+    ("footer", "reason"),
+    [
+        (b"\x19\xf7" + ZIGZAG_2_62, "no valid footer"),  # a list of doubles, endless
+        (b"\x19\xfc" + ZIGZAG_2_62 + bytes(2_100_000), "too many parts"),
+        (b"\x15\x02\x05\x02\x02\x00", "no valid header"),  # field 1 twice
+        (b"\x1c" * 40, "no valid"),
+        (b"\x18\x7fshort", "no valid footer"),
+        (b"\x00", "no valid footer"),
+    ],
+)
+def test_a_hostile_footer_is_refused_at_once(footer, reason):
+    with pytest.raises(ValueError, match=reason):
+        list_chunks(footer, [], "")
+
+
+def test_a_chunk_of_another_column_than_the_schemas_is_refused(tmp_path):
+    path = tmp_path / "d.parquet"
+    pq.write_table(pa.table({"text": GOOD}), path)
+    data = path.read_bytes()
+    place = data.index(b"\x19\x18\x04text")  # a list of one text: the chunk's path
+    path.write_bytes(data[: place + 3] + b"tex_" + data[place + 7 :])
+    (only,) = read_all(tmp_path)
+    assert "not those of its schema" in str(only.fault)
 
 
 def test_fault_34_a_header_that_lies_is_a_fault_of_its_file(tmp_path):

@@ -289,7 +289,7 @@ def test_a_function_that_prints_or_answers_anything_has_not_passed():
     answers = [
         "    class Same:\n        __eq__ = lambda *_: True\n    return Same()\n",
         "    import os\n    for fd in range(20):\n        try:\n"
-        "            os.write(fd, b'[\"plain\", 1]\\n')\n        except OSError:\n"
+        "            os.write(fd, b'passed\\n')\n        except OSError:\n"
         "            pass\n    return 2\n",
         "    import os, signal\n    os.kill(os.getppid(), signal.SIGTERM)\n",
         "    raise SystemExit\n",
@@ -317,7 +317,7 @@ def test_every_solution_of_humaneval_passes_and_none_is_passed_by_nothing(shared
     code = load_code_tasks()
     with gzip.open(shared_data / "eval/humaneval/HumanEval.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
-    for row in rows if os.environ.get("RAYFUSE_LONG_CHAOS") else rows[::20]:
+    for row in rows if os.environ.get("RAYFUSE_LONG_CHAOS") else [*rows[::20], rows[33]]:
         solutions = [row["canonical_solution"], "    return None\n"]
         passed = [code.pass_python(row, [answer])["pass_at_1"] for answer in solutions]
         assert passed == [1, 0], row["task_id"]

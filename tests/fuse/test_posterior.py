@@ -6,7 +6,6 @@ import pytest
 from rayfuse.config.fuse import FuseSettings
 from rayfuse.fuse.posterior import weigh_by_posterior
 from rayfuse.fuse.unigram import SMOOTHING
-from rayfuse.storage.codec import flatten_column
 from tests.train.data import VOCAB, open_reader, write_data
 
 SOURCES, ROWS, ROW_TOKENS = 3, 6, 20
@@ -98,7 +97,8 @@ def test_a_reader_weighs_by_the_text_before_and_counts_the_corpus(tmp_path):
     np.testing.assert_allclose(mass, rows.has_signal.astype(float), atol=1e-3)
     assert rows.has_signal.sum() > 20
     shards = [corpus.read_shard(corpus.read_commit(shard)) for shard in (0, 1)]
-    ids = np.concatenate([flatten_column(table, "target_ids")[0] for table in shards])
+    rows = [row for table in shards for row in table["target_ids"].to_pylist()]
+    ids = np.array([token for row in rows for token in row[1:]])  # the first is given
     expected = (np.bincount(ids, minlength=VOCAB) + SMOOTHING) / (len(ids) + SMOOTHING * VOCAB)
     np.testing.assert_allclose(reader.unigram, expected, rtol=1e-6)
     opened = reader.open[0].result()

@@ -114,12 +114,45 @@ WITHOUT_DRAWS = {"sources.0.backend"}
 """Settings with a value that requires a signal without draws."""
 
 
+WITH_BEST = {"train.patience"}
+"""Settings with a value that requires `train.publish: best`."""
+
+
 @pytest.mark.parametrize("path", [path for path in SETTINGS if path not in ELSEWHERE])
 def test_folder_names_depend_on_exactly_the_settings_that_affect_the_result(path: str):
-    plain = parse_recipe(VALUES | ({"capture": {}} if path in WITHOUT_DRAWS else {}))
+    values: dict[str, Any] = VALUES | ({"capture": {}} if path in WITHOUT_DRAWS else {})
+    if path in WITH_BEST:
+        values |= {"train": VALUES["train"] | {"publish": "best"}}
+    plain = parse_recipe(values)
     changed = change(plain, path)
     names, new_names = (list_names(name_folders(r, prepare(r))) for r in (plain, changed))
     assert (names != new_names) == SETTINGS[path]
+
+
+def test_validation_and_held_out_text_count_if_they_choose_the_weights():
+    last = VALUES | {"evaluate": {"documents": "one.jsonl"}}
+    best = last | {"train": VALUES["train"] | {"publish": "best"}}
+    for section, change in (
+        ("train", {"validate_every_steps": 7}),
+        ("train", {"validation_rows": 7}),
+        ("evaluate", {"documents": "other.jsonl"}),
+    ):
+        for plain, counts in ((last, False), (best, True)):
+            changed = plain | {section: plain.get(section, {}) | change}
+            runs = [
+                [run.folder for run in name_folders(recipe, prepare(recipe)).runs]
+                for recipe in map(parse_recipe, (plain, changed))
+            ]
+            assert (runs[0] != runs[1]) == counts, (section, change)
+
+
+def test_defaults_that_fingerprints_omit_are_what_was_computed_before_they_existed():
+    """Changing one would give stored results another meaning: then they must be dumped."""
+    assert parse_recipe(VALUES).fuse.switch_rate == 0.05
+    assert (parse_recipe(VALUES).train.publish, parse_recipe(VALUES).train.patience) == (
+        "last",
+        None,
+    )
 
 
 def test_settings_elsewhere_exist():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rayfuse.runtime.scratch import claim_scratch, remove_abandoned, scratch_folder
+from rayfuse.runtime.scratch import claim_scratch, name_scratch, remove_abandoned, scratch_folder
 
 HOLD = """
 import sys, time
@@ -64,8 +64,12 @@ def test_the_next_attempt_takes_over_the_folder_of_a_process_that_lingers(held):
 def test_foreign_folders_and_links_are_left_alone(own_place):
     foreign = own_place / "rayfuse-private-0"
     foreign.mkdir()
-    (own_place / "rayfuse-scratch-link").symlink_to(foreign)
+    link = name_scratch("link")
+    link.symlink_to(foreign)
+    other = own_place / f"rayfuse-scratch-another.node-{os.getuid()}-x"
+    other.mkdir()
     (foreign / "file").write_text("kept")
     remove_abandoned()
     assert (foreign / "file").exists()
-    assert (own_place / "rayfuse-scratch-link").is_symlink()
+    assert link.is_symlink()
+    assert other.exists()

@@ -97,7 +97,15 @@ def test_a_ramp_goes_from_its_start_to_its_end():
 
 @pytest.mark.parametrize(
     ("num_rows", "rows_per_step", "epochs"),
-    [(230, 128, 1), (230, 128, 8), (40, 128, 1), (40, 8, 1), (3, 128, 2), (5000, 128, 1)],
+    [
+        (230, 128, 1),
+        (230, 128, 8),
+        (40, 128, 1),
+        (40, 8, 1),
+        (3, 128, 2),
+        (5000, 128, 1),
+        (40, 1, 1),
+    ],
 )
 def test_advice_on_few_steps_gives_enough_of_them(num_rows, rows_per_step, epochs):
     advice = advise_steps(num_rows, rows_per_step, epochs)
