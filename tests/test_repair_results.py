@@ -10,6 +10,7 @@ from rayfuse.config.load import read_recipe
 from rayfuse.config.recipe import Recipe
 from rayfuse.pipeline import STAGES, is_stage_done, prepare_run, run_stages
 from rayfuse.run.layout import Layout
+from rayfuse.run.made_models import read_done
 from rayfuse.runtime.progress import report_nothing
 from rayfuse.status import repair_layout, verify_layout
 from tests.small_run import write_recipe
@@ -22,7 +23,10 @@ SETTINGS = ["align.method=min_edit_distance", "train.num_workers=1", "train.max_
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, ray_cluster) -> Recipe:
     """A finished run."""
-    recipe = read_recipe(write_recipe(tmp_path_factory.mktemp("results")), SETTINGS)
+    folder = tmp_path_factory.mktemp("results")
+    recipe = read_recipe(write_recipe(folder), SETTINGS)
+    (folder / "target/additional_chat_templates").mkdir()
+    (folder / "target/additional_chat_templates/tools.jinja").write_text("{{ tools }}")
     run_stages(recipe, prepare_run(recipe), STAGES, report_nothing, lambda _: None)
     return recipe
 
@@ -69,6 +73,16 @@ def cut(path: Path) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {"flip": flip_a_bit, "cut": cut, "remove": os.remove}
+
+
+def test_a_model_is_published_with_all_chat_templates_of_the_target(recipe):
+    layout = prepare_run(recipe)
+    name = "model/additional_chat_templates/tools.jinja"
+    for run in layout.runs:
+        assert layout.store.read(f"{run.folder}/{name}") == b"{{ tools }}"
+        record = read_done(layout.store, run.folder)
+        assert record is not None
+        assert name in record["files"]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

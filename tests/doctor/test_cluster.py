@@ -38,6 +38,18 @@ def test_a_good_cluster_has_no_findings_and_keeps_nothing(folder, tmp_path, ray_
     assert not [*(tmp_path / "storage").iterdir()]
 
 
+def test_a_relative_storage_and_a_tokenizer_without_roles(
+    folder, tmp_path, ray_cluster, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert examine(recipe_of(folder, Path("run"))) == []
+    save_model("gpt2", 300, tmp_path / "model")
+    save_tokenizer(byte_level_tokenizer(300), tmp_path / "model", bos=None, eos=None)
+    found = examine(recipe_of(folder, Path("run"), model=str(tmp_path / "model")))
+    assert [(finding.check, finding.severity) for finding in found] == [("tokenizers", "warning")]
+    assert "BOS" in found[0].text
+
+
 def test_what_is_wrong_with_a_recipe_is_found_on_the_cluster(folder, tmp_path, ray_cluster):
     gone = recipe_of(folder, Path("/proc/storage"), model="/nowhere/model")
     found = examine(gone)
