@@ -51,7 +51,6 @@ def test_odd_buckets_and_prefixes_hold_what_is_written(place, s3_proxy, tmp_path
     if not s3fs.S3FileSystem().exists(bucket):
         make_bucket(s3_proxy.upstream_port, bucket)
     store = open_store(f"s3://{place}")
-    check_store(store)
     data = make_data_in(store)
     commit = data.write_shard(0, make_table(3), tokens=1)
     assert data.read_shard(commit).equals(make_table(3))
@@ -80,9 +79,8 @@ def test_an_endpoint_that_only_the_aws_profile_names_is_used(s3_proxy, tmp_path,
     s3_proxy.log.clear()
     try:
         store = open_store("s3://by-profile/run")
-        check_store(store)
         store.write("a", b"b")
         assert store.read("a") == b"b"
-        assert len(s3_proxy.log) > 3
+        assert len(s3_proxy.log) >= 2
     finally:
         s3fs.S3FileSystem.clear_instance_cache()

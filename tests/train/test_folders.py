@@ -34,6 +34,7 @@ OF_ALL: dict[str, Any] = {
     "zero_stage": 3,
     "offload": True,
     "lora": {"rank": 2},
+    "publish": "best",
 }
 
 OF_NONE: dict[str, Any] = {
@@ -76,5 +77,6 @@ def test_what_changes_a_training_makes_a_new_one(name, folder, tmp_path):
 
 
 def test_every_setting_is_one_or_the_other():
-    settled = {*OF_FUSION, *OF_ALL, *OF_NONE, "baseline"}
+    # patience needs publish: best; tests/run/test_affects_result.py has both together.
+    settled = {*OF_FUSION, *OF_ALL, *OF_NONE, "baseline", "patience"}
     assert settled == set(TrainSettings.model_fields)
