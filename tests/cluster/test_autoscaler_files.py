@@ -353,5 +353,5 @@ def test_the_head_may_tag_only_nodes_that_start_or_are_of_this_cluster():
 def test_on_google_cloud_the_head_may_change_only_nodes_of_this_cluster():
     text = (ROOT / "cluster/README.md").read_text()
     command = text.partition("roles/compute.instanceAdmin.v1")[2].partition("gcloud")[0]
-    assert '.startswith("ray-rayfuse-")' in command.partition("--condition")[2]
+    assert '.startsWith("ray-rayfuse-")' in command.partition("--condition")[2]
     assert read("gcp")["cluster_name"] == "rayfuse"  # Ray names nodes ray-CLUSTER-...
