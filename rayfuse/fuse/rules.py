@@ -113,10 +113,8 @@ def average(
 ) -> TopK:
     """Take the mean of the active sources, weighted by their NLL (`avg_ce`, FuseLLM's AvgCE)."""
     del selected  # every active source has a share
-    nll = np.stack([source.nll.take(at) for source in sources])
     shares = np.array([source.weight for source in sources])
-    weights = weigh_by_nll(nll, shares, settings.temperature)
-    return mix([source.read(at, settings) for source in sources], weights, sources[0].unigram)
+    return _average(sources, at, settings, shares=shares, temperature=settings.temperature)
 
 
 def average_by_posterior(
@@ -130,9 +128,19 @@ def average_by_posterior(
     The `nll` of these sources is -log of their posterior weight (`posterior.py`).
     """
     del selected
-    weights = weigh_by_nll(
-        np.stack([source.nll.take(at) for source in sources]), np.ones(len(sources)), 1.0
-    )
+    return _average(sources, at, settings, shares=np.ones(len(sources)), temperature=1.0)
+
+
+def _average(
+    sources: Sequence[OpenSource],
+    at: Int[np.ndarray, " positions"],
+    settings: FuseSettings,
+    *,
+    shares: Float[np.ndarray, " num_sources"],
+    temperature: float,
+) -> TopK:
+    nll = np.stack([source.nll.take(at) for source in sources])
+    weights = weigh_by_nll(nll, shares, temperature)
     return mix([source.read(at, settings) for source in sources], weights, sources[0].unigram)
 
 
