@@ -151,9 +151,10 @@ def _quiet_ray_data() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # else its message does not reach the driver
-    from rayfuse.runtime.ray_internals import quiet_data_loggers
+    from rayfuse.runtime.ray_internals import drop_startup_warning, quiet_data_loggers
 
     quiet_data_loggers()
+    drop_startup_warning()
 
 
 def worker_env() -> dict[str, str]:

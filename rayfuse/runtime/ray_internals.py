@@ -7,9 +7,11 @@ are written for Ray 2.60, which pyproject.toml pins for this reason.
 # pyright: reportAttributeAccessIssue=false
 # (compiled parts of Ray, which have no types)
 
+import functools
 import logging
 from typing import Any
 
+from ray._private import worker
 from ray._private.authentication.authentication_utils import (
     is_token_auth_enabled as _is_token_auth_enabled,
 )
@@ -29,6 +31,7 @@ _OPERATOR_LOGGER = "ray.data._internal.execution.operators.map_operator"
 _PROGRESS_LOGGER = "ray.data._internal.progress"
 _EXCEPTION_LOGGER = "ray.data.exceptions"
 _EXECUTOR_LOGGER = "ray.data._internal.execution.streaming_executor_state"
+_STARTUP_WARNING = "worker processes have been started on node"
 _TASK_ERROR = "An exception was raised from a task"
 
 
@@ -140,6 +143,23 @@ def drain_node(gcs: Any, node_id: str, deadline_seconds: float) -> str | None:
         int(deadline_seconds * 1000),
     )
     return None if is_accepted else str(refusal)
+
+
+def drop_startup_warning() -> None:
+    """Drop Ray's warning of many worker processes, which pools of actors start on purpose.
+
+    It is printed on stdout as a message of the raylet; no public option silences it.
+    """
+    original = worker.print_to_stdstream
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def print_others(data: dict[str, Any], *args: Any, **options: Any) -> None:
+        if not any(_STARTUP_WARNING in line for line in data.get("lines", ())):
+            original(data, *args, **options)
+
+    worker.print_to_stdstream = print_others
 
 
 def quiet_data_loggers() -> None:

@@ -55,3 +55,16 @@ def test_an_error_is_described_without_the_advice_of_ray_data():
     with pytest.raises(ValueError, match="DataContext") as raised:
         list(iterate_with_retry(fail, "apply UDF transform", max_attempts=1))
     assert describe_error(raised.value) == "capture.top_k is 9\nuse 8"
+
+
+def test_the_warning_of_many_worker_processes_is_dropped_and_other_messages_stay(capsys):
+    from ray._private import worker
+
+    _quiet_ray_data()
+    _quiet_ray_data()
+    message = {"pid": "raylet", "is_err": False}
+    warning = "WARNING: 14 PYTHON worker processes have been started on node: x with address: y."
+    worker.print_to_stdstream(message | {"lines": [warning]}, ignore_prefix=False)
+    assert capsys.readouterr().out == ""
+    worker.print_to_stdstream(message | {"lines": ["a disk is full"]}, ignore_prefix=False)
+    assert "a disk is full" in capsys.readouterr().out
