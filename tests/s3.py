@@ -130,6 +130,7 @@ class FaultProxy:
         asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _start(self) -> None:
+        self._turn = asyncio.Lock()
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         self._store = aiohttp.ClientSession(
             connector=connector, auto_decompress=False, skip_auto_headers=OWN_HEADERS
@@ -203,8 +204,13 @@ class FaultProxy:
     async def _ask_store(self, request: BaseRequest, body: bytes, dropped: str) -> Answer | None:
         url = URL(f"http://127.0.0.1:{self.upstream_port}{request.raw_path}", encoded=True)
         headers, data = _drop_headers(request.headers, dropped), io.BytesIO(body)
+        # moto checks a condition and writes in two steps, which are one on S3: one at a time.
+        is_alone = "If-None-Match" in request.headers and not dropped
         try:
-            async with self._store.request(request.method, url, data=data, headers=headers) as it:
+            async with (
+                self._turn if is_alone else contextlib.nullcontext(),
+                self._store.request(request.method, url, data=data, headers=headers) as it,
+            ):
                 return Answer(it.status, _drop_headers(it.headers), await it.read())
         except aiohttp.ClientError:
             return None  # as when the storage is away
