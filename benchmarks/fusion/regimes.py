@@ -1,6 +1,6 @@
 """When does fusion pay? The same models in several situations of text and strength.
 
-    python -m benchmarks.fusion.regimes --out DIR [--regimes R0 R1 ...] [--seeds 2 3 4] [--finals]
+    python -m benchmarks.fusion.regimes --out DIR [--regimes R0 R1 ...] [--seeds 2 3 4]
 
 R0 is the study's own situation, R1 a small corpus and strong sources, R2 a weak target on the same
 corpus, R4 strong sources and ample text. Settings are chosen on the first seed and the selection

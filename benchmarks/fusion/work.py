@@ -110,9 +110,7 @@ def _make_model(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     if spec.steps:
         documents = [
             PlainDocument(document.doc_id, document.domain, document.text)
-            for document in read_pretraining(
-                data, settings["seed"], has_reserve=settings.get("has_reserve", False)
-            )
+            for document in read_pretraining(data, settings["seed"], **_reserve(settings))
         ]
         rows = draw_rows(spec, documents, tokenizer, settings["seed"])
         steps = lay_out_text(rows, rows_per_step)
@@ -124,6 +122,10 @@ def _make_model(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     return {"losses": losses, "parameters": parameters}
 
 
+def _reserve(settings: dict[str, Any]) -> dict[str, bool]:
+    return {"has_reserve": settings.get("has_reserve", False)}
+
+
 def _make_corpus(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     settings = unit.settings
     documents = read_fusion(
@@ -131,7 +133,7 @@ def _make_corpus(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
         settings["seed"],
         settings["bytes_per_domain"],
         settings["chars"],
-        has_reserve=settings.get("has_reserve", False),
+        **_reserve(settings),
     )
     tokenizers = [_tokenizer_of(need, out) for need in unit.needs.values()]
     table = build_rows(documents, tokenizers[0], tokenizers, max_tokens=settings["max_tokens"])
@@ -156,7 +158,7 @@ def _make_held_out(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
             half,
             max_documents=settings["documents"],
             max_chars=settings["chars"],
-            has_reserve=settings.get("has_reserve", False),
+            **_reserve(settings),
         )
         table = build_rows(documents, tokenizers[0], tokenizers, max_tokens=settings["max_tokens"])
         _data(unit, out, "rows").write_shard(shard, table, tokens=0)

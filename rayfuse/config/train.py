@@ -116,7 +116,7 @@ class TrainSettings(Settings):
     num_workers: PositiveInt = result_neutral(1)
     """Ray Train workers."""
     min_workers: PositiveInt | None = result_neutral(None)
-    """The least workers with which training continues when nodes are lost, until others come; by
+    """Fewest workers with which training continues when nodes are lost, until others come; by
     default it waits for all. Steps have the same rows with any number."""
     gpus_per_worker: NonNegativeFloat | None = result_neutral(None)
     """GPUs of one worker; by default 1 if accelerator_type is set or the cluster has or may add

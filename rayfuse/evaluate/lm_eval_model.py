@@ -152,10 +152,10 @@ class TextLM(TemplateLM):
     def _split_batch(
         self, batch: list[int], prompts: list[list[int]], requests: Sequence[Any]
     ) -> list[list[int]]:
-        """Split a batch into parts of the same settings, of rows that pass no boundary or at once.
+        """Split a batch into parts whose rows have the same settings and do not affect one another.
 
-        The positions of all rows change when the longest one passes a boundary (LongRoPE), so a
-        row that does while it is written has only rows of its own length beside it.
+        Under LongRoPE the positions of all rows change when the longest row passes a boundary. A
+        row that passes one while it is generated shares a part only with rows of its length.
         """
         parts: dict[tuple[str, int], list[int]] = {}
         for i in batch:

@@ -142,13 +142,12 @@ class ShardReader:
         target_ids, offsets = flatten_column(corpus, "target_ids")
         num_bytes = np.append(self.token_bytes[target_ids[1:]], 0)[: len(target_ids)]
         num_bytes[offsets[1:] - 1] = 0  # the token after a row's last is another row's
-        row_nll = self._rate_rows(corpus, aligned)
         if self.fuse.method == "fixed_share" and aligned:
             nll = self._rate_prefixes(corpus, aligned, num_bytes, offsets)
         else:
             nll = [
                 nll_of_positions(_nats_per_byte(table), num_bytes, rated, offsets, self.fuse)
-                for table, rated in zip(aligned, row_nll, strict=True)
+                for table, rated in zip(aligned, self._rate_rows(corpus, aligned), strict=True)
             ]
         sources = tuple(
             _open_source(table, rated, weight, self.unigram, self.fuse)

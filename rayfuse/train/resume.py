@@ -93,8 +93,10 @@ def fetch_newest(
         is_last = not any(name > first.name for name in incomplete)
         workers = f" (of {first.num_workers} workers)" if is_resized else ""
         lost = "" if is_last else "; a later checkpoint is incomplete"
-        verb = "resuming from" if step is None else "publishing"
-        log(f"{verb} the checkpoint of step {first.step}{workers}{lost if step is None else ''}")
+        if step is None:
+            log(f"resuming from the checkpoint of step {first.step}{workers}{lost}")
+        else:
+            log(f"publishing the checkpoint of step {first.step}{workers}")
         yield found
         group.remove_folder(found.folder)
         return

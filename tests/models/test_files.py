@@ -9,12 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
@@ -359,52 +354,3 @@ def test_link_out_of_a_model_folder_is_not_published(valid, tmp_path):
     (source / "chat_template.jinja").symlink_to(tmp_path / "secret")
     with pytest.raises(UserError, match=r"chat_template.jinja is a link to a file outside"):
         copy_files(source, tmp_path / "published", TOKENIZER_FILES)
-
-
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory) -> Path:
-    """A multimodal model: its text part is nested in config.json and in the names of tensors."""
-    text = {
-        "vocab_size": 320,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "sliding_window": 16,
-        "max_position_embeddings": 64,
-    }
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    }
-    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
-    folder = tmp_path_factory.mktemp("gemma3")
-    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
-    save_tokenizer(byte_level_tokenizer(300), folder, bos="<|end|>", eos="<|end|>")
-    return folder
-
-
-def test_a_multimodal_model_is_loaded_or_refused_by_name(gemma):
-    settings = ModelSettings(model=str(gemma), dtype="float32")
-    check_model(settings, 32, role="source")
-    lm = load_causal_lm(settings, "cpu")
-    ids = torch.arange(1, 9)[None]
-    logprobs = lm.logits(lm.hidden_states(ids)[0]).log_softmax(1)
-    whole = Gemma3ForConditionalGeneration.from_pretrained(gemma).eval()
-    with torch.no_grad():
-        expected = whole(input_ids=ids).logits[0].log_softmax(1)
-    torch.testing.assert_close(logprobs, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_weights_of_another_family_under_a_nested_config_are_refused(gemma, valid, tmp_path):
-    folder = shutil.copytree(gemma, tmp_path / "mixed")
-    shutil.copy(valid / "model.safetensors", folder / "model.safetensors")
-    settings = ModelSettings(model=str(folder), dtype="float32")
-    with pytest.raises(UserError, match="mixed"):
-        check_tensors(settings, role="source s")

@@ -109,7 +109,7 @@ def calm(cluster, captured) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
     )
     (done,) = (captured / "calm/train").glob("*/done.json")
     record = json.loads(done.read_text())
-    # It ends before the last step, and publishes weights of before its end.
+    # It ends before the last step, and publishes the weights of an earlier one.
     assert record["published_step"] < record["steps"] < NUM_STEPS
     return read_run(captured / "calm")
 
