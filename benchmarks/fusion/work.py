@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from benchmarks.fusion.cut_tokenizers import cut_tokenizer
 from benchmarks.fusion.full import iterate_full_steps, place_full_source
 from benchmarks.fusion.plan import UNFINISHED, WHOLE_CHARACTERS
 from benchmarks.fusion.published import teach_current_token
+from benchmarks.fusion.records import keep_fewer
 from benchmarks.fusion.scales import DOMAINS
 from benchmarks.fusion.text import (
     HALVES,
@@ -35,10 +35,8 @@ from rayfuse.align.vocab_map import (
     find_unfinished,
     map_vocabulary,
 )
-from rayfuse.capture.engines.base import Failure
 from rayfuse.capture.engines.transformers_engine import TransformersEngine
 from rayfuse.capture.rows import build_captured, tokenize_rows
-from rayfuse.capture.top_k import TopLogprobs
 from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.fuse import FuseSettings
 from rayfuse.config.models import ModelSettings
@@ -188,18 +186,6 @@ def _capture(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
             "rejects": len(rejects),
         }
     return {"records": found}
-
-
-def keep_fewer(record: TopLogprobs | Failure, top_k: int) -> TopLogprobs | Failure:
-    """Reduce a record to the one that a smaller top_k would have made."""
-    if isinstance(record, Failure):
-        return record
-    logprobs = record.top_logprobs[:, :top_k]
-    head = np.exp(logprobs.astype(np.float64)).sum(axis=1)
-    tails = np.log(np.maximum(1 - head, 1e-7)).astype(np.float32)
-    return replace(
-        record, top_ids=record.top_ids[:, :top_k], top_logprobs=logprobs, tail_logprobs=tails
-    )
 
 
 def _align(unit: Unit, folder: Path, out: Path, data: Path) -> Record:

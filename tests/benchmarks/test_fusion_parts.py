@@ -9,7 +9,7 @@ from benchmarks.fusion.cut_tokenizers import cut_tokenizer
 from benchmarks.fusion.full import place_full_source
 from benchmarks.fusion.intervals import Interval, compare_groups, find_multiple, spread_over_seeds
 from benchmarks.fusion.published import teach_current_token
-from benchmarks.fusion.work import keep_fewer
+from benchmarks.fusion.records import keep_fewer
 from rayfuse.align.method import build_alignment
 from rayfuse.align.shard import align_shard
 from rayfuse.capture.rows import build_captured, tokenize_rows
