@@ -35,6 +35,8 @@ class MetricsRecorder:
         self.trackers, self.group = trackers, group
         self.records: list[dict[str, Any]] = []
         self.bits_per_byte: float | None = None
+        self.validations: dict[int, float] = {}
+        """Held-out bits per byte by step; apart from the records, since each step asks for them."""
 
     @property
     def num_skipped(self) -> int:
@@ -45,17 +47,13 @@ class MetricsRecorder:
     @property
     def best_step(self) -> int | None:
         """The step of the validation with the lowest bits per byte; None before the first."""
-        measured = self._list_validations()
+        measured = self.validations
         return min(measured, key=lambda step: (*rank_bits(measured[step]), step), default=None)
 
     def count_since_best(self) -> int:
         """Count the validations after the best one."""
         best = self.best_step
-        return 0 if best is None else sum(step > best for step in self._list_validations())
-
-    def _list_validations(self) -> dict[int, float]:
-        records = enumerate(self.records, 1)
-        return {step: each["bits_per_byte"] for step, each in records if "bits_per_byte" in each}
+        return 0 if best is None else sum(step > best for step in self.validations)
 
     def restore(self, records: list[dict[str, Any]], bits_per_byte: float | None) -> None:
         """Take over the metrics of a checkpoint.
@@ -65,6 +63,10 @@ class MetricsRecorder:
             bits_per_byte: The last validation before it.
         """
         self.records, self.bits_per_byte = records, bits_per_byte
+        steps = enumerate(records, 1)
+        self.validations = {
+            step: record["bits_per_byte"] for step, record in steps if "bits_per_byte" in record
+        }
 
     def record_step(self, metrics: StepMetrics, num_steps: int) -> None:
         """Add a step's metrics, and report them.
@@ -90,7 +92,7 @@ class MetricsRecorder:
 
     def record_validation(self, step: int, bits_per_byte: float) -> None:
         """Add the held-out bits per byte to the last step, and report them."""
-        self.bits_per_byte = bits_per_byte
+        self.bits_per_byte = self.validations[step] = bits_per_byte
         self.records[-1]["bits_per_byte"] = bits_per_byte
         if self.group.is_rank_zero:
             self.status.record_validation.remote(self.run.name, step, bits_per_byte)
