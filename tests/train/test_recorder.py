@@ -1,21 +1,26 @@
 """The best validation: the lowest, the earliest of equals, never one that is not finite."""
 
 import math
-from typing import Any
+from pathlib import Path
 
 import pytest
 
+from rayfuse.config.load import parse_recipe
+from rayfuse.run.layout import TrainRun
+from rayfuse.storage.store import LocalStore
+from rayfuse.train.process_group import ProcessGroup
 from rayfuse.train.recorder import MetricsRecorder
+from rayfuse.train.trackers import Trackers
+from tests.fuse.test_added_rule import RECIPE
 
 
-class _NotRankZero:
-    is_rank_zero = False
-
-
-def record(validations: dict[int, float]) -> MetricsRecorder:
-    nothing: Any = None
-    group: Any = _NotRankZero()
-    recorder = MetricsRecorder(nothing, nothing, nothing, nothing, group)
+def record(validations: dict[int, float], folder: Path) -> MetricsRecorder:
+    """Record validations by step, as a worker does that is not rank 0."""
+    run = TrainRun("fused", "train/fused-0", "0", True)
+    recipe = parse_recipe(RECIPE)
+    group = ProcessGroup(rank=1, num_workers=2, local_rank=1, scratch=folder)
+    trackers = Trackers(recipe, run, is_on=False)
+    recorder = MetricsRecorder(run, LocalStore(str(folder)), None, trackers, group)
     for step in range(1, max(validations) + 1):
         recorder.records.append({"step": step})
         if step in validations:
@@ -32,9 +37,9 @@ def record(validations: dict[int, float]) -> MetricsRecorder:
         ({5: math.inf, 10: math.nan}, 5, 1),
     ],
 )
-def test_the_best_step_is_the_same_after_a_resume(validations, best, since):
-    recorder = record(validations)
-    resumed = record({1: 9.0})
+def test_the_best_step_is_the_same_after_a_resume(validations, best, since, tmp_path):
+    recorder = record(validations, tmp_path)
+    resumed = record({1: 9.0}, tmp_path)
     resumed.restore(recorder.records, None)
     for found in (recorder, resumed):
         assert found.best_step == best
