@@ -22,6 +22,9 @@ RULES = {
 function and one line here. It is imported when rows are read, so that a recipe can be read without
 the libraries that the rule needs."""
 
+POSTERIOR_RULES = ("fixed_share",)
+"""Rules that compare sources by the text before each position, not by a unit of text around it."""
+
 
 def _check_rule(name: str) -> str:
     return check_known(name, RULES)
@@ -61,6 +64,11 @@ class FuseSettings(Settings):
     that really comes next. `renormalise`: it is dropped and the top k scaled up to 1, as in the
     papers."""
 
+    @property
+    def uses_posterior(self) -> bool:
+        """Whether the rule weighs sources by their posterior from the text so far."""
+        return self.method in POSTERIOR_RULES
+
     @model_validator(mode="after")
     def _check_cost(self) -> "FuseSettings":
         if self.cost == "nats_per_token" and self.unit in ("span", "token"):
@@ -68,9 +76,9 @@ class FuseSettings(Settings):
                 f"cost nats_per_token is not defined for unit {self.unit}, where sources have no "
                 "complete tokens; use unit row or document, or cost nats_per_byte"
             )
-        if self.method == "fixed_share" and self.unit != "row":
+        if self.uses_posterior and self.unit != "row":
             raise ValueError(
-                f"unit {self.unit} has no meaning for method fixed_share, which weighs the sources "
+                f"unit {self.unit} has no meaning for method {self.method}, which weighs the sources "
                 "at every token; remove unit, or use method avg_ce"
             )
         return self

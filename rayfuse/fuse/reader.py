@@ -142,7 +142,7 @@ class ShardReader:
         target_ids, offsets = flatten_column(corpus, "target_ids")
         num_bytes = np.append(self.token_bytes[target_ids[1:]], 0)[: len(target_ids)]
         num_bytes[offsets[1:] - 1] = 0  # the token after a row's last is another row's
-        if self.fuse.method == "fixed_share" and aligned:
+        if self.fuse.uses_posterior and aligned:
             nll = self._rate_prefixes(corpus, aligned, num_bytes, offsets)
         else:
             nll = [
@@ -163,12 +163,11 @@ class ShardReader:
         corpus_columns = ["row_id", "num_bytes", "target_ids"]
         aligned_columns = ["row_id", "has_signal", "top_ids", "top_logprobs", "tail_logprobs"]
         aligned_columns.append("nats")
-        is_by_prefix = self.fuse.method == "fixed_share"
-        if self.fuse.unit == "document" or is_by_prefix:
+        if self.fuse.unit == "document" or self.fuse.uses_posterior:
             corpus_columns.append("ends_document")
         if self.fuse.cost == "nats_per_token":
             aligned_columns.append("num_tokens")
-        if self.fuse.unit in ("span", "token") or is_by_prefix:
+        if self.fuse.unit in ("span", "token") or self.fuse.uses_posterior:
             aligned_columns.append("nats_per_byte")
         return [corpus_columns, *[aligned_columns] * len(self.weights)]
 
