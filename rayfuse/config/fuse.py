@@ -78,7 +78,7 @@ class FuseSettings(Settings):
             )
         if self.uses_posterior and self.unit != "row":
             raise ValueError(
-                f"unit {self.unit} has no meaning for method {self.method}, which weighs the sources "
-                "at every token; remove unit, or use method avg_ce"
+                f"unit {self.unit} has no meaning for method {self.method}, which weighs the "
+                "sources at every token; remove unit, or use method avg_ce"
             )
         return self
