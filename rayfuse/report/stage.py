@@ -40,7 +40,7 @@ def write_report(recipe: Recipe, layout: Layout) -> str:
     from rayfuse.report.plots import draw_plots
 
     findings = gather_findings(recipe, layout)
-    verdict = judge(findings)
+    verdict = judge(findings, recipe)
     plots = draw_plots(findings)
     run = next(run for run in layout.runs if run.name == "fused")
     texts = {

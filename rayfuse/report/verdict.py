@@ -4,9 +4,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rayfuse.config.recipe import Recipe
 from rayfuse.config.text import show_on_one_line
 from rayfuse.evaluate.bootstrap import MIN_DOCUMENTS, Difference
 from rayfuse.evaluate.scores import ALL, bits_per_byte
+from rayfuse.report.gain import state_gain
 from rayfuse.report.gather import Findings, SourceSignal
 from rayfuse.run.layout import Merge
 
@@ -38,11 +40,12 @@ class Verdict:
     outcome: Literal["won", "lost", "unclear"]
     """`won`: better than every other model; `lost`: worse than at least one."""
     headline: str
+    """Whether fusion improved on CLM; without a CLM baseline, what fused is better than."""
     sentences: tuple[str, ...]
 
 
-def judge(findings: Findings) -> Verdict:
-    """Judge whether the fused model is better than the others on all held-out text.
+def judge(findings: Findings, recipe: Recipe) -> Verdict:
+    """Judge whether fusion helped, and whether fused is better than all others on held-out text.
 
     A model is better or worse only where the 95 % interval of the difference excludes zero.
     """
@@ -58,10 +61,12 @@ def judge(findings: Findings) -> Verdict:
     notes += note_merge(findings.merge)
     notes += note_noise(findings.signals)
     notes += [SELECTION] if findings.has_selection else []
+    summary = _summarise(found["better"], found["worse"], found["unclear"])
+    gain = state_gain(findings, recipe)
     return Verdict(
         outcome="lost" if found["worse"] else "unclear" if found["unclear"] else "won",
-        headline=_write_headline(found["better"], found["worse"], found["unclear"]),
-        sentences=(*pairs, *notes, CAVEAT),
+        headline=summary if gain is None else gain,
+        sentences=(*([] if gain is None else [summary]), *pairs, *notes, CAVEAT),
     )
 
 
@@ -81,7 +86,7 @@ CAVEAT = (
 )
 
 
-def _write_headline(better: Sequence[str], worse: Sequence[str], unclear: Sequence[str]) -> str:
+def _summarise(better: Sequence[str], worse: Sequence[str], unclear: Sequence[str]) -> str:
     if not worse and not unclear:
         return f"The fused model wins: it is better than {join_names(better)}."
     parts = [f"it is worse than {join_names(worse)}"] if worse else []

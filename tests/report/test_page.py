@@ -15,7 +15,7 @@ PNG = {"bits_per_byte": b"\x89PNG", "alignment": b"\x89PNG"}
 
 
 def test_the_page_fetches_nothing_and_runs_nothing(findings: Findings, recipe: Recipe):
-    page = build_page(findings, judge(findings), recipe, PNG)
+    page = build_page(findings, judge(findings, recipe), recipe, PNG)
     targets = re.findall(r'(?:src|href)\s*=\s*"([^"]*)"', page)
     assert len(targets) == 2
     assert all(target.startswith("data:image/png;base64,") for target in targets)
@@ -25,14 +25,14 @@ def test_the_page_fetches_nothing_and_runs_nothing(findings: Findings, recipe: R
 
 
 def test_what_comes_from_data_is_escaped(findings: Findings, recipe: Recipe):
-    page = build_page(findings, judge(findings), recipe, PNG)
+    page = build_page(findings, judge(findings, recipe), recipe, PNG)
     assert "&lt;script&gt;" in page
     assert "text/<b>" not in page
     assert "text/&lt;b&gt;" in page
 
 
 def test_the_verdict_stands_before_the_table_and_the_pictures(findings: Findings, recipe: Recipe):
-    verdict = judge(findings)
+    verdict = judge(findings, recipe)
     page = build_page(findings, verdict, recipe, PNG)
     places = [page.index(part) for part in (verdict.headline, '<table class="scores">', "<img")]
     assert places == sorted(places)
@@ -40,7 +40,7 @@ def test_the_verdict_stands_before_the_table_and_the_pictures(findings: Findings
 
 
 def test_a_count_on_a_part_of_the_shards_is_marked(findings: Findings, recipe: Recipe):
-    page = build_page(findings, judge(findings), recipe, {})
+    page = build_page(findings, judge(findings, recipe), recipe, {})
     assert "Only the first 64 of 112 shards were read." in page
 
 
@@ -50,7 +50,7 @@ def test_times_are_formatted_in_fitting_units():
 
 
 def test_the_model_card_holds_the_recipe_and_the_verdict(winning: Findings, recipe: Recipe):
-    card = build_model_card(winning, judge(winning), recipe)
+    card = build_model_card(winning, judge(winning, recipe), recipe)
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front)["base_model"] == "some/target"
     assert "The fused model wins: it is better than CLM" in body
