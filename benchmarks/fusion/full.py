@@ -37,6 +37,9 @@ class FullSource:
     """The source position that each target position learns from; -1 for none."""
     continuation: Float[np.ndarray, " target_tokens"]
     """Probability of the other source tokens that spell the target's next token."""
+    is_mapped: bool
+    """Give probabilities of the target's tokens; else of the source's own, for other libraries'
+    losses."""
 
     def read(
         self, at: Int[np.ndarray, " positions"], row: int
@@ -54,7 +57,11 @@ class FullSource:
             logits = self.lm.logits(hidden[self.source_at[at] - start])
             logits[:, ~self.known_ids] = -torch.inf
             probs = logits.softmax(1)
-        return self._map(probs, at)
+        if self.is_mapped:
+            return self._map(probs, at)
+        vocab_size = len(self.alignment.target.lengths)
+        assert probs.shape[1] == vocab_size, "the study's vocabularies have one size"
+        return torch.nn.functional.pad(probs, (0, 1))
 
     def _map(
         self, probs: Float[torch.Tensor, "positions head"], at: Int[np.ndarray, " positions"]
@@ -86,9 +93,14 @@ class FullSource:
 
 
 def place_full_source(
-    lm: CausalLM, alignment: Alignment, corpus: pa.Table, captured: pa.Table
+    lm: CausalLM,
+    alignment: Alignment,
+    corpus: pa.Table,
+    captured: pa.Table,
+    *,
+    is_mapped: bool = True,
 ) -> FullSource:
-    """Return a source ready to be asked about a shard's rows."""
+    """Prepare a source to be asked about a shard's rows; see `FullSource`."""
     texts = [text.encode() for text in corpus["text"].to_pylist()]
     ends = corpus["ends_document"].to_pylist()
     target = place_tokens(*flatten_column(corpus, "target_ids"), texts, alignment.target, ends)
@@ -105,7 +117,7 @@ def place_full_source(
     assert tokenizer is not None
     known = torch.zeros(lm.head.out_features, dtype=torch.bool, device=lm.device)
     known[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.known_ids()).to(lm.device)
-    return FullSource(lm, known, alignment, source, target, source_at, continuation)
+    return FullSource(lm, known, alignment, source, target, source_at, continuation, is_mapped)
 
 
 def iterate_full_steps(

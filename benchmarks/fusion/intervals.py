@@ -8,13 +8,16 @@ contain is counted twice, so the intervals are conservative.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float
 
 from rayfuse.evaluate.scores import DocumentScore, Evaluation, bits_per_byte, compare_evaluations
+
+Variant = TypeVar("Variant")
 
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
 """97.5 % quantile by the number of seeds."""
@@ -90,33 +93,54 @@ def find_multiple(fused: Nats, clm: dict[int, Nats], documents: Documents) -> tu
         clm: NLL of CLM by multiple of the tokens, 1 among them.
         documents: The documents of the half.
     """
+
+    def measure(losses: Mapping[int, float]) -> float:
+        return _interpolate(losses[0], {times: losses[times] for times in clm})
+
+    logs = measure_interval(measure, {0: fused} | clm, documents)
+    interval = Interval(2**logs.value, 2**logs.low, 2**logs.high)
+    return interval, interval.high <= max(clm)
+
+
+def measure_interval(
+    measure: Callable[[Mapping[Variant, float]], float],
+    nats: Mapping[Variant, Nats],
+    documents: Documents,
+) -> Interval:
+    """Compute a quantity of several variants' losses, and its interval.
+
+    Args:
+        measure: Computes it from the loss of each variant, in nats per byte.
+        nats: The variants, all of the same seeds.
+        documents: The documents of the half.
+    """
     num_bytes = np.array([size for _, _, size in documents])
     draw = np.random.default_rng(0)
 
-    def measure(chosen: np.ndarray, seeds: slice) -> float:
-        losses = {
-            times: float(nats[seeds].mean(axis=0)[chosen].sum() / num_bytes[chosen].sum())
-            for times, nats in clm.items()
-        }
-        goal = float(fused[seeds].mean(axis=0)[chosen].sum() / num_bytes[chosen].sum())
-        return _interpolate(goal, losses)
+    def measure_part(chosen: np.ndarray, seeds: slice) -> float:
+        return measure(
+            {
+                variant: float(
+                    of_variant[seeds, chosen].sum(axis=1).mean() / num_bytes[chosen].sum()
+                )
+                for variant, of_variant in nats.items()
+            }
+        )
 
     everything = np.arange(len(num_bytes))
-    value = measure(everything, slice(None))
+    value = measure_part(everything, slice(None))
     draws = [
-        measure(draw.integers(0, len(num_bytes), len(num_bytes)), slice(None))
+        measure_part(draw.integers(0, len(num_bytes), len(num_bytes)), slice(None))
         for _ in range(SAMPLES)
     ]
     low, high = np.quantile(draws, [0.025, 0.975])
+    num_seeds = len(next(iter(nats.values())))
     spread = spread_over_seeds(
-        [measure(everything, slice(seed, seed + 1)) for seed in range(len(fused))]
+        [measure_part(everything, slice(seed, seed + 1)) for seed in range(num_seeds)]
     )
-    interval = Interval(
-        2**value,
-        2 ** (value - math.hypot(value - low, spread)),
-        2 ** (value + math.hypot(high - value, spread)),
+    return Interval(
+        value, value - math.hypot(value - low, spread), value + math.hypot(high - value, spread)
     )
-    return interval, interval.high <= max(clm)
 
 
 def _interpolate(goal: float, losses: dict[int, float]) -> float:

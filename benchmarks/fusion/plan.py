@@ -43,17 +43,19 @@ StudyPlan = dict[str, dict[str, Unit]]
 class Planner:
     """Builds the units of one seed at one scale."""
 
-    def __init__(self, scale: Scale, seed: int, *, has_reserve: bool = False) -> None:
+    def __init__(self, scale: Scale, seed: int, *, split_seed: int | None = None) -> None:
         """Plan the text and the models before fusion.
 
         Args:
             scale: The sizes.
             seed: Decides the models' text, weights and order.
-            has_reserve: Keep the reserved documents out of all training, and report on them.
+            split_seed: Decides the split of the text between pre-training and fusion, and the
+                sources, for all seeds; the reserved documents are kept out of all training, and
+                reported on.
         """
         self.scale, self.seed = scale, seed
         # Keys of the study without a reserve stay as they were.
-        self.text: dict[str, Any] = {"has_reserve": True} if has_reserve else {}
+        self.text: dict[str, Any] = {} if split_seed is None else {"split_seed": split_seed}
         self.tokenizers = {
             make.name: Unit(
                 "tokenizer",
@@ -85,13 +87,21 @@ class Planner:
             for times in (1, *scale.multiples)
         }
         self.target = self.model(TARGET, scale.target)
-        self.sources = {make.name: self.model(make, scale.source) for make in SOURCES}
+        self.sources = {
+            make.name: self.model(make, scale.source, seed=split_seed) for make in SOURCES
+        }
 
     def model(
-        self, make: Make, size: Size, *, tokens: int | None = None, start: Unit | None = None
+        self,
+        make: Make,
+        size: Size,
+        *,
+        tokens: int | None = None,
+        start: Unit | None = None,
+        seed: int | None = None,
     ) -> Unit:
         """Plan a model that is trained on its own mixture, from scratch or from another model."""
-        scale = self.scale
+        scale, seed = self.scale, self.seed if seed is None else seed
         train = {"learning_rate": scale.pretrain_rate, "warmup_share": 0.05}
         if start is not None:
             train["learning_rate"] = scale.rate
@@ -104,13 +114,13 @@ class Planner:
             "tokens": size.tokens if tokens is None else tokens,
             "max_tokens": scale.max_tokens,
             "rows_per_step": scale.pretrain_rows_per_step,
-            "seed": self.seed,
+            "seed": seed,
             "train": train,
         } | self.text
         needs = {"tokenizer": self.tokenizers[make.name]}
         if start is not None:
             needs["start"] = start
-        return Unit("model", f"{make.name}, seed {self.seed}", settings, needs)
+        return Unit("model", f"{make.name}, seed {seed}", settings, needs)
 
     def score(self, model: Unit) -> Unit:
         """Plan the score of a model without further training."""
@@ -153,8 +163,11 @@ class Planner:
         fuse: dict[str, Any] | None = None,
         **train: Any,
     ) -> Unit:
-        """Plan a continued training of the target, on the rows and in the order of all variants."""
-        scale = self.scale
+        """Plan a continued training of the target, on the rows and in the order of all variants.
+
+        `loss`, in place of a setting of rayfuse, is another library's (`rivals.py`).
+        """
+        scale, loss = self.scale, train.pop("loss", None)
         train = {"learning_rate": rate or scale.rate, "warmup_share": 0.05} | train
         if not sources:
             train["clm_weight"] = 1.0
@@ -172,6 +185,8 @@ class Planner:
             "full": full,
             "keep": False,
         }
+        if loss is not None:
+            settings |= {"loss": loss, "full": True}
         if train.get("epochs", 1) > 1:
             settings["epochs"] = train["epochs"]
         needs = {

@@ -1,11 +1,16 @@
 """When does fusion pay? The same models in several situations of text and strength.
 
-    python -m benchmarks.fusion.regimes --out DIR [--regimes R0 R1 ...] [--seeds 2 3 4]
+    python -m benchmarks.fusion.regimes --out DIR [--regimes R0 R1 ...] [--only-choose]
 
 R0 is the study's own situation, R1 a small corpus and strong sources, R2 a weak target on the same
-corpus, R4 strong sources and ample text. Settings are chosen on the first seed and the selection
-half alone: the public validation text, on which earlier choices were made too. The reported half is
-text that is reserved for it: no model is trained on it. Results are stored as by
+corpus, R4 strong sources and ample text. Each role (CLM, the target's own copy, other libraries'
+losses, fusion) has several variants. All are trained for the first seed, the one with the lowest
+loss on the selection half is chosen, and only that one is trained for the other seeds and
+reported. The reported half is text that is reserved for it: no model is trained on it. The split of
+the text and the sources are the same for all seeds; a seed decides the target, the corpus and the
+order.
+
+DIR/regimes.json is written at the end, from the seeds that are done. Results are stored as by
 `benchmarks.fusion`, so that a killed run resumes.
 """
 
@@ -19,12 +24,15 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from benchmarks.fusion.plan import CLM, Planner
+from benchmarks.fusion.regime_report import choose_variants, write_regimes
 from benchmarks.fusion.scales import SCALES, Scale, Size
 from benchmarks.fusion.units import Unit, run_units
 from benchmarks.fusion.work import work
 
 SEEDS = (2, 3, 4)
 """Seed 1 was used up by trials."""
+
+SPLIT_SEED = 2
 
 STRONG = Size(192, 3, 2_000_000)
 SMALL = replace(
@@ -43,121 +51,207 @@ REGIMES: dict[str, Scale] = {
     "R4": replace(SMALL, corpus_bytes=457_000, multiples=()),
 }
 
-EPOCHS = (1, 2, 4, 8, 16)
 DECAYS = (0.1, 0.4, 1.6)
 """Weight decay, also of CLM: heavy decay delays overfitting (arXiv 2509.14786)."""
 
-LOW_LAMBDA = 0.3
+SWITCH_RATE = 0.05
+"""Of the filter ensemble."""
 
-Variants = Mapping[str, Unit]
+Role = Mapping[str, Unit]
+"""The variants of a role by name."""
 
 
-def plan_regime(scale: Scale, seed: int) -> dict[str, Variants]:
-    """Plan the variants of one seed of a regime by question."""
-    planner = Planner(scale, seed, has_reserve=True)
+def plan_regime(name: str, seed: int) -> dict[str, Role]:
+    """Plan the variants of each role of a regime for one seed."""
+    planner = Planner(REGIMES[name], seed, split_seed=SPLIT_SEED)
     sources, held_out = planner.sources, {"held_out": planner.held_out}
-    copy = {"copy": planner.target}
-    full = {
-        f"full, lambda {weight:g}, {epochs} epochs": planner.train(
-            "full", sources, full=True, clm_weight=weight, epochs=epochs
-        )
-        for weight in (0.0, 0.1, 0.3)
-        for epochs in (4,)
-    }
-    return {
-        "models": {
-            "target": planner.score(planner.target),
-            **{name: planner.score(source) for name, source in sources.items()},
-            "ensemble": Unit("ensemble", f"sources, seed {seed}", {}, sources | held_out),
-        },
-        "CLM": {
-            f"CLM, {epochs} epochs, decay {decay:g}": planner.train(
-                CLM, {}, epochs=epochs, weight_decay=decay
+    is_small = name in ("R1", "R2")
+    roles: dict[str, Role] = {
+        "target": {"target": planner.score(planner.target)},
+        "best_source": {source: planner.score(model) for source, model in sources.items()},
+        "ensemble_mean": {"mean": Unit("ensemble", "mean of sources", {}, sources | held_out)},
+        "ensemble_filter": {
+            "filter": Unit(
+                "ensemble", "filter of sources", {"switch_rate": SWITCH_RATE}, sources | held_out
             )
-            for epochs in EPOCHS
-            for decay in DECAYS
-            if decay == DECAYS[0] or epochs in (4, 8)
         },
-        "text": {
+        "clm": _plan_clm(planner, is_small),
+    }
+    roles |= {
+        f"clm {times}x": {
             f"CLM, {times}x the text, {epochs} epochs": planner.train(
                 f"{times}x", {}, times=times, epochs=epochs
             )
-            for times in scale.multiples
-            for epochs in (2, 4)
-        },
-        "defaults": {
-            f"defaults, {epochs} epochs": planner.train("defaults", sources, epochs=epochs)
-            for epochs in (1, 4, 8)
-        },
-        "copy": {
-            f"copy, lambda {LOW_LAMBDA:g}, {epochs} epochs": _train_low(planner, copy, epochs)
-            for epochs in (8,)
-        },
-        "sampled": {
-            f"sampled 8+8, lambda {LOW_LAMBDA:g}, {epochs} epochs": _train_low(
-                planner, sources, epochs, align={"record": "sampled-8+8"}
-            )
-            for epochs in (8, 16)
-        },
-        "fill": _plan_fills(planner),
-        "full": full,
+            for epochs in ((4,) if is_small else (1, 2))
+        }
+        for times in planner.scale.multiples
     }
-
-
-def _plan_fills(planner: Planner) -> dict[str, Unit]:
-    """Plan complete targets from the records that are stored by default, by each rule."""
-    variants: dict[str, Unit] = {}
-    for method in ("min_ce", "avg_ce", "fixed_share"):
-        fuse: dict[str, Any] = {"method": method, "tail": "unigram"}
-        if method == "avg_ce":
-            fuse["temperature"] = 0.1
-        variants[f"{method}, unigram, lambda {LOW_LAMBDA:g}, 8 epochs"] = _train_low(
-            planner, planner.sources, 8, fuse=fuse
-        )
-    fuse = {"method": "fixed_share", "tail": "unigram"}
-    for weight in (0.1, {"start": 0.5, "end": 0.1, "shape": "linear"}):
-        for decay in (0.1, 0.4):
-            label = f"{weight:g}" if isinstance(weight, float) else "0.5 to 0.1"
-            name = f"fixed_share, unigram, lambda {label}, decay {decay:g}, 8 epochs"
-            variants[name] = planner.train(
-                name, planner.sources, epochs=8, clm_weight=weight, weight_decay=decay, fuse=fuse
+    roles |= {
+        "fused": _plan_fused(planner, is_small),
+        "copy": _plan_fills(planner, {"copy": planner.target}, (8,) if is_small else (1, 2)),
+        "distilled": _plan_distilled(planner, 8 if is_small else 2),
+        "defaults": _plan_defaults(planner),
+        "fusellm": _plan_fusellm(planner),
+        "sum_kl": _plan_sum(planner, (4, 8) if is_small else (1, 2)),
+        "uld": _plan_rivals(planner, 4 if is_small else 1),
+    }
+    if is_small:
+        roles["full"] = {
+            f"full, lambda {weight:g}, 4 epochs": planner.train(
+                "full", sources, full=True, clm_weight=weight, epochs=4
             )
-    variants["fixed_share, unigram, lambda 0.3, 16 epochs"] = _train_low(
-        planner, planner.sources, 16, fuse=fuse
-    )
-    variants["fixed_share, unigram, sources and copy, lambda 0.3, 8 epochs"] = _train_low(
-        planner, planner.sources | {"copy": planner.target}, 8, fuse=fuse
-    )
+            for weight in (0.0, 0.1, 0.3)
+        }
+    return roles
+
+
+def _plan_clm(planner: Planner, is_small: bool) -> dict[str, Unit]:
+    epochs = (1, 2, 4, 8) if is_small else (1, 2, 4)
+    many = epochs[-2:]
+    variants = {
+        f"CLM, {number} epochs, decay {decay:g}": planner.train(
+            CLM, {}, epochs=number, weight_decay=decay
+        )
+        for number in epochs
+        for decay in DECAYS
+        if decay == DECAYS[0] or number in many
+    }
+    for rate in (planner.scale.rate / 2, planner.scale.rate * 2):
+        name = f"CLM, {many[0]} epochs, rate {rate:g}"
+        variants[name] = planner.train(CLM, {}, epochs=many[0], rate=rate)
     return variants
 
 
-def _train_low(planner: Planner, sources: dict[str, Unit], epochs: int, **more: Any) -> Unit:
-    return planner.train("low lambda", sources, epochs=epochs, clm_weight=LOW_LAMBDA, **more)
+def _plan_fills(
+    planner: Planner, sources: dict[str, Unit], epochs: tuple[int, ...], weight: Any = 0.3
+) -> dict[str, Unit]:
+    fuse = {"method": "fixed_share", "tail": "unigram"}
+    return {
+        f"{'+'.join(sources)}, unigram, lambda {weight}, {number} epochs": planner.train(
+            "fill", sources, epochs=number, clm_weight=weight, fuse=fuse
+        )
+        for number in epochs
+    }
+
+
+def _plan_fused(planner: Planner, is_small: bool) -> dict[str, Unit]:
+    """Plan fusion with complete targets: divided tails and sampled records, by each rule."""
+    train, sources = planner.train, planner.sources
+    epochs = 8 if is_small else 2
+    variants: dict[str, Unit] = {}
+    for method in ("fixed_share", "min_ce", "avg_ce"):
+        fuse: dict[str, Any] = {"method": method, "tail": "unigram"}
+        if method == "avg_ce":
+            fuse["temperature"] = 0.1
+        name = f"{method}, unigram, lambda 0.3, {epochs} epochs"
+        variants[name] = train(name, sources, epochs=epochs, clm_weight=0.3, fuse=fuse)
+    fuse = {"method": "fixed_share", "tail": "unigram"}
+    for method in ("fixed_share", "min_ce"):
+        name = f"{method}, sampled 8+8, lambda 0.3, {epochs} epochs"
+        variants[name] = train(
+            name,
+            sources,
+            epochs=epochs,
+            clm_weight=0.3,
+            fuse={"method": method},
+            align={"record": "sampled-8+8"},
+        )
+    falling = {"start": 0.5, "end": 0.1, "shape": "linear"}
+    for label, weight in (("0.1", 0.1), ("0.5 to 0.1", falling)):
+        name = f"fixed_share, unigram, lambda {label}, {epochs} epochs"
+        variants[name] = train(name, sources, epochs=epochs, clm_weight=weight, fuse=fuse)
+    more: dict[str, dict[str, Any]] = {
+        "decay 0.4": {"weight_decay": 0.4},
+        "top-64": {"align": {"record": "top-64"}},
+    }
+    for label, changed in more.items():
+        name = f"fixed_share, unigram, lambda 0.3, {label}, {epochs} epochs"
+        variants[name] = train(name, sources, epochs=epochs, clm_weight=0.3, fuse=fuse, **changed)
+    others = (16,) if is_small else (1, 4)
+    variants |= _plan_fills(planner, sources, others)
+    return variants | _plan_fills(planner, sources | {"copy": planner.target}, (epochs,))
+
+
+def _plan_distilled(planner: Planner, epochs: int) -> dict[str, Unit]:
+    """Plan distillation from one source alone."""
+    variants: dict[str, Unit] = {}
+    for name, source in planner.sources.items():
+        variants |= _plan_fills(planner, {name: source}, (epochs,))
+    return variants
+
+
+def _plan_defaults(planner: Planner) -> dict[str, Unit]:
+    return {
+        f"defaults, {epochs} epochs": planner.train("defaults", planner.sources, epochs=epochs)
+        for epochs in (1, 4)
+    }
+
+
+def _plan_fusellm(planner: Planner) -> dict[str, Unit]:
+    """Plan the published rule: its alignment, record, choice of a source, loss and lambda."""
+    return {
+        f"FuseLLM, {epochs} epochs": planner.train(
+            "FuseLLM",
+            planner.sources,
+            align={"record": "top-10", "method": "min_edit_distance"},
+            fuse={"cost": "nats_per_token", "tail": "renormalise"},
+            clm_weight=0.9,
+            epochs=epochs,
+        )
+        for epochs in (1, 4)
+    }
+
+
+def _plan_sum(planner: Planner, epochs: tuple[int, ...]) -> dict[str, Unit]:
+    """Plan the plain sum of all sources' divergences, of complete targets.
+
+    The gradient of the sum of S forward divergences is S times that of the one from the sources'
+    mean, so lambda 0.3 of CLM beside 0.7 of the sum is lambda 0.3 / (0.3 + 0.7 S) beside the mean.
+    """
+    weight = 0.3 / (0.3 + 0.7 * len(planner.sources))
+    fuse = {"method": "avg_ce", "temperature": 1e6, "tail": "unigram"}
+    return {
+        f"sum of KL, {number} epochs": planner.train(
+            "sum of KL", planner.sources, epochs=number, clm_weight=weight, fuse=fuse
+        )
+        for number in epochs
+    }
+
+
+def _plan_rivals(planner: Planner, epochs: int) -> dict[str, Unit]:
+    return {
+        f"{loss}, {epochs} epochs": planner.train(loss, planner.sources, loss=loss, epochs=epochs)
+        for loss in ("uld", "gold")
+    }
 
 
 def main() -> None:
-    """Run the missing units of the chosen regimes."""
+    """Run the missing units of the chosen regimes, and write what is known."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fusion.regimes")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[3] / "shared" / "data")
-    parser.add_argument("--regimes", nargs="+", choices=sorted(REGIMES), default=["R1"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--questions", nargs="+")
+    parser.add_argument("--regimes", nargs="+", choices=sorted(REGIMES), default=sorted(REGIMES))
+    parser.add_argument("--roles", nargs="+", help="run these roles only")
+    parser.add_argument("--only-choose", action="store_true", help="run the first seed only")
+    parser.add_argument("--report-only", action="store_true")
     parser.add_argument("--workers", type=int, default=2)
-    chosen = parser.parse_args()
-    plans = {
-        (name, seed): plan_regime(REGIMES[name], seed)
-        for name in chosen.regimes
-        for seed in chosen.seeds
-    }
-    questions = chosen.questions or list(next(iter(plans.values())))
-    units = [
-        unit
-        for question in questions
-        for plan in plans.values()
-        for unit in plan[question].values()
-    ]
-    run_units(units, chosen.out, chosen.data, work, workers=chosen.workers)
+    given = parser.parse_args()
+    for name in given.regimes if not given.report_only else ():
+        plans = {seed: plan_regime(name, seed) for seed in SEEDS}
+        first = plans[SEEDS[0]]
+        roles = given.roles or list(first)
+        units = [unit for role in roles for unit in first[role].values()]
+        run_units(units, given.out, given.data, work, workers=given.workers)
+        if given.only_choose:
+            continue
+        chosen = choose_variants(first, given.out)
+        finals = [
+            plan[role][chosen[role]] for role in roles for plan in plans.values() if role in chosen
+        ]
+        run_units(finals, given.out, given.data, work, workers=given.workers)
+    write_regimes(
+        {name: {seed: plan_regime(name, seed) for seed in SEEDS} for name in REGIMES}, given.out
+    )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def read_domain(data: Path, domain: str, part: str) -> list[Document]:
 
 def split_domain(documents: Sequence[Document], seed: int) -> tuple[list[Document], list[Document]]:
     """Split documents into those for pre-training and those for fusion, in the seed's order."""
-    ordered = sorted(documents, key=lambda document: _draw(document, seed))
+    ordered = _order(documents, seed)
     cut = round(PRETRAIN_SHARE * len(ordered))
     return ordered[:cut], ordered[cut:]
 
@@ -54,23 +54,40 @@ def reserve(documents: Sequence[Document]) -> tuple[list[Document], list[Documen
     return reserved, others
 
 
-def read_training(data: Path, domain: str, *, has_reserve: bool) -> list[Document]:
-    """Read a domain's training documents, without the reserve where there is one."""
+def split_training(
+    data: Path, domain: str, seed: int, split_seed: int | None
+) -> tuple[list[Document], list[Document]]:
+    """Split a domain's training documents into those for pre-training and those for fusion.
+
+    Args:
+        data: The folder of the text.
+        domain: One of `DOMAINS`.
+        seed: Decides the order of the documents and, without `split_seed`, the split.
+        split_seed: Decides the split of all seeds, of the documents that are not reserved.
+    """
     documents = read_domain(data, domain, "train")
-    return reserve(documents)[1] if has_reserve else documents
+    if split_seed is None:
+        return split_domain(documents, seed)
+    pretraining, fusion = split_domain(reserve(documents)[1], split_seed)
+    return _order(pretraining, seed), _order(fusion, seed)
 
 
-def read_pretraining(data: Path, seed: int, *, has_reserve: bool = False) -> list[Document]:
+def read_pretraining(data: Path, seed: int, *, split_seed: int | None = None) -> list[Document]:
     """Read the documents for pre-training, which fusion never sees."""
     return [
         document
         for domain in DOMAINS
-        for document in split_domain(read_training(data, domain, has_reserve=has_reserve), seed)[0]
+        for document in split_training(data, domain, seed, split_seed)[0]
     ]
 
 
 def read_fusion(
-    data: Path, seed: int, bytes_per_domain: int, max_chars: int, *, has_reserve: bool = False
+    data: Path,
+    seed: int,
+    bytes_per_domain: int,
+    max_chars: int,
+    *,
+    split_seed: int | None = None,
 ) -> list[Document]:
     """Read the fusion corpus: the first documents of each domain that no model has seen.
 
@@ -83,8 +100,7 @@ def read_fusion(
     chosen: list[Document] = []
     for domain in DOMAINS:
         room = bytes_per_domain
-        training = read_training(data, domain, has_reserve=has_reserve)
-        for document in split_domain(training, seed)[1]:
+        for document in split_training(data, domain, seed, split_seed)[1]:
             text = document.text[:max_chars].encode()[:room].decode(errors="ignore")
             room -= len(text.encode())
             if text.strip():
@@ -104,21 +120,24 @@ def read_held_out(
 ) -> list[Document]:
     """Read one half of the held-out documents, truncated to `max_chars`.
 
-    The halves are every second document of the `valid` parts; with a reserve, all of the `valid`
-    parts, on which settings were chosen before, and the reserve.
+    The halves are every second document of the `valid` parts; with a reserve, the reported half is
+    the reserve, because earlier choices were made on all of the `valid` parts.
     """
     chosen: list[Document] = []
     for domain in DOMAINS:
-        documents = read_domain(data, domain, "valid")
         if has_reserve and half == "reported":
-            documents = reserve(read_domain(data, domain, "train"))[0]
-        ordered = sorted(documents, key=lambda document: _draw(document, 0))
-        mine = (ordered if has_reserve else ordered[HALVES.index(half) :: 2])[:max_documents]
+            mine = _order(reserve(read_domain(data, domain, "train"))[0], 0)
+        else:
+            mine = _order(read_domain(data, domain, "valid"), 0)[HALVES.index(half) :: 2]
         chosen += [
-            Document(document.doc_id, domain, document.text[:max_chars]) for document in mine
+            Document(document.doc_id, domain, document.text[:max_chars])
+            for document in mine[:max_documents]
         ]
     return chosen
 
 
-def _draw(document: Document, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}:{document.doc_id}".encode()).digest()
+def _order(documents: Sequence[Document], seed: int) -> list[Document]:
+    return sorted(
+        documents,
+        key=lambda document: hashlib.sha256(f"{seed}:{document.doc_id}".encode()).digest(),
+    )

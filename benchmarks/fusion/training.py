@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from benchmarks.fusion.rivals import RivalModel
 from rayfuse.config.train import TrainSettings
 from rayfuse.fuse.reader import FusedRows
 from rayfuse.fuse.rules import make_empty
@@ -27,6 +28,7 @@ def train_lm(
     num_steps: int,
     source_names: tuple[str, ...] = (),
     unigram: Float[np.ndarray, " vocab"] | None = None,
+    rival: RivalModel | None = None,
 ) -> list[float]:
     """Train a model in place, and return the language-modeling loss of every step.
 
@@ -37,11 +39,12 @@ def train_lm(
         num_steps: Number of steps, for the learning-rate schedule.
         source_names: The sources, for the fusion loss by source.
         unigram: How the mass of tails is divided, for `fuse.tail: unigram`.
+        rival: The model with another library's loss, in place of rayfuse's.
 
     Raises:
         FloatingPointError: A loss is not finite.
     """
-    model = FusionModel(lm, settings, num_sources=len(source_names), unigram=unigram)
+    model = rival or FusionModel(lm, settings, num_sources=len(source_names), unigram=unigram)
     optimizer = torch.optim.AdamW(
         group_parameters(model, settings.weight_decay),
         lr=settings.learning_rate,

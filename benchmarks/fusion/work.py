@@ -10,10 +10,12 @@ import pyarrow as pa
 import torch
 
 from benchmarks.fusion.cut_tokenizers import cut_tokenizer
+from benchmarks.fusion.filter import filter_sources
 from benchmarks.fusion.full import iterate_full_steps, place_full_source
 from benchmarks.fusion.plan import UNFINISHED, WHOLE_CHARACTERS
 from benchmarks.fusion.published import teach_current_token
 from benchmarks.fusion.records import keep_fewer
+from benchmarks.fusion.rivals import RivalModel
 from benchmarks.fusion.scales import DOMAINS
 from benchmarks.fusion.text import (
     HALVES,
@@ -108,7 +110,9 @@ def _make_model(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     if spec.steps:
         documents = [
             PlainDocument(document.doc_id, document.domain, document.text)
-            for document in read_pretraining(data, settings["seed"], **_reserve(settings))
+            for document in read_pretraining(
+                data, settings["seed"], split_seed=settings.get("split_seed")
+            )
         ]
         rows = draw_rows(spec, documents, tokenizer, settings["seed"])
         steps = lay_out_text(rows, rows_per_step)
@@ -120,10 +124,6 @@ def _make_model(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     return {"losses": losses, "parameters": parameters}
 
 
-def _reserve(settings: dict[str, Any]) -> dict[str, bool]:
-    return {"has_reserve": settings.get("has_reserve", False)}
-
-
 def _make_corpus(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     settings = unit.settings
     documents = read_fusion(
@@ -131,7 +131,7 @@ def _make_corpus(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
         settings["seed"],
         settings["bytes_per_domain"],
         settings["chars"],
-        **_reserve(settings),
+        split_seed=settings.get("split_seed"),
     )
     tokenizers = [_tokenizer_of(need, out) for need in unit.needs.values()]
     table = build_rows(documents, tokenizers[0], tokenizers, max_tokens=settings["max_tokens"])
@@ -156,7 +156,7 @@ def _make_held_out(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
             half,
             max_documents=settings["documents"],
             max_chars=settings["chars"],
-            **_reserve(settings),
+            has_reserve="split_seed" in settings,
         )
         table = build_rows(documents, tokenizers[0], tokenizers, max_tokens=settings["max_tokens"])
         _data(unit, out, "rows").write_shard(shard, table, tokens=0)
@@ -250,6 +250,8 @@ def _train(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     train = TrainSettings(**settings["train"])
     rows_per_step, seed = settings["rows_per_step"], settings["seed"]
     epochs = settings.get("epochs", 1)
+    rival_name = settings.get("loss")
+    lm, rival = _load(unit.needs["start"], out), None
     if settings["full"]:
         table = _read_rows(corpus, out)
         sources = [
@@ -258,13 +260,15 @@ def _train(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
                 _alignment(need, out, table),
                 table,
                 _read_captured(need, out),
+                is_mapped=rival_name is None,
             )
             for need in aligned.values()
         ]
+        if rival_name is not None:
+            rival = RivalModel(lm, rival_name, [source.alignment for source in sources])
         steps = iterate_full_steps(reader, sources, StepPlan(seed, epochs, rows_per_step))
     else:
         steps = _iterate_batches(reader, StepPlan(seed, epochs, rows_per_step))
-    lm = _load(unit.needs["start"], out)
     losses = train_lm(
         lm,
         steps,
@@ -272,6 +276,7 @@ def _train(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
         num_steps=count_steps(sum(reader.rows_per_shard), rows_per_step, epochs),
         source_names=reader.names,
         unigram=reader.unigram,
+        rival=rival,
     )
     if settings["keep"]:
         _save(lm, corpus.needs["target"], folder, out)
@@ -302,7 +307,10 @@ def _merge(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
 
 
 def _ensemble(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
-    """Score the ensemble: the mean of the models' probabilities of the same bytes."""
+    """Score the ensemble of the models' probabilities of the same bytes.
+
+    The models have equal weights, or with a `switch_rate` those of `filter_sources`.
+    """
     rows = _data(unit.needs["held_out"], out, "rows")
     tables = [rows.read_shard(rows.read_commit(shard)) for shard in range(len(HALVES))]
     token_nll: list[list[list[TokenNLL]]] = [[] for _ in HALVES]
@@ -313,9 +321,12 @@ def _ensemble(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
             for found, table in zip(token_nll, tables, strict=True):
                 settings = {"name": model.name, "batch_tokens": BATCH_TOKENS}
                 found.append(score_tokens(lm, tokenizer, table, **settings))
+    switch_rate = unit.settings.get("switch_rate")
     nats = [
-        np.array([average_sources(row).nats.sum() for row in zip(*found, strict=True)])
-        for found in token_nll
+        filter_sources(found, table["doc_id"].to_pylist(), switch_rate)
+        if switch_rate is not None
+        else np.array([average_sources(row).nats.sum() for row in zip(*found, strict=True)])
+        for found, table in zip(token_nll, tables, strict=True)
     ]
     return {
         "nats": {

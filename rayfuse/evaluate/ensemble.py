@@ -58,12 +58,12 @@ def average_sources(sources: Sequence[TokenNLL]) -> TokenNLL:
         ValueError: As for `find_joint_ends`.
     """
     joint_ends = find_joint_ends(sources)
-    chunk_nats = np.stack([_sum_chunks(source, joint_ends) for source in sources])
+    chunk_nats = np.stack([sum_chunks(source, joint_ends) for source in sources])
     mean_logprobs = np.logaddexp.reduce(-chunk_nats, axis=0) - math.log(len(sources))
     return TokenNLL(joint_ends, -mean_logprobs)
 
 
-def _sum_chunks(
+def sum_chunks(
     source: TokenNLL, joint_ends: Int[np.ndarray, " chunks"]
 ) -> Float[np.ndarray, " chunks"]:
     """Add up a source's NLL over each chunk.

@@ -1,0 +1,133 @@
+"""The regimes' results: the chosen variants, what fusion gains over CLM, and the ablations."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.fusion.intervals import (
+    Documents,
+    Interval,
+    Nats,
+    compare_groups,
+    find_multiple,
+    measure_interval,
+    score_groups,
+)
+from benchmarks.fusion.text import HALVES
+from benchmarks.fusion.units import Unit
+from rayfuse.evaluate.scores import ALL
+
+BRACKETS = ("full",)
+"""Roles that only say where the loss of a method lies; they are trained for the first seed."""
+
+RIVALS = ("target", "best_source", "distilled", "copy", "defaults", "fusellm", "sum_kl", "uld")
+
+Plan = Mapping[str, Mapping[str, Unit]]
+"""Variants by role and name, of one seed."""
+
+
+def choose_variants(plan: Plan, out: Path) -> dict[str, str]:
+    """Choose each role's variant with the lowest loss on the selection half of the first seed.
+
+    A role is left out while one of its variants is not done.
+    """
+    chosen: dict[str, str] = {}
+    for role, variants in plan.items():
+        if role not in BRACKETS and all(unit.is_done(out) for unit in variants.values()):
+            scores = score_selection(plan, role, out)
+            chosen[role] = min(scores, key=lambda name: scores[name])
+    return chosen
+
+
+def score_selection(plan: Plan, role: str, out: Path) -> dict[str, float]:
+    """Compute bits per byte of a role's finished variants on the selection half."""
+    documents = _read_documents(plan, out)["selection"]
+    return {
+        name: score_groups(np.array(unit.read(out)["nats"]["selection"]), documents)[ALL]
+        for name, unit in plan[role].items()
+        if unit.is_done(out)
+    }
+
+
+def write_regimes(plans: Mapping[str, Mapping[int, Plan]], out: Path) -> None:
+    """Write regimes.json from the units that are done."""
+    found = {name: _describe_regime(by_seed, out) for name, by_seed in plans.items()}
+    known = {name: regime for name, regime in found.items() if regime}
+    (out / "regimes.json").write_text(json.dumps(known, indent=1) + "\n")
+
+
+def _describe_regime(plans: Mapping[int, Plan], out: Path) -> dict[str, Any]:
+    first = next(iter(plans.values()))
+    if not _held_out(first).is_done(out):
+        return {}
+    documents = _read_documents(first, out)["reported"]
+    chosen = choose_variants(first, out)
+    nats = {
+        role: np.array(
+            [
+                plan[role][name].read(out)["nats"]["reported"]
+                for plan in plans.values()
+                if plan[role][name].is_done(out)
+            ]
+        )
+        for role, name in chosen.items()
+    }
+    seeds = min((len(by_seed) for by_seed in nats.values()), default=0)
+    nats = {role: by_seed[:seeds] for role, by_seed in nats.items()}
+    regime: dict[str, Any] = {"seeds": seeds, "chosen": chosen}
+    regime["selection"] = {role: score_selection(first, role, out) for role in first}
+    regime |= {role: _score(by_seed, documents) for role, by_seed in nats.items()}
+    if {"fused", "clm", "ensemble_filter", "ensemble_mean"} <= set(nats):
+        regime |= _describe_gain(nats, documents)
+    return regime
+
+
+def _describe_gain(nats: dict[str, Nats], documents: Documents) -> dict[str, Any]:
+    fused, clm = nats["fused"], nats["clm"]
+    multiples = {int(role[4:-1]): nats[role] for role in nats if role.startswith("clm ")}
+
+    def measure_gain(losses: Mapping[str, float]) -> float:
+        return 1 - losses["fused"] / losses["clm"]
+
+    def measure_absorption(ensemble: str) -> Interval:
+        return measure_interval(
+            lambda losses: (losses["clm"] - losses["fused"]) / (losses["clm"] - losses[ensemble]),
+            {role: nats[role] for role in ("clm", "fused", ensemble)},
+            documents,
+        )
+
+    gain = measure_interval(measure_gain, {"fused": fused, "clm": clm}, documents)
+    found: dict[str, Any] = {"gain": asdict(gain)}
+    if multiples:
+        multiple, is_inside = find_multiple(fused, {1: clm} | multiples, documents)
+        found["token_multiple"] = asdict(multiple) | {"is_inside_curve": is_inside}
+    found["absorption"] = asdict(measure_absorption("ensemble_filter"))
+    found["absorption_of_mean"] = asdict(measure_absorption("ensemble_mean"))
+    found["fused_minus"] = {
+        role: {
+            group: asdict(gap) for group, gap in compare_groups(fused, theirs, documents).items()
+        }
+        for role, theirs in nats.items()
+        if role in (*RIVALS, "clm")
+    }
+    return found
+
+
+def _score(nats: Nats, documents: Documents) -> float:
+    return float(np.mean([score_groups(of_seed, documents)[ALL] for of_seed in nats]))
+
+
+def _held_out(plan: Plan) -> Unit:
+    return plan["target"]["target"].needs["held_out"]
+
+
+def _read_documents(plan: Plan, out: Path) -> dict[str, Documents]:
+    record = _held_out(plan).read(out)
+    return {
+        half: [(str(name), str(domain), int(size)) for name, domain, size in record[half]]
+        for half in HALVES
+    }
