@@ -20,7 +20,7 @@ HIGH_LAMBDA = 0.7
 
 
 def state_gain(findings: Findings, recipe: Recipe) -> str | None:
-    """Say whether fusion improved on CLM here, by how much, and if not, which reasons apply.
+    """State whether fusion improved on CLM here, by how much, and if not, which reasons apply.
 
     Returns:
         None where the run has no CLM baseline.

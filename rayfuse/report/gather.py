@@ -20,6 +20,7 @@ from rayfuse.evaluate.scores import (
 )
 from rayfuse.evaluate.task_scores import TaskScore, compare_tasks, parse_task_score
 from rayfuse.fuse.source_filter import is_noise
+from rayfuse.report.overlap import Overlap, find_overlap
 from rayfuse.report.spans import ShardSpan, read_spans
 from rayfuse.run.layout import Layout, Merge, TrainRun
 from rayfuse.run.made_models import DONE_FILE
@@ -114,6 +115,8 @@ class Findings:
     """By task, then by the model that fused is compared with."""
     merge: Merge
     """The sources of the merged weights, and why others are excluded."""
+    overlap: Overlap
+    """Held-out documents whose text is in the corpus."""
     has_selection: bool = False
     """Half of the held-out documents have chosen the weights, and are not in the evaluations."""
 
@@ -148,6 +151,7 @@ def gather_findings(recipe: Recipe, layout: Layout) -> Findings:
         task_scores=tasks,
         task_differences={task: compare_to_fused(scores, recipe) for task, scores in tasks.items()},
         merge=layout.evaluation.merge,
+        overlap=find_overlap(layout.corpus, layout.held_out),
         has_selection=layout.has_selection,
     )
 

@@ -137,6 +137,7 @@ def describe_findings(
             for task, others in findings.task_differences.items()
         },
         "merged_weights": asdict(findings.merge),
+        "overlap": asdict(findings.overlap),
         "training": {name: _dump_curve(curve) for name, curve in findings.curves.items()},
         "source_selection": asdict(findings.selection),
         "signals": {

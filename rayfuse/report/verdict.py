@@ -10,6 +10,7 @@ from rayfuse.evaluate.bootstrap import MIN_DOCUMENTS, Difference
 from rayfuse.evaluate.scores import ALL, bits_per_byte
 from rayfuse.report.gain import state_gain
 from rayfuse.report.gather import Findings, SourceSignal
+from rayfuse.report.overlap import RUN_WORDS, Overlap
 from rayfuse.run.layout import Merge
 
 ROLE_TITLES = {
@@ -60,6 +61,7 @@ def judge(findings: Findings, recipe: Recipe) -> Verdict:
     notes += note_tasks(findings.task_differences)
     notes += note_merge(findings.merge)
     notes += note_noise(findings.signals)
+    notes += note_overlap(findings.overlap)
     notes += [SELECTION] if findings.has_selection else []
     summary = _summarise(found["better"], found["worse"], found["unclear"])
     gain = state_gain(findings, recipe)
@@ -169,6 +171,21 @@ def note_noise(signals: dict[str, SourceSignal]) -> list[str]:
     return [
         f"No better than chance in any row: {join_names(names)}. Fusion skips such sources unless "
         "fuse.skip_noise is false; the ensemble includes them unless fuse.weights sets them to 0."
+    ]
+
+
+def note_overlap(overlap: Overlap) -> list[str]:
+    """State how much of the held-out text is in the corpus, where documents were compared."""
+    if not overlap.documents:
+        return []
+    part = (
+        ""
+        if overlap.shards_read == overlap.num_shards
+        else f" (its first {overlap.shards_read} shards of {overlap.num_shards})"
+    )
+    return [
+        f"{overlap.shared} of {overlap.documents} held-out documents share {RUN_WORDS} or more "
+        f"words in a row with the corpus{part}."
     ]
 
 

@@ -11,6 +11,7 @@ from rayfuse.config.recipe import Recipe
 from rayfuse.evaluate.scores import DocumentScore, Evaluation, compare_evaluations, find_role
 from rayfuse.evaluate.task_scores import SubtaskScore, TaskScore, compare_tasks
 from rayfuse.report.gather import Curve, Findings, SourceSelection, SourceSignal, StageCount
+from rayfuse.report.overlap import Overlap
 from rayfuse.report.spans import ShardSpan
 from rayfuse.run.layout import EvaluationFiles, Layout, Merge, TrainRun
 from rayfuse.run.prepare import SplitDocuments
@@ -131,6 +132,7 @@ def findings() -> Findings:
             for task, by_model in TASKS.items()
         },
         merge=Merge(excluded={"big": "its model_type is 'mpt', not 'llama'"}),
+        overlap=Overlap(180, 2, 16, 112),
     )
 
 
