@@ -17,6 +17,7 @@ from benchmarks.fusion.intervals import (
     measure_interval,
     score_groups,
 )
+from benchmarks.fusion.regime_pages import draw_regimes, render_page
 from benchmarks.fusion.text import HALVES
 from benchmarks.fusion.units import Unit
 from rayfuse.evaluate.scores import ALL
@@ -54,15 +55,17 @@ def score_selection(plan: Plan, role: str, out: Path) -> dict[str, float]:
 
 
 def write_regimes(plans: Mapping[str, Mapping[int, Plan]], out: Path) -> None:
-    """Write regimes.json from the units that are done."""
+    """Write regimes.json, RESULTS.md and the picture from the units that are done."""
     found = {name: _describe_regime(by_seed, out) for name, by_seed in plans.items()}
     known = {name: regime for name, regime in found.items() if regime}
     (out / "regimes.json").write_text(json.dumps(known, indent=1) + "\n")
+    (out / "RESULTS.md").write_text(render_page(known), encoding="utf-8")
+    (out / "regimes.png").write_bytes(draw_regimes(known))
 
 
 def _describe_regime(plans: Mapping[int, Plan], out: Path) -> dict[str, Any]:
     first = next(iter(plans.values()))
-    if not _held_out(first).is_done(out):
+    if not first["target"]["target"].is_done(out):
         return {}
     documents = _read_documents(first, out)["reported"]
     chosen = choose_variants(first, out)
@@ -127,7 +130,8 @@ def _held_out(plan: Plan) -> Unit:
 
 def _read_documents(plan: Plan, out: Path) -> dict[str, Documents]:
     record = _held_out(plan).read(out)
-    return {
+    documents: dict[str, Documents] = {
         half: [(str(name), str(domain), int(size)) for name, domain, size in record[half]]
         for half in HALVES
     }
+    return documents
