@@ -27,6 +27,7 @@ from rayfuse.corpus.shards import (
     has_one_shard,
 )
 from rayfuse.corpus.summary import (
+    check_halves,
     check_has_text,
     check_held_out_share,
     check_rejects,
@@ -123,7 +124,8 @@ def _check_documents(recipe: Recipe, corpus: SplitTask, held_out: SplitTask) -> 
     """Check that both data sets have rows, and that not too many documents were rejected.
 
     Raises:
-        UserError: They have none, or too many were.
+        UserError: They have none, or too many were; or no held-out document can choose the weights
+            (`train.publish: best`), or none is left to compare models on.
     """
     is_shared = recipe.evaluate.documents is None
     for tasks in [(corpus, held_out)] if is_shared else [(corpus,), (held_out,)]:
@@ -136,6 +138,8 @@ def _check_documents(recipe: Recipe, corpus: SplitTask, held_out: SplitTask) -> 
                 num_rows = summarize([task.data], task.num_files).rows
                 share = recipe.evaluate.held_out_share
                 check_held_out_share(part, num_rows, summary.documents, share)
+    if recipe.train.publish == "best":
+        check_halves(held_out.data)
 
 
 def commit_rows(recipe: Recipe, task: SplitTask, progress: Progress, part: CorpusPart) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rayfuse.config.base import UserError
 from rayfuse.corpus.documents import UNREADABLE
-from rayfuse.corpus.split import EMPTY
+from rayfuse.corpus.split import EMPTY, is_for_selection
 from rayfuse.runtime.progress import CorpusPart
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.rejects import Reject
@@ -153,6 +153,29 @@ def check_has_text(data_sets: Sequence[DataSet], summary: CorpusSummary) -> None
             f"rejected ({summary.describe_rejects()}; reasons in {_name_folders(data_sets)}); "
             "check the paths and the `text` setting"
         )
+
+
+def check_halves(held_out: DataSet) -> None:
+    """Check that held-out documents are in both halves, where one chooses the weights.
+
+    Raises:
+        UserError: All are in one half.
+        ShardError: A shard is missing or corrupt.
+    """
+    found: set[bool] = set()
+    num_documents = 0
+    commits = held_out.commits()
+    for shard in sorted(commits):
+        names = set(held_out.read_shard(commits[shard], ["doc_id"])["doc_id"].to_pylist())
+        num_documents += len(names)
+        found |= {is_for_selection(name) for name in names}
+        if len(found) == 2:
+            return
+    raise UserError(
+        f"train.publish is best, which divides the held-out documents into two halves by their "
+        f"ids, but one half has none of the {num_documents}; hold out more documents, or set "
+        "train.publish to last"
+    )
 
 
 def check_held_out_share(part: CorpusPart, num_rows: int, num_documents: int, share: float) -> None:

@@ -73,6 +73,20 @@ def test_a_file_that_cannot_be_read_stops_the_stage_until_a_higher_share_allows_
     assert sum(commit.stats["documents"] for commits in rows for commit in commits) == 100
 
 
+def test_weights_are_chosen_only_where_both_halves_have_documents(recipe):
+    text = "".join(f'{{"id": "d{i}", "text": "a b c"}}\n' for i in range(40))
+    (recipe.parent / "docs/a.jsonl").write_text(text)
+    held_out = recipe.parent / "held_out.jsonl"
+    held_out.write_text('{"id": "only", "text": "a b c"}\n')
+    settings = (f"evaluate.documents={held_out}", "train.publish=best")
+    with pytest.raises(UserError, match=r"publish is best.* one half has none of the 1; hold out"):
+        build(recipe, *settings)
+    assert not is_complete(recipe)
+    held_out.write_text("".join(f'{{"id": "{i}", "text": "a b c"}}\n' for i in range(40)))
+    build(recipe, *settings)
+    assert is_complete(recipe)
+
+
 @pytest.mark.parametrize(
     ("lines", "setting", "message"),
     [
