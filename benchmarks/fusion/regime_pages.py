@@ -51,12 +51,13 @@ def render_page(regimes: Mapping[str, Regime]) -> str:
 
 def _render_regime(name: str, regime: Regime) -> list[str]:
     seeds = regime["seeds"]
-    head = ["model", "variant chosen", "bits per byte", "fused minus it"]
+    head = ["model", "variant chosen", "seeds", "bits per byte", "fused minus it"]
     gaps = regime.get("fused_minus", {})
     lines = [
         [
             TITLES.get(role, f"CLM, {role.removeprefix('clm ')} the text"),
             regime["chosen"][role],
+            str(regime["seeds_by_role"][role]),
             f"{regime[role]:.4f}",
             write_interval(Interval(**gaps[role][ALL])) if role in gaps else "",
         ]
@@ -64,7 +65,7 @@ def _render_regime(name: str, regime: Regime) -> list[str]:
     ]
     parts = [
         f"## {name}: {SITUATIONS[name]}",
-        f"{seeds} seed{'s' * (seeds != 1)}.",
+        f"{seeds} of 3 seeds are complete. The column `seeds` is the number of finished seeds.",
         to_table(head, lines),
     ]
     if "gain" in regime:

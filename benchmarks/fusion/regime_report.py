@@ -1,8 +1,9 @@
 """The regimes' results: the chosen variants, what fusion gains over CLM, and the ablations."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +74,16 @@ def _describe_regime(plans: Mapping[int, Plan], out: Path) -> dict[str, Any]:
         role: np.array(
             [
                 plan[role][name].read(out)["nats"]["reported"]
-                for plan in plans.values()
-                if plan[role][name].is_done(out)
+                for plan in takewhile(_is_done(role, name, out), plans.values())
             ]
         )
         for role, name in chosen.items()
     }
-    seeds = min((len(by_seed) for by_seed in nats.values()), default=0)
-    nats = {role: by_seed[:seeds] for role, by_seed in nats.items()}
-    regime: dict[str, Any] = {"seeds": seeds, "chosen": chosen}
+    regime: dict[str, Any] = {
+        "seeds": min((len(by_seed) for by_seed in nats.values()), default=0),
+        "seeds_by_role": {role: len(by_seed) for role, by_seed in nats.items()},
+        "chosen": chosen,
+    }
     regime["selection"] = {role: score_selection(first, role, out) for role in first}
     regime |= {role: _score(by_seed, documents) for role, by_seed in nats.items()}
     if {"fused", "clm", "ensemble_filter", "ensemble_mean"} <= set(nats):
@@ -89,9 +91,12 @@ def _describe_regime(plans: Mapping[int, Plan], out: Path) -> dict[str, Any]:
     return regime
 
 
+def _is_done(role: str, name: str, out: Path) -> Callable[[Plan], bool]:
+    return lambda plan: plan[role][name].is_done(out)
+
+
 def _describe_gain(nats: dict[str, Nats], documents: Documents) -> dict[str, Any]:
-    fused, clm = nats["fused"], nats["clm"]
-    multiples = {int(role[4:-1]): nats[role] for role in nats if role.startswith("clm ")}
+    times = {role: int(role[4:-1]) for role in nats if role.startswith("clm ")}
 
     def measure_gain(losses: Mapping[str, float]) -> float:
         return 1 - losses["fused"] / losses["clm"]
@@ -99,25 +104,36 @@ def _describe_gain(nats: dict[str, Nats], documents: Documents) -> dict[str, Any
     def measure_absorption(ensemble: str) -> Interval:
         return measure_interval(
             lambda losses: (losses["clm"] - losses["fused"]) / (losses["clm"] - losses[ensemble]),
-            {role: nats[role] for role in ("clm", "fused", ensemble)},
+            _take_common(nats, "clm", "fused", ensemble),
             documents,
         )
 
-    gain = measure_interval(measure_gain, {"fused": fused, "clm": clm}, documents)
+    gain = measure_interval(measure_gain, _take_common(nats, "fused", "clm"), documents)
     found: dict[str, Any] = {"gain": asdict(gain)}
-    if multiples:
-        multiple, is_inside = find_multiple(fused, {1: clm} | multiples, documents)
+    if times:
+        common = _take_common(nats, "fused", "clm", *times)
+        by_times = {1: common["clm"]} | {times[role]: common[role] for role in times}
+        multiple, is_inside = find_multiple(common["fused"], by_times, documents)
         found["token_multiple"] = asdict(multiple) | {"is_inside_curve": is_inside}
     found["absorption"] = asdict(measure_absorption("ensemble_filter"))
     found["absorption_of_mean"] = asdict(measure_absorption("ensemble_mean"))
     found["fused_minus"] = {
         role: {
-            group: asdict(gap) for group, gap in compare_groups(fused, theirs, documents).items()
+            group: asdict(gap)
+            for group, gap in compare_groups(
+                *_take_common(nats, "fused", role).values(), documents
+            ).items()
         }
-        for role, theirs in nats.items()
+        for role in nats
         if role in (*RIVALS, "clm")
     }
     return found
+
+
+def _take_common(nats: Mapping[str, Nats], *roles: str) -> dict[str, Nats]:
+    """Take the seeds that several roles have: the first ones, in the order of seeds."""
+    seeds = min(len(nats[role]) for role in roles)
+    return {role: nats[role][:seeds] for role in roles}
 
 
 def _score(nats: Nats, documents: Documents) -> float:

@@ -79,15 +79,6 @@ def plan_regime(name: str, seed: int) -> dict[str, Role]:
         "clm": _plan_clm(planner, is_small),
     }
     roles |= {
-        f"clm {times}x": {
-            f"CLM, {times}x the text, {epochs} epochs": planner.train(
-                f"{times}x", {}, times=times, epochs=epochs
-            )
-            for epochs in ((4,) if is_small else (1, 2))
-        }
-        for times in planner.scale.multiples
-    }
-    roles |= {
         "fused": _plan_fused(planner, is_small),
         "copy": _plan_fills(planner, {"copy": planner.target}, (8,) if is_small else (1, 2)),
         "distilled": _plan_distilled(planner, 8 if is_small else 2),
@@ -103,6 +94,15 @@ def plan_regime(name: str, seed: int) -> dict[str, Role]:
             )
             for weight in (0.0, 0.1, 0.3)
         }
+    roles |= {
+        f"clm {times}x": {
+            f"CLM, {times}x the text, {epochs} epochs": planner.train(
+                f"{times}x", {}, times=times, epochs=epochs
+            )
+            for epochs in ((4,) if is_small else (1, 2))
+        }
+        for times in planner.scale.multiples
+    }
     return roles
 
 
