@@ -140,11 +140,19 @@ class Checkpoints:
                     return False
         return True
 
-    def retain(self, num_newest: int) -> None:
-        """Delete all but the newest complete checkpoints and the one with the best validation."""
+    def retain(self, num_newest: int, best_step: int | None = None) -> None:
+        """Delete all but the newest complete checkpoints and those with the best validation.
+
+        Args:
+            num_newest: How many of the newest to keep.
+            best_step: The step with the best validation of this run, kept beside the checkpoint
+                whose record has the best one: that may be corrupt, or the run's may still be
+                uploading.
+        """
         complete = self.list_complete()
         names = list(complete)
         kept = {*names[-num_newest:]}
+        kept |= {name for name in names if complete[name][0].step == best_step}
         measured = [name for name in names if complete[name][0].bits_per_byte is not None]
         if measured:
             kept.add(

@@ -349,7 +349,7 @@ class Trainer:
         )
         self.checkpoints.upload(local, record)
         if self.group.is_rank_zero:
-            self.checkpoints.retain(self.settings.keep_checkpoints)
+            self.checkpoints.retain(self.settings.keep_checkpoints, self.recorder.best_step)
 
     def _publish(self, engine: Any) -> None:
         """Write the trained model to the store; all workers must call."""

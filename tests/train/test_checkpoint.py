@@ -97,6 +97,14 @@ def test_the_newest_and_the_best_are_kept(checkpoints, tmp_path):
     assert list(folder.glob(f"{uploading}/ds/*"))
 
 
+def test_the_best_step_of_this_run_is_retained_beside_a_better_record(checkpoints):
+    # The record of step 3 is better, but its files may be corrupt, so that the run resumed from 2.
+    for step, value in {1: 2.0, 2: 1.0, 3: 0.5, 4: 1.5, 5: 1.5, 6: 1.5}.items():
+        save(checkpoints, step, bits=value)
+    checkpoints.retain(2, best_step=2)
+    assert [int(name[5:13]) for name in checkpoints.list_complete()] == [2, 3, 5, 6]
+
+
 @dataclass(frozen=True)
 class Bomb:
     """Writes a file as it is unpickled."""
