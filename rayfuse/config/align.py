@@ -18,12 +18,16 @@ class AlignMethod:
     stored_map: Literal["per_pair", "per_corpus"] | None = None
     """The vocabulary map takes long to compute, so it is stored: once per pair of tokenizers, or
     once per pair and corpus. None: the map is computed wherever it is needed."""
+    has_signal_at_boundaries: bool = True
+    """Positions have a signal exactly where tokens of source and target start at one byte."""
 
 
 METHODS = {
     "bytes": AlignMethod("rayfuse.align.methods.same_bytes"),
-    "exact": AlignMethod("rayfuse.align.methods.exact"),
-    "min_edit_distance": AlignMethod("rayfuse.align.methods.min_edit_distance", "per_pair"),
+    "exact": AlignMethod("rayfuse.align.methods.exact", has_signal_at_boundaries=False),
+    "min_edit_distance": AlignMethod(
+        "rayfuse.align.methods.min_edit_distance", "per_pair", has_signal_at_boundaries=False
+    ),
     "cooccurrence": AlignMethod("rayfuse.align.methods.cooccurrence", "per_corpus"),
 }
 """Every alignment method by its name. A new one is one module and one line here."""

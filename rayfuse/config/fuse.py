@@ -81,4 +81,9 @@ class FuseSettings(Settings):
                 f"unit {self.unit} has no meaning for method {self.method}, which weighs the "
                 "sources at every token; remove unit, or use method avg_ce"
             )
+        if self.uses_posterior and self.cost != "nats_per_byte":
+            raise ValueError(
+                f"cost {self.cost} has no meaning for method {self.method}, which compares "
+                "probabilities of the same text; remove cost, or use method avg_ce"
+            )
         return self

@@ -10,7 +10,7 @@ from pydantic import (
     model_validator,
 )
 
-from rayfuse.config.align import AlignSettings
+from rayfuse.config.align import METHODS, AlignSettings
 from rayfuse.config.base import Settings, result_neutral
 from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.corpus import CorpusSettings
@@ -111,6 +111,18 @@ class Recipe(Settings):
             raise ValueError(
                 "fuse.tail is unigram, which is defined at train.temperature 1; use fuse.tail "
                 "bucket, or temperature 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_posterior(self) -> "Recipe":
+        method = self.align.method
+        if self.fuse.uses_posterior and not METHODS[method].has_signal_at_boundaries:
+            fitting = [name for name, facts in METHODS.items() if facts.has_signal_at_boundaries]
+            raise ValueError(
+                f"fuse.method is {self.fuse.method}, which weighs sources by the tokens that have "
+                f"ended, but align.method {method} does not record where they end; use "
+                f"align.method {' or '.join(fitting)}, or fuse.method avg_ce"
             )
         return self
 

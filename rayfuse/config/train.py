@@ -138,8 +138,8 @@ class TrainSettings(Settings):
     """Train adapters instead of all weights; needs `pip install 'rayfuse[lora]'`."""
     publish: Literal["last", "best"] = later_setting("last")
     """The weights that become the model. `last`: those after the last step. `best`: those with the
-    lowest bits per byte on half of the held-out documents; a checkpoint is saved whenever they
-    fall, and the report compares models on the other half."""
+    lowest bits per byte in a validation, whose rows are drawn from half of the held-out documents;
+    a checkpoint is saved whenever they fall, and the report compares models on the other half."""
     patience: PositiveInt | None = later_setting(None)
     """Validations in a row without a new best after which training ends, with `publish: best`; by
     default it takes all steps."""

@@ -15,6 +15,9 @@ ENOUGH_HELD_OUT_TOKENS = 1e7
 MAX_HELD_OUT_TOKENS = 10 * ENOUGH_HELD_OUT_TOKENS
 """More than this is a waste of GPU time."""
 
+MIN_VALIDATIONS, ENOUGH_VALIDATIONS = 5, 20
+"""With fewer `publish: best` is hardly better than `last`; with enough, it finds the best step."""
+
 
 @dataclass(frozen=True)
 class GpuCost:
@@ -222,6 +225,12 @@ def _warn_of_training(inputs: PlanInputs) -> Iterator[str]:
     if advice is not None:
         yield advice
     steps, interval = estimate_steps(inputs), train.checkpoint_every_steps
+    if train.publish == "best" and steps // train.validate_every_steps < MIN_VALIDATIONS:
+        yield (
+            f"train.publish is best, but {steps} steps with a validation every "
+            f"{train.validate_every_steps} have few; set train.validate_every_steps to "
+            f"{max(steps // ENOUGH_VALIDATIONS, 1)}"
+        )
     if interval >= steps > 100:
         yield (
             f"training has {steps} steps and a checkpoint every {interval}: a failure restarts it "

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from rayfuse.config.align import METHODS
 from rayfuse.config.load import parse_recipe, read_recipe
 from rayfuse.config.overrides import RecipeError, parse_yaml
 from rayfuse.config.recipe import Recipe, dump_recipe
@@ -71,6 +72,11 @@ def test_dumped_recipe_reads_back_unchanged():
         ("train.lambda", {"start": 0.9, "end": 2}, r"2 is not between 0 and 1"),
         ("train.temperature", 0, r"temperature 0 is not above 0"),
         ("fuse", {"method": "fixed_share", "unit": "span"}, r"unit span has no meaning"),
+        (
+            "fuse",
+            {"method": "fixed_share", "cost": "nats_per_token"},
+            r"cost nats_per_token has no",
+        ),
         ("fuse", {"tail": "unigram"}, None),
         ("train.sequence_tokens", 100, r"sequence_tokens 100 is below corpus.max_tokens 2048"),
         ("sources.0.gpus", 2, r"gpus is 2.0; backend transformers uses one GPU or a part of it"),
@@ -100,6 +106,16 @@ def test_signal_with_draws_is_refused_for_a_backend_without_them(signal):
 def test_a_divided_tail_is_refused_where_it_is_not_defined(train):
     with pytest.raises(RecipeError, match=r"fuse.tail is unigram.*use fuse.tail bucket"):
         parse_recipe(MINIMAL | {"fuse": {"tail": "unigram"}, "train": train})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_posterior_is_refused_without_the_ends_of_tokens(method):
+    values = MINIMAL | {"fuse": {"method": "fixed_share"}, "align": {"method": method}}
+    if METHODS[method].has_signal_at_boundaries:
+        assert parse_recipe(values).align.method == method
+        return
+    with pytest.raises(RecipeError, match=rf"align.method {method} .* use align.method bytes or"):
+        parse_recipe(values)
 
 
 def test_duplicate_source_names_are_refused():
