@@ -1,6 +1,8 @@
 """Held-out documents whose text is also in the corpus: runs of 13 equal words, as in GPT-3's check.
 
-Words are compared without case and punctuation (arXiv 2005.14165, appendix C).
+Words are compared without case and punctuation (arXiv 2005.14165, appendix C). In scripts that
+write no spaces between words, each character counts as one. A document of fewer words has no run:
+it is not compared.
 """
 
 import hashlib
@@ -24,7 +26,10 @@ MAX_SHARDS = 16
 
 CACHED_WORDS = 2**20
 
-_WORD = re.compile(r"\w+")
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
+"""Thai, Lao, Burmese, Khmer, Japanese and Chinese, as ranges of a character class."""
+
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
 _FACTORS = np.array(
     [pow(0x9E3779B97F4A7C15, place, 2**64) for place in range(RUN_WORDS)], np.uint64
@@ -37,7 +42,7 @@ class Overlap:
     """How many held-out documents share a run of words with the corpus."""
 
     documents: int
-    """Held-out documents that were compared."""
+    """Held-out documents that were compared: those of at least `RUN_WORDS` words."""
     shared: int
     """Those of them that share a run."""
     shards_read: int
@@ -63,7 +68,7 @@ def find_overlap(corpus: DataSet, held_out: DataSet) -> Overlap:
         found = hash_runs(text)
         runs.append(found)
         owners.append(np.full(len(found), documents))
-        documents += 1
+        documents += len(found) > 0
     known, owner = (
         np.concatenate([np.zeros(0, np.uint64), *runs]),
         np.concatenate([[0], *owners])[1:],

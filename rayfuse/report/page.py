@@ -108,8 +108,10 @@ def _describe_run(recipe: Recipe) -> str:
 
 def _render_verdict(verdict: Verdict) -> str:
     items = "".join(f"<li>{escape_html(sentence)}</li>\n" for sentence in verdict.sentences)
+    by_gain = {"better": "won", "worse": "lost", "unclear": "unclear"}
+    mood = by_gain[verdict.against_clm] if verdict.against_clm else verdict.outcome
     return (
-        f'<section class="verdict {verdict.outcome}">\n'
+        f'<section class="verdict {mood}">\n'
         f'<p class="headline">{escape_html(verdict.headline)}</p>\n<ul>\n{items}</ul>\n</section>'
     )
 

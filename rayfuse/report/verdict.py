@@ -40,6 +40,8 @@ class Verdict:
 
     outcome: Literal["won", "lost", "unclear"]
     """`won`: better than every other model; `lost`: worse than at least one."""
+    against_clm: Literal["better", "worse", "unclear"] | None
+    """Of the headline; None without a CLM baseline, where `outcome` is."""
     headline: str
     """Whether fusion improved on CLM; without a CLM baseline, what fused is better than."""
     sentences: tuple[str, ...]
@@ -67,6 +69,7 @@ def judge(findings: Findings, recipe: Recipe) -> Verdict:
     gain = state_gain(findings, recipe)
     return Verdict(
         outcome="lost" if found["worse"] else "unclear" if found["unclear"] else "won",
+        against_clm=on_all["clm"].outcome if "clm" in on_all else None,
         headline=summary if gain is None else gain,
         sentences=(*([] if gain is None else [summary]), *pairs, *notes, CAVEAT),
     )
@@ -78,8 +81,9 @@ NO_BASELINE = (
 )
 
 SELECTION = (
-    "The weights of each trained model are those with the lowest bits per byte on half of the "
-    "held-out documents (train.publish is best); models are compared on the other half alone."
+    "The weights of each trained model are those with the lowest bits per byte in a validation on "
+    "rows of half of the held-out documents (train.publish is best); models are compared on the "
+    "other half alone."
 )
 
 CAVEAT = (
@@ -110,7 +114,7 @@ def _compare_pair(findings: Findings, name: str, difference: Difference) -> str:
         )
     claim = {
         "better": "better",
-        "worse": "worse, fusion does not help here",
+        "worse": "worse, fusion does not help here" if name == "clm" else "worse",
         "unclear": "no clear difference, the interval includes zero",
     }[difference.outcome]
     return f"{start}, difference {format_difference(difference)}: {claim}."

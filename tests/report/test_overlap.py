@@ -57,7 +57,7 @@ def test_thirteen_equal_words_are_a_shared_run_and_twelve_are_not(tmp_path):
             ["short"],
         ],
     )
-    assert find_overlap(corpus, held_out) == Overlap(4, 1, 2, 2)
+    assert find_overlap(corpus, held_out) == Overlap(3, 1, 2, 2)
 
 
 def test_case_punctuation_and_the_borders_of_rows_do_not_hide_a_run(tmp_path):
@@ -94,4 +94,12 @@ def test_a_large_corpus_is_compared_on_its_first_shards_and_says_so(
 def test_nothing_to_compare_is_no_overlap(tmp_path, documents):
     corpus = write(tmp_path, "corpus", [[" ".join(make_words(0))]])
     found = find_overlap(corpus, write(tmp_path, "held_out", documents))
-    assert (found.documents, found.shared, found.share) == (len(documents), 0, 0.0)
+    assert (found.documents, found.shared, found.share) == (0, 0, 0.0)
+
+
+def test_text_without_spaces_is_compared_by_character(tmp_path):
+    chinese = "知识融合让多个模型教会一个小模型"
+    corpus = write(tmp_path, "corpus", [[f"before{chinese}after"]])
+    assert find_overlap(corpus, write(tmp_path, "held_out", [[f"x{chinese[:13]}y"]])).shared == 1
+    other = write(tmp_path, "other", [[f"x{chinese[:12]}y{chinese[-2:]}"]])
+    assert find_overlap(corpus, other) == Overlap(1, 0, 1, 1)

@@ -76,6 +76,14 @@ def test_the_ensemble_and_the_merge_are_named_in_words(findings: Findings, recip
     )
 
 
+def test_only_a_loss_against_clm_says_that_fusion_does_not_help(findings, recipe):
+    verdict = judge(with_outcomes(findings, ensemble=WORSE, clm=BETTER), recipe)
+    assert verdict.headline.startswith("Fusion helped")
+    assert (verdict.outcome, verdict.against_clm) == ("lost", "better")
+    assert not any("not help" in sentence for sentence in verdict.sentences)
+    assert judge(with_outcomes(findings, big=BETTER), recipe).against_clm is None
+
+
 def test_excluded_sources_of_a_merge_are_named_with_the_reason(findings: Findings, recipe: Recipe):
     assert (
         "No source's weights can be averaged with the target's (big: its model_type is 'mpt', not "
