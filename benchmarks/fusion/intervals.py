@@ -24,6 +24,9 @@ STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
 
 SAMPLES = 2_000
 
+MAX_DOUBLINGS = 1.0
+"""How far a curve is extrapolated, in doublings of the text: further on it says nothing."""
+
 Documents = Sequence[tuple[str, str, int]]
 """Name, domain and bytes of each held-out document."""
 
@@ -85,8 +88,8 @@ def spread_over_seeds(values: Sequence[float]) -> float:
 def find_multiple(fused: Nats, clm: dict[int, Nats], documents: Documents) -> tuple[Interval, bool]:
     """Compute the multiple of tokens with which CLM reaches the loss of fusion.
 
-    The loss is interpolated linearly in the logarithm of the tokens, and extrapolated beyond the
-    largest multiple; the second result is False if the interval needs extrapolation.
+    The loss is interpolated linearly in the logarithm of the tokens, and extrapolated by at most
+    `MAX_DOUBLINGS`; the second result is False if the interval needs extrapolation.
 
     Args:
         fused: NLL of the fused model, which has the tokens once.
@@ -144,16 +147,21 @@ def measure_interval(
 
 
 def _interpolate(goal: float, losses: dict[int, float]) -> float:
-    """Compute the logarithm (base 2) of the multiple at which CLM has the goal's loss."""
+    """Compute the logarithm (base 2) of the multiple at which CLM has the goal's loss.
+
+    More text never counts as worse: the curve is the lowest loss up to each multiple.
+    """
     times = sorted(losses)
     logs = [math.log2(multiple) for multiple in times]
-    for index in range(1, len(times)):
-        before, after = losses[times[index - 1]], losses[times[index]]
-        is_last = index == len(times) - 1
-        if goal >= after or is_last:
-            slope = (after - before) / (logs[index] - logs[index - 1])
-            return logs[index - 1] + (goal - before) / min(slope, -1e-9)
-    raise AssertionError("there are at least two multiples")
+    curve = np.minimum.accumulate([losses[multiple] for multiple in times])
+    index = next((at for at in range(1, len(times)) if goal >= curve[at]), len(times) - 1)
+    slope = (curve[index] - curve[index - 1]) / (logs[index] - logs[index - 1])
+    beyond = goal - curve[index - 1]
+    if slope == 0:
+        found = logs[index - 1] if beyond >= 0 else math.inf
+    else:
+        found = logs[index - 1] + beyond / slope
+    return float(np.clip(found, -MAX_DOUBLINGS, logs[-1] + MAX_DOUBLINGS))
 
 
 def _evaluation(nats: Float[np.ndarray, " documents"], documents: Documents) -> Evaluation:

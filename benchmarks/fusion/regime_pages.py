@@ -28,7 +28,7 @@ TITLES = {
     "defaults": "rayfuse's defaults before this study",
     "fusellm": "FuseLLM's published rule",
     "sum_kl": "sum of all sources' KL",
-    "uld": "ULD or GOLD",
+    "uld": "ULD or GOLD, from the source that is best in each row",
 }
 
 Regime = Mapping[str, Any]
@@ -40,8 +40,10 @@ def render_page(regimes: Mapping[str, Regime]) -> str:
         "# When fusion gains on CLM",
         "`python -m benchmarks.fusion.regimes --out DIR` computes all of this; bits per byte, "
         "lower is better. Of each role the variant with the lowest loss on the selection half of "
-        "the first seed was chosen, and is reported on text that no model was trained on and no "
-        "choice was made on. Intervals are 95 % over documents and, with several seeds, seeds.",
+        "the first seed was chosen, and is reported on passages that no model was trained on and "
+        "no choice was made on (of books, other chapters were; legal texts repeat each other's "
+        "phrases). Intervals are 95 % over documents and, with several seeds, seeds, which decide "
+        "the target, the corpus and the order; sources and split of the text are always the same.",
         "![bits per byte against text](regimes.png)",
     ]
     for name, regime in regimes.items():
@@ -65,7 +67,7 @@ def _render_regime(name: str, regime: Regime) -> list[str]:
     ]
     parts = [
         f"## {name}: {SITUATIONS[name]}",
-        f"{seeds} of 3 seeds are complete. The column `seeds` is the number of finished seeds.",
+        f"Complete seeds: {seeds}. The column `seeds` is the number of each model's.",
         to_table(head, lines),
     ]
     if "gain" in regime:
@@ -82,16 +84,22 @@ def _render_regime(name: str, regime: Regime) -> list[str]:
 
 
 def _render_gain(regime: Regime) -> str:
+    titles = {
+        "gain": "gain on CLM",
+        "absorption": "absorbed of the weighted ensemble",
+        "absorption_of_mean": "absorbed of the mean ensemble",
+    }
     lines = [
-        ["gain on CLM", _write_share(regime["gain"])],
-        ["absorbed of the weighted ensemble", _write_share(regime["absorption"])],
-        ["absorbed of the mean ensemble", _write_share(regime["absorption_of_mean"])],
+        [title, _write_share(regime[name]) if name in regime else "CLM is as good as the ensemble"]
+        for name, title in titles.items()
     ]
     if "token_multiple" in regime:
         found = regime["token_multiple"]
         text = f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
-        outside = "" if found["is_inside_curve"] else ", extrapolated beyond the measured multiples"
+        outside = "" if found["is_inside_curve"] else "; its upper end is extrapolated"
         lines.append(["times the text that CLM needs", text + outside])
+    else:
+        lines.append(["times the text that CLM needs", "not measured: the text does not suffice"])
     return to_table(["quantity", "value (95 % interval)"], lines)
 
 

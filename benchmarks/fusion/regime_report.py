@@ -66,7 +66,7 @@ def write_regimes(plans: Mapping[str, Mapping[int, Plan]], out: Path) -> None:
 
 def _describe_regime(plans: Mapping[int, Plan], out: Path) -> dict[str, Any]:
     first = next(iter(plans.values()))
-    if not first["target"]["target"].is_done(out):
+    if not any(unit.is_done(out) for variants in first.values() for unit in variants.values()):
         return {}
     documents = _read_documents(first, out)["reported"]
     chosen = choose_variants(first, out)
@@ -86,7 +86,7 @@ def _describe_regime(plans: Mapping[int, Plan], out: Path) -> dict[str, Any]:
     }
     regime["selection"] = {role: score_selection(first, role, out) for role in first}
     regime |= {role: _score(by_seed, documents) for role, by_seed in nats.items()}
-    if {"fused", "clm", "ensemble_filter", "ensemble_mean"} <= set(nats):
+    if {"fused", "clm", "ensemble_filter", "ensemble_mean", "best_source"} <= set(nats):
         regime |= _describe_gain(nats, documents)
     return regime
 
@@ -115,8 +115,15 @@ def _describe_gain(nats: dict[str, Nats], documents: Documents) -> dict[str, Any
         by_times = {1: common["clm"]} | {times[role]: common[role] for role in times}
         multiple, is_inside = find_multiple(common["fused"], by_times, documents)
         found["token_multiple"] = asdict(multiple) | {"is_inside_curve": is_inside}
-    found["absorption"] = asdict(measure_absorption("ensemble_filter"))
-    found["absorption_of_mean"] = asdict(measure_absorption("ensemble_mean"))
+    for name, ensemble in (
+        ("absorption", "ensemble_filter"),
+        ("absorption_of_mean", "ensemble_mean"),
+    ):
+        ahead = measure_interval(
+            _subtract("clm", ensemble), _take_common(nats, "clm", ensemble), documents
+        )
+        if ahead.low > 0:  # else there is nothing to absorb, and the share means nothing
+            found[name] = asdict(measure_absorption(ensemble))
     found["fused_minus"] = {
         role: {
             group: asdict(gap)
@@ -128,6 +135,10 @@ def _describe_gain(nats: dict[str, Nats], documents: Documents) -> dict[str, Any
         if role in (*RIVALS, "clm")
     }
     return found
+
+
+def _subtract(left: str, right: str) -> Callable[[Mapping[str, float]], float]:
+    return lambda losses: losses[left] - losses[right]
 
 
 def _take_common(nats: Mapping[str, Nats], *roles: str) -> dict[str, Nats]:

@@ -3,8 +3,10 @@
 ULD (Boizard et al., arXiv 2402.12030): both distributions are sorted, and their L1 distance is
 added to the cross-entropy, times 1.5. GOLD (TRL): tokens that both vocabularies spell alike are
 compared by the Jensen-Shannon divergence, all others by the sorted distance; each part is weighted
-by its share of the source's vocabulary. Both are used here at the positions where a token of the
-source begins with one of the target, where those libraries align by index or by merged spans.
+by its share of the source's vocabulary, beside the cross-entropy. Both are used here at the
+positions where a token of the source begins with one of the target, where those libraries align by
+index or by merged spans, and from the source that rayfuse selects for each row (`min_ce`): neither
+has a rule for several sources.
 """
 
 from typing import Literal
