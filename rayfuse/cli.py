@@ -307,16 +307,19 @@ def init() -> None:
 @app.command()
 def demo(
     storage: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("demo-run"),
-    seed: Annotated[int, typer.Option(help="Seed of the models and the training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the text and the training.")] = 0,
+    train_models: Annotated[
+        bool, typer.Option("--train-models", help="Train the tiny models from scratch, too.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a complete fusion on this machine, offline, with text and models that it creates."""
+    """Run a complete fusion of tiny models on this machine, offline."""
     began = time.monotonic()
     with command_output(as_json) as output:
         from rayfuse.demo.command import create_demo
         from rayfuse.pipeline import STAGES, run_recipe
 
-        recipe = create_demo(storage.absolute(), seed, output.console)
+        recipe = create_demo(storage.absolute(), seed, output.console, train_models=train_models)
         output.values |= run_recipe(recipe, None, STAGES, output.console)
         output.values["seconds"] = round(time.monotonic() - began, 1)
         output.console.print(

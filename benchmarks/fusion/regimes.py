@@ -58,11 +58,17 @@ RATE = 4e-3
 HEAVY_DECAYS = (0.4, 1.6)
 """Weight decay beside 0.1: it delays overfitting (arXiv 2509.14786)."""
 
-FUSED_RATE = RATE
-"""Of all variants of fusion but those that compare rates."""
+BASE: dict[str, Any] = {
+    "clm_weight": 0.3,
+    "rate": RATE,
+    "fuse": {"method": "fixed_share"},
+    "align": {"record": "sampled-8+8"},
+}
+"""The variants of fusion change one of these at a time."""
 
-BASE = {"method": "fixed_share", "tail": "unigram"}
-"""The settings `fuse` of the variants that are changed one at a time."""
+TOP_16: dict[str, Any] = {"align": {"record": "top-16"}}
+FILLED: dict[str, Any] = {"fuse": {"method": "fixed_share", "tail": "unigram"}}
+FALLING = {"start": 0.5, "end": 0.1, "shape": "linear"}
 
 SWITCH_RATE = 0.05
 """Of the filter ensemble."""
@@ -89,11 +95,13 @@ def plan_regime(name: str, seed: int) -> dict[str, Role]:
     }
     roles |= {
         "fused": _plan_fused(planner, is_small),
-        "copy": _plan_fills(planner, {"copy": planner.target}, (8,) if is_small else (1, 2)),
+        "copy": _plan_base(
+            planner, "copy", {"copy": planner.target}, (8, 16) if is_small else (1, 2)
+        ),
         "distilled": _plan_distilled(planner, 8 if is_small else 2),
         "defaults": _plan_defaults(planner),
         "fusellm": _plan_fusellm(planner),
-        "sum_kl": _plan_sum(planner, (4, 8) if is_small else (1, 2)),
+        "sum_kl": _plan_sum(planner, (8,) if is_small else (1, 2)),
         "uld": _plan_rivals(planner, 4 if is_small else 1),
     }
     if is_small:
@@ -105,10 +113,11 @@ def plan_regime(name: str, seed: int) -> dict[str, Role]:
         }
     roles |= {
         f"clm {times}x": {
-            f"CLM, {times}x the text, {epochs} epochs": planner.train(
-                f"{times}x", {}, times=times, epochs=epochs
+            f"CLM, {times}x the text, {epochs} epochs, rate {rate:g}": planner.train(
+                f"{times}x", {}, times=times, epochs=epochs, rate=rate
             )
             for epochs in ((4,) if is_small else (1, 2))
+            for rate in (RATE / 2, RATE / 4)
         }
         for times in planner.scale.multiples
     }
@@ -130,40 +139,41 @@ def _plan_clm(planner: Planner, is_small: bool) -> dict[str, Unit]:
     }
 
 
-def _plan_fills(
-    planner: Planner, sources: dict[str, Unit], epochs: tuple[int, ...], weight: Any = 0.3
+def _plan_base(
+    planner: Planner, name: str, sources: dict[str, Unit], epochs: tuple[int, ...]
 ) -> dict[str, Unit]:
     return {
-        f"{'+'.join(sources)}, unigram, lambda {weight}, {number} epochs": planner.train(
-            "fill", sources, epochs=number, clm_weight=weight, rate=FUSED_RATE, fuse=BASE
-        )
+        f"{name}, {number} epochs": planner.train(name, sources, epochs=number, **BASE)
         for number in epochs
     }
 
 
 def _plan_fused(planner: Planner, is_small: bool) -> dict[str, Unit]:
-    """Plan fusion: the base at several rates, then its settings changed one at a time."""
+    """Plan fusion: the base, its settings changed one at a time, and other complete targets."""
     epochs = 8 if is_small else 2
-    base: dict[str, Any] = {"epochs": epochs, "clm_weight": 0.3, "rate": FUSED_RATE, "fuse": BASE}
-    falling = {"start": 0.5, "end": 0.1, "shape": "linear"}
+    base: dict[str, Any] = {"epochs": epochs, **BASE}
     changes: dict[str, dict[str, Any]] = {
-        **{f"rate {rate:g}": {"rate": rate} for rate in (RATE, RATE / 2, RATE / 4)},
-        "min_ce": {"fuse": BASE | {"method": "min_ce"}},
-        "avg_ce, temperature 0.1": {"fuse": BASE | {"method": "avg_ce", "temperature": 0.1}},
-        "tail bucket": {"fuse": BASE | {"tail": "bucket"}},
-        "sampled 8+8": {"fuse": BASE | {"tail": "bucket"}, "align": {"record": "sampled-8+8"}},
-        "top-64": {"align": {"record": "top-64"}},
-        "lambda 0.1": {"clm_weight": 0.1},
-        "lambda 0.5 to 0.1": {"clm_weight": falling},
-        "decay 0.4": {"weight_decay": 0.4},
+        "base": {},
         f"{epochs * 2} epochs": {"epochs": epochs * 2},
+        "lambda 0.1": {"clm_weight": 0.1},
+        "lambda 0.5 to 0.1": {"clm_weight": FALLING},
+        "decay 0.4": {"weight_decay": 0.4},
+        "min_ce": {"fuse": {"method": "min_ce"}},
+        "avg_ce, temperature 0.1": {"fuse": {"method": "avg_ce", "temperature": 0.1}},
+        **{f"rate {rate:g}": {"rate": rate} for rate in (2 * RATE, RATE / 2)},
+        "top-16, bucket": TOP_16,
+        **{
+            f"top-16, unigram, rate {rate:g}": TOP_16 | FILLED | {"rate": rate}
+            for rate in (RATE, RATE / 2, RATE / 4)
+        },
+        "top-64, unigram": {"align": {"record": "top-64"}} | FILLED,
     }
     variants = {
-        f"fixed_share, unigram, {label}": planner.train(label, planner.sources, **base | changed)
+        label: planner.train(label, planner.sources, **base | changed)
         for label, changed in changes.items()
     }
     with_copy = planner.sources | {"copy": planner.target}
-    variants["fixed_share, unigram, and the copy"] = planner.train("and copy", with_copy, **base)
+    variants["and the copy"] = planner.train("and copy", with_copy, **base)
     return variants
 
 
@@ -171,13 +181,20 @@ def _plan_distilled(planner: Planner, epochs: int) -> dict[str, Unit]:
     """Plan distillation from one source alone."""
     variants: dict[str, Unit] = {}
     for name, source in planner.sources.items():
-        variants |= _plan_fills(planner, {name: source}, (epochs,))
+        variants |= _plan_base(planner, name, {name: source}, (epochs,))
     return variants
 
 
 def _plan_defaults(planner: Planner) -> dict[str, Unit]:
     return {
-        f"defaults, {epochs} epochs": planner.train("defaults", planner.sources, epochs=epochs)
+        f"defaults, {epochs} epochs": planner.train(
+            "defaults",
+            planner.sources,
+            align=TOP_16["align"],
+            fuse={"method": "min_ce", "unit": "row", "tail": "bucket"},
+            clm_weight={"start": 0.5, "end": 0.9, "shape": "linear"},
+            epochs=epochs,
+        )
         for epochs in (1, 4)
     }
 
@@ -185,37 +202,53 @@ def _plan_defaults(planner: Planner) -> dict[str, Unit]:
 def _plan_fusellm(planner: Planner) -> dict[str, Unit]:
     """Plan the published rule: its alignment, record, choice of a source, loss and lambda."""
     return {
-        f"FuseLLM, {epochs} epochs": planner.train(
+        f"FuseLLM, {epochs} epochs, rate {rate:g}": planner.train(
             "FuseLLM",
             planner.sources,
             align={"record": "top-10", "method": "min_edit_distance"},
-            fuse={"cost": "nats_per_token", "tail": "renormalise"},
+            fuse={
+                "method": "min_ce",
+                "unit": "row",
+                "cost": "nats_per_token",
+                "tail": "renormalise",
+            },
             clm_weight=0.9,
+            rate=rate,
             epochs=epochs,
         )
         for epochs in (1, 4)
+        for rate in (RATE, RATE / 4)
     }
 
 
 def _plan_sum(planner: Planner, epochs: tuple[int, ...]) -> dict[str, Unit]:
-    """Plan the plain sum of all sources' divergences, of complete targets.
+    """Plan the plain sum of all sources' divergences.
 
     The gradient of the sum of S forward divergences is S times that of the one from the sources'
-    mean, so lambda 0.3 of CLM beside 0.7 of the sum is lambda 0.3 / (0.3 + 0.7 S) beside the mean.
+    mean, so lambda 0.3 of CLM beside 0.7 of the sum is lambda 0.3 / (0.3 + 0.7 S) beside the mean
+    where all sources have a signal. The mean beside lambda 0.3 is tried as well.
     """
     weight = 0.3 / (0.3 + 0.7 * len(planner.sources))
-    fuse = {"method": "avg_ce", "temperature": 1e6, "tail": "unigram"}
+    mean = BASE | {"fuse": {"method": "avg_ce", "temperature": 1e6}}
     return {
-        f"sum of KL, {number} epochs": planner.train(
-            "sum of KL", planner.sources, epochs=number, clm_weight=weight, fuse=fuse
+        f"sum of KL, lambda {clm_weight:.3g}, {number} epochs": planner.train(
+            "sum of KL", planner.sources, epochs=number, **mean | {"clm_weight": clm_weight}
         )
+        for clm_weight in (weight, 0.3)
         for number in epochs
     }
 
 
 def _plan_rivals(planner: Planner, epochs: int) -> dict[str, Unit]:
     return {
-        f"{loss}, {epochs} epochs": planner.train(loss, planner.sources, loss=loss, epochs=epochs)
+        f"{loss}, {epochs} epochs": planner.train(
+            loss,
+            planner.sources,
+            loss=loss,
+            epochs=epochs,
+            align=TOP_16["align"],
+            fuse={"method": "min_ce", "unit": "row"},
+        )
         for loss in ("uld", "gold")
     }
 

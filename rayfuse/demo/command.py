@@ -9,8 +9,8 @@ from rayfuse.runtime.connect import join_cluster
 from rayfuse.runtime.console import ProgressBars
 
 
-def create_demo(root: Path, seed: int, console: Console) -> Path:
-    """Create the text, models and recipe of the demo's run.
+def create_demo(root: Path, seed: int, console: Console, *, train_models: bool) -> Path:
+    """Create the text, models and recipe of the demo's run; see `prepare_demo`.
 
     Returns:
         The recipe's path.
@@ -18,13 +18,14 @@ def create_demo(root: Path, seed: int, console: Console) -> Path:
     Raises:
         UserError: The folder cannot be written, or RAY_ADDRESS names no cluster.
     """
-    console.print(f"rayfuse demo: three tiny LLMs are trained, then fused into a fourth, in {root}")
+    first = "are trained, then fused" if train_models else "are fused"
+    console.print(f"rayfuse demo: three tiny LLMs {first} into a fourth, in {root}")
     _check_folder(root)
     join_cluster()
     from rayfuse.demo.stage import prepare_demo  # imports ray, which reads what join_cluster sets
 
     with ProgressBars(console) as bars:
-        return prepare_demo(str(root), seed, bars)
+        return prepare_demo(str(root), seed, bars, train_models=train_models)
 
 
 def _check_folder(root: Path) -> None:

@@ -1,10 +1,10 @@
-"""The demo stage: text, four tiny models as Ray tasks, and the recipe that fuses them."""
+"""The demo stage: text, four tiny models, and the recipe that fuses them."""
 
 import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,18 @@ import ray
 import torch
 
 import rayfuse
+from rayfuse.demo import shipped
 from rayfuse.demo.recipe_text import render_recipe
 from rayfuse.demo.specs import SOURCES, TARGET, ModelSpec
-from rayfuse.demo.text import Document, collect_domains, split_documents, write_documents
+from rayfuse.demo.text import SIZES, Document, collect_domains, split_documents, write_documents
 from rayfuse.demo.tiny_models import pretrain
 from rayfuse.run.fingerprint import fingerprint_of
 from rayfuse.runtime.progress import Progress, ProgressEvent
 from rayfuse.train.monitor import RunState, RunStatus
+
+CORPUS_BYTES, HELD_OUT_BYTES = 40_000, 60_000
+"""Text of each domain that the shipped models are fused on, and evaluated on: little, so that the
+demo ends soon."""
 
 POLL_SECONDS = 0.5
 STEPS_BETWEEN_REPORTS = 10
@@ -29,29 +34,43 @@ def prepare_demo(
     seed: int,
     progress: Progress,
     specs: Sequence[ModelSpec] = (*SOURCES, TARGET),
+    *,
+    train_models: bool = False,
 ) -> Path:
     """Create documents and models below `storage`/demo, and write the recipe that fuses them.
 
-    Models that exist already, by the same spec, text and seed, are reused. Ray must be initialised.
-
     Args:
         storage: A local folder.
-        seed: Seed of the text's split, of the models and, in the recipe, of the training.
+        seed: Seed of the text's split and, in the recipe, of the training.
         progress: Receives the steps of every model.
         specs: The sources, and last the target.
+        train_models: Train the models from scratch, in Ray tasks, by the same seed; Ray must be
+            initialised. Models that exist already, by the same spec, text and seed, are reused. By
+            default the shipped models are copied, and their text is in neither part.
 
     Raises:
-        ValueError: This Python lacks the sources of the standard library.
+        UserError: This Python lacks the sources of the standard library.
     """
     root = Path(storage).absolute()
     folder = root / "demo"
     folder.mkdir(parents=True, exist_ok=True)
     progress(ProgressEvent("demo", "text", 0, 1))
-    parts = split_documents(collect_domains(seed), seed)
+    if train_models:
+        parts = split_documents(collect_domains(seed), seed)
+    else:
+        sizes = {
+            domain: replace(size, corpus=CORPUS_BYTES, held_out=HELD_OUT_BYTES, pretrain=0)
+            for domain, size in SIZES.items()
+        }
+        domains = collect_domains(shipped.SEED, shipped.read_seen_text())
+        parts = split_documents(domains, seed, sizes)
     write_documents(parts.corpus, folder / "corpus.jsonl")
     write_documents(parts.held_out, folder / "held_out.jsonl")
     progress(ProgressEvent("demo", "text", 1, 1))
-    _pretrain_all(specs, parts.pretrain, folder, seed, progress)
+    if train_models:
+        _pretrain_all(specs, parts.pretrain, folder, seed, progress)
+    else:
+        shipped.copy_models([spec.name for spec in specs], folder)
     recipe = root / "recipe.yaml"
     recipe.write_text(render_recipe(root, seed, specs), encoding="utf-8")
     return recipe

@@ -1,6 +1,7 @@
 """Collect text that every Python installation has: code, prose and arithmetic."""
 
 import ast
+import hashlib
 import json
 import re
 import sysconfig
@@ -12,7 +13,7 @@ from random import Random
 from rayfuse.config.base import UserError
 from rayfuse.demo.arithmetic import write_sheets
 
-PASSAGE_CHARS = 2500
+PASSAGE_CHARS = 1250
 """Approximate length of a document: modules are split into passages between paragraphs."""
 
 MIN_BLOCK_CHARS = 60
@@ -43,6 +44,17 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass(frozen=True)
+class SeenText:
+    """Text that models were trained on, which must not be fused on or evaluated on."""
+
+    groups: frozenset[str] = frozenset()
+    """As DOMAIN/GROUP."""
+    paragraphs: frozenset[bytes] = frozenset()
+    """Hashes of paragraphs of at least `MIN_BLOCK_CHARS`: a group's text may be found in another
+    group of another Python version."""
+
+
+@dataclass(frozen=True)
 class Document:
     """A passage of text; its id is DOMAIN/GROUP/NUMBER, and a group is never split."""
 
@@ -70,7 +82,10 @@ class Parts:
 
 @dataclass(frozen=True)
 class PartSizes:
-    """Bytes of a domain's text: minimum of corpus and held-out text, maximum for pre-training."""
+    """Bytes of a domain's text: minimum of corpus and held-out text, maximum for pre-training.
+
+    With `pretrain` 0 there is no text for pre-training.
+    """
 
     corpus: int
     held_out: int
@@ -78,37 +93,72 @@ class PartSizes:
 
 
 SIZES = {
-    "code": PartSizes(corpus=300_000, held_out=120_000, pretrain=3_000_000),
-    "prose": PartSizes(corpus=250_000, held_out=120_000, pretrain=3_000_000),
-    "arithmetic": PartSizes(corpus=200_000, held_out=80_000, pretrain=2_000_000),
+    "code": PartSizes(corpus=100_000, held_out=80_000, pretrain=3_000_000),
+    "prose": PartSizes(corpus=100_000, held_out=80_000, pretrain=1_050_000),
+    "arithmetic": PartSizes(corpus=100_000, held_out=80_000, pretrain=2_000_000),
 }
 DOMAINS = tuple(SIZES)
 
+SPARE_BYTES = 200_000
+"""Arithmetic beyond the three parts, so that every seed finds groups that no model has seen."""
 
-def collect_domains(seed: int = 0) -> dict[str, list[Document]]:
+
+def collect_domains(seed: int = 0, seen_text: SeenText | None = None) -> dict[str, list[Document]]:
     """Collect the documents of each domain, without duplicate paragraphs.
 
     Args:
         seed: Seed of the arithmetic. Code and prose depend on the Python version alone.
+        seen_text: Groups and paragraphs to skip.
 
     Raises:
         UserError: The standard library's sources are missing.
     """
-    code, docstrings = _read_library(Path(sysconfig.get_path("stdlib")))
-    seen: set[str] = set()
+    known = seen_text or SeenText()
+    code, docstrings = _read_library(Path(sysconfig.get_path("stdlib")), known.groups)
+    seen = set(known.paragraphs)
     prose = _read_topics() | docstrings
     sizes = SIZES["arithmetic"]
-    sheets = write_sheets(
-        seed, num_bytes=sizes.pretrain + sizes.corpus + sizes.held_out, sheet_chars=PASSAGE_CHARS
-    )
-    return {
-        "code": list(_split_passages("code", code, seen)),
-        "prose": list(_split_passages("prose", prose, seen)),
-        "arithmetic": [
+    num_bytes = sizes.pretrain + sizes.corpus + sizes.held_out + SPARE_BYTES
+    sheets = write_sheets(seed, num_bytes=num_bytes, sheet_chars=PASSAGE_CHARS)
+    documents = {
+        "code": _split_passages("code", code, seen),
+        "prose": _split_passages("prose", prose, seen),
+        "arithmetic": (
             Document(f"arithmetic/sheet-{number:05d}/0", "arithmetic", text)
             for number, text in enumerate(sheets)
-        ],
+        ),
     }
+    return {
+        domain: [
+            document for document in of_domain if f"{domain}/{document.group}" not in known.groups
+        ]
+        for domain, of_domain in documents.items()
+    }
+
+
+def describe_seen(documents: Iterable[Document]) -> SeenText:
+    """List the groups and the long paragraphs of documents."""
+    groups: set[str] = set()
+    paragraphs: set[bytes] = set()
+    for document in documents:
+        groups.add(f"{document.domain}/{document.group}")
+        for block in document.text.split("\n\n"):
+            key = _join_words(block)
+            if len(key) >= MIN_BLOCK_CHARS:
+                paragraphs.add(hash_paragraph(key))
+    return SeenText(frozenset(groups), frozenset(paragraphs))
+
+
+HASH_BYTES = 8
+
+
+def hash_paragraph(words: str) -> bytes:
+    """Hash a paragraph, its words joined by single spaces."""
+    return hashlib.blake2b(words.encode(), digest_size=HASH_BYTES).digest()
+
+
+def _join_words(block: str) -> str:
+    return " ".join(block.split())
 
 
 def split_documents(
@@ -125,13 +175,20 @@ def split_documents(
     for domain, documents in domains.items():
         wanted = (sizes or SIZES)[domain]
         rest = _group_documents(documents, Random(f"{seed}/{domain}"))
-        corpus += _take_groups(rest, wanted.corpus, LARGEST_FRESH_GROUP_BYTES)
-        held_out += _take_groups(rest, wanted.held_out, LARGEST_FRESH_GROUP_BYTES)
+        fused = _take_groups(rest, wanted.corpus, LARGEST_FRESH_GROUP_BYTES)
+        evaluated = _take_groups(rest, wanted.held_out, LARGEST_FRESH_GROUP_BYTES)
+        corpus += fused
+        held_out += evaluated
         own = _take_groups(rest, wanted.pretrain, None)
-        if count_bytes(own) < wanted.corpus:
+        if (
+            count_bytes(fused) < wanted.corpus
+            or count_bytes(evaluated) < wanted.held_out
+            or count_bytes(own) < min(wanted.corpus, wanted.pretrain)
+        ):
             raise UserError(
                 f"the demo's text comes from this Python's standard library, which holds too "
-                f"little {domain} ({count_bytes(documents)} bytes); use a Python with its sources"
+                f"little {domain} ({count_bytes(documents)} bytes that no shipped model was "
+                "trained on); use a Python with its sources, or --train-models"
             )
         pretrain += own
     return Parts(*(_shuffle(part, seed) for part in (pretrain, corpus, held_out)))
@@ -158,8 +215,15 @@ def count_bytes(documents: Iterable[Document]) -> int:
     return sum(len(document.text.encode()) for document in documents)
 
 
-def _read_library(root: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Collect the paragraphs of code and of docstrings, by package or module."""
+def _read_library(
+    root: Path, skipped: frozenset[str]
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Collect the paragraphs of code and of docstrings, by package or module.
+
+    Args:
+        root: The folder of the standard library.
+        skipped: Groups as DOMAIN/GROUP; a file of which neither domain is wanted is not parsed.
+    """
     code: dict[str, list[str]] = {}
     docstrings: dict[str, list[str]] = {}
     for path in sorted(root.rglob("*.py")):
@@ -167,12 +231,14 @@ def _read_library(root: Path) -> tuple[dict[str, list[str]], dict[str, list[str]
         is_table = relative.as_posix() in TABLES
         if EXCLUDED.intersection(relative.parts) or is_table or _is_built(relative):
             continue
+        # `_pydecimal` and `decimal` are one group, as they share most of their text.
+        group = re.sub("^_(py)?", "", relative.parts[0].removesuffix(".py"))
+        if {f"code/{group}", f"prose/{group}"} <= skipped:
+            continue
         try:
             bare, found = split_docstrings(path.read_text(encoding="utf-8"))
         except (SyntaxError, ValueError):  # not UTF-8, or a file with intended syntax errors
             continue
-        # `_pydecimal` and `decimal` are one group, as they share most of their text.
-        group = re.sub("^_(py)?", "", relative.parts[0].removesuffix(".py"))
         code.setdefault(group, []).extend(_split_blocks(bare))
         for text in found:
             docstrings.setdefault(group, []).extend(filter(_is_prose, _split_blocks(text)))
@@ -245,17 +311,24 @@ def _is_prose(block: str) -> bool:
 
 
 def _split_passages(
-    domain: str, groups: dict[str, list[str]], seen: set[str]
+    domain: str, groups: dict[str, list[str]], seen: set[bytes]
 ) -> Iterator[Document]:
-    """Yield each group's paragraphs as documents, without those in `seen`; adds them to `seen`."""
+    """Yield each group's paragraphs as documents, without those in `seen`; adds them to `seen`.
+
+    Args:
+        domain: The domain of the groups.
+        groups: Paragraphs by group.
+        seen: Hashes of paragraphs.
+    """
     for group, blocks in groups.items():
         passages: list[list[str]] = [[]]
         for block in blocks:
-            key = " ".join(block.split())
-            if key in seen:
-                continue
+            key = _join_words(block)
             if len(key) >= MIN_BLOCK_CHARS:
-                seen.add(key)
+                hashed = hash_paragraph(key)
+                if hashed in seen:
+                    continue
+                seen.add(hashed)
             if sum(map(len, passages[-1])) + len(block) > PASSAGE_CHARS and passages[-1]:
                 passages.append([])
             passages[-1].append(block)

@@ -120,6 +120,8 @@ def build_model(spec: ModelSpec, tokenizer: TextTokenizer, seed: int) -> Any:
     # The usual 0.02 suits widths in the thousands: after 200 steps at width 128 it was 0.2 bits per
     # byte behind 1 / sqrt(width) on average over the four families.
     shared = {"vocab_size": spec.head_width, "initializer_range": spec.width**-0.5, **ids}
+    if spec.is_tied:  # else each family's default
+        shared["tie_word_embeddings"] = True
     return BUILDERS[spec.family](spec, shared)
 
 
