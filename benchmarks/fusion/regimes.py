@@ -68,6 +68,13 @@ BASE: dict[str, Any] = {
 
 TOP_16: dict[str, Any] = {"align": {"record": "top-16"}}
 FILLED: dict[str, Any] = {"fuse": {"method": "fixed_share", "tail": "unigram"}}
+WITH_COPY: dict[str, dict[str, Any]] = {
+    "": {},
+    ", rate 0.008": {"rate": 2 * RATE},
+    ", rate 0.008, decay 0.4": {"rate": 2 * RATE, "weight_decay": 0.4},
+}
+"""What helped the sources alone, tried with the target's own copy among them."""
+
 FALLING = {"start": 0.5, "end": 0.1, "shape": "linear"}
 
 SWITCH_RATE = 0.05
@@ -173,7 +180,8 @@ def _plan_fused(planner: Planner, is_small: bool) -> dict[str, Unit]:
         for label, changed in changes.items()
     }
     with_copy = planner.sources | {"copy": planner.target}
-    variants["and the copy"] = planner.train("and copy", with_copy, **base)
+    for label, changed in WITH_COPY.items():
+        variants[f"and the copy{label}"] = planner.train("and copy", with_copy, **base | changed)
     return variants
 
 
