@@ -28,20 +28,15 @@ def state_gain(findings: Findings, recipe: Recipe) -> str | None:
     if "clm" not in findings.differences:
         return None
     difference = findings.differences["clm"][ALL]
-    clm = bits_per_byte(findings.evaluations["clm"].documents)[ALL]
     compared = _name_comparison(findings, recipe)
     if difference.num_documents < MIN_DOCUMENTS:
         return (
             f"Whether fusion helped is unknown: {difference.num_documents} held-out documents are "
             f"too few to compare it with {compared}."
         )
-    low, high = (_format_share(bound / clm) for bound in (difference.low, difference.high))
-    figures = (
-        f"{_format_share(difference.difference / clm)} bits per byte against {compared} "
-        f"(95 % interval {low} to {high})"
-    )
+    figures = _format_gain(findings, "clm", f"bits per byte against {compared}")
     if difference.outcome == "better":
-        return f"Fusion helped: {figures}."
+        return f"Fusion helped: {figures}.{_compare_untouched(findings)}"
     start = "Fusion did not help" if difference.outcome == "worse" else "No clear gain from fusion"
     reasons = "; ".join(find_reasons(findings, recipe))
     return f"{start}: {figures}. {f'Likely reasons: {reasons}.' if reasons else NO_REASON}"
@@ -88,6 +83,30 @@ def find_reasons(findings: Findings, recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _compare_untouched(findings: Findings) -> str:
+    """Compare fused with the untouched target where CLM is worse than that: a gain on CLM alone
+    would flatter fusion.
+    """
+    clm, target = (
+        bits_per_byte(findings.evaluations[name].documents)[ALL] for name in ("clm", "target")
+    )
+    if clm <= target:
+        return ""
+    gain = _format_gain(findings, "target", "against the untouched target")
+    return f" Without fusion, training on this text made the target worse; fused is {gain}."
+
+
+def _format_gain(findings: Findings, name: str, words: str) -> str:
+    """Format the difference of fused from a model as a share of the model's bits per byte."""
+    score = bits_per_byte(findings.evaluations[name].documents)[ALL]
+    difference = findings.differences[name][ALL]
+    value, low, high = (
+        _format_share(bits / score)
+        for bits in (difference.difference, difference.low, difference.high)
+    )
+    return f"{value} {words} (95\u00a0% interval {low} to {high})"
+
+
 def _name_comparison(findings: Findings, recipe: Recipe) -> str:
     if findings.has_selection:
         return "CLM, each at its best validation"
@@ -96,4 +115,4 @@ def _name_comparison(findings: Findings, recipe: Recipe) -> str:
 
 
 def _format_share(value: float) -> str:
-    return f"{value:+.2%}".replace("-", "\u2212").replace("%", " %")
+    return f"{value:+.2%}".replace("-", "\u2212").replace("%", "\u00a0%")

@@ -25,10 +25,24 @@ def sound(recipe: Recipe) -> Recipe:
 
 def test_a_gain_is_stated_as_a_share_of_clm_with_its_interval(findings: Findings, sound: Recipe):
     clm = bits_per_byte(findings.evaluations["clm"].documents)[ALL]
-    low, value, high = (f"{abs(each) / clm:.2%}".replace("%", " %") for each in (0.03, 0.02, 0.01))
+    low, value, high = (f"{each / clm:.2%}".replace("%", "\u00a0%") for each in (0.03, 0.02, 0.01))
     assert state_gain(with_outcomes(findings, clm=BETTER), sound) == (
         f"Fusion helped: \u2212{value} bits per byte against CLM after the same 8 epochs "
-        f"(95 % interval \u2212{low} to \u2212{high})."
+        f"(95\u00a0% interval \u2212{low} to \u2212{high})."
+    )
+
+
+def test_where_clm_is_worse_than_no_training_fused_is_compared_with_that_too(findings, sound):
+    found = with_outcomes(findings, clm=BETTER, target=UNCLEAR)
+    assert "untouched" not in str(state_gain(found, sound))
+    swapped = findings.evaluations | {
+        "clm": findings.evaluations["target"],
+        "target": findings.evaluations["clm"],
+    }
+    target = bits_per_byte(swapped["target"].documents)[ALL]
+    share = f"{0.01 / target:.2%}".replace("%", "\u00a0%")
+    assert f"made the target worse; fused is \u2212{share} against the untouched target" in str(
+        state_gain(replace(found, evaluations=swapped), sound)
     )
 
 
