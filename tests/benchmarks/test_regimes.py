@@ -110,13 +110,14 @@ LOSSES = {
 
 
 def make_plan(out: Path, seed: int) -> dict[str, dict[str, Unit]]:
-    """Store results of these losses; every document and seed differs a little."""
+    """Store results of these losses; every variant, document and seed differs a little."""
     held_out = Unit("held_out", "valid", {})
     plan: dict[str, dict[str, Unit]] = {}
     results = [(held_out, {"selection": DOCUMENTS, "reported": DOCUMENTS})]
-    noise = np.random.default_rng(seed).normal(0, 0.01, len(DOCUMENTS))
+    draw = np.random.default_rng(seed)
     for role, variants in LOSSES.items():
         for name, losses in variants.items():
+            noise = draw.normal(0, 0.01, len(DOCUMENTS)) + draw.normal(0, 0.005)  # and of the seed
             unit = Unit(
                 "score", name, {"seed": seed, "variant": f"{role} {name}"}, {"held_out": held_out}
             )
@@ -143,16 +144,32 @@ def test_variants_are_chosen_on_the_selection_half_and_reported_on_the_other(tmp
     regime = json.loads((tmp_path / "regimes.json").read_text())["R1"]
     assert regime["seeds"] == 3
     assert regime["best_source"] == pytest.approx(2.9, abs=0.01)
-    assert regime["gain"]["value"] == pytest.approx(1 - 2.5 / 2.7, abs=1e-3)
+    assert regime["gain"]["value"] == pytest.approx(1 - 2.5 / 2.7, abs=5e-3)
     assert regime["gain"]["low"] <= regime["gain"]["value"] <= regime["gain"]["high"]
     assert regime["token_multiple"]["value"] == pytest.approx(2, abs=0.05)
     assert regime["token_multiple"]["is_inside_curve"]
     assert regime["absorption"]["value"] == pytest.approx(0.2 / 0.5, abs=0.01)
     assert regime["absorption_of_mean"]["value"] == pytest.approx(0.2 / 0.4, abs=0.01)
-    assert regime["fused_minus"]["target"]["all"]["value"] == pytest.approx(-0.3, abs=1e-3)
+    assert regime["fused_minus"]["target"]["all"]["value"] == pytest.approx(-0.3, abs=0.01)
     page = render_page({"R1": regime})
     assert "| fused | x | 3 | 2." in page and "| clm | 1 epoch | 2.7" in page
     assert draw_regimes({"R1": regime}).startswith(b"\x89PNG")
+
+
+def test_a_quantity_takes_the_seeds_that_all_its_variants_have(tmp_path):
+    plans = {seed: make_plan(tmp_path, seed) for seed in (2, 3, 4)}
+    whole = tmp_path / "regimes.json"
+    write_regimes({"R1": plans}, tmp_path)
+    complete = json.loads(whole.read_text())["R1"]
+    late = plans[3]["clm 4x"]["4 epochs"].folder(tmp_path) / "result.json"
+    late.unlink()  # seed 4 is done, but without seed 3 it would be paired with another's
+    write_regimes({"R1": plans}, tmp_path)
+    partial = json.loads(whole.read_text())["R1"]
+    assert partial["seeds"] == partial["seeds_by_role"]["clm 4x"] == 1
+    assert partial["gain"] == complete["gain"]
+    assert partial["token_multiple"] != complete["token_multiple"]
+    width = complete["gain"]["high"] - complete["gain"]["low"]
+    assert width > 0.002  # the documents alone give less
 
 
 def test_a_role_with_a_missing_variant_is_not_chosen_yet(tmp_path):
