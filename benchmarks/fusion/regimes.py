@@ -72,6 +72,7 @@ WITH_COPY: dict[str, dict[str, Any]] = {
     "": {},
     ", rate 0.008": {"rate": 2 * RATE},
     ", rate 0.008, decay 0.4": {"rate": 2 * RATE, "weight_decay": 0.4},
+    ", rate 0.008, sampled 16+16": {"rate": 2 * RATE, "align": {"record": "sampled-16+16"}},
 }
 """What helped the sources alone, tried with the target's own copy among them."""
 
