@@ -150,10 +150,16 @@ def _plan_clm(planner: Planner, is_small: bool) -> dict[str, Unit]:
 def _plan_base(
     planner: Planner, name: str, sources: dict[str, Unit], epochs: tuple[int, ...]
 ) -> dict[str, Unit]:
-    return {
+    """Plan the base for other sources, at more than one number of epochs and at a higher rate."""
+    variants = {
         f"{name}, {number} epochs": planner.train(name, sources, epochs=number, **BASE)
         for number in epochs
     }
+    high = BASE | {"rate": 2 * RATE}
+    variants[f"{name}, {epochs[0]} epochs, rate {2 * RATE:g}"] = planner.train(
+        name, sources, epochs=epochs[0], **high
+    )
+    return variants
 
 
 def _plan_fused(planner: Planner, is_small: bool) -> dict[str, Unit]:
@@ -240,10 +246,13 @@ def _plan_sum(planner: Planner, epochs: tuple[int, ...]) -> dict[str, Unit]:
     weight = 0.3 / (0.3 + 0.7 * len(planner.sources))
     mean = BASE | {"fuse": {"method": "avg_ce", "temperature": 1e6}}
     return {
-        f"sum of KL, lambda {clm_weight:.3g}, {number} epochs": planner.train(
-            "sum of KL", planner.sources, epochs=number, **mean | {"clm_weight": clm_weight}
+        f"sum of KL, lambda {clm_weight:.3g}, rate {rate:g}, {number} epochs": planner.train(
+            "sum of KL",
+            planner.sources,
+            epochs=number,
+            **mean | {"clm_weight": clm_weight, "rate": rate},
         )
-        for clm_weight in (weight, 0.3)
+        for clm_weight, rate in ((weight, RATE), (0.3, RATE), (0.3, 2 * RATE))
         for number in epochs
     }
 
