@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from rayfuse.config.base import UserError
 from rayfuse.demo.specs import SOURCES, TARGET
 from rayfuse.demo.text import HASH_BYTES, SeenText, collect_domains, describe_seen, split_documents
 
@@ -27,7 +28,16 @@ MAX_BYTES = 8_000_000
 
 
 def read_seen_text() -> SeenText:
-    """Read which text the shipped models were trained on."""
+    """Read which text the shipped models were trained on.
+
+    Raises:
+        UserError: This copy of rayfuse has no models: a job is sent the code alone.
+    """
+    if not FOLDER.is_dir():
+        raise UserError(
+            f"the demo's models are not in this copy of rayfuse ({FOLDER}); install it with them, "
+            "or use --train-models"
+        )
     groups = json.loads((FOLDER / GROUPS_FILE).read_text(encoding="utf-8"))
     hashes = (FOLDER / PARAGRAPHS_FILE).read_bytes()
     paragraphs = [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]

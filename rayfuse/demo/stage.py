@@ -49,7 +49,7 @@ def prepare_demo(
             default the shipped models are copied, and their text is in neither part.
 
     Raises:
-        UserError: This Python lacks the sources of the standard library.
+        UserError: This Python lacks the sources of the standard library, or rayfuse the models.
     """
     root = Path(storage).absolute()
     folder = root / "demo"

@@ -9,6 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
 from rayfuse.demo import shipped
 from rayfuse.demo.specs import SOURCES, TARGET, ModelSpec
@@ -85,6 +86,12 @@ def test_a_demo_copies_them_without_a_cluster_and_rewrites_nothing(tmp_path: Pat
     (files[0]).write_bytes(b"{}")
     prepare_demo(str(tmp_path), 0, report_nothing)
     assert files[0].read_bytes() != b"{}"
+
+
+def test_a_copy_of_rayfuse_without_models_names_the_remedy(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "missing")
+    with pytest.raises(UserError, match="are not in this copy of rayfuse .* use --train-models"):
+        prepare_demo(str(tmp_path), 0, report_nothing)
 
 
 def copy_as_trained(folder: Path, held_out: list[Document]) -> None:
