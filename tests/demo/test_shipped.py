@@ -90,7 +90,7 @@ def test_a_demo_copies_them_without_a_cluster_and_rewrites_nothing(tmp_path: Pat
 
 def test_a_copy_of_rayfuse_without_models_names_the_remedy(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(shipped, "FOLDER", tmp_path / "missing")
-    with pytest.raises(UserError, match="are not in this copy of rayfuse .* use --train-models"):
+    with pytest.raises(UserError, match=r"are not in this copy of rayfuse .* use --train-models"):
         prepare_demo(str(tmp_path), 0, report_nothing)
 
 
