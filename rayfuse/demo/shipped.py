@@ -13,6 +13,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file, save_file
+
 from rayfuse.config.base import UserError
 from rayfuse.demo.specs import SOURCES, TARGET
 from rayfuse.demo.text import HASH_BYTES, SeenText, collect_domains, describe_seen, split_documents
@@ -67,12 +70,10 @@ def pack(storage: Path) -> None:
         FileNotFoundError: A model is missing.
         ValueError: They have more than `MAX_BYTES`, or their text is not that of `SEED` here.
     """
-    import torch
-    from safetensors.torch import load_file, save_file
-
     parts = split_documents(collect_domains(SEED), SEED)
     written = (storage / "demo" / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
-    if {json.loads(line)["id"] for line in written} != {each.doc_id for each in parts.held_out}:
+    expected = {document.doc_id for document in parts.held_out}
+    if {json.loads(line)["id"] for line in written} != expected:
         raise ValueError(f"the models in {storage} have another split of the text than seed {SEED}")
     draft = FOLDER.with_name(f"{FOLDER.name}-draft")
     shutil.rmtree(draft, ignore_errors=True)
