@@ -10,8 +10,9 @@ reported. The reported half is text that is reserved for it: no model is trained
 the text and the sources are the same for all seeds; a seed decides the target, the corpus and the
 order.
 
-DIR/regimes.json is written at the end, from the seeds that are done. Results are stored as by
-`benchmarks.fusion`, so that a killed run resumes.
+DIR/regimes.json, RESULTS.md and results.jsonl.gz are written at the end, from the seeds that are
+done; the folder `regimes` holds the latest. Results are stored as by `benchmarks.fusion`, so that a
+killed run resumes.
 """
 
 import argparse
@@ -26,7 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from benchmarks.fusion.plan import CLM, Planner
 from benchmarks.fusion.regime_report import choose_variants, write_regimes
 from benchmarks.fusion.scales import SCALES, Scale, Size
-from benchmarks.fusion.units import Unit, run_units
+from benchmarks.fusion.units import Unit, restore_results, run_units, save_results
 from benchmarks.fusion.work import work
 
 SEEDS = (2, 3, 4)
@@ -80,6 +81,9 @@ FALLING = {"start": 0.5, "end": 0.1, "shape": "linear"}
 
 SWITCH_RATE = 0.05
 """Of the filter ensemble."""
+
+RESULTS = Path(__file__).parent / "regimes" / "results.jsonl.gz"
+"""The scores that are known: copied here from DIR, they are not computed again."""
 
 Role = Mapping[str, Unit]
 """The variants of a role by name."""
@@ -282,14 +286,25 @@ def main() -> None:
     parser.add_argument("--report-only", action="store_true")
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
+    plans_of = {name: {seed: plan_regime(name, seed) for seed in SEEDS} for name in REGIMES}
+    every = [
+        unit
+        for plans in plans_of.values()
+        for plan in plans.values()
+        for variants in plan.values()
+        for unit in variants.values()
+    ]
+    if RESULTS.is_file():
+        restore_results(every, given.out, RESULTS)
     for name in () if given.report_only else given.regimes:
-        unknown = set(given.roles or ()) - set(plan_regime(name, SEEDS[0]))
+        plans = plans_of[name]
+        first = plans[SEEDS[0]]
+        unknown = set(given.roles or ()) - set(first)
         if unknown:
             parser.error(f"--roles {' '.join(sorted(unknown))}: {name} has no such role")
-        plans = {seed: plan_regime(name, seed) for seed in SEEDS}
-        first = plans[SEEDS[0]]
         roles = given.roles or list(first)
-        units = [unit for role in roles for unit in first[role].values()]
+        units = [first["target"]["target"].needs["held_out"]]  # its list of documents is read
+        units += [unit for role in roles for unit in first[role].values()]
         run_units(units, given.out, given.data, work, workers=given.workers)
         if given.only_choose:
             continue
@@ -299,9 +314,8 @@ def main() -> None:
         ]
         run_units(finals, given.out, given.data, work, workers=given.workers)
     shown = [name for name in REGIMES if name != "tiny" or name in given.regimes]
-    write_regimes(
-        {name: {seed: plan_regime(name, seed) for seed in SEEDS} for name in shown}, given.out
-    )
+    write_regimes({name: plans_of[name] for name in shown}, given.out)
+    save_results(every, given.out, given.out / RESULTS.name)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Units of work: each is computed once, and stored under a hash of all that decides its result."""
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -101,12 +102,51 @@ def list_with_needs(units: Iterable[Unit]) -> list[Unit]:
     return list(found.values())
 
 
+def list_missing(units: Iterable[Unit], out: Path) -> list[Unit]:
+    """List the units that are not done, with their needs that are not done, each after its needs.
+
+    What only units that are done need is not listed.
+    """
+    found: dict[str, Unit] = {}
+
+    def add(unit: Unit) -> None:
+        if unit.key not in found and not unit.is_done(out):
+            for need in unit.needs.values():
+                add(need)
+            found[unit.key] = unit
+
+    for unit in units:
+        add(unit)
+    return list(found.values())
+
+
+def save_results(units: Iterable[Unit], out: Path, file: Path) -> None:
+    """Write the scores of finished units into one compressed file, to be kept and restored."""
+    lines = [
+        json.dumps({"key": unit.key, "kind": unit.kind, "name": unit.name, "nats": record["nats"]})
+        for unit in {unit.key: unit for unit in units}.values()
+        if unit.is_done(out) and "nats" in (record := unit.read(out))
+    ]
+    text = "".join(f"{line}\n" for line in lines).encode()
+    file.write_bytes(gzip.compress(text, mtime=0))
+
+
+def restore_results(units: Iterable[Unit], out: Path, file: Path) -> None:
+    """Write the scores that `save_results` kept into the folders of units that are not done."""
+    records = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
+    by_key = {record["key"]: record for record in records}
+    for unit in units:
+        if unit.key in by_key and not unit.is_done(out):
+            unit.folder(out).mkdir(parents=True, exist_ok=True)
+            (unit.folder(out) / "result.json").write_text(json.dumps(by_key[unit.key]))
+
+
 def run_units(units: Iterable[Unit], out: Path, data: Path, work: Work, *, workers: int) -> None:
     """Compute all missing units in order, in a number of processes.
 
     A unit that fails ends the run once the units that run beside it are done.
     """
-    waiting = [unit for unit in list_with_needs(units) if not unit.is_done(out)]
+    waiting = list_missing(units, out)
     total, done = len(waiting), 0
     open_keys = {unit.key for unit in waiting}
     context = multiprocessing.get_context("spawn")

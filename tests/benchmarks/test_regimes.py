@@ -17,7 +17,7 @@ from benchmarks.fusion.regimes import SPLIT_SEED
 from benchmarks.fusion.rivals import hybrid_distance, sorted_distance
 from benchmarks.fusion.scales import DOMAINS
 from benchmarks.fusion.text import read_fusion, read_held_out, read_pretraining
-from benchmarks.fusion.units import Unit
+from benchmarks.fusion.units import Unit, list_missing, restore_results, save_results
 from rayfuse.evaluate.ensemble import TokenNLL
 
 REPOSITORY = Path(__file__).parents[2]
@@ -170,6 +170,18 @@ def test_a_quantity_takes_the_seeds_that_all_its_variants_have(tmp_path):
     assert partial["token_multiple"] != complete["token_multiple"]
     width = complete["gain"]["high"] - complete["gain"]["low"]
     assert width > 0.002  # the documents alone give less
+
+
+def test_kept_scores_are_restored_and_need_nothing_else(tmp_path):
+    plan = make_plan(tmp_path / "first", 2)
+    units = [unit for variants in plan.values() for unit in variants.values()]
+    save_results(units, tmp_path / "first", tmp_path / "kept.gz")
+    second = tmp_path / "second"
+    assert len(list_missing(units, second)) == len(units) + 1  # and the held-out text
+    restore_results(units, second, tmp_path / "kept.gz")
+    assert list_missing(units, second) == []
+    for unit in units:
+        assert unit.read(second)["nats"] == unit.read(tmp_path / "first")["nats"]
 
 
 def test_a_role_with_a_missing_variant_is_not_chosen_yet(tmp_path):
