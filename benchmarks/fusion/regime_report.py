@@ -26,6 +26,9 @@ from rayfuse.evaluate.scores import ALL
 BRACKETS = ("full",)
 """Roles that only say where the loss of a method lies; they are trained for the first seed."""
 
+SHARED = ("target", "best_source", "ensemble_mean", "ensemble_filter")
+"""Roles of models that several regimes have: alone they do not make a regime."""
+
 RIVALS = ("target", "best_source", "distilled", "copy", "defaults", "fusellm", "sum_kl", "uld")
 
 Plan = Mapping[str, Mapping[str, Unit]]
@@ -70,6 +73,8 @@ def _describe_regime(plans: Mapping[int, Plan], out: Path) -> dict[str, Any]:
         return {}
     documents = _read_documents(first, out)["reported"]
     chosen = choose_variants(first, out)
+    if set(chosen) <= {*SHARED}:
+        return {}
     nats = {
         role: np.array(
             [
