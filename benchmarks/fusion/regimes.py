@@ -11,7 +11,7 @@ the text and the sources are the same for all seeds; a seed decides the target, 
 order.
 
 DIR/regimes.json, RESULTS.md and results.jsonl.gz are written at the end, from the seeds that are
-done; the folder `regimes` holds the latest. Results are stored as by `benchmarks.fusion`, so that a
+done; the folder `regime_results` holds the latest. Results are stored as by `benchmarks.fusion`, so that a
 killed run resumes.
 """
 
@@ -82,7 +82,7 @@ FALLING = {"start": 0.5, "end": 0.1, "shape": "linear"}
 SWITCH_RATE = 0.05
 """Of the filter ensemble."""
 
-RESULTS = Path(__file__).parent / "regimes" / "results.jsonl.gz"
+RESULTS = Path(__file__).parent / "regime_results" / "results.jsonl.gz"
 """The scores that are known: copied here from DIR, they are not computed again."""
 
 Role = Mapping[str, Unit]
