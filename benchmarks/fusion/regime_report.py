@@ -69,7 +69,7 @@ def write_regimes(plans: Mapping[str, Mapping[int, Plan]], out: Path) -> None:
 
 def _describe_regime(plans: Mapping[int, Plan], out: Path) -> dict[str, Any]:
     first = next(iter(plans.values()))
-    if not any(unit.is_done(out) for variants in first.values() for unit in variants.values()):
+    if not _held_out(first).is_done(out):
         return {}
     documents = _read_documents(first, out)["reported"]
     chosen = choose_variants(first, out)

@@ -11,8 +11,8 @@ the text and the sources are the same for all seeds; a seed decides the target, 
 order.
 
 DIR/regimes.json, RESULTS.md and results.jsonl.gz are written at the end, from the seeds that are
-done; the folder `regime_results` holds the latest. Results are stored as by `benchmarks.fusion`, so that a
-killed run resumes.
+done; the folder `regime_results` holds the latest. Results are stored as by `benchmarks.fusion`, so
+that a killed run resumes.
 """
 
 import argparse
