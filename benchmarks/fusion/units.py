@@ -87,30 +87,17 @@ def do_unit(unit: Unit, out: Path, data: Path, work: Work) -> dict[str, Any]:
     return record
 
 
-def list_with_needs(units: Iterable[Unit]) -> list[Unit]:
-    """List units and all their needs, each once and after its own needs (topological order)."""
-    found: dict[str, Unit] = {}
+def list_with_needs(units: Iterable[Unit], done_in: Path | None = None) -> list[Unit]:
+    """List units and all their needs, each once and after its own needs (topological order).
 
-    def add(unit: Unit) -> None:
-        if unit.key not in found:
-            for need in unit.needs.values():
-                add(need)
-            found[unit.key] = unit
-
-    for unit in units:
-        add(unit)
-    return list(found.values())
-
-
-def list_missing(units: Iterable[Unit], out: Path) -> list[Unit]:
-    """List the units that are not done, with their needs that are not done, each after its needs.
-
-    What only units that are done need is not listed.
+    Args:
+        units: The units.
+        done_in: The study's folder, to skip the units that are done there and what only these need.
     """
     found: dict[str, Unit] = {}
 
     def add(unit: Unit) -> None:
-        if unit.key not in found and not unit.is_done(out):
+        if unit.key not in found and not (done_in is not None and unit.is_done(done_in)):
             for need in unit.needs.values():
                 add(need)
             found[unit.key] = unit
@@ -146,7 +133,7 @@ def run_units(units: Iterable[Unit], out: Path, data: Path, work: Work, *, worke
 
     A unit that fails ends the run once the units that run beside it are done.
     """
-    waiting = list_missing(units, out)
+    waiting = list_with_needs(units, done_in=out)
     total, done = len(waiting), 0
     open_keys = {unit.key for unit in waiting}
     context = multiprocessing.get_context("spawn")

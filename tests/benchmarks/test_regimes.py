@@ -17,7 +17,7 @@ from benchmarks.fusion.regimes import SPLIT_SEED
 from benchmarks.fusion.rivals import hybrid_distance, sorted_distance
 from benchmarks.fusion.scales import DOMAINS
 from benchmarks.fusion.text import read_fusion, read_held_out, read_pretraining
-from benchmarks.fusion.units import Unit, list_missing, restore_results, save_results
+from benchmarks.fusion.units import Unit, list_with_needs, restore_results, save_results
 from rayfuse.evaluate.ensemble import TokenNLL
 
 REPOSITORY = Path(__file__).parents[2]
@@ -177,9 +177,9 @@ def test_kept_scores_are_restored_and_need_nothing_else(tmp_path):
     units = [unit for variants in plan.values() for unit in variants.values()]
     save_results(units, tmp_path / "first", tmp_path / "kept.gz")
     second = tmp_path / "second"
-    assert len(list_missing(units, second)) == len(units) + 1  # and the held-out text
+    assert len(list_with_needs(units, second)) == len(units) + 1  # and the held-out text
     restore_results(units, second, tmp_path / "kept.gz")
-    assert list_missing(units, second) == []
+    assert list_with_needs(units, second) == []
     for unit in units:
         assert unit.read(second)["nats"] == unit.read(tmp_path / "first")["nats"]
 
