@@ -133,9 +133,10 @@ class Planner:
         record: str = DEFAULT_RECORD,
         method: str = "bytes",
         fault: bool = False,
+        corpus: Unit | None = None,
     ) -> Unit:
         """Plan one source's distributions over the target's tokens."""
-        corpus = self.corpora[1]
+        corpus = corpus or self.corpora[1]
         capture, records = _capture_settings(record)
         captured = Unit(
             "captured",
@@ -148,6 +149,31 @@ class Planner:
             f"{source.name}, {record}, {method}",
             {"record": record, "method": method, "teaches_current_token": fault},
             {"captured": captured, "corpus": corpus},
+        )
+
+    def write(self, tokens: int, **align: Any) -> Unit:
+        """Plan the text that the sources write from beginnings of the corpus.
+
+        Args:
+            tokens: Of all texts together, their beginnings included.
+            align: Of the records by which the best source of each row is known.
+        """
+        common = {"seed": self.seed, "tokens": tokens, "max_tokens": self.scale.max_tokens}
+        rated = {f"rated {name}": self.align(unit, **align) for name, unit in self.sources.items()}
+        written = {
+            f"written by {name}": Unit(
+                "written",
+                f"by {name}, seed {self.seed}",
+                common | {"writer": number},
+                {"model": source, "corpus": self.corpora[1]} | rated,
+            )
+            for number, (name, source) in enumerate(self.sources.items())
+        }
+        return Unit(
+            "written_corpus",
+            f"seed {self.seed}",
+            {"max_tokens": self.scale.max_tokens},
+            {"target": self.tokenizers["target"], **self.tokenizers} | written,
         )
 
     def train(
@@ -165,9 +191,11 @@ class Planner:
     ) -> Unit:
         """Plan a continued training of the target, on the rows and in the order of all variants.
 
-        `loss`, in place of a setting of rayfuse, is another library's (`rivals.py`).
+        Two settings are not rayfuse's: `loss` is another library's (`rivals.py`), and `written` is
+        a corpus that the sources wrote, from which half of the rows of each step come.
         """
         scale, loss = self.scale, train.pop("loss", None)
+        written: Unit | None = train.pop("written", None)
         train = {"learning_rate": rate or scale.rate, "warmup_share": 0.05} | train
         if not sources:
             train["clm_weight"] = 1.0
@@ -195,6 +223,12 @@ class Planner:
             "held_out": self.held_out,
         }
         needs |= {source: self.align(unit, **(align or {})) for source, unit in sources.items()}
+        if written is not None:
+            needs["written"] = written
+            needs |= {
+                f"written, {source}": self.align(unit, corpus=written, **(align or {}))
+                for source, unit in sources.items()
+            }
         return Unit("train", f"{name}, seed {self.seed}", settings, needs)
 
 

@@ -12,7 +12,8 @@ SITUATIONS = {
     "R0": "the study's own: sources as strong as the target, 95 kB of text a domain",
     "R1": "little text, strong sources: 32 kB a domain, 2.6 times the size, 2M tokens",
     "R2": "as R1, with a target of an eighth of the pre-training",
-    "R4": "strong sources, ample text: 457 kB a domain",
+    "R3": "as R1, and the sources write 1M tokens more, from beginnings of the text",
+    "R4": "strong sources, ample text: 320 kB a domain",
     "tiny": "for tests",
 }
 
@@ -22,6 +23,7 @@ TITLES = {
     "ensemble_mean": "ensemble, mean",
     "ensemble_filter": "ensemble, weighted by the text before",
     "clm": "CLM",
+    "clm_written": "CLM, with the text that the sources wrote",
     "fused": "fused",
     "copy": "the target's own copy alone",
     "distilled": "one source alone",

@@ -137,7 +137,7 @@ def _describe_gain(nats: dict[str, Nats], documents: Documents) -> dict[str, Any
             ).items()
         }
         for role in nats
-        if role in (*RIVALS, "clm")
+        if role in (*RIVALS, "clm", "clm_written")
     }
     return found
 

@@ -1,6 +1,7 @@
 """Training in one process, without a cluster, with rayfuse's own batches, objective and loss."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +19,11 @@ from rayfuse.train.model import FusionModel
 
 PACKING = Packing(sequence_tokens=1, sequences=64, is_packed=False)
 """Every row is a sequence of its own: MPT's attention does not separate packed rows."""
+
+
+@dataclass(frozen=True)
+class WrittenBatch(MicroBatch):
+    """Rows that a source wrote: their next tokens are samples, and no labels."""
 
 
 def train_lm(
@@ -57,11 +63,12 @@ def train_lm(
     losses: list[float] = []
     model.train()
     for step, batches in enumerate(steps, 1):
-        positions = sum(len(batch.positions) for batch in batches)
+        positions = float(sum(len(batch.positions) for batch in batches))
         weights = objective.weights_at(step, positions, 1)
         total = 0.0
         for batch in batches:
-            loss, sums = model(batch, weights)
+            is_written = isinstance(batch, WrittenBatch)
+            loss, sums = model(batch, replace(weights, clm=0.0) if is_written else weights)
             loss.backward()
             total += float(sums[0])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping)

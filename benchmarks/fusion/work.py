@@ -3,11 +3,9 @@
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from benchmarks.fusion.cut_tokenizers import cut_tokenizer
 from benchmarks.fusion.filter import filter_sources
@@ -17,6 +15,21 @@ from benchmarks.fusion.published import teach_current_token
 from benchmarks.fusion.records import keep_fewer
 from benchmarks.fusion.rivals import RivalModel
 from benchmarks.fusion.scales import DOMAINS
+from benchmarks.fusion.stored import (
+    BATCH_TOKENS,
+    Record,
+    choose_device,
+    data_of,
+    load,
+    load_folder,
+    model_folder,
+    read_captured,
+    read_rows,
+    save,
+    score_lm,
+    sum_documents,
+    tokenizer_of,
+)
 from benchmarks.fusion.text import (
     HALVES,
     read_domain,
@@ -26,6 +39,7 @@ from benchmarks.fusion.text import (
 )
 from benchmarks.fusion.training import PACKING, lay_out_text, train_lm
 from benchmarks.fusion.units import Unit
+from benchmarks.fusion.written import gather_texts, iterate_mixed_steps, write_texts
 from rayfuse.align.method import Alignment, build_alignment
 from rayfuse.align.methods.cooccurrence import choose_most_matched, count_pairs
 from rayfuse.align.methods.min_edit_distance import map_to_nearest
@@ -47,24 +61,16 @@ from rayfuse.corpus.shards import build_rows
 from rayfuse.demo.specs import ModelSpec
 from rayfuse.demo.text import Document as PlainDocument
 from rayfuse.demo.tiny_models import build_model, draw_rows
-from rayfuse.evaluate.bits_per_byte import score_documents, score_rows, score_tokens
+from rayfuse.evaluate.bits_per_byte import score_tokens
 from rayfuse.evaluate.ensemble import TokenNLL, average_sources
 from rayfuse.evaluate.merged_weights import average_weights
 from rayfuse.fuse.reader import ShardReader
-from rayfuse.models.causal_lm import CausalLM, load_causal_lm, split_head
-from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
-from rayfuse.storage.dataset import DataSet
-from rayfuse.storage.store import LocalStore
+from rayfuse.models.causal_lm import split_head
 from rayfuse.train.batches import MicroBatch, StepPlan, iterate_steps
 from rayfuse.train.order import count_steps
 
 COUNTED_DOCUMENTS = 200
 """Training documents per domain that decide the characters of a truncated tokenizer."""
-
-BATCH_TOKENS = 8_192
-"""Tokens of a forward pass without gradients."""
-
-Record = dict[str, Any]
 
 
 def work(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
@@ -80,12 +86,12 @@ def _make_tokenizer(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     ]
     name, vocab_size = unit.settings["source"], unit.settings["vocab_size"]
     cut_tokenizer(data / "tokenizers" / name, folder / "tokenizer", texts, vocab_size)
-    return {"vocab_size": _tokenizer_of(unit, out).vocab_size}
+    return {"vocab_size": tokenizer_of(unit, out).vocab_size}
 
 
 def _make_model(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     """Pre-train a model from scratch, or continue another one."""
-    settings, tokenizer = unit.settings, _tokenizer_of(unit.needs["tokenizer"], out)
+    settings, tokenizer = unit.settings, tokenizer_of(unit.needs["tokenizer"], out)
     rows_per_step = settings["rows_per_step"]
     spec = ModelSpec(
         name=unit.name,
@@ -102,9 +108,9 @@ def _make_model(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
         head_size=settings["head_size"],
     )
     if "start" in unit.needs:
-        lm = _load(unit.needs["start"], out)
+        lm = load(unit.needs["start"], out)
     else:
-        model = build_model(spec, tokenizer, settings["seed"]).to(_device())
+        model = build_model(spec, tokenizer, settings["seed"]).to(choose_device())
         lm = split_head(model, name=unit.name)
     losses: list[float] = []
     if spec.steps:
@@ -119,7 +125,7 @@ def _make_model(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
         num_steps = -(-len(rows) // rows_per_step)
         train = TrainSettings(clm_weight=1.0, **settings["train"])
         losses = train_lm(lm, steps, train, num_steps=num_steps)
-    _save(lm, unit.needs["tokenizer"], folder, out)
+    save(lm, unit.needs["tokenizer"], folder, out)
     parameters = sum(weights.numel() for weights in lm.model.parameters())
     return {"losses": losses, "parameters": parameters}
 
@@ -133,10 +139,10 @@ def _make_corpus(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
         settings["chars"],
         split_seed=settings.get("split_seed"),
     )
-    tokenizers = [_tokenizer_of(need, out) for need in unit.needs.values()]
+    tokenizers = [tokenizer_of(need, out) for need in unit.needs.values()]
     table = build_rows(documents, tokenizers[0], tokenizers, max_tokens=settings["max_tokens"])
     tokens = sum(len(ids) for ids in table["target_ids"])
-    _data(unit, out, "rows").write_shard(0, table, tokens=tokens)
+    data_of(unit, out, "rows").write_shard(0, table, tokens=tokens)
     num_bytes = int(np.sum(table["num_bytes"].to_numpy()))
     return {
         "rows": table.num_rows,
@@ -148,7 +154,7 @@ def _make_corpus(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
 
 def _make_held_out(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     settings = unit.settings
-    tokenizers = [_tokenizer_of(need, out) for need in unit.needs.values()]
+    tokenizers = [tokenizer_of(need, out) for need in unit.needs.values()]
     found: Record = {}
     for shard, half in enumerate(HALVES):
         documents = read_held_out(
@@ -159,7 +165,7 @@ def _make_held_out(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
             has_reserve="split_seed" in settings,
         )
         table = build_rows(documents, tokenizers[0], tokenizers, max_tokens=settings["max_tokens"])
-        _data(unit, out, "rows").write_shard(shard, table, tokens=0)
+        data_of(unit, out, "rows").write_shard(shard, table, tokens=0)
         found[half] = [
             [document.doc_id, document.domain, len(document.text.encode())]
             for document in documents
@@ -170,17 +176,17 @@ def _make_held_out(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
 def _capture(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     """Score the corpus once at the largest k, and store the records of every smaller k too."""
     settings, model = unit.settings, unit.needs["model"]
-    tokenizer = _tokenizer_of(model.needs["tokenizer"], out)
-    corpus = _read_rows(unit.needs["corpus"], out)
+    tokenizer = tokenizer_of(model.needs["tokenizer"], out)
+    corpus = read_rows(unit.needs["corpus"], out)
     rows = tokenize_rows(corpus, tokenizer)
     capture = CaptureSettings(**settings["capture"], batch_tokens=BATCH_TOKENS)
-    source = ModelSettings(model=str(_model_folder(model, out)), dtype="float32")
+    source = ModelSettings(model=str(model_folder(model, out)), dtype="float32")
     records = TransformersEngine(source, capture).score_rows(rows)
     found: Record = {}
     for name, top_k in settings["records"].items():
         kept = [record if top_k is None else keep_fewer(record, top_k) for record in records]
         table, rejects = build_captured(corpus, rows, kept, tokenizer.eos_id)
-        commit = _data(unit, out, name).write_shard(0, table, tokens=sum(map(len, rows)))
+        commit = data_of(unit, out, name).write_shard(0, table, tokens=sum(map(len, rows)))
         found[name] = {
             "bytes_per_token": commit.num_bytes / commit.tokens,
             "rejects": len(rejects),
@@ -190,21 +196,21 @@ def _capture(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
 
 def _align(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     captured, settings = unit.needs["captured"], unit.settings
-    corpus = _read_rows(unit.needs["corpus"], out)
+    corpus = read_rows(unit.needs["corpus"], out)
     alignment = _alignment(unit, out, corpus)
-    found = _data(captured, out, settings["record"])
+    found = data_of(captured, out, settings["record"])
     table, stats = align_shard(corpus, found.read_shard(found.read_commit(0)), alignment)
     if settings["teaches_current_token"]:
         table = teach_current_token(corpus, table)
     tokens = int(stats["positions"])
-    _data(unit, out, "rows").write_shard(0, table, tokens=tokens, stats=stats)
+    data_of(unit, out, "rows").write_shard(0, table, tokens=tokens, stats=stats)
     return {"stats": stats}
 
 
 def _alignment(unit: Unit, out: Path, corpus: pa.Table) -> Alignment:
     method = unit.settings["method"]
-    source = _tokenizer_of(unit.needs["captured"].needs["model"].needs["tokenizer"], out)
-    target = _tokenizer_of(unit.needs["corpus"].needs["target"], out)
+    source = tokenizer_of(unit.needs["captured"].needs["model"].needs["tokenizer"], out)
+    target = tokenizer_of(unit.needs["corpus"].needs["target"], out)
     name = "bytes" if method in (WHOLE_CHARACTERS, UNFINISHED) else method
     maps = None
     if name == "min_edit_distance":
@@ -239,36 +245,34 @@ def _ends_inside_character(spelled: bytes | None) -> bool:
 def _train(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     """Continue the target on a corpus with the unit's sources, and score it."""
     settings, corpus = unit.settings, unit.needs["corpus"]
-    aligned = {name: need for name, need in unit.needs.items() if need.kind == "aligned"}
-    tokenizer = _tokenizer_of(corpus.needs["target"], out)
-    reader = ShardReader(
-        _data(corpus, out, "rows"),
-        {name: _data(need, out, "rows") for name, need in aligned.items()},
-        FuseSettings(**{"skip_noise": False} | settings["fuse"]),
-        tokenizer.count_bytes(),
-    )
+    tokenizer = tokenizer_of(corpus.needs["target"], out)
+    aligned, reader = _open_reader(unit, corpus, out)
     train = TrainSettings(**settings["train"])
-    rows_per_step, seed = settings["rows_per_step"], settings["seed"]
-    epochs = settings.get("epochs", 1)
+    rows_per_step, epochs = settings["rows_per_step"], settings.get("epochs", 1)
+    plan = StepPlan(settings["seed"], epochs, rows_per_step)
     rival_name = settings.get("loss")
-    lm, rival = _load(unit.needs["start"], out), None
+    lm, rival = load(unit.needs["start"], out), None
     if settings["full"]:
-        table = _read_rows(corpus, out)
+        table = read_rows(corpus, out)
         sources = [
             place_full_source(
-                _load(need.needs["captured"].needs["model"], out),
+                load(need.needs["captured"].needs["model"], out),
                 _alignment(need, out, table),
                 table,
-                _read_captured(need, out),
+                read_captured(need, out),
                 is_mapped=rival_name is None,
             )
             for need in aligned.values()
         ]
         if rival_name is not None:
             rival = RivalModel(lm, rival_name, [source.alignment for source in sources])
-        steps = iterate_full_steps(reader, sources, StepPlan(seed, epochs, rows_per_step))
+        steps = iterate_full_steps(reader, sources, plan)
+    elif "written" in unit.needs:
+        rows_per_step //= 2  # of the corpus
+        written = _open_reader(unit, unit.needs["written"], out)[1]
+        steps = iterate_mixed_steps(reader, written, plan, learns_labels=not train.is_fused)
     else:
-        steps = _iterate_batches(reader, StepPlan(seed, epochs, rows_per_step))
+        steps = _iterate_batches(reader, plan)
     losses = train_lm(
         lm,
         steps,
@@ -279,8 +283,23 @@ def _train(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
         rival=rival,
     )
     if settings["keep"]:
-        _save(lm, corpus.needs["target"], folder, out)
-    return {"losses": losses} | _score_lm(lm, tokenizer, unit.needs["held_out"], out)
+        save(lm, corpus.needs["target"], folder, out)
+    return {"losses": losses} | score_lm(lm, tokenizer, unit.needs["held_out"], out)
+
+
+def _open_reader(unit: Unit, corpus: Unit, out: Path) -> tuple[dict[str, Unit], ShardReader]:
+    """Open a corpus of a training with the sources that are aligned with it."""
+    aligned = {
+        name: need
+        for name, need in unit.needs.items()
+        if need.kind == "aligned" and need.needs["corpus"].key == corpus.key
+    }
+    return aligned, ShardReader(
+        data_of(corpus, out, "rows"),
+        {name: data_of(need, out, "rows") for name, need in aligned.items()},
+        FuseSettings(**{"skip_noise": False} | unit.settings["fuse"]),
+        tokenizer_of(corpus.needs["target"], out).count_bytes(),
+    )
 
 
 def _iterate_batches(reader: ShardReader, plan: StepPlan) -> Iterator[list[MicroBatch]]:
@@ -290,8 +309,8 @@ def _iterate_batches(reader: ShardReader, plan: StepPlan) -> Iterator[list[Micro
 
 def _score(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     model = unit.needs["model"]
-    tokenizer = _tokenizer_of(model.needs["tokenizer"], out)
-    return _score_lm(_load(model, out), tokenizer, unit.needs["held_out"], out)
+    tokenizer = tokenizer_of(model.needs["tokenizer"], out)
+    return score_lm(load(model, out), tokenizer, unit.needs["held_out"], out)
 
 
 def _merge(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
@@ -300,10 +319,10 @@ def _merge(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     merged = folder / "model"
     shutil.rmtree(merged, ignore_errors=True)
     merged.mkdir()
-    average_weights([_model_folder(model, out) for model in models], merged)
-    lm = _load_folder(merged)
-    tokenizer = _tokenizer_of(models[0].needs["tokenizer"], out)
-    return _score_lm(lm, tokenizer, unit.needs["held_out"], out)
+    average_weights([model_folder(model, out) for model in models], merged)
+    lm = load_folder(merged)
+    tokenizer = tokenizer_of(models[0].needs["tokenizer"], out)
+    return score_lm(lm, tokenizer, unit.needs["held_out"], out)
 
 
 def _ensemble(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
@@ -311,13 +330,13 @@ def _ensemble(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
 
     The models have equal weights, or with a `switch_rate` those of `filter_sources`.
     """
-    rows = _data(unit.needs["held_out"], out, "rows")
+    rows = data_of(unit.needs["held_out"], out, "rows")
     tables = [rows.read_shard(rows.read_commit(shard)) for shard in range(len(HALVES))]
     token_nll: list[list[list[TokenNLL]]] = [[] for _ in HALVES]
     for model in unit.needs.values():
         if model.kind == "model":
-            tokenizer = _tokenizer_of(model.needs["tokenizer"], out)
-            lm = _load(model, out)
+            tokenizer = tokenizer_of(model.needs["tokenizer"], out)
+            lm = load(model, out)
             for found, table in zip(token_nll, tables, strict=True):
                 settings = {"name": model.name, "batch_tokens": BATCH_TOKENS}
                 found.append(score_tokens(lm, tokenizer, table, **settings))
@@ -330,73 +349,18 @@ def _ensemble(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     ]
     return {
         "nats": {
-            half: _sum_documents(table, row_nats)
+            half: sum_documents(table, row_nats)
             for half, table, row_nats in zip(HALVES, tables, nats, strict=True)
         }
     }
-
-
-def _score_lm(lm: CausalLM, tokenizer: TextTokenizer, held_out: Unit, out: Path) -> Record:
-    """Compute the NLL of every held-out document, in nats."""
-    rows = _data(held_out, out, "rows")
-    found: Record = {}
-    for shard, half in enumerate(HALVES):
-        table = rows.read_shard(rows.read_commit(shard))
-        nats = score_rows(lm, tokenizer, table, name="model", batch_tokens=BATCH_TOKENS)
-        found[half] = _sum_documents(table, nats)
-    return {"nats": found}
-
-
-def _sum_documents(table: pa.Table, nats: np.ndarray) -> list[float]:
-    return [round(score.nats, 2) for score in score_documents(table, nats)]
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _load(model: Unit, out: Path) -> CausalLM:
-    return _load_folder(_model_folder(model, out))
-
-
-def _load_folder(folder: Path) -> CausalLM:
-    settings = ModelSettings(model=str(folder.absolute()), dtype="float32")
-    return load_causal_lm(settings, _device())
-
-
-def _save(lm: CausalLM, tokenizer: Unit, folder: Path, out: Path) -> None:
-    saved: Any = lm.model
-    saved.save_pretrained(folder / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(tokenizer.folder(out) / "tokenizer" / name, folder / "model" / name)
-
-
-def _model_folder(model: Unit, out: Path) -> Path:
-    return model.folder(out).absolute() / "model"
-
-
-def _tokenizer_of(tokenizer: Unit, out: Path) -> TextTokenizer:
-    return load_tokenizer(str(tokenizer.folder(out).absolute() / "tokenizer"))
-
-
-def _data(unit: Unit, out: Path, name: str) -> DataSet:
-    return DataSet(LocalStore(str(unit.folder(out).absolute())), name, "", unit.key)
-
-
-def _read_rows(corpus: Unit, out: Path) -> pa.Table:
-    rows = _data(corpus, out, "rows")
-    return rows.read_shard(rows.read_commit(0))
-
-
-def _read_captured(aligned: Unit, out: Path) -> pa.Table:
-    found = _data(aligned.needs["captured"], out, aligned.settings["record"])
-    return found.read_shard(found.read_commit(0))
 
 
 KINDS: dict[str, Callable[[Unit, Path, Path, Path], Record]] = {
     "tokenizer": _make_tokenizer,
     "model": _make_model,
     "corpus": _make_corpus,
+    "written": write_texts,
+    "written_corpus": gather_texts,
     "held_out": _make_held_out,
     "captured": _capture,
     "aligned": _align,

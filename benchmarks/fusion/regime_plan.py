@@ -1,0 +1,327 @@
+"""The units of the regimes: for every role, its variants by name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks.fusion.plan import CLM, Planner
+from benchmarks.fusion.scales import SCALES, Scale, Size
+from benchmarks.fusion.units import Unit
+
+SEEDS = (2, 3, 4)
+"""Seed 1 was used up by trials."""
+
+SPLIT_SEED = 2
+
+STRONG = Size(192, 3, 2_000_000)
+SMALL = replace(
+    SCALES["cpu"],
+    source=STRONG,
+    corpus_bytes=32_000,
+    multiples=(2, 4, 8),
+    held_out_documents=10_000,
+    seeds=SEEDS,
+)
+
+REGIMES: dict[str, Scale] = {
+    "R0": replace(SCALES["cpu"], held_out_documents=10_000, seeds=SEEDS),
+    "R1": SMALL,
+    "R2": replace(SMALL, target=replace(SMALL.target, tokens=SMALL.weak_target_tokens)),
+    "R3": SMALL,
+    "R4": replace(SMALL, corpus_bytes=320_000, multiples=()),
+    "tiny": replace(SCALES["tiny"], seeds=SEEDS),  # for tests
+}
+
+WRITTEN_TOKENS = 1_000_000
+"""Of R3: tokens of the texts that the sources write."""
+
+RATE = 4e-3
+"""The peak learning rate that was best for CLM on the first study's corpus."""
+
+HEAVY_DECAYS = (0.4, 1.6)
+"""Weight decay beside 0.1: it delays overfitting (arXiv 2509.14786)."""
+
+BASE: dict[str, Any] = {
+    "clm_weight": 0.3,
+    "rate": RATE,
+    "fuse": {"method": "fixed_share"},
+    "align": {"record": "sampled-8+8"},
+}
+"""The variants of fusion change one of these at a time."""
+
+FAST: dict[str, Any] = {"rate": 2 * RATE, "weight_decay": 0.4}
+TOP_16: dict[str, Any] = {"align": {"record": "top-16"}}
+FILLED: dict[str, Any] = {"fuse": {"method": "fixed_share", "tail": "unigram"}}
+WITH_COPY: dict[str, dict[str, Any]] = {
+    "": {},
+    ", rate 0.008": {"rate": 2 * RATE},
+    ", rate 0.008, decay 0.4": FAST,
+    ", rate 0.008, sampled 16+16": {"rate": 2 * RATE, "align": {"record": "sampled-16+16"}},
+}
+"""What helped the sources alone, tried with the target's own copy among them."""
+
+FALLING = {"start": 0.5, "end": 0.1, "shape": "linear"}
+
+SWITCH_RATE = 0.05
+"""Of the filter ensemble."""
+
+Role = Mapping[str, Unit]
+"""The variants of a role by name."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The epochs and learning rates that are tried in a regime, beside R1's wider choice."""
+
+    epochs: int
+    """Of variants that learn from distributions."""
+    clm_epochs: tuple[int, ...]
+    clm_rates: tuple[float, ...]
+    multiple_rates: tuple[float, ...]
+    """Of CLM on more text, 4 epochs (2 where CLM has few)."""
+
+
+LOW_RATES = (RATE / 2, RATE / 4, RATE / 8)
+
+GRIDS = {
+    "R0": Grid(2, (1, 2, 4), LOW_RATES, (RATE / 2, RATE / 4)),
+    "R1": Grid(8, (2, 4, 8), (RATE, *LOW_RATES), (RATE, RATE / 2, RATE / 4)),
+    "R2": Grid(8, (4, 8), (RATE, RATE / 2, RATE / 4), (RATE, RATE / 2)),
+    "R4": Grid(1, (1,), (RATE, *LOW_RATES), ()),
+    "tiny": Grid(2, (1,), (RATE / 2,), (RATE / 2,)),
+}
+GRIDS["R3"] = GRIDS["R1"]
+
+
+def plan_regime(name: str, seed: int) -> dict[str, Role]:
+    """Plan the variants of each role of a regime for one seed."""
+    planner, grid = Planner(REGIMES[name], seed, split_seed=SPLIT_SEED), GRIDS[name]
+    sources, held_out = planner.sources, {"held_out": planner.held_out}
+    is_wide = name in ("R1", "R3")
+    filtered = Unit(
+        "ensemble", "filter of sources", {"switch_rate": SWITCH_RATE}, sources | held_out
+    )
+    roles: dict[str, Role] = {
+        "target": {"target": planner.score(planner.target)},
+        "best_source": {source: planner.score(model) for source, model in sources.items()},
+        "ensemble_mean": {"mean": Unit("ensemble", "mean of sources", {}, sources | held_out)},
+        "ensemble_filter": {"filter": filtered},
+        "clm": _plan_clm(planner, grid),
+        "fused": _plan_wide(planner, grid) if is_wide else _plan_few(planner, grid),
+        "copy": _plan_copy(planner, grid, is_wide=is_wide),
+        "distilled": _plan_distilled(planner, grid, is_wide=is_wide),
+        "defaults": _plan_defaults(planner, grid),
+        "fusellm": _plan_fusellm(planner, grid, is_wide=is_wide),
+        "sum_kl": _plan_sum(planner, grid, is_wide=is_wide),
+        "uld": _plan_rivals(planner, grid),
+    }
+    if name == "R1":
+        roles["full"] = {
+            f"full, lambda {weight:g}, 4 epochs": planner.train(
+                "full", sources, full=True, clm_weight=weight, epochs=4
+            )
+            for weight in (0.0, 0.1, 0.3)
+        }
+    if name == "R3":
+        roles["fused"], roles["clm_written"] = _plan_written(planner)
+        roles["clm"] = {**roles["clm"], **roles["clm_written"]}
+    return roles | {
+        f"clm {times}x": {
+            f"CLM, {times}x the text, {epochs} epochs, rate {rate:g}": planner.train(
+                f"{times}x", {}, times=times, epochs=epochs, rate=rate
+            )
+            for epochs in (_few_epochs(grid),)
+            for rate in grid.multiple_rates
+        }
+        for times in planner.scale.multiples
+    }
+
+
+def _few_epochs(grid: Grid) -> int:
+    """Return the epochs of variants that learn from labels, or from heads alone."""
+    return min(4, grid.epochs)
+
+
+def _plan_clm(planner: Planner, grid: Grid) -> Role:
+    """Plan CLM: epochs by learning rates, heavy weight decay at a low rate, and no training."""
+    tried = [(epochs, rate, 0.1) for rate in grid.clm_rates for epochs in grid.clm_epochs]
+    most = max(grid.clm_epochs)
+    if most > 1:
+        tried += [(most, RATE / 4, decay) for decay in HEAVY_DECAYS]
+    return {"no training": planner.score(planner.target)} | {
+        f"CLM, {epochs} epochs, rate {rate:g}, decay {decay:g}": planner.train(
+            CLM, {}, epochs=epochs, rate=rate, weight_decay=decay
+        )
+        for epochs, rate, decay in tried
+    }
+
+
+def _plan_wide(planner: Planner, grid: Grid) -> Role:
+    """Plan fusion: the base, its settings changed one at a time, and other complete targets."""
+    epochs = grid.epochs
+    base: dict[str, Any] = {"epochs": epochs, **BASE}
+    changes: dict[str, dict[str, Any]] = {
+        "base": {},
+        f"{epochs * 2} epochs": {"epochs": epochs * 2},
+        "lambda 0.1": {"clm_weight": 0.1},
+        "lambda 0.5 to 0.1": {"clm_weight": FALLING},
+        "decay 0.4": {"weight_decay": 0.4},
+        "min_ce": {"fuse": {"method": "min_ce"}},
+        "avg_ce, temperature 0.1": {"fuse": {"method": "avg_ce", "temperature": 0.1}},
+        **{f"rate {rate:g}": {"rate": rate} for rate in (2 * RATE, RATE / 2)},
+        "top-16, bucket": TOP_16,
+        **{
+            f"top-16, unigram, rate {rate:g}": TOP_16 | FILLED | {"rate": rate}
+            for rate in (RATE, RATE / 2, RATE / 4)
+        },
+        "top-64, unigram": {"align": {"record": "top-64"}} | FILLED,
+    }
+    variants = {
+        label: planner.train(label, planner.sources, **base | changed)
+        for label, changed in changes.items()
+    }
+    for label, changed in WITH_COPY.items():
+        variants[f"and the copy{label}"] = planner.train(
+            "and copy", _add_copy(planner), **base | changed
+        )
+    return variants
+
+
+def _plan_few(planner: Planner, grid: Grid) -> Role:
+    """Plan the variants of fusion that are tried outside R1."""
+    base: dict[str, Any] = {"epochs": grid.epochs, **BASE}
+    changes: dict[str, dict[str, Any]] = {
+        "rate 0.008, decay 0.4": FAST,
+        "rate 0.004": {},
+        "rate 0.002": {"rate": RATE / 2},
+        "rate 0.002, lambda 0.6": {"rate": RATE / 2, "clm_weight": 0.6},
+    }
+    variants = {
+        f"and the copy, {label}": planner.train("and copy", _add_copy(planner), **base | changed)
+        for label, changed in changes.items()
+    }
+    return variants | {"rate 0.004": planner.train("base", planner.sources, **base)}
+
+
+def _add_copy(planner: Planner) -> dict[str, Unit]:
+    return planner.sources | {"copy": planner.target}
+
+
+def _plan_written(planner: Planner) -> tuple[Role, Role]:
+    """Plan training on the corpus and written text, half of each step: fusion, and CLM."""
+    written = planner.write(WRITTEN_TOKENS, **BASE["align"])
+    fused = {
+        f"half written, {epochs} epochs, rate {rate:g}, decay 0.4": planner.train(
+            "written",
+            _add_copy(planner) if has_copy else planner.sources,
+            written=written,
+            epochs=epochs,
+            **BASE | FAST | {"rate": rate},
+        )
+        for epochs, rate, has_copy in ((8, 2 * RATE, False), (8, RATE, False))
+    }
+    clm = {
+        f"CLM, half written, {epochs} epochs, rate {rate:g}": planner.train(
+            "CLM, written", {}, written=written, epochs=epochs, rate=rate
+        )
+        for epochs, rate in ((8, RATE / 2), (8, RATE / 4), (4, RATE / 4))
+    }
+    return fused, clm
+
+
+def _plan_copy(planner: Planner, grid: Grid, *, is_wide: bool) -> Role:
+    """Plan the base with the target's own copy alone."""
+    rates = [(grid.epochs, RATE), (grid.epochs, 2 * RATE if grid.epochs > 2 else RATE / 2)]
+    if is_wide:
+        rates.append((2 * grid.epochs, RATE))
+    return {
+        f"copy, {epochs} epochs, rate {rate:g}": planner.train(
+            "copy", {"copy": planner.target}, epochs=epochs, **BASE | {"rate": rate}
+        )
+        for epochs, rate in rates
+    }
+
+
+def _plan_distilled(planner: Planner, grid: Grid, *, is_wide: bool) -> Role:
+    """Plan the base with one source alone."""
+    return {
+        f"{name}, {grid.epochs} epochs, rate {rate:g}": planner.train(
+            name, {name: source}, epochs=grid.epochs, **BASE | {"rate": rate}
+        )
+        for name, source in planner.sources.items()
+        for rate in ((RATE, 2 * RATE) if is_wide else (RATE,))
+    }
+
+
+def _plan_defaults(planner: Planner, grid: Grid) -> Role:
+    return {
+        f"defaults, {epochs} epochs, rate {rate:g}": planner.train(
+            "defaults",
+            planner.sources,
+            align=TOP_16["align"],
+            fuse={"method": "min_ce", "unit": "row", "tail": "bucket"},
+            clm_weight={"start": 0.5, "end": 0.9, "shape": "linear"},
+            epochs=epochs,
+            rate=rate,
+        )
+        for epochs, rate in {(1, RATE), (_few_epochs(grid), RATE), (_few_epochs(grid), RATE / 4)}
+    }
+
+
+def _plan_fusellm(planner: Planner, grid: Grid, *, is_wide: bool) -> Role:
+    """Plan the published rule: its alignment, record, choice of a source, loss and lambda."""
+    return {
+        f"FuseLLM, {epochs} epochs, rate {rate:g}": planner.train(
+            "FuseLLM",
+            planner.sources,
+            align={"record": "top-10", "method": "min_edit_distance"},
+            fuse={
+                "method": "min_ce",
+                "unit": "row",
+                "cost": "nats_per_token",
+                "tail": "renormalise",
+            },
+            clm_weight=0.9,
+            rate=rate,
+            epochs=epochs,
+        )
+        for epochs in ((1, _few_epochs(grid)) if is_wide else (_few_epochs(grid),))
+        for rate in ((RATE, RATE / 4) if is_wide else (RATE / 2, RATE / 4))
+    }
+
+
+def _plan_sum(planner: Planner, grid: Grid, *, is_wide: bool) -> Role:
+    """Plan the plain sum of all sources' divergences.
+
+    The gradient of the sum of S forward divergences is S times that of the one from the sources'
+    mean, so lambda 0.3 of CLM beside 0.7 of the sum is lambda 0.3 / (0.3 + 0.7 S) beside the mean
+    where all sources have a signal. The mean beside lambda 0.3 is tried as well.
+    """
+    weight = 0.3 / (0.3 + 0.7 * len(planner.sources))
+    mean = BASE | {"fuse": {"method": "avg_ce", "temperature": 1e6}}
+    tried = [(weight, RATE), (0.3, RATE), (0.3, 2 * RATE)]
+    return {
+        f"sum of KL, lambda {clm_weight:.3g}, rate {rate:g}, {grid.epochs} epochs": planner.train(
+            "sum of KL",
+            planner.sources,
+            epochs=grid.epochs,
+            **mean | {"clm_weight": clm_weight, "rate": rate},
+        )
+        for clm_weight, rate in (tried if is_wide else tried[1:])
+    }
+
+
+def _plan_rivals(planner: Planner, grid: Grid) -> Role:
+    return {
+        f"{loss}, {_few_epochs(grid)} epochs, rate {rate:g}": planner.train(
+            loss,
+            planner.sources,
+            loss=loss,
+            epochs=_few_epochs(grid),
+            align=TOP_16["align"],
+            fuse={"method": "min_ce", "unit": "row"},
+            rate=rate,
+        )
+        for loss in ("uld", "gold")
+        for rate in (RATE, RATE / 4)
+    }
