@@ -9,6 +9,7 @@ import logging
 import random
 import time
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,27 @@ def load_tasks(manager: Any, name: str) -> dict[str, Any]:
         )
     ):
         return manager.load([name])["tasks"]
+
+
+def read_questions(settings: TasksSettings) -> dict[str, list[str]]:
+    """Read the texts of the questions that are scored, by task: what is asked, then the answer.
+
+    Raises:
+        UserError: A task is unknown or cannot be loaded.
+    """
+    manager = open_task_manager(settings)
+    found: dict[str, list[str]] = {}
+    for name in settings.names:
+        for subtask, task in load_tasks(manager, name).items():
+            found[subtask] = [
+                " ".join(
+                    part
+                    for part in (task.doc_to_text(doc), task.doc_to_target(doc))
+                    if isinstance(part, str)  # of a choice it may be the number alone
+                )
+                for doc in islice(task.eval_docs, settings.limit)
+            ]
+    return found
 
 
 def run_tasks(

@@ -20,7 +20,7 @@ from rayfuse.evaluate.scores import (
 )
 from rayfuse.evaluate.task_scores import TaskScore, compare_tasks, parse_task_score
 from rayfuse.fuse.source_filter import is_noise
-from rayfuse.report.overlap import Overlap, find_overlap
+from rayfuse.report.overlap import Overlap, find_overlaps
 from rayfuse.report.spans import ShardSpan, read_spans
 from rayfuse.run.layout import Layout, Merge, TrainRun
 from rayfuse.run.made_models import DONE_FILE
@@ -117,6 +117,8 @@ class Findings:
     """The sources of the merged weights, and why others are excluded."""
     overlap: Overlap
     """Held-out documents whose text is in the corpus."""
+    task_overlap: dict[str, Overlap]
+    """By task: questions whose text is in the corpus; none where the tasks cannot be read here."""
     has_selection: bool = False
     """Half of the held-out documents have chosen the weights, and are not in the evaluations."""
 
@@ -139,6 +141,9 @@ def gather_findings(recipe: Recipe, layout: Layout) -> Findings:
         if name != "fused"
     }
     tasks = read_task_scores(layout, list(evaluations))
+    overlap, task_overlap = find_overlaps(
+        layout.corpus, layout.held_out, _read_questions(recipe) if tasks else {}
+    )
     curves = {run.name: read_curve(layout.store, run) for run in layout.runs}
     return Findings(
         evaluations=evaluations,
@@ -151,9 +156,24 @@ def gather_findings(recipe: Recipe, layout: Layout) -> Findings:
         task_scores=tasks,
         task_differences={task: compare_to_fused(scores, recipe) for task, scores in tasks.items()},
         merge=layout.evaluation.merge,
-        overlap=find_overlap(layout.corpus, layout.held_out),
+        overlap=overlap,
+        task_overlap=task_overlap,
         has_selection=layout.has_selection,
     )
+
+
+def _read_questions(recipe: Recipe) -> dict[str, list[str]]:
+    """Read the questions of the recipe's tasks, by task; none where that is not possible here.
+
+    A report may be written on another node than the evaluation, without lm-eval or the data.
+    """
+    assert recipe.evaluate.tasks is not None, "a run without tasks has no scores of tasks"
+    try:
+        from rayfuse.evaluate.lm_eval_tasks import read_questions  # lm-eval is optional
+
+        return read_questions(recipe.evaluate.tasks)
+    except (ImportError, UserError):
+        return {}
 
 
 def read_evaluations(layout: Layout) -> dict[str, Evaluation]:

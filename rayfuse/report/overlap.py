@@ -1,14 +1,14 @@
-"""Held-out documents whose text is also in the corpus: runs of 13 equal words, as in GPT-3's check.
+"""Texts of an evaluation that are also in the corpus: runs of 13 equal words, as in GPT-3's check.
 
 Words are compared without case and punctuation (arXiv 2005.14165, appendix C). In scripts that
-write no spaces between words, each character counts as one. A document of fewer words has no run:
-it is not compared.
+write no spaces between words, each character counts as one. A text of fewer words has no run: it is
+not compared.
 """
 
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -39,10 +39,10 @@ _FACTORS = np.array(
 
 @dataclass(frozen=True)
 class Overlap:
-    """How many held-out documents share a run of words with the corpus."""
+    """How many held-out documents, or questions, share a run of words with the corpus."""
 
     documents: int
-    """Held-out documents that were compared: those of at least `RUN_WORDS` words."""
+    """Those that were compared: of at least `RUN_WORDS` words."""
     shared: int
     """Those of them that share a run."""
     shards_read: int
@@ -55,33 +55,57 @@ class Overlap:
         return self.shared / self.documents if self.documents else 0.0
 
 
-def find_overlap(corpus: DataSet, held_out: DataSet) -> Overlap:
-    """Compare the first `MAX_SHARDS` shards of a corpus and of its held-out documents.
+def find_overlaps(
+    corpus: DataSet, held_out: DataSet, questions: Mapping[str, Iterable[str]]
+) -> tuple[Overlap, dict[str, Overlap]]:
+    """Compare held-out documents and the questions of tasks with a corpus, in one pass over it.
+
+    Of each data set the first `MAX_SHARDS` shards are compared.
+
+    Args:
+        corpus: The corpus.
+        held_out: The held-out documents.
+        questions: The texts of each task.
+
+    Returns:
+        The overlap of the held-out documents, and of each task.
 
     Raises:
         ShardError: A shard is missing or corrupt.
     """
-    runs: list[UInt64[np.ndarray, " _"]] = []
-    owners: list[Int[np.ndarray, " _"]] = []
-    documents = 0
-    for text in _iterate_documents(held_out):
-        found = hash_runs(text)
-        runs.append(found)
-        owners.append(np.full(len(found), documents))
-        documents += len(found) > 0
-    known, owner = (
-        np.concatenate([np.zeros(0, np.uint64), *runs]),
-        np.concatenate([[0], *owners])[1:],
-    )
-    wanted = np.unique(known)
+    groups = [_hash_texts(_iterate_documents(held_out)), *map(_hash_texts, questions.values())]
+    wanted = np.unique(np.concatenate([found.runs for found in groups]))
     is_shared = np.zeros(len(wanted), dtype=bool)
     for text in _iterate_documents(corpus) if len(wanted) else ():
         found = hash_runs(text)
         at = np.searchsorted(wanted, found).clip(max=len(wanted) - 1)
         is_shared[at[wanted[at] == found]] = True
-    hits = np.isin(known, wanted[is_shared])
-    num_shards = len(corpus.commits())
-    return Overlap(documents, len(np.unique(owner[hits])), min(num_shards, MAX_SHARDS), num_shards)
+    shared, num_shards = wanted[is_shared], len(corpus.commits())
+    of_held_out, *of_tasks = (
+        Overlap(
+            len(np.unique(found.owners)),
+            len(np.unique(found.owners[np.isin(found.runs, shared)])),
+            min(num_shards, MAX_SHARDS),
+            num_shards,
+        )
+        for found in groups
+    )
+    return of_held_out, dict(zip(questions, of_tasks, strict=True))
+
+
+@dataclass(frozen=True)
+class _HashedTexts:
+    """The runs of some texts."""
+
+    runs: UInt64[np.ndarray, " runs"]
+    owners: Int[np.ndarray, " runs"]
+    """The number of the text that each run is from."""
+
+
+def _hash_texts(texts: Iterable[str]) -> _HashedTexts:
+    runs = [hash_runs(text) for text in texts]
+    numbers = np.repeat(np.arange(len(runs)), [len(found) for found in runs])
+    return _HashedTexts(np.concatenate([np.zeros(0, np.uint64), *runs]), numbers)
 
 
 def hash_runs(text: str) -> UInt64[np.ndarray, " runs"]:

@@ -63,7 +63,9 @@ def judge(findings: Findings, recipe: Recipe) -> Verdict:
     notes += note_tasks(findings.task_differences)
     notes += note_merge(findings.merge)
     notes += note_noise(findings.signals)
-    notes += note_overlap(findings.overlap)
+    notes += note_overlap(findings.overlap, "held-out documents")
+    for task, overlap in findings.task_overlap.items():
+        notes += note_overlap(overlap, f"questions of {show_on_one_line(task)}")
     notes += [SELECTION] if findings.has_selection else []
     summary = _summarise(found["better"], found["worse"], found["unclear"])
     gain = state_gain(findings, recipe)
@@ -178,8 +180,8 @@ def note_noise(signals: dict[str, SourceSignal]) -> list[str]:
     ]
 
 
-def note_overlap(overlap: Overlap) -> list[str]:
-    """State how much of the held-out text is in the corpus, where documents were compared."""
+def note_overlap(overlap: Overlap, texts: str) -> list[str]:
+    """State how many of some texts are in the corpus, where any were compared."""
     if not overlap.documents:
         return []
     part = (
@@ -188,8 +190,8 @@ def note_overlap(overlap: Overlap) -> list[str]:
         else f" (its first {overlap.shards_read} shards of {overlap.num_shards})"
     )
     return [
-        f"{overlap.shared} of {overlap.documents} held-out documents share {RUN_WORDS} or more "
-        f"words in a row with the corpus{part}."
+        f"{overlap.shared} of {overlap.documents} {texts} share {RUN_WORDS} or more words in a row "
+        f"with the corpus{part}."
     ]
 
 

@@ -36,8 +36,7 @@ def build_engine(
         device: `cpu` or `cuda`.
         load_universal: Whether a checkpoint in DeepSpeed's universal format will be loaded.
     """
-    import deepspeed
-
+    deepspeed = _import_deepspeed()
     if device == "cpu":
         # Otherwise DeepSpeed 0.19.8 compiles a shared-memory all-reduce for the first engine: that
         # takes a minute, and fails without a compiler. Gloo does the same work.
@@ -131,14 +130,19 @@ def group_parameters(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def save_model(engine: Any, folder: str, *, rank: int) -> None:
     """Write the target as a Hugging Face folder of safetensors on rank 0; all ranks must call."""
-    import deepspeed
-
     model = engine.module.lm[0].model
     # ZeRO-3 has partitioned the weights over the ranks; they are gathered while they are written.
     parameters = list(model.parameters()) if engine.zero_optimization_stage() == 3 else []
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
+    with _import_deepspeed().zero.GatheredParameters(parameters, modifier_rank=None):
         if rank == 0:
             os.makedirs(folder, exist_ok=True)
             if hasattr(model, "merge_and_unload"):  # LoRA: add the adapters to the weights
                 model = model.merge_and_unload()
             model.save_pretrained(folder, safe_serialization=True)
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed, which takes seconds and starts processes, in training alone."""
+    import deepspeed
+
+    return deepspeed

@@ -17,7 +17,12 @@ from rayfuse.config.models import ModelSettings
 from rayfuse.config.overrides import RecipeError
 from rayfuse.evaluate.bits_per_byte import load_scored_model
 from rayfuse.evaluate.lm_eval_model import EnsembleLM, TextLM
-from rayfuse.evaluate.lm_eval_tasks import check_tasks, open_task_manager, run_tasks
+from rayfuse.evaluate.lm_eval_tasks import (
+    check_tasks,
+    open_task_manager,
+    read_questions,
+    run_tasks,
+)
 from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.run.tasks import describe_tasks
 
@@ -357,3 +362,15 @@ def test_the_java_pair_class_is_available(shared_data: Path):
     assert task.process_results(doc, [count]) == {"pass_at_1": 1.0}
     turned = count.replace("(even, odd)", "(odd, even)")
     assert task.process_results(doc, [turned]) == {"pass_at_1": 0.0}
+
+
+def test_questions_are_read_as_they_are_asked_with_answers_that_are_text(tmp_path):
+    folder = make_tasks(tmp_path / "tasks")
+    chosen = settings(folder, "choose", limit=2).tasks
+    assert chosen is not None
+    assert read_questions(chosen) == {"choose": [ITEMS[0][0], ITEMS[1][0]]}
+    make_tasks(folder, task="rolling", output_type="loglikelihood_rolling", doc_to_text="",
+               doc_to_target="question")  # fmt: skip
+    chosen = settings(folder, "rolling").tasks
+    assert chosen is not None
+    assert [text.strip() for text in read_questions(chosen)["rolling"]] == [i[0] for i in ITEMS]

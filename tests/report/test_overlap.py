@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rayfuse.report import overlap
 from rayfuse.report.gather import Findings
-from rayfuse.report.overlap import RUN_WORDS, Overlap, find_overlap, hash_runs
+from rayfuse.report.overlap import RUN_WORDS, Overlap, find_overlaps, hash_runs
 from rayfuse.report.verdict import judge
 from rayfuse.schema import CORPUS
 from rayfuse.storage.dataset import DataSet
@@ -37,6 +37,11 @@ def write(tmp_path, name: str, *shards: list[list[str]]) -> DataSet:
         }
         tables.append(pa.Table.from_pydict(columns, schema=CORPUS))
     return make_data(LocalStore(str(tmp_path)), "corpus", name, tables)
+
+
+def find_overlap(corpus: DataSet, held_out: DataSet) -> Overlap:
+    """Compare held-out documents alone."""
+    return find_overlaps(corpus, held_out, {})[0]
 
 
 def make_words(seed: int, count: int = 40) -> list[str]:
@@ -87,6 +92,23 @@ def test_a_large_corpus_is_compared_on_its_first_shards_and_says_so(
     assert (
         "2 of 180 held-out documents share 13 or more words in a row with the corpus (its first 16 "
         "shards of 112)."
+    ) in judge(findings, recipe).sentences
+
+
+def test_the_questions_of_tasks_are_compared_beside_the_documents(
+    tmp_path, findings: Findings, recipe
+):
+    first, second, third = (" ".join(make_words(seed)) for seed in range(3))
+    corpus = write(tmp_path, "corpus", [[first], [second]])
+    held_out = write(tmp_path, "held_out", [[third], [second]])
+    found = find_overlaps(corpus, held_out, {"a": [first, third, "short"], "b": [third], "c": []})
+    assert found[0] == Overlap(2, 1, 1, 1)
+    assert found[1] == {
+        "a": Overlap(2, 1, 1, 1), "b": Overlap(1, 0, 1, 1), "c": Overlap(0, 0, 1, 1)
+    }  # fmt: skip
+    assert (
+        "1 of 50 questions of arc_easy share 13 or more words in a row with the corpus (its first "
+        "16 shards of 112)."
     ) in judge(findings, recipe).sentences
 
 
