@@ -22,6 +22,7 @@ from rayfuse.config.plan import PlanSettings
 from rayfuse.config.train import TrainSettings
 
 PAPER: dict[tuple[str, str], Any] = {
+    ("capture", "signal"): "top_k",
     ("capture", "top_k"): 10,
     ("align", "method"): "min_edit_distance",
     ("fuse", "method"): "min_ce",
@@ -29,8 +30,13 @@ PAPER: dict[tuple[str, str], Any] = {
     ("fuse", "cost"): "nats_per_token",
     ("fuse", "tail"): "renormalise",
     ("train", "lambda"): 0.9,
+    ("train", "divergence"): "forward_kl",
+    ("train", "temperature"): 1.0,
+    ("train", "epochs"): 1,
+    ("train", "publish"): "last",
 }
-"""What `fusion: paper` sets: FuseLLM, arXiv 2401.10491, section 4.1."""
+"""What `fusion: paper` sets: FuseLLM, arXiv 2401.10491, section 4.1. The optimizer's settings have
+the paper's values by default, and another model may need others."""
 
 
 class Recipe(Settings):
@@ -54,7 +60,7 @@ class Recipe(Settings):
     fusion: Literal["default", "paper"] = "default"
     """`paper` sets the values of FuseLLM's experiments: capture.top_k 10, align.method
     min_edit_distance, fuse.cost nats_per_token, fuse.tail renormalise, train.lambda 0.9, one choice
-    per row."""
+    per row, one epoch, the last weights."""
 
     @model_validator(mode="before")
     @classmethod

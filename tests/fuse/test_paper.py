@@ -174,6 +174,18 @@ def test_before_it_is_stored_the_mapped_distribution_is_the_formulas_to_float32(
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
 
 
+def test_the_preset_pins_what_the_defaults_may_change():
+    train = PAPER.train
+    assert (PAPER.capture.signal, train.divergence, train.temperature) == ("top_k", "forward_kl", 1)
+    assert (train.epochs, train.publish) == (1, "last")
+    with pytest.raises(RecipeError, match=r"fusion paper sets train.epochs to 1, .* sets it to 3"):
+        parse_recipe(RECIPE | {"fusion": "paper", "train": {"epochs": 3}})
+    # Section 4.1; another model may need others, so the preset leaves them to the recipe.
+    assert (train.learning_rate, train.schedule, train.rows_per_step) == (1e-5, "cosine", 128)
+    assert (train.warmup_share, train.weight_decay, train.gradient_clipping) == (0.008, 0.1, 1)
+    assert (train.betas, PAPER.corpus.max_tokens) == ((0.9, 0.95), 2048)
+
+
 def test_the_preset_and_a_contrary_setting_are_refused():
     with pytest.raises(RecipeError, match=r"fusion paper sets fuse.unit to 'row'.*'token'"):
         parse_recipe(RECIPE | {"fusion": "paper", "fuse": {"unit": "token"}})
