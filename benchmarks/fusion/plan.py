@@ -21,6 +21,9 @@ WHOLE_CHARACTERS = "bytes, whole characters alone"
 """As `bytes`, but the probability of any part of a character goes to the tail, except for the true
 next token. The name is part of the keys of stored units."""
 
+COPY = "fixed copy"
+"""The role of the model that has a fixed share of every distribution (`trials.py`)."""
+
 UNFINISHED = "bytes, certain or not"
 """As `bytes`, but a token that ends inside a character maps to the token of its first bytes, as
 before ALIGN_VERSION 4. The name is part of the keys of stored units."""
@@ -191,11 +194,16 @@ class Planner:
     ) -> Unit:
         """Plan a continued training of the target, on the rows and in the order of all variants.
 
-        Two settings are not rayfuse's: `loss` is another library's (`rivals.py`), and `written` is
-        a corpus that the sources wrote, from which half of the rows of each step come.
+        Some settings are not rayfuse's: `loss` is another library's (`rivals.py`), `written` is a
+        corpus that the sources wrote, from which half of the rows of each step come, `trial` is as
+        in `trials.py`, with a model as its `copy`, and `rows_per_step` and `keep` are as of units.
         """
         scale, loss = self.scale, train.pop("loss", None)
         written: Unit | None = train.pop("written", None)
+        trial: dict[str, Any] = dict(train.pop("trial", {}))
+        copy: Unit | None = trial.pop("copy", None)
+        rows_per_step = train.pop("rows_per_step", scale.rows_per_step)
+        keep = train.pop("keep", False)
         train = {"learning_rate": rate or scale.rate, "warmup_share": 0.05} | train
         if not sources:
             train["clm_weight"] = 1.0
@@ -208,11 +216,13 @@ class Planner:
         settings = {
             "fuse": chosen if sources else {},
             "train": TrainSettings(**train).model_dump(mode="json", include=TRAIN_FIELDS),
-            "rows_per_step": scale.rows_per_step,
+            "rows_per_step": rows_per_step,
             "seed": self.seed,
             "full": full,
-            "keep": False,
+            "keep": keep,
         }
+        if trial:
+            settings["trial"] = trial
         if loss is not None:
             settings |= {"loss": loss, "full": True}
         if train.get("epochs", 1) > 1:
@@ -223,6 +233,10 @@ class Planner:
             "held_out": self.held_out,
         }
         needs |= {source: self.align(unit, **(align or {})) for source, unit in sources.items()}
+        if copy is not None:
+            needs[COPY] = self.align(copy, **(align or {}))
+        if keep:  # to be a source itself
+            needs["tokenizer"] = self.tokenizers["target"]
         if written is not None:
             needs["written"] = written
             needs |= {

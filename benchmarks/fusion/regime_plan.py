@@ -57,6 +57,14 @@ WITH_COPY: dict[str, dict[str, Any]] = {
     ", rate 0.008": {"rate": 2 * RATE},
     ", rate 0.008, decay 0.4": FAST,
     ", rate 0.008, sampled 16+16": {"rate": 2 * RATE, "align": {"record": "sampled-16+16"}},
+    ", rate 0.008, decay 0.4, lambda 0.5": FAST | {"clm_weight": 0.5},
+    **{
+        f", rate 0.008, decay 0.4, {epochs} epochs": FAST | {"epochs": epochs}
+        for epochs in (12, 16, 24, 32)
+    },
+    ", rate 0.008, decay 0.4, lambda 0.2, 24 epochs": FAST | {"clm_weight": 0.2, "epochs": 24},
+    ", rate 0.012, decay 0.4": FAST | {"rate": 3 * RATE},
+    ", rate 0.008, decay 1": FAST | {"weight_decay": 1.0},
 }
 """What helped the sources alone, tried with the target's own copy among them."""
 
@@ -122,6 +130,7 @@ def plan_regime(name: str, seed: int) -> dict[str, Role]:
             )
             for weight in (0.0, 0.1, 0.3)
         }
+        roles["trials"] = _plan_trials(planner, grid)
     if name == "R3":
         roles["fused"], roles["clm_written"] = _plan_written(planner)
         roles["clm"] = {**roles["clm"], **roles["clm_written"]}
@@ -166,6 +175,7 @@ def _plan_wide(planner: Planner, grid: Grid) -> Role:
         "lambda 0.1": {"clm_weight": 0.1},
         "lambda 0.5 to 0.1": {"clm_weight": FALLING},
         "decay 0.4": {"weight_decay": 0.4},
+        f"rate 0.008, decay 0.4, {epochs * 2} epochs": FAST | {"epochs": epochs * 2},
         "min_ce": {"fuse": {"method": "min_ce"}},
         "avg_ce, temperature 0.1": {"fuse": {"method": "avg_ce", "temperature": 0.1}},
         **{f"rate {rate:g}": {"rate": rate} for rate in (2 * RATE, RATE / 2)},
@@ -229,27 +239,61 @@ def _plan_written(planner: Planner) -> tuple[Role, Role]:
     return fused, clm
 
 
+def _plan_trials(planner: Planner, grid: Grid) -> Role:
+    """Plan changes of the fast variant with the copy that are no settings of rayfuse."""
+    fast: dict[str, Any] = {"epochs": grid.epochs, **BASE, **FAST}
+    fixed = {"copy_share": 0.2, "copy": planner.target}
+    student = planner.train("student", planner.sources, keep=True, **fast | {"trial": fixed})
+    changes: dict[str, dict[str, Any]] = {
+        "rows cut anew": {"trial": {"views": True}},
+        "moving average of the weights": {"trial": {"average": 0.98}},
+        "a tenth of the input is noise": {"trial": {"noise": 0.1}},
+        "dropout of a tenth": {"trial": {"dropout": 0.1}},
+        "4 rows a step, rate 0.0056": {"rows_per_step": 4, "rate": 1.4 * RATE},
+    }
+    variants = {
+        label: planner.train(label, _add_copy(planner), **fast | changed)
+        for label, changed in changes.items()
+    }
+    for label, copy in (("the copy", planner.target), ("second round: the student", student)):
+        trial = {"trial": {"copy_share": 0.3, "copy": copy}}
+        variants[f"{label} has a fixed share of 0.3"] = planner.train(
+            label, planner.sources, **fast | trial
+        )
+    return variants | {"the copy has a fixed share of 0.2": student}
+
+
 def _plan_copy(planner: Planner, grid: Grid, *, is_wide: bool) -> Role:
     """Plan the base with the target's own copy alone."""
-    rates = [(grid.epochs, RATE), (grid.epochs, 2 * RATE if grid.epochs > 2 else RATE / 2)]
+    high = 2 * RATE if grid.epochs > 2 else RATE / 2
+    tried = [(grid.epochs, RATE, 0.1), (grid.epochs, high, 0.1)]
     if is_wide:
-        rates.append((2 * grid.epochs, RATE))
+        tried += [(2 * grid.epochs, RATE, 0.1), (2 * grid.epochs, high, 0.4)]
     return {
-        f"copy, {epochs} epochs, rate {rate:g}": planner.train(
-            "copy", {"copy": planner.target}, epochs=epochs, **BASE | {"rate": rate}
+        f"copy, {epochs} epochs, rate {rate:g}, decay {decay:g}": planner.train(
+            "copy",
+            {"copy": planner.target},
+            epochs=epochs,
+            **BASE | {"rate": rate, "weight_decay": decay},
         )
-        for epochs, rate in rates
+        for epochs, rate, decay in tried
     }
 
 
 def _plan_distilled(planner: Planner, grid: Grid, *, is_wide: bool) -> Role:
     """Plan the base with one source alone."""
+    tried = [(grid.epochs, RATE, 0.1)]
+    if is_wide:
+        tried += [(grid.epochs, 2 * RATE, 0.1), (2 * grid.epochs, 2 * RATE, 0.4)]
     return {
-        f"{name}, {grid.epochs} epochs, rate {rate:g}": planner.train(
-            name, {name: source}, epochs=grid.epochs, **BASE | {"rate": rate}
+        f"{name}, {epochs} epochs, rate {rate:g}, decay {decay:g}": planner.train(
+            name,
+            {name: source},
+            epochs=epochs,
+            **BASE | {"rate": rate, "weight_decay": decay},
         )
         for name, source in planner.sources.items()
-        for rate in ((RATE, 2 * RATE) if is_wide else (RATE,))
+        for epochs, rate, decay in tried
     }
 
 
@@ -299,15 +343,18 @@ def _plan_sum(planner: Planner, grid: Grid, *, is_wide: bool) -> Role:
     """
     weight = 0.3 / (0.3 + 0.7 * len(planner.sources))
     mean = BASE | {"fuse": {"method": "avg_ce", "temperature": 1e6}}
-    tried = [(weight, RATE), (0.3, RATE), (0.3, 2 * RATE)]
+    tried = [(0.3, RATE, 0.1, 1), (0.3, 2 * RATE, 0.1, 1)]
+    if is_wide:
+        tried += [(weight, RATE, 0.1, 1), (0.3, 2 * RATE, 0.4, 2)]
     return {
-        f"sum of KL, lambda {clm_weight:.3g}, rate {rate:g}, {grid.epochs} epochs": planner.train(
+        f"sum of KL, lambda {clm_weight:.3g}, rate {rate:g}, decay {decay:g}, "
+        f"{times * grid.epochs} epochs": planner.train(
             "sum of KL",
             planner.sources,
-            epochs=grid.epochs,
-            **mean | {"clm_weight": clm_weight, "rate": rate},
+            epochs=times * grid.epochs,
+            **mean | {"clm_weight": clm_weight, "rate": rate, "weight_decay": decay},
         )
-        for clm_weight, rate in (tried if is_wide else tried[1:])
+        for clm_weight, rate, decay, times in tried
     }
 
 

@@ -23,8 +23,8 @@ from benchmarks.fusion.text import HALVES
 from benchmarks.fusion.units import Unit
 from rayfuse.evaluate.scores import ALL
 
-BRACKETS = ("full",)
-"""Roles that only say where the loss of a method lies; they are trained for the first seed."""
+BRACKETS = ("full", "trials")
+"""Roles that explain a method, and are no choice: they are trained for the first seed alone."""
 
 SHARED = ("target", "best_source", "ensemble_mean", "ensemble_filter")
 """Roles of models that several regimes have: alone they do not make a regime."""

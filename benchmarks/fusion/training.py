@@ -1,6 +1,6 @@
 """Training in one process, without a cluster, with rayfuse's own batches, objective and loss."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,6 +35,7 @@ def train_lm(
     source_names: tuple[str, ...] = (),
     unigram: Float[np.ndarray, " vocab"] | None = None,
     rival: RivalModel | None = None,
+    after_step: Callable[[], None] | None = None,
 ) -> list[float]:
     """Train a model in place, and return the language-modeling loss of every step.
 
@@ -46,6 +47,7 @@ def train_lm(
         source_names: The sources, for the fusion loss by source.
         unigram: How the mass of tails is divided, for `fuse.tail: unigram`.
         rival: The model with another library's loss, in place of rayfuse's.
+        after_step: Called after each step.
 
     Raises:
         FloatingPointError: A loss is not finite.
@@ -78,6 +80,8 @@ def train_lm(
         optimizer.zero_grad()
         schedule.step()
         losses.append(total / positions)
+        if after_step is not None:
+            after_step()
     model.eval()
     return losses
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 from benchmarks.fusion.cut_tokenizers import cut_tokenizer
 from benchmarks.fusion.filter import filter_sources
 from benchmarks.fusion.full import iterate_full_steps, place_full_source
-from benchmarks.fusion.plan import UNFINISHED, WHOLE_CHARACTERS
+from benchmarks.fusion.plan import COPY, UNFINISHED, WHOLE_CHARACTERS
 from benchmarks.fusion.published import teach_current_token
 from benchmarks.fusion.records import keep_fewer
 from benchmarks.fusion.rivals import RivalModel
@@ -38,6 +38,7 @@ from benchmarks.fusion.text import (
     read_pretraining,
 )
 from benchmarks.fusion.training import PACKING, lay_out_text, train_lm
+from benchmarks.fusion.trials import MovingAverage, Trial, add_dropout, iterate_trial_steps
 from benchmarks.fusion.units import Unit
 from benchmarks.fusion.written import gather_texts, iterate_mixed_steps, write_texts
 from rayfuse.align.method import Alignment, build_alignment
@@ -251,7 +252,8 @@ def _train(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     rows_per_step, epochs = settings["rows_per_step"], settings.get("epochs", 1)
     plan = StepPlan(settings["seed"], epochs, rows_per_step)
     rival_name = settings.get("loss")
-    lm, rival = load(unit.needs["start"], out), None
+    trial = Trial(**settings.get("trial", {}))
+    lm, rival, average = load(unit.needs["start"], out), None, None
     if settings["full"]:
         table = read_rows(corpus, out)
         sources = [
@@ -271,6 +273,11 @@ def _train(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
         rows_per_step //= 2  # of the corpus
         written = _open_reader(unit, unit.needs["written"], out)[1]
         steps = iterate_mixed_steps(reader, written, plan, learns_labels=not train.is_fused)
+    elif trial != Trial():
+        copy = _open_reader(unit, corpus, out, COPY)[1] if trial.copy_share else None
+        steps = iterate_trial_steps(reader, copy, read_rows(corpus, out), plan, trial)
+        add_dropout(lm, trial.dropout)
+        average = MovingAverage(lm.model, trial.average) if trial.average else None
     else:
         steps = _iterate_batches(reader, plan)
     losses = train_lm(
@@ -281,18 +288,25 @@ def _train(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
         source_names=reader.names,
         unigram=reader.unigram,
         rival=rival,
+        after_step=None if average is None else average.update,
     )
+    if average is not None:
+        average.replace_weights()
     if settings["keep"]:
         save(lm, corpus.needs["target"], folder, out)
     return {"losses": losses} | score_lm(lm, tokenizer, unit.needs["held_out"], out)
 
 
-def _open_reader(unit: Unit, corpus: Unit, out: Path) -> tuple[dict[str, Unit], ShardReader]:
-    """Open a corpus of a training with the sources that are aligned with it."""
+def _open_reader(
+    unit: Unit, corpus: Unit, out: Path, only: str | None = None
+) -> tuple[dict[str, Unit], ShardReader]:
+    """Open a corpus of a training with the sources that are aligned with it, or with one alone."""
     aligned = {
         name: need
         for name, need in unit.needs.items()
-        if need.kind == "aligned" and need.needs["corpus"].key == corpus.key
+        if need.kind == "aligned"
+        and need.needs["corpus"].key == corpus.key
+        and (name != COPY if only is None else name == only)
     }
     return aligned, ShardReader(
         data_of(corpus, out, "rows"),
