@@ -8,7 +8,8 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from benchmarks.fusion.findings import Findings
 from benchmarks.fusion.intervals import Interval
-from benchmarks.fusion.plan import CLM, FUSED, LAMBDAS, TARGET_ALONE, TOP_KS
+from benchmarks.fusion.plan import CLM, FUSED, LAMBDAS, TARGET_ALONE
+from benchmarks.fusion.planner import TOP_KS
 from benchmarks.fusion.scales import DOMAINS
 from benchmarks.fusion.tables import Records, order_models
 from rayfuse.evaluate.scores import ALL

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.fusion.plan import CLM, Planner
+from benchmarks.fusion.plan import CLM
+from benchmarks.fusion.planner import Planner
 from benchmarks.fusion.scales import SCALES, Scale, Size
 from benchmarks.fusion.units import Unit
 
@@ -57,14 +58,11 @@ WITH_COPY: dict[str, dict[str, Any]] = {
     ", rate 0.008": {"rate": 2 * RATE},
     ", rate 0.008, decay 0.4": FAST,
     ", rate 0.008, sampled 16+16": {"rate": 2 * RATE, "align": {"record": "sampled-16+16"}},
-    ", rate 0.008, decay 0.4, lambda 0.5": FAST | {"clm_weight": 0.5},
     **{
         f", rate 0.008, decay 0.4, {epochs} epochs": FAST | {"epochs": epochs}
-        for epochs in (12, 16, 24, 32)
+        for epochs in (12, 16, 24)
     },
     ", rate 0.008, decay 0.4, lambda 0.2, 24 epochs": FAST | {"clm_weight": 0.2, "epochs": 24},
-    ", rate 0.012, decay 0.4": FAST | {"rate": 3 * RATE},
-    ", rate 0.008, decay 1": FAST | {"weight_decay": 1.0},
 }
 """What helped the sources alone, tried with the target's own copy among them."""
 
@@ -221,30 +219,39 @@ def _plan_written(planner: Planner) -> tuple[Role, Role]:
     """Plan training on the corpus and written text, half of each step: fusion, and CLM."""
     written = planner.write(WRITTEN_TOKENS, **BASE["align"])
     fused = {
-        f"half written, {epochs} epochs, rate {rate:g}, decay 0.4": planner.train(
+        "and the copy, " * has_copy
+        + f"half written, {epochs} epochs, rate {rate:g}, decay 0.4": planner.train(
             "written",
             _add_copy(planner) if has_copy else planner.sources,
             written=written,
             epochs=epochs,
             **BASE | FAST | {"rate": rate},
         )
-        for epochs, rate, has_copy in ((8, 2 * RATE, False), (8, RATE, False))
+        for epochs, rate, has_copy in (
+            (8, 2 * RATE, False),
+            (8, RATE, False),
+            (16, 2 * RATE, False),
+            (16, 2 * RATE, True),
+        )
     }
     clm = {
         f"CLM, half written, {epochs} epochs, rate {rate:g}": planner.train(
             "CLM, written", {}, written=written, epochs=epochs, rate=rate
         )
-        for epochs, rate in ((8, RATE / 2), (8, RATE / 4), (4, RATE / 4))
+        for epochs, rate in ((8, RATE), (8, RATE / 2), (8, RATE / 4), (16, RATE / 2))
     }
     return fused, clm
 
 
 def _plan_trials(planner: Planner, grid: Grid) -> Role:
-    """Plan changes of the fast variant with the copy that are no settings of rayfuse."""
+    """Plan changes of the fast variant with the copy; most are no settings of rayfuse."""
     fast: dict[str, Any] = {"epochs": grid.epochs, **BASE, **FAST}
     fixed = {"copy_share": 0.2, "copy": planner.target}
     student = planner.train("student", planner.sources, keep=True, **fast | {"trial": fixed})
     changes: dict[str, dict[str, Any]] = {
+        "lambda 0.5": {"clm_weight": 0.5},
+        "rate 0.012": {"rate": 3 * RATE},
+        "decay 1": {"weight_decay": 1.0},
         "rows cut anew": {"trial": {"views": True}},
         "moving average of the weights": {"trial": {"average": 0.98}},
         "a tenth of the input is noise": {"trial": {"noise": 0.1}},
@@ -259,6 +266,14 @@ def _plan_trials(planner: Planner, grid: Grid) -> Role:
         trial = {"trial": {"copy_share": 0.3, "copy": copy}}
         variants[f"{label} has a fixed share of 0.3"] = planner.train(
             label, planner.sources, **fast | trial
+        )
+    for rate in (RATE / 8, RATE / 2):
+        adapted = {
+            name: planner.adapt(source, epochs=3, rate=rate)
+            for name, source in planner.sources.items()
+        }
+        variants[f"sources adapted to the other half, rate {rate:g}"] = planner.train(
+            "adapted", adapted | {"copy": planner.target}, **fast
         )
     return variants | {"the copy has a fixed share of 0.2": student}
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.fusion.adapted import adapt_model, capture_folds
 from benchmarks.fusion.cut_tokenizers import cut_tokenizer
 from benchmarks.fusion.filter import filter_sources
 from benchmarks.fusion.full import iterate_full_steps, place_full_source
-from benchmarks.fusion.plan import COPY, UNFINISHED, WHOLE_CHARACTERS
+from benchmarks.fusion.plan import UNFINISHED, WHOLE_CHARACTERS
+from benchmarks.fusion.planner import COPY
 from benchmarks.fusion.published import teach_current_token
 from benchmarks.fusion.records import keep_fewer
 from benchmarks.fusion.rivals import RivalModel
@@ -373,6 +375,8 @@ KINDS: dict[str, Callable[[Unit, Path, Path, Path], Record]] = {
     "tokenizer": _make_tokenizer,
     "model": _make_model,
     "corpus": _make_corpus,
+    "adapted": adapt_model,
+    "captured_folds": capture_folds,
     "written": write_texts,
     "written_corpus": gather_texts,
     "held_out": _make_held_out,
