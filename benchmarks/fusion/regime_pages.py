@@ -74,6 +74,8 @@ def _render_regime(name: str, regime: Regime) -> list[str]:
     ]
     if "gain" in regime:
         parts.append(_render_gain(regime))
+    if "costs" in regime:
+        parts += ["What it costs on other text:", _render_costs(regime["costs"])]
     ablations = [
         [role, variant, f"{score:.4f}", "chosen" * (regime["chosen"].get(role) == variant)]
         for role, scores in regime["selection"].items()
@@ -103,6 +105,22 @@ def _render_gain(regime: Regime) -> str:
     else:
         lines.append(["times the text that CLM needs", "not measured: the text does not suffice"])
     return to_table(["quantity", "value (95 % interval)"], lines)
+
+
+def _render_costs(costs: Mapping[str, Mapping[str, float]]) -> str:
+    head = ["model", "seeds", "bits per byte of questions", "50-byte strings from the corpus"]
+    return to_table(
+        head,
+        [
+            [
+                TITLES[role],
+                f"{cost['seeds']:g}",
+                f"{cost['elsewhere']:.4f}",
+                f"{cost['copied']:.2%}",
+            ]
+            for role, cost in costs.items()
+        ],
+    )
 
 
 def _write_share(found: Mapping[str, float]) -> str:

@@ -62,7 +62,11 @@ WITH_COPY: dict[str, dict[str, Any]] = {
         f", rate 0.008, decay 0.4, {epochs} epochs": FAST | {"epochs": epochs}
         for epochs in (12, 16, 24)
     },
-    ", rate 0.008, decay 0.4, lambda 0.2, 24 epochs": FAST | {"clm_weight": 0.2, "epochs": 24},
+    **{
+        f", rate 0.008, decay 0.4, lambda {weight:g}, {epochs} epochs": FAST
+        | {"clm_weight": weight, "epochs": epochs}
+        for weight, epochs in ((0.2, 16), (0.2, 24), (0.1, 32), (0.2, 40))
+    },
 }
 """What helped the sources alone, tried with the target's own copy among them."""
 
@@ -70,6 +74,9 @@ FALLING = {"start": 0.5, "end": 0.1, "shape": "linear"}
 
 SWITCH_RATE = 0.05
 """Of the filter ensemble."""
+
+COSTLY = ("target", "clm", "copy", "fused")
+"""Roles of which it is measured what they cost on other text."""
 
 Role = Mapping[str, Unit]
 """The variants of a role by name."""
@@ -142,6 +149,30 @@ def plan_regime(name: str, seed: int) -> dict[str, Role]:
         }
         for times in planner.scale.multiples
     }
+
+
+def plan_costs(name: str, seed: int, chosen: Mapping[str, str]) -> Role:
+    """Plan what the chosen variants cost elsewhere (`costs.py`), by role.
+
+    Args:
+        name: The regime.
+        seed: One of its seeds.
+        chosen: The variant of each role that is chosen.
+    """
+    planner, plan = Planner(REGIMES[name], seed, split_seed=SPLIT_SEED), plan_regime(name, seed)
+    found: dict[str, Unit] = {}
+    for role in [role for role in COSTLY if role in chosen]:
+        unit = plan[role][chosen[role]]
+        model = unit.needs["model"] if unit.kind == "score" else unit
+        needs = {
+            "model": model,
+            "tokenizer": planner.tokenizers["target"],
+            "corpus": planner.corpora[1],
+            "held_out": planner.held_out,
+        }
+        settings = {"max_tokens": planner.scale.max_tokens, "role": role}
+        found[role] = Unit("costs", f"{role}, seed {seed}", settings, needs)
+    return found
 
 
 def _few_epochs(grid: Grid) -> int:

@@ -1,7 +1,7 @@
 """The regimes' results: the chosen variants, what fusion gains over CLM, and the ablations."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
@@ -41,6 +41,8 @@ def choose_variants(plan: Plan, out: Path) -> dict[str, str]:
     A role is left out while one of its variants is not done.
     """
     chosen: dict[str, str] = {}
+    if not _held_out(plan).is_done(out):
+        return chosen
     for role, variants in plan.items():
         if role not in BRACKETS and all(unit.is_done(out) for unit in variants.values()):
             scores = score_selection(plan, role, out)
@@ -58,9 +60,20 @@ def score_selection(plan: Plan, role: str, out: Path) -> dict[str, float]:
     }
 
 
-def write_regimes(plans: Mapping[str, Mapping[int, Plan]], out: Path) -> None:
-    """Write regimes.json, RESULTS.md and the picture from the units that are done."""
+def write_regimes(
+    plans: Mapping[str, Mapping[int, Plan]], costs: Mapping[str, Sequence[Unit]], out: Path
+) -> None:
+    """Write regimes.json, RESULTS.md and the picture from the units that are done.
+
+    Args:
+        plans: The variants of each regime, by seed.
+        costs: The units of `plan_costs`, of each regime.
+        out: The study's folder.
+    """
     found = {name: _describe_regime(by_seed, out) for name, by_seed in plans.items()}
+    for name, units in costs.items():
+        if found[name] and (described := describe_costs(units, out)):
+            found[name]["costs"] = described
     known = {name: regime for name, regime in found.items() if regime}
     (out / "regimes.json").write_text(json.dumps(known, indent=1) + "\n")
     (out / "RESULTS.md").write_text(render_page(known), encoding="utf-8")
@@ -94,6 +107,29 @@ def _describe_regime(plans: Mapping[int, Plan], out: Path) -> dict[str, Any]:
     if {"fused", "clm", "ensemble_filter", "ensemble_mean", "best_source"} <= set(nats):
         regime |= _describe_gain(nats, documents)
     return regime
+
+
+def describe_costs(units: Sequence[Unit], out: Path) -> dict[str, dict[str, float]]:
+    """Average what each role costs elsewhere over the seeds that are done.
+
+    Returns:
+        By role: `elsewhere`, bits per byte of text unlike the corpus, `copied`, the share of
+        strings that are copied from the corpus, and the number of `seeds`.
+    """
+    records: dict[str, list[dict[str, Any]]] = {}
+    for unit in units:
+        if unit.is_done(out):
+            records.setdefault(unit.settings["role"], []).append(unit.read(out))
+    return {
+        role: {
+            "elsewhere": float(
+                np.mean([sum(r["nats"]["elsewhere"]) / r["bytes"] for r in found]) / np.log(2)
+            ),
+            "copied": float(np.mean([record["copied"] for record in found])),
+            "seeds": len(found),
+        }
+        for role, found in records.items()
+    }
 
 
 def _is_done(role: str, name: str, out: Path) -> Callable[[Plan], bool]:

@@ -22,9 +22,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks.fusion.regime_plan import REGIMES, SEEDS, plan_regime
+from benchmarks.fusion.regime_plan import REGIMES, SEEDS, Role, plan_costs, plan_regime
 from benchmarks.fusion.regime_report import choose_variants, write_regimes
-from benchmarks.fusion.units import restore_results, run_units, save_results
+from benchmarks.fusion.units import Unit, restore_results, run_units, save_results
 from benchmarks.fusion.work import work
 
 RESULTS = Path(__file__).parent / "regime_results" / "results.jsonl.gz"
@@ -53,25 +53,40 @@ def main() -> None:
     if RESULTS.is_file():
         restore_results(every, given.out, RESULTS)
     for name in () if given.report_only else given.regimes:
-        plans = plans_of[name]
-        first = plans[SEEDS[0]]
-        unknown = set(given.roles or ()) - set(first)
-        if unknown:
-            parser.error(f"--roles {' '.join(sorted(unknown))}: {name} has no such role")
-        roles = given.roles or list(first)
-        units = [first["target"]["target"].needs["held_out"]]  # its list of documents is read
-        units += [unit for role in roles for unit in first[role].values()]
-        run_units(units, given.out, given.data, work, workers=given.workers)
-        if given.only_choose:
-            continue
-        chosen = choose_variants(first, given.out)
-        finals = [
-            plan[role][chosen[role]] for role in roles for plan in plans.values() if role in chosen
-        ]
-        run_units(finals, given.out, given.data, work, workers=given.workers)
+        _run_regime(name, plans_of[name], given)
     shown = [name for name in REGIMES if name != "tiny" or name in given.regimes]
-    write_regimes({name: plans_of[name] for name in shown}, given.out)
+    costs = {name: _list_costs(name, plans_of[name], given.out) for name in shown}
+    if RESULTS.is_file():
+        restore_results([u for units in costs.values() for u in units], given.out, RESULTS)
+    write_regimes({name: plans_of[name] for name in shown}, costs, given.out)
+    every += [unit for units in costs.values() for unit in units]
     save_results(every, given.out, given.out / RESULTS.name)
+
+
+def _run_regime(name: str, plans: dict[int, dict[str, Role]], given: argparse.Namespace) -> None:
+    """Run the missing units of the roles that are asked for."""
+    first = plans[SEEDS[0]]
+    roles = given.roles or list(first)
+    unknown = set(roles) - set(first)
+    if unknown:
+        raise SystemExit(f"--roles {' '.join(sorted(unknown))}: {name} has no such role")
+    units = [first["target"]["target"].needs["held_out"]]  # its list of documents is read
+    units += [unit for role in roles for unit in first[role].values()]
+    run_units(units, given.out, given.data, work, workers=given.workers)
+    if given.only_choose:
+        return
+    chosen = choose_variants(first, given.out)
+    finals = [
+        plan[role][chosen[role]] for role in roles for plan in plans.values() if role in chosen
+    ]
+    if not given.roles:
+        finals += _list_costs(name, plans, given.out)
+    run_units(finals, given.out, given.data, work, workers=given.workers)
+
+
+def _list_costs(name: str, plans: dict[int, dict[str, Role]], out: Path) -> list[Unit]:
+    chosen = choose_variants(plans[SEEDS[0]], out)
+    return [unit for seed in SEEDS for unit in plan_costs(name, seed, chosen).values()]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ VERSIONS = {"corpus": 2, "held_out": 2, "captured": 2, "aligned": 4}
 """By kind, by default 1: raised when such a unit computes another result, because of a change in
 the study or in rayfuse. All units that depend on it are then computed again."""
 
+KEPT = ("nats", "bytes", "copied")
+"""What `save_results` keeps of a record."""
+
 FIRST_NAMES = {"min_edit_distance": "mined", "cooccurrence": "statistics"}
 """Values that were renamed keep their first name in keys, so that stored units stay valid."""
 
@@ -110,7 +113,10 @@ def list_with_needs(units: Iterable[Unit], done_in: Path | None = None) -> list[
 def save_results(units: Iterable[Unit], out: Path, file: Path) -> None:
     """Write the scores of finished units into one compressed file, to be kept and restored."""
     lines = [
-        json.dumps({"key": unit.key, "kind": unit.kind, "name": unit.name, "nats": record["nats"]})
+        json.dumps(
+            {"key": unit.key, "kind": unit.kind, "name": unit.name}
+            | {name: record[name] for name in KEPT if name in record}
+        )
         for unit in {unit.key: unit for unit in units}.values()
         if unit.is_done(out) and "nats" in (record := unit.read(out))
     ]

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.fusion.adapted import adapt_model, capture_folds
+from benchmarks.fusion.costs import measure_costs
 from benchmarks.fusion.cut_tokenizers import cut_tokenizer
 from benchmarks.fusion.filter import filter_sources
 from benchmarks.fusion.full import iterate_full_steps, place_full_source
@@ -294,8 +295,7 @@ def _train(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     )
     if average is not None:
         average.replace_weights()
-    if settings["keep"]:
-        save(lm, corpus.needs["target"], folder, out)
+    save(lm, corpus.needs["target"], folder, out)
     return {"losses": losses} | score_lm(lm, tokenizer, unit.needs["held_out"], out)
 
 
@@ -327,6 +327,13 @@ def _score(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     model = unit.needs["model"]
     tokenizer = tokenizer_of(model.needs["tokenizer"], out)
     return score_lm(load(model, out), tokenizer, unit.needs["held_out"], out)
+
+
+def _measure_costs(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
+    model = unit.needs["model"]
+    if not model_folder(model, out).is_dir():  # only its scores were kept
+        work(model, model.folder(out), out, data)
+    return measure_costs(unit, out, data)
 
 
 def _merge(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
@@ -384,6 +391,7 @@ KINDS: dict[str, Callable[[Unit, Path, Path, Path], Record]] = {
     "aligned": _align,
     "train": _train,
     "score": _score,
+    "costs": _measure_costs,
     "merge": _merge,
     "ensemble": _ensemble,
 }

@@ -140,7 +140,7 @@ def test_variants_are_chosen_on_the_selection_half_and_reported_on_the_other(tmp
         "ensemble_filter": "filter", "clm": "4 epochs", "clm 2x": "4 epochs",
         "clm 4x": "4 epochs", "fused": "x",
     }  # fmt: skip
-    write_regimes({"R1": plans}, tmp_path)
+    write_regimes({"R1": plans}, {}, tmp_path)
     regime = json.loads((tmp_path / "regimes.json").read_text())["R1"]
     assert regime["seeds"] == 3
     assert regime["best_source"] == pytest.approx(2.9, abs=0.01)
@@ -159,11 +159,11 @@ def test_variants_are_chosen_on_the_selection_half_and_reported_on_the_other(tmp
 def test_a_quantity_takes_the_seeds_that_all_its_variants_have(tmp_path):
     plans = {seed: make_plan(tmp_path, seed) for seed in (2, 3, 4)}
     whole = tmp_path / "regimes.json"
-    write_regimes({"R1": plans}, tmp_path)
+    write_regimes({"R1": plans}, {}, tmp_path)
     complete = json.loads(whole.read_text())["R1"]
     late = plans[3]["clm 4x"]["4 epochs"].folder(tmp_path) / "result.json"
     late.unlink()  # seed 4 is done, but without seed 3 it would be paired with another's
-    write_regimes({"R1": plans}, tmp_path)
+    write_regimes({"R1": plans}, {}, tmp_path)
     partial = json.loads(whole.read_text())["R1"]
     assert partial["seeds"] == partial["seeds_by_role"]["clm 4x"] == 1
     assert partial["gain"] == complete["gain"]
@@ -188,7 +188,7 @@ def test_a_role_with_a_missing_variant_is_not_chosen_yet(tmp_path):
     plan = make_plan(tmp_path, 2)
     (plan["fused"]["x"].folder(tmp_path) / "result.json").unlink()
     assert "fused" not in choose_variants(plan, tmp_path)
-    write_regimes({"R1": {2: plan}}, tmp_path)
+    write_regimes({"R1": {2: plan}}, {}, tmp_path)
     assert "gain" not in json.loads((tmp_path / "regimes.json").read_text())["R1"]
 
 
