@@ -60,12 +60,12 @@ WITH_COPY: dict[str, dict[str, Any]] = {
     ", rate 0.008, sampled 16+16": {"rate": 2 * RATE, "align": {"record": "sampled-16+16"}},
     **{
         f", rate 0.008, decay 0.4, {epochs} epochs": FAST | {"epochs": epochs}
-        for epochs in (12, 16, 24)
+        for epochs in (16, 24)
     },
     **{
         f", rate 0.008, decay 0.4, lambda {weight:g}, {epochs} epochs": FAST
         | {"clm_weight": weight, "epochs": epochs}
-        for weight, epochs in ((0.2, 16), (0.2, 24), (0.1, 32), (0.2, 40))
+        for weight, epochs in ((0.2, 24), (0.1, 32), (0.2, 40))
     },
 }
 """What helped the sources alone, tried with the target's own copy among them."""
@@ -328,18 +328,18 @@ def _plan_copy(planner: Planner, grid: Grid, *, is_wide: bool) -> Role:
 
 def _plan_distilled(planner: Planner, grid: Grid, *, is_wide: bool) -> Role:
     """Plan the base with one source alone."""
-    tried = [(grid.epochs, RATE, 0.1)]
+    tried = [(name, grid.epochs, RATE, 0.1) for name in planner.sources]
     if is_wide:
-        tried += [(grid.epochs, 2 * RATE, 0.1), (2 * grid.epochs, 2 * RATE, 0.4)]
+        tried += [(name, grid.epochs, 2 * RATE, 0.1) for name in planner.sources]
+        tried.append(("llama", 2 * grid.epochs, 2 * RATE, 0.4))  # the best one of those above
     return {
         f"{name}, {epochs} epochs, rate {rate:g}, decay {decay:g}": planner.train(
             name,
-            {name: source},
+            {name: planner.sources[name]},
             epochs=epochs,
             **BASE | {"rate": rate, "weight_decay": decay},
         )
-        for name, source in planner.sources.items()
-        for epochs, rate, decay in tried
+        for name, epochs, rate, decay in tried
     }
 
 

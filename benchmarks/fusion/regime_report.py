@@ -31,6 +31,17 @@ SHARED = ("target", "best_source", "ensemble_mean", "ensemble_filter")
 
 RIVALS = ("target", "best_source", "distilled", "copy", "defaults", "fusellm", "sum_kl", "uld")
 
+PARAMETERS = 900_000
+"""Of the target."""
+
+STUDY = {
+    "R0": ("more text, sources as strong as the target", 305_000),
+    "R1": ("little text, strong sources", 102_000),
+    "R2": ("little text, a weak target", 102_000),
+    "R4": ("ample text, strong sources", 1_020_000),
+}
+"""The regimes that users may be in, and their tokens of text; rayfuse has no stage as R3."""
+
 Plan = Mapping[str, Mapping[str, Unit]]
 """Variants by role and name, of one seed."""
 
@@ -76,6 +87,7 @@ def write_regimes(
             found[name]["costs"] = described
     known = {name: regime for name, regime in found.items() if regime}
     (out / "regimes.json").write_text(json.dumps(known, indent=1) + "\n")
+    (out / "study.json").write_text(json.dumps(to_study(known), indent=1) + "\n")
     (out / "RESULTS.md").write_text(render_page(known), encoding="utf-8")
     (out / "regimes.png").write_bytes(draw_regimes(known))
 
@@ -102,11 +114,35 @@ def _describe_regime(plans: Mapping[int, Plan], out: Path) -> dict[str, Any]:
         "seeds_by_role": {role: len(by_seed) for role, by_seed in nats.items()},
         "chosen": chosen,
     }
+    if "fused" in chosen:
+        regime["epochs"] = first["fused"][chosen["fused"]].settings.get("epochs", 1)
     regime["selection"] = {role: score_selection(first, role, out) for role in first}
     regime |= {role: _score(by_seed, documents) for role, by_seed in nats.items()}
     if {"fused", "clm", "ensemble_filter", "ensemble_mean", "best_source"} <= set(nats):
         regime |= _describe_gain(nats, documents)
     return regime
+
+
+def to_study(regimes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Convert the regimes that users may be in to the content of `rayfuse/plan/study.json`."""
+
+    def take(found: Mapping[str, float]) -> list[float]:
+        return [round(found[name], 4) for name in ("value", "low", "high")]
+
+    return {
+        name: {
+            "situation": situation,
+            "tokens_per_parameter": tokens / PARAMETERS,
+            "epochs": regimes[name]["epochs"],
+            "advantage": round(1 - regimes[name]["best_source"] / regimes[name]["target"], 4),
+            "gain": take(regimes[name]["gain"]),
+            "token_multiple": (
+                take(regimes[name]["token_multiple"]) if "token_multiple" in regimes[name] else None
+            ),
+        }
+        for name, (situation, tokens) in STUDY.items()
+        if "gain" in regimes.get(name, {})
+    }
 
 
 def describe_costs(units: Sequence[Unit], out: Path) -> dict[str, dict[str, float]]:

@@ -95,6 +95,8 @@ def print_plan(plan: RunPlan, console: Console) -> None:
         "documents and models, evaluate.tasks",
         highlight=False,
     )
+    for sentence in plan.outlook:
+        console.print(f"fusion: {sentence}", highlight=False)
     for warning in plan.warnings:
         console.print(f"warning: {warning}", style="yellow", highlight=False)
 
@@ -123,6 +125,7 @@ def plan_to_values(plan: RunPlan) -> dict[str, Any]:
             "storage_a_month": plan.month_dollars,
         },
         "notes": list(plan.notes),
+        "outlook": list(plan.outlook),
         "warnings": list(plan.warnings),
         "assumptions": plan.settings.model_dump(mode="json"),
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from rayfuse.config.plan import GpuKind, PlanSettings
 from rayfuse.plan.estimate import GIB, GpuWork, Work, estimate_steps, list_work
 from rayfuse.plan.inputs import PlanInputs
+from rayfuse.plan.outlook import describe_outlook
 from rayfuse.train.order import advise_steps
 
 ENOUGH_HELD_OUT_TOKENS = 1e7
@@ -48,6 +49,8 @@ class RunPlan:
     """Monthly price of the storage once the run is complete."""
     notes: tuple[str, ...]
     """Where the figures come from."""
+    outlook: tuple[str, ...]
+    """What fusion can be expected to gain."""
     warnings: tuple[str, ...]
     settings: PlanSettings = field(repr=False)
 
@@ -87,6 +90,7 @@ def make_plan(inputs: PlanInputs, rates: Rates | None = None) -> RunPlan:
         stored_bytes=stored,
         month_dollars=stored / 1e9 * plan.dollars_per_gb_month,
         notes=tuple(inputs.notes),
+        outlook=tuple(describe_outlook(inputs)),
         warnings=(*inputs.warnings, *list_warnings(inputs, work, costs)),
         settings=plan,
     )

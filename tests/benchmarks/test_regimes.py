@@ -151,6 +151,9 @@ def test_variants_are_chosen_on_the_selection_half_and_reported_on_the_other(tmp
     assert regime["absorption"]["value"] == pytest.approx(0.2 / 0.5, abs=0.01)
     assert regime["absorption_of_mean"]["value"] == pytest.approx(0.2 / 0.4, abs=0.01)
     assert regime["fused_minus"]["target"]["all"]["value"] == pytest.approx(-0.3, abs=0.01)
+    study = json.loads((tmp_path / "study.json").read_text())["R1"]
+    assert study["gain"][0] == pytest.approx(regime["gain"]["value"], abs=1e-4)
+    assert study["advantage"] == pytest.approx(1 - 2.9 / 2.8, abs=0.01)
     page = render_page({"R1": regime})
     assert "| fused | x | 3 | 2." in page and "| clm | 1 epoch | 2.7" in page
     assert draw_regimes({"R1": regime}).startswith(b"\x89PNG")

@@ -129,7 +129,7 @@ def test_a_size_alone_has_the_shape_of_a_llama():
         (["train.checkpoint_every_steps=10000"], "a failure restarts it from step 0"),
         (["train.rows_per_step=100000"], "training has .* is few; lower train.rows_per_step to"),
         (
-            ["train.publish=best", "train.validate_every_steps=1000000"],
+            ["fusion=default", "train.publish=best", "train.validate_every_steps=1000000"],
             "publish is best, but .* set train.validate_every_steps to",
         ),
         (["plan.tokens=1e12"], "held-out tokens are scored by every model"),

@@ -1,0 +1,152 @@
+"""What fusion can be expected to gain: the most similar regime of the study (benchmarks/fusion)."""
+
+import importlib.resources
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rayfuse.plan.inputs import PlanInputs
+from rayfuse.run.layout import Layout
+from rayfuse.storage.dataset import DataSet
+
+STUDY = importlib.resources.files("rayfuse.plan") / "study.json"
+"""The regimes and their results, written by `benchmarks.fusion.regimes`."""
+
+MAX_SHARDS = 4
+"""Shards of captured data from which a source's NLL is measured."""
+
+LITTLE_TEXT = 0.15
+"""Tokens per parameter of the target below which text is worth reading many times: R1 has 0.11."""
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A situation of the study, and what fusion gained in it."""
+
+    name: str
+    situation: str
+    tokens_per_parameter: float
+    epochs: int
+    """Of the variant that was chosen."""
+    advantage: float
+    """Share by which the NLL of the best source is below that of the untouched target."""
+    gain: tuple[float, float, float]
+    """Share by which bits per byte are below those of CLM at its best: value, low, high."""
+    token_multiple: tuple[float, float, float] | None
+    """Times the text that CLM needs for the result of fusion, if it was measured."""
+
+
+def read_study() -> list[Regime]:
+    """Read the regimes of the study."""
+    found = json.loads(STUDY.read_text(encoding="utf-8"))
+    return [
+        Regime(
+            name=name,
+            situation=regime["situation"],
+            tokens_per_parameter=regime["tokens_per_parameter"],
+            epochs=regime["epochs"],
+            advantage=regime["advantage"],
+            gain=tuple(regime["gain"]),
+            token_multiple=tuple(regime["token_multiple"]) if regime["token_multiple"] else None,
+        )
+        for name, regime in found.items()
+    ]
+
+
+def describe_outlook(inputs: PlanInputs) -> Iterator[str]:
+    """Yield sentences: the regime that a run is in, the gain there, and settings to try."""
+    train = inputs.recipe.train
+    tokens = inputs.corpus.num_bytes / inputs.target.bytes_per_token
+    ratio = tokens / inputs.target.size.parameters
+    advantage = measure_advantage(inputs)
+    regime = find_nearest(ratio, advantage)
+    yield (
+        f"the corpus has {ratio:.2g} tokens per parameter of the target and is read "
+        f"{_times(train.epochs)}; {_describe_advantage(advantage)}"
+    )
+    yield (
+        f"the nearest regime of the study is {regime.name} ({regime.situation}: "
+        f"{regime.tokens_per_parameter:.2g} tokens per parameter, read {_times(regime.epochs)}, "
+        f"best source {_compare(regime.advantage)}): {_describe_gain(regime)}; its models have a "
+        "million parameters, and nothing larger was measured"
+    )
+    if ratio < LITTLE_TEXT and train.epochs < regime.epochs / 2:
+        yield (
+            f"so little text is worth reading more often: train.epochs={regime.epochs}, with "
+            "train.publish=best, so that the best validation is kept"
+        )
+
+
+def measure_advantage(inputs: PlanInputs) -> float | None:
+    """Measure by which share the best source's NLL of the corpus is below the target's.
+
+    Returns:
+        None until a source that is the target's own copy is captured, and another one.
+
+    Raises:
+        ShardError: A shard is corrupt.
+    """
+    layout, recipe = inputs.layout, inputs.recipe
+    own = [source.name for source in recipe.sources if source.model == recipe.target.model]
+    if layout is None or not own:
+        return None
+    rates = {
+        source.name: rate
+        for source in recipe.sources
+        if (rate := _measure_nll(layout, layout.captured[source.name])) is not None
+    }
+    others = [rate for name, rate in rates.items() if name not in own]
+    return 1 - min(others) / rates[own[0]] if others and own[0] in rates else None
+
+
+def _measure_nll(layout: Layout, captured: DataSet) -> float | None:
+    """Measure a source's NLL in nats per byte; None while nothing is captured."""
+    nats = num_bytes = 0.0
+    commits = captured.commits()
+    for shard in sorted(set(commits) & layout.corpus.list_committed())[:MAX_SHARDS]:
+        corpus = layout.corpus.read_shard(layout.corpus.read_commit(shard), columns=["num_bytes"])
+        of_rows = captured.read_shard(commits[shard], columns=["nats"])["nats"].to_numpy()
+        is_scored = of_rows < math.inf
+        nats += float(of_rows[is_scored].sum())
+        num_bytes += float(corpus["num_bytes"].to_numpy()[is_scored].sum())
+    return nats / num_bytes if num_bytes else None
+
+
+def find_nearest(tokens_per_parameter: float, advantage: float | None) -> Regime:
+    """Find the regime with the most similar amount of text and, if known, strength of sources.
+
+    Twice the text is as far as 5 % of NLL.
+    """
+
+    def distance(regime: Regime) -> float:
+        text = abs(math.log2(max(tokens_per_parameter, 1e-9) / regime.tokens_per_parameter))
+        strength = 0.0 if advantage is None else abs(advantage - regime.advantage) / 0.05
+        return text + strength
+
+    return min(read_study(), key=distance)
+
+
+def _describe_advantage(advantage: float | None) -> str:
+    if advantage is None:
+        return (
+            "how the sources compare with the target is known once they are captured together with "
+            "the target's own copy as a source"
+        )
+    return f"the best source is {_compare(advantage)} on it"
+
+
+def _compare(advantage: float) -> str:
+    return f"{abs(advantage):.1%} {'better' if advantage > 0 else 'worse'} than the target"
+
+
+def _describe_gain(regime: Regime) -> str:
+    value, low, high = regime.gain
+    gain = f"fused was {value:.1%} better than CLM at its best ({low:.1%} to {high:.1%})"
+    if regime.token_multiple is None:
+        return gain
+    return f"{gain}, which needs {regime.token_multiple[0]:.1f} times the text for that"
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
