@@ -179,8 +179,9 @@ def build_tokenizer(
     content["truncation"] = content["padding"] = content["post_processor"] = None
     if content["model"].get("dropout"):  # random merges: the same text would give other tokens
         content["model"]["dropout"] = None
-    names = _list_names(Tokenizer.from_str(json.dumps(content)))
-    backend = Tokenizer.from_str(json.dumps(_hide_control_tokens(content)))
+    hidden = _name_control_tokens(content)
+    backend = Tokenizer.from_str(json.dumps(_hide_control_tokens(content, hidden)))
+    names = _list_names(backend, hidden)
     backend.encode_special_tokens = True
     roles = json.dumps([start_id, eos_id])
     canonical = json.dumps(content, sort_keys=True) + roles
@@ -217,19 +218,27 @@ def _mark_control_tokens(content: dict[str, Any], roles: Set[str]) -> dict[str, 
     return content | {"added_tokens": sorted(added, key=lambda token: token["id"])}
 
 
-def _hide_control_tokens(content: dict[str, Any]) -> dict[str, Any]:
+def _name_control_tokens(content: dict[str, Any]) -> dict[str, str]:
+    """Choose the names under which control tokens are hidden, by their own names."""
+    return {
+        token["content"]: f"control token {token['content']}"
+        for token in content["added_tokens"]
+        if token["special"]
+    }
+
+
+def _hide_control_tokens(content: dict[str, Any], hidden: dict[str, str]) -> dict[str, Any]:
     """Rename the control tokens of a tokenizer.json so that no text is encoded as one.
 
     `encode_special_tokens` is not enough: the model itself may still produce `<s>` from the text
     "<s>", as Unigram takes the likeliest pieces, BPE follows its merges, and WordLevel looks up the
     word. The new names contain a space. The pre-tokenizer has removed or replaced all spaces of the
     text when the model sees it, so that these names never match.
+
+    Args:
+        content: The tokenizer.json.
+        hidden: The new names, by the tokens' own.
     """
-    hidden = {
-        token["content"]: f"control token {token['content']}"
-        for token in content["added_tokens"]
-        if token["special"]
-    }
     model = dict(content["model"])
     if isinstance(model["vocab"], dict):
         model["vocab"] = {hidden.get(name, name): i for name, i in model["vocab"].items()}
@@ -249,8 +258,12 @@ def _hide_control_tokens(content: dict[str, Any]) -> dict[str, Any]:
     return content | {"model": model, "added_tokens": added_tokens}
 
 
-def _list_names(backend: Tokenizer) -> tuple[str, ...]:
+def _list_names(backend: Tokenizer, hidden: dict[str, str]) -> tuple[str, ...]:
     """List the tokens as the vocabulary writes them, by id; empty for ids that do not exist.
+
+    Args:
+        backend: The tokenizer with hidden control tokens.
+        hidden: Their names there, by their own.
 
     Raises:
         ValueError: More than `MAX_UNUSED_IDS` ids do not exist.
@@ -262,6 +275,9 @@ def _list_names(backend: Tokenizer) -> tuple[str, ...]:
     names = [""] * num_ids
     for name, token_id in vocabulary.items():
         names[token_id] = name
+    for own, name in hidden.items():
+        if name in vocabulary:
+            names[vocabulary[name]] = own
     return tuple(names)
 
 

@@ -103,9 +103,10 @@ _ALPHABET = _byte_level_alphabet()
 
 
 def _decode_byte_level(token: str) -> bytes:
-    if all(char in _ALPHABET for char in token):
-        return bytes(_ALPHABET[char] for char in token)
-    return token.encode()  # an added token is written as plain text
+    try:
+        return bytes([_ALPHABET[char] for char in token])
+    except KeyError:
+        return token.encode()  # an added token is written as plain text
 
 
 def _decode_sentencepiece(token: str) -> bytes:

@@ -262,8 +262,7 @@ def _build(
     Raises:
         UserError: tokenizer.json has an unexpected structure, or marks the ends of words.
     """
-    content = own.to_str()
-    suffix = json.loads(content)["model"].get("end_of_word_suffix")
+    suffix = getattr(own.model, "end_of_word_suffix", None)
     if suffix:
         raise UserError(
             f"{path}: model.end_of_word_suffix is {suffix!r}; tokens that mark the ends of words "
@@ -274,7 +273,7 @@ def _build(
     )
     with _naming_file(path):
         return build_tokenizer(
-            content,
+            own.to_str(),
             start_id=eos if bos is None else bos,
             eos_id=eos,
             control_names=special.names,
