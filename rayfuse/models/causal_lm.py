@@ -15,6 +15,7 @@ from torch import nn
 from rayfuse.config.base import UserError, first_line, user_error_from
 from rayfuse.config.models import ModelSettings
 from rayfuse.models.batching import pad_rows
+from rayfuse.models.head_product import multiply_head
 from rayfuse.models.out_of_memory import is_out_of_memory
 
 
@@ -105,8 +106,12 @@ class CausalLM:
         self, hidden: Float[torch.Tensor, "positions width"]
     ) -> Float[torch.Tensor, "positions vocab"]:
         """Compute logits in float32 (or wider), for use without gradients."""
-        raw = self.head(hidden)
-        return self.transform.apply(raw.to(torch.promote_types(raw.dtype, torch.float32)))
+        if type(self.head) is nn.Linear:
+            raw = multiply_head(hidden, self.head.weight, self.head.bias)
+        else:  # a quantised head, whose weight is packed
+            raw = self.head(hidden)
+            raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        return self.transform.apply(raw)
 
     @property
     def device(self) -> torch.device:

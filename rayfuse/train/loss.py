@@ -16,6 +16,7 @@ from torch import nn
 from rayfuse.config.train import TrainSettings
 from rayfuse.fuse.unigram import MIN_REST
 from rayfuse.models.causal_lm import CausalLM
+from rayfuse.models.head_product import multiply_head
 from rayfuse.storage.codec import TopK
 from rayfuse.train.divergence import LOWEST, diverge
 
@@ -134,7 +135,7 @@ class _ChunkedLoss(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide_dtype, device=hidden.device)
         for start in range(0, len(hidden), head.chunk_positions):
             part = slice(start, start + head.chunk_positions)
-            raw = nn.functional.linear(hidden[part], weight, bias).to(wide_dtype)
+            raw = multiply_head(hidden[part], weight, bias)
             logits = head.transform.apply(raw)
             slope = head.transform.slope(logits)
             chunk = _differentiate_chunk(logits, targets.take(part), weights, head)

@@ -1,0 +1,41 @@
+"""A head's product with hidden states, in float32 however narrow the two are.
+
+A product in bfloat16 is rounded to 8 bits of mantissa: errors of several hundredths of a nat at
+large logits. The products of two half-precision numbers are exact in float32, so it suffices to add
+them up in float32 and to keep the sum.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import nn
+
+CPU_CHUNK_BYTES = 16 << 20
+"""Of the head's weights that are converted to float32 at a time."""
+
+
+def multiply_head(
+    hidden: Float[torch.Tensor, "positions width"],
+    weight: Float[torch.Tensor, "vocab width"],
+    bias: Float[torch.Tensor, " vocab"] | None,
+) -> Float[torch.Tensor, "positions vocab"]:
+    """Compute hidden @ weight.T + bias in float32 (or wider), for use without gradients."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    if hidden.dtype == wide == weight.dtype:
+        return nn.functional.linear(hidden, weight, bias)
+    if hidden.is_cuda:
+        product = torch.mm(hidden, weight.T, out_dtype=wide)
+    else:
+        product = _multiply_in_chunks(hidden.to(wide), weight)
+    return product if bias is None else product.add_(bias)
+
+
+def _multiply_in_chunks(
+    hidden: Float[torch.Tensor, "positions width"], weight: Float[torch.Tensor, "vocab width"]
+) -> Float[torch.Tensor, "positions vocab"]:
+    """Convert the weights a part at a time: all of them could be the model's largest tensor."""
+    product = hidden.new_empty(len(hidden), len(weight))
+    rows = max(CPU_CHUNK_BYTES // (hidden.element_size() * hidden.shape[1]), 1)
+    for start in range(0, len(weight), rows):
+        part = slice(start, start + rows)
+        product[:, part] = hidden @ weight[part].to(hidden.dtype).T
+    return product
