@@ -50,7 +50,10 @@ def measure(model: str, text: Path, rows: int) -> dict[str, dict[str, float]]:
     padded = nn.functional.pad(pad_rows(ids), (0, ROW_TOKENS))[:, :ROW_TOKENS].to(device)
     hidden = lm.hidden_states(padded).flatten(0, 1)[kept.to(device)]
     following = padded.flatten()[kept.to(device) + 1]
-    records = {name: _record(product(hidden, lm), following) for name, product in PRODUCTS.items()}
+    records = {
+        name: _record(lm.transform.apply(product(hidden, lm)), following)
+        for name, product in PRODUCTS.items()
+    }
     found: dict[str, dict[str, float]] = {}
     for name in list(PRODUCTS)[:-1]:
         errors = {
@@ -77,9 +80,13 @@ def _record(logits: torch.Tensor, following: torch.Tensor) -> dict[str, torch.Te
 
 def _time(product: Product, hidden: torch.Tensor, lm: CausalLM) -> float:
     seconds: list[float] = []
+    if hidden.is_cuda:
+        torch.cuda.synchronize()
     for _ in range(REPEATS):
         began = time.perf_counter()
         product(hidden, lm)
+        if hidden.is_cuda:
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.fusion.stored import BATCH_TOKENS, Record, data_of, load, read_rows, tokenizer_of
 from benchmarks.fusion.units import Unit
-from benchmarks.fusion.written import continue_texts
+from benchmarks.fusion.written import continue_texts, spell_beginnings
 from rayfuse.corpus.documents import Document
 from rayfuse.corpus.shards import build_rows
 from rayfuse.evaluate.bits_per_byte import score_documents, score_rows
@@ -45,13 +45,16 @@ def measure_costs(unit: Unit, out: Path, data: Path) -> Record:
     held_out = data_of(unit.needs["held_out"], out, "rows")
     prompts = held_out.read_shard(held_out.read_commit(0))["text"].to_pylist()
     drawn = np.random.default_rng(0).permutation(len(prompts))[:PROMPTS]
-    texts = continue_texts(
-        lm, tokenizer, [prompts[i] for i in drawn], max_tokens=WRITTEN_TOKENS, seed=0
-    )
+    chosen = [prompts[i] for i in drawn]
+    texts = continue_texts(lm, tokenizer, chosen, max_tokens=WRITTEN_TOKENS, seed=0)
+    begins = spell_beginnings(tokenizer, chosen)
     return {
         "nats": {"elsewhere": [round(score.nats, 2) for score in score_documents(rows, nats)]},
         "bytes": sum(len(document.text.encode()) for document in questions),
-        "copied": share_copied(texts, read_rows(unit.needs["corpus"], out)["text"].to_pylist()),
+        "copied": share_copied(
+            [text[len(begun) :] for text, begun in zip(texts, begins, strict=True)],
+            read_rows(unit.needs["corpus"], out)["text"].to_pylist(),
+        ),
     }
 
 

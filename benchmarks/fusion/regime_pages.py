@@ -25,6 +25,7 @@ TITLES = {
     "clm": "CLM",
     "clm_written": "CLM, with the text that the sources wrote",
     "fused": "fused",
+    "fused_unwritten": "fused, without the text that the sources wrote",
     "copy": "the target's own copy alone",
     "distilled": "one source alone",
     "defaults": "rayfuse's defaults before this study",

@@ -75,6 +75,9 @@ FALLING = {"start": 0.5, "end": 0.1, "shape": "linear"}
 SWITCH_RATE = 0.05
 """Of the filter ensemble."""
 
+SHARED_ROLES = ("target", "best_source", "ensemble_mean", "ensemble_filter", "clm")
+"""Roles that R3 has in common with R1."""
+
 COSTLY = ("target", "clm", "copy", "fused")
 """Roles of which it is measured what they cost on other text."""
 
@@ -95,11 +98,12 @@ class Grid:
 
 
 LOW_RATES = (RATE / 2, RATE / 4, RATE / 8)
+MULTIPLE_RATES = (2 * RATE, RATE, RATE / 2, RATE / 4)
 
 GRIDS = {
-    "R0": Grid(2, (1, 2, 4), LOW_RATES, (RATE / 2, RATE / 4)),
-    "R1": Grid(8, (2, 4, 8), (RATE, *LOW_RATES), (RATE, RATE / 2, RATE / 4)),
-    "R2": Grid(8, (4, 8), (RATE, RATE / 2, RATE / 4), (RATE, RATE / 2)),
+    "R0": Grid(2, (1, 2, 4), (RATE, *LOW_RATES), (RATE, RATE / 2, RATE / 4)),
+    "R1": Grid(8, (2, 4, 8), (RATE, *LOW_RATES, RATE / 16), MULTIPLE_RATES),
+    "R2": Grid(8, (4, 8), (RATE, RATE / 2, RATE / 4), MULTIPLE_RATES[:3]),
     "R4": Grid(1, (1,), (RATE, *LOW_RATES), ()),
     "tiny": Grid(2, (1,), (RATE / 2,), (RATE / 2,)),
 }
@@ -136,8 +140,11 @@ def plan_regime(name: str, seed: int) -> dict[str, Role]:
             for weight in (0.0, 0.1, 0.3)
         }
         roles["trials"] = _plan_trials(planner, grid)
-    if name == "R3":
+    if name == "R3":  # other losses have not been given written text: they are no comparison
+        unwritten = roles["fused"]
+        roles = {role: variants for role, variants in roles.items() if role in SHARED_ROLES}
         roles["fused"], roles["clm_written"] = _plan_written(planner)
+        roles["fused_unwritten"] = unwritten
         roles["clm"] = {**roles["clm"], **roles["clm_written"]}
     return roles | {
         f"clm {times}x": {
@@ -266,10 +273,14 @@ def _plan_written(planner: Planner) -> tuple[Role, Role]:
         )
     }
     clm = {
-        f"CLM, half written, {epochs} epochs, rate {rate:g}": planner.train(
-            "CLM, written", {}, written=written, epochs=epochs, rate=rate
+        f"CLM, half written, {epochs} epochs, rate {rate:g}, decay {decay:g}": planner.train(
+            "CLM, written", {}, written=written, epochs=epochs, rate=rate, weight_decay=decay
         )
-        for epochs, rate in ((8, RATE), (8, RATE / 2), (8, RATE / 4), (16, RATE / 2))
+        for epochs, rate, decay in (
+            *((8, rate, 0.1) for rate in (RATE, RATE / 2, RATE / 4)),
+            (16, RATE / 2, 0.1),
+            (8, 2 * RATE, 0.4),
+        )
     }
     return fused, clm
 
@@ -360,8 +371,12 @@ def _plan_defaults(planner: Planner, grid: Grid) -> Role:
 
 def _plan_fusellm(planner: Planner, grid: Grid, *, is_wide: bool) -> Role:
     """Plan the published rule: its alignment, record, choice of a source, loss and lambda."""
+    few = _few_epochs(grid)
+    tried = [(few, rate, 0.1) for rate in ((RATE, RATE / 4) if is_wide else (RATE / 2, RATE / 4))]
+    if is_wide:
+        tried += [(1, RATE, 0.1), (1, RATE / 4, 0.1), (grid.epochs, RATE / 4, 0.4)]
     return {
-        f"FuseLLM, {epochs} epochs, rate {rate:g}": planner.train(
+        f"FuseLLM, {epochs} epochs, rate {rate:g}, decay {decay:g}": planner.train(
             "FuseLLM",
             planner.sources,
             align={"record": "top-10", "method": "min_edit_distance"},
@@ -373,10 +388,10 @@ def _plan_fusellm(planner: Planner, grid: Grid, *, is_wide: bool) -> Role:
             },
             clm_weight=0.9,
             rate=rate,
+            weight_decay=decay,
             epochs=epochs,
         )
-        for epochs in ((1, _few_epochs(grid)) if is_wide else (_few_epochs(grid),))
-        for rate in ((RATE, RATE / 4) if is_wide else (RATE / 2, RATE / 4))
+        for epochs, rate, decay in tried
     }
 
 
@@ -392,7 +407,7 @@ def _plan_sum(planner: Planner, grid: Grid, *, is_wide: bool) -> Role:
     tried = [(0.3, RATE, 0.1, 1), (0.3, 2 * RATE, 0.1, 1)]
     if is_wide:
         tried += [(weight, RATE, 0.1, 1), (0.3, 2 * RATE, 0.4, 2)]
-    return {
+    variants = {
         f"sum of KL, lambda {clm_weight:.3g}, rate {rate:g}, decay {decay:g}, "
         f"{times * grid.epochs} epochs": planner.train(
             "sum of KL",
@@ -402,6 +417,15 @@ def _plan_sum(planner: Planner, grid: Grid, *, is_wide: bool) -> Role:
         )
         for clm_weight, rate, decay, times in tried
     }
+    # What is best for fusion, the copy included.
+    epochs, weight = (24, 0.2) if is_wide else (grid.epochs, 0.3)
+    variants[f"sum of KL and the copy, lambda {weight:g}, {epochs} epochs"] = planner.train(
+        "sum of KL, copy",
+        _add_copy(planner),
+        epochs=epochs,
+        **mean | (FAST if grid.epochs > 2 else {}) | {"clm_weight": weight},
+    )
+    return variants
 
 
 def _plan_rivals(planner: Planner, grid: Grid) -> Role:

@@ -24,7 +24,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from benchmarks.fusion.regime_plan import REGIMES, SEEDS, Role, plan_costs, plan_regime
 from benchmarks.fusion.regime_report import choose_variants, write_regimes
-from benchmarks.fusion.units import Unit, restore_results, run_units, save_results
+from benchmarks.fusion.units import (
+    Unit,
+    forget_scores_alone,
+    restore_results,
+    run_units,
+    save_results,
+)
 from benchmarks.fusion.work import work
 
 RESULTS = Path(__file__).parent / "regime_results" / "results.jsonl.gz"
@@ -79,9 +85,13 @@ def _run_regime(name: str, plans: dict[int, dict[str, Role]], given: argparse.Na
     finals = [
         plan[role][chosen[role]] for role in roles for plan in plans.values() if role in chosen
     ]
-    if not given.roles:
-        finals += _list_costs(name, plans, given.out)
     run_units(finals, given.out, given.data, work, workers=given.workers)
+    if not given.roles:
+        costs = _list_costs(name, plans, given.out)
+        if RESULTS.is_file():
+            restore_results(costs, given.out, RESULTS)
+        forget_scores_alone(costs, given.out)
+        run_units(costs, given.out, given.data, work, workers=given.workers)
 
 
 def _list_costs(name: str, plans: dict[int, dict[str, Role]], out: Path) -> list[Unit]:

@@ -23,7 +23,8 @@ PACKING = Packing(sequence_tokens=1, sequences=64, is_packed=False)
 
 @dataclass(frozen=True)
 class WrittenBatch(MicroBatch):
-    """Rows that a source wrote: their next tokens are samples, and no labels."""
+    """Rows that a source wrote: their next tokens are samples, and labels only where no source has
+    a signal."""
 
 
 def train_lm(

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import nn
 
 from benchmarks.fusion.training import PACKING
@@ -43,43 +43,61 @@ class Trial:
     """Decay rate of a moving average of the weights, which replaces them at the end."""
 
 
-def iterate_trial_steps(
-    reader: ShardReader, copy: ShardReader | None, corpus: pa.Table, plan: StepPlan, trial: Trial
-) -> Iterator[list[MicroBatch]]:
-    """Yield the steps of all epochs over one shard.
+@dataclass(frozen=True)
+class Span:
+    """The indices of a training row in the flat arrays of a shard."""
+
+    tokens: Int[np.ndarray, " length"]
+    tops: Int[np.ndarray, " length"]
+    """Of the distribution of each token's next one."""
+
+
+def plan_trial_steps(
+    rows: FusedRows, corpus: pa.Table, plan: StepPlan, trial: Trial
+) -> list[list[Span]]:
+    """Plan the rows of each step of all epochs over one shard.
 
     Args:
-        reader: Reads the corpus with its sources.
-        copy: Reads it with the model of `copy_share` alone.
-        corpus: The rows.
+        rows: All rows of the shard.
+        corpus: The same rows, as stored.
         plan: As of a real run.
         trial: What is changed.
     """
-    rows = _read_all(reader)
-    if copy is not None:
-        rows = mix_with_copy(rows, _read_all(copy), trial.copy_share)
     stops = np.cumsum(rows.lengths)
-    whole = np.stack([stops - rows.lengths, stops], axis=1)
+    spans = [Span(at, at) for at in map(np.arange, (stops - rows.lengths).tolist(), stops.tolist())]
     ends_document = np.array(corpus["ends_document"].to_pylist())
     random = np.random.default_rng(plan.seed)
+    steps: list[list[Span]] = []
     for epoch in range(plan.epochs):
-        order = order_rows([len(whole)], seed=plan.seed, epoch=epoch).rows[:, 1]
-        spans = whole[order]
+        order = order_rows([len(spans)], seed=plan.seed, epoch=epoch).rows[:, 1]
+        chosen = [spans[number] for number in order.tolist()]
         if trial.views and epoch:
-            spans = cut_anew(whole, ends_document, random)
-            random.shuffle(spans)
-        for start in range(0, len(spans), plan.rows_per_step):
-            part = _take(rows, spans[start : start + plan.rows_per_step])
-            batches = build_micro_batches(part, PACKING)
-            if trial.noise:
-                noisy = [
-                    add_noise(batch.token_ids, rows.token_ids, trial.noise, random)
-                    for batch in batches
-                ]
-                batches = [
-                    replace(batch, token_ids=ids) for batch, ids in zip(batches, noisy, strict=True)
-                ]
-            yield batches
+            chosen = cut_anew(spans, ends_document, random)
+            random.shuffle(chosen)  # pyright: ignore[reportArgumentType]
+        size = plan.rows_per_step
+        steps += [chosen[first : first + size] for first in range(0, len(chosen), size)]
+    return steps
+
+
+def iterate_trial_steps(
+    rows: FusedRows, steps: list[list[Span]], trial: Trial, seed: int
+) -> Iterator[list[MicroBatch]]:
+    """Yield the micro-batches of each step."""
+    random = np.random.default_rng(seed)
+    for spans in steps:
+        batches = build_micro_batches(_take(rows, spans), PACKING)
+        if trial.noise:
+            batches = [
+                replace(batch, token_ids=add_noise(batch.token_ids, rows, trial.noise, random))
+                for batch in batches
+            ]
+        yield batches
+
+
+def read_trial_rows(reader: ShardReader, copy: ShardReader | None, trial: Trial) -> FusedRows:
+    """Read a shard, with the share of the copy if there is one."""
+    rows = _read_all(reader)
+    return rows if copy is None else mix_with_copy(rows, _read_all(copy), trial.copy_share)
 
 
 def _read_all(reader: ShardReader) -> FusedRows:
@@ -99,43 +117,53 @@ def mix_with_copy(rows: FusedRows, copy: FusedRows, share: float) -> FusedRows:
 
 
 def cut_anew(
-    rows: Int[np.ndarray, "rows 2"], ends_document: np.ndarray, random: np.random.Generator
-) -> Int[np.ndarray, "spans 2"]:
-    """Cut each document of several rows at other places, at most a row's length apart.
+    rows: list[Span], ends_document: Bool[np.ndarray, " rows"], random: np.random.Generator
+) -> list[Span]:
+    """Cut each document into rows at other places, at most a row's length apart.
+
+    Each row begins with the start token. The distribution of its first token is the stored one,
+    which was made with the text before.
 
     Args:
-        rows: Start and end of each row.
+        rows: The rows as stored, each with a start token.
         ends_document: Whether a row is its document's last.
         random: Draws the first cut of each document.
     """
-    longest = int((rows[:, 1] - rows[:, 0]).max())
-    spans: list[tuple[int, int]] = []
+    longest = max(len(row.tokens) for row in rows) - 1  # beside the start token
+    spans: list[Span] = []
     first = 0
-    for row in np.flatnonzero(ends_document).tolist():
-        start, stop = int(rows[first, 0]), int(rows[row, 1])
-        first = row + 1
-        offset = int(random.integers(longest // 4, longest + 1)) if stop - start > longest else stop
-        cuts = [start, *range(start + offset, stop, longest), stop]
-        spans += [(a, b) for a, b in pairwise(cuts) if b - a > 1]
-    return np.array(spans)
+    for last in np.flatnonzero(ends_document).tolist():
+        document, first = rows[first : last + 1], last + 1
+        words = np.concatenate([row.tokens[1:] for row in document])
+        predicted_at = np.concatenate([row.tokens[:-1] for row in document])
+        stop = len(words)
+        offset = int(random.integers(longest // 4, longest + 1)) if stop > longest else stop
+        for a, b in pairwise([0, *range(offset, stop, longest), stop]):
+            if b > a:
+                start = document[0].tokens[:1]
+                tops = np.append(predicted_at[a:b], words[b - 1])  # the last one is never used
+                spans.append(Span(np.append(start, words[a:b]), tops))
+    return spans
 
 
-def _take(rows: FusedRows, spans: Int[np.ndarray, "spans 2"]) -> FusedRows:
-    at = np.concatenate([np.arange(start, stop) for start, stop in spans])
-    top = TopK(rows.top.ids[at], rows.top.probs[at], rows.top.tail[at])
-    return FusedRows(rows.token_ids[at], spans[:, 1] - spans[:, 0], top, rows.selected[at])
+def _take(rows: FusedRows, spans: list[Span]) -> FusedRows:
+    tokens = np.concatenate([span.tokens for span in spans])
+    tops = np.concatenate([span.tops for span in spans])
+    top = TopK(rows.top.ids[tops], rows.top.probs[tops], rows.top.tail[tops])
+    lengths = np.array([len(span.tokens) for span in spans])
+    return FusedRows(rows.token_ids[tokens], lengths, top, rows.selected[tops])
 
 
 def add_noise(
     token_ids: Int[np.ndarray, "batch seq_len"],
-    known: Int[np.ndarray, " tokens"],
+    rows: FusedRows,
     share: float,
     random: np.random.Generator,
 ) -> Int[np.ndarray, "batch seq_len"]:
-    """Replace a share of tokens, but no row's first, by random ones of `known`."""
+    """Replace a share of tokens, but no row's first, by random ones of the shard."""
     is_replaced = random.random(token_ids.shape) < share
     is_replaced[:, 0] = False
-    drawn = random.choice(known, token_ids.shape)
+    drawn = random.choice(rows.token_ids, token_ids.shape)
     return np.where(is_replaced, drawn, token_ids).astype(token_ids.dtype)
 
 

@@ -134,6 +134,19 @@ def restore_results(units: Iterable[Unit], out: Path, file: Path) -> None:
             (unit.folder(out) / "result.json").write_text(json.dumps(by_key[unit.key]))
 
 
+def forget_scores_alone(units: Iterable[Unit], out: Path) -> None:
+    """Delete the records of models that missing units need, but of which only scores were kept.
+
+    They are computed again, with all that they are made from.
+    """
+    for unit in units:
+        for need in unit.needs.values():
+            weights = need.folder(out) / "model" / "model.safetensors"
+            has_model = need.kind in ("model", "train")
+            if has_model and not unit.is_done(out) and need.is_done(out) and not weights.is_file():
+                (need.folder(out) / "result.json").unlink()
+
+
 def run_units(units: Iterable[Unit], out: Path, data: Path, work: Work, *, workers: int) -> None:
     """Compute all missing units in order, in a number of processes.
 

@@ -41,7 +41,14 @@ from benchmarks.fusion.text import (
     read_pretraining,
 )
 from benchmarks.fusion.training import PACKING, lay_out_text, train_lm
-from benchmarks.fusion.trials import MovingAverage, Trial, add_dropout, iterate_trial_steps
+from benchmarks.fusion.trials import (
+    MovingAverage,
+    Trial,
+    add_dropout,
+    iterate_trial_steps,
+    plan_trial_steps,
+    read_trial_rows,
+)
 from benchmarks.fusion.units import Unit
 from benchmarks.fusion.written import gather_texts, iterate_mixed_steps, write_texts
 from rayfuse.align.method import Alignment, build_alignment
@@ -256,7 +263,7 @@ def _train(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     plan = StepPlan(settings["seed"], epochs, rows_per_step)
     rival_name = settings.get("loss")
     trial = Trial(**settings.get("trial", {}))
-    lm, rival, average = load(unit.needs["start"], out), None, None
+    lm, rival, average, num_steps = load(unit.needs["start"], out), None, None, 0
     if settings["full"]:
         table = read_rows(corpus, out)
         sources = [
@@ -278,7 +285,10 @@ def _train(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
         steps = iterate_mixed_steps(reader, written, plan, learns_labels=not train.is_fused)
     elif trial != Trial():
         copy = _open_reader(unit, corpus, out, COPY)[1] if trial.copy_share else None
-        steps = iterate_trial_steps(reader, copy, read_rows(corpus, out), plan, trial)
+        rows = read_trial_rows(reader, copy, trial)
+        planned = plan_trial_steps(rows, read_rows(corpus, out), plan, trial)
+        num_steps = len(planned)
+        steps = iterate_trial_steps(rows, planned, trial, plan.seed)
         add_dropout(lm, trial.dropout)
         average = MovingAverage(lm.model, trial.average) if trial.average else None
     else:
@@ -287,7 +297,7 @@ def _train(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
         lm,
         steps,
         train,
-        num_steps=count_steps(sum(reader.rows_per_shard), rows_per_step, epochs),
+        num_steps=num_steps or count_steps(sum(reader.rows_per_shard), rows_per_step, epochs),
         source_names=reader.names,
         unigram=reader.unigram,
         rival=rival,
@@ -330,9 +340,7 @@ def _score(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
 
 
 def _measure_costs(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
-    model = unit.needs["model"]
-    if not model_folder(model, out).is_dir():  # only its scores were kept
-        work(model, model.folder(out), out, data)
+    del folder
     return measure_costs(unit, out, data)
 
 

@@ -148,6 +148,12 @@ def continue_texts(
     return texts
 
 
+def spell_beginnings(tokenizer: TextTokenizer, prompts: Sequence[str]) -> list[str]:
+    """Spell the tokens of each prompt with which its text begins."""
+    rows = tokenizer.encode_rows(list(prompts), [False] * len(prompts))
+    return [_spell(ids[:PROMPT_TOKENS].tolist(), tokenizer) for ids in rows]
+
+
 def _spell(token_ids: Sequence[int], tokenizer: TextTokenizer) -> str:
     """Spell tokens; a character that is not complete at the end, or not valid, is left out."""
     spelled = b"".join(tokenizer.token_bytes[token_id] or b"" for token_id in token_ids)

@@ -58,9 +58,10 @@ class Recipe(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
     plan: PlanSettings = result_neutral(PlanSettings())
     fusion: Literal["default", "paper"] = "default"
-    """`paper` sets the values of FuseLLM's experiments: capture.top_k 10, align.method
-    min_edit_distance, fuse.cost nats_per_token, fuse.tail renormalise, train.lambda 0.9, one choice
-    per row, one epoch, the last weights."""
+    """`paper` sets the values of FuseLLM's experiments: capture.signal top_k with top_k 10,
+    align.method min_edit_distance, fuse.cost nats_per_token, fuse.tail renormalise, train.lambda
+    0.9, train.divergence forward_kl at temperature 1, one choice per row, one epoch, the last
+    weights. The optimizer's settings are left to the recipe."""
 
     @model_validator(mode="before")
     @classmethod

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from rayfuse.config.base import UserError, user_error_from
+from rayfuse.config.base import UserError, first_line, user_error_from
 from rayfuse.config.evaluate import EvaluateSettings, TasksSettings
 from rayfuse.config.models import ModelSettings
 from rayfuse.evaluate.bits_per_byte import load_scored_model
@@ -138,21 +138,30 @@ def read_questions(settings: TasksSettings) -> dict[str, list[str]]:
     """Read the texts of the questions that are scored, by task: what is asked, then the answer.
 
     Raises:
-        UserError: A task is unknown or cannot be loaded.
+        UserError: A task is unknown, or cannot be loaded or read.
     """
     manager = open_task_manager(settings)
     found: dict[str, list[str]] = {}
     for name in settings.names:
         for subtask, task in load_tasks(manager, name).items():
-            found[subtask] = [
-                " ".join(
-                    part
-                    for part in (task.doc_to_text(doc), task.doc_to_target(doc))
-                    if isinstance(part, str)  # of a choice it may be the number alone
+            with user_error_from(  # a definition is the user's code
+                lambda error, task=subtask: UserError(
+                    f"the questions of the task {task} cannot be read ({first_line(error)})"
                 )
-                for doc in islice(task.eval_docs, settings.limit)
-            ]
+            ):
+                found[subtask] = [
+                    _spell_question(task, doc) for doc in islice(task.eval_docs, settings.limit)
+                ]
     return found
+
+
+def _spell_question(task: Any, doc: Any) -> str:
+    """Join what is asked and the answer; each may be the number of a choice."""
+    parts: list[str] = []
+    for part in (task.doc_to_text(doc), task.doc_to_target(doc)):
+        chosen = task.doc_to_choice(doc)[part] if isinstance(part, int) else part
+        parts += [chosen] if isinstance(chosen, str) else [str(text) for text in chosen]
+    return " ".join(parts)
 
 
 def run_tasks(

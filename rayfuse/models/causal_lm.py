@@ -15,7 +15,7 @@ from torch import nn
 from rayfuse.config.base import UserError, first_line, user_error_from
 from rayfuse.config.models import ModelSettings
 from rayfuse.models.batching import pad_rows
-from rayfuse.models.head_product import multiply_head
+from rayfuse.models.head_product import is_plain, multiply_head
 from rayfuse.models.out_of_memory import is_out_of_memory
 
 
@@ -106,9 +106,9 @@ class CausalLM:
         self, hidden: Float[torch.Tensor, "positions width"]
     ) -> Float[torch.Tensor, "positions vocab"]:
         """Compute logits in float32 (or wider), for use without gradients."""
-        if type(self.head) is nn.Linear:
+        if is_plain(self.head):
             raw = multiply_head(hidden, self.head.weight, self.head.bias)
-        else:  # a quantised head, whose weight is packed
+        else:
             raw = self.head(hidden)
             raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         return self.transform.apply(raw)

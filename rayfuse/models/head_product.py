@@ -13,6 +13,15 @@ CPU_CHUNK_BYTES = 16 << 20
 """Of the head's weights that are converted to float32 at a time."""
 
 
+def is_plain(head: nn.Linear) -> bool:
+    """Check that a head's output is the product with its weight, as it lies in memory.
+
+    Quantised weights are of other classes; hooks that load or unpack weights replace `forward`.
+    """
+    is_own = type(head.weight) in (torch.Tensor, nn.Parameter) and "forward" not in vars(head)
+    return type(head).forward is nn.Linear.forward and is_own
+
+
 def multiply_head(
     hidden: Float[torch.Tensor, "positions width"],
     weight: Float[torch.Tensor, "vocab width"],

@@ -3,6 +3,7 @@
 import importlib.resources
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import TypeVar
 
@@ -22,6 +23,7 @@ from rayfuse.corpus.shards import BYTES_PER_TOKEN, build_rows, group_inputs
 from rayfuse.corpus.split import find_fault
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.pipeline import is_stage_done
+from rayfuse.plan.advantage import measure_advantage
 from rayfuse.plan.model_size import ModelSize, size_from_files, size_from_settings
 from rayfuse.run.inputs import InputFile, list_documents
 from rayfuse.run.layout import Layout, plan_layout
@@ -82,6 +84,9 @@ class PlanInputs:
     """None where it cannot be planned, or for an example."""
     sample: pa.Table | None = None
     """Rows of the first documents."""
+    advantage: float | None = None
+    """Share by which the best source's NLL of the corpus is below the target's, where it is known:
+    see `measure_advantage`."""
 
     def row_tokens(self, model: PlannedModel) -> float:
         """Compute a row's mean length in a model's tokens."""
@@ -155,6 +160,8 @@ def read_inputs(recipe: Recipe, *, is_example: bool = False) -> PlanInputs:
     )
     if layout is not None:
         _look_up_progress(inputs, layout)
+        measure = partial(measure_advantage, recipe, layout)
+        inputs.advantage = _try(measure, inputs.warnings, "captured sources")
     return inputs
 
 

@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rayfuse.plan.inputs import PlanInputs
-from rayfuse.run.layout import Layout
-from rayfuse.storage.dataset import DataSet
 
 STUDY = importlib.resources.files("rayfuse.plan") / "study.json"
 """The regimes and their results, written by `benchmarks.fusion.regimes`."""
 
-MAX_SHARDS = 4
-"""Shards of captured data from which a source's NLL is measured."""
+FAR = 2.0
+"""Distance of `find_nearest` beyond which no regime is similar."""
 
 LITTLE_TEXT = 0.15
 """Tokens per parameter of the target below which text is worth reading many times: R1 has 0.11."""
@@ -35,6 +33,7 @@ class Regime:
     """Share by which bits per byte are below those of CLM at its best: value, low, high."""
     token_multiple: tuple[float, float, float] | None
     """Times the text that CLM needs for the result of fusion, if it was measured."""
+    seeds: int
 
 
 def read_study() -> list[Regime]:
@@ -49,6 +48,7 @@ def read_study() -> list[Regime]:
             advantage=regime["advantage"],
             gain=tuple(regime["gain"]),
             token_multiple=tuple(regime["token_multiple"]) if regime["token_multiple"] else None,
+            seeds=regime["seeds"],
         )
         for name, regime in found.items()
     ]
@@ -59,64 +59,35 @@ def describe_outlook(inputs: PlanInputs) -> Iterator[str]:
     train = inputs.recipe.train
     tokens = inputs.corpus.num_bytes / inputs.target.bytes_per_token
     ratio = tokens / inputs.target.size.parameters
-    advantage = measure_advantage(inputs)
-    regime = find_nearest(ratio, advantage)
+    advantage = inputs.advantage
+    regime, distance = find_nearest(ratio, advantage)
     yield (
         f"the corpus has {ratio:.2g} tokens per parameter of the target and is read "
         f"{_times(train.epochs)}; {_describe_advantage(advantage)}"
     )
+    if distance > FAR:
+        yield "no regime of the study is similar, so that no gain can be named"
+        return
     yield (
         f"the nearest regime of the study is {regime.name} ({regime.situation}: "
         f"{regime.tokens_per_parameter:.2g} tokens per parameter, read {_times(regime.epochs)}, "
         f"best source {_compare(regime.advantage)}): {_describe_gain(regime)}; its models have a "
         "million parameters, and nothing larger was measured"
     )
-    if ratio < LITTLE_TEXT and train.epochs < regime.epochs / 2:
+    may_gain = advantage is None or advantage > 0
+    is_free = inputs.recipe.fusion != "paper"  # which sets one epoch
+    if ratio < LITTLE_TEXT and train.epochs < regime.epochs / 2 and may_gain and is_free:
         yield (
             f"so little text is worth reading more often: train.epochs={regime.epochs}, with "
             "train.publish=best, so that the best validation is kept"
         )
 
 
-def measure_advantage(inputs: PlanInputs) -> float | None:
-    """Measure by which share the best source's NLL of the corpus is below the target's.
-
-    Returns:
-        None until a source that is the target's own copy is captured, and another one.
-
-    Raises:
-        ShardError: A shard is corrupt.
-    """
-    layout, recipe = inputs.layout, inputs.recipe
-    own = [source.name for source in recipe.sources if source.model == recipe.target.model]
-    if layout is None or not own:
-        return None
-    rates = {
-        source.name: rate
-        for source in recipe.sources
-        if (rate := _measure_nll(layout, layout.captured[source.name])) is not None
-    }
-    others = [rate for name, rate in rates.items() if name not in own]
-    return 1 - min(others) / rates[own[0]] if others and own[0] in rates else None
-
-
-def _measure_nll(layout: Layout, captured: DataSet) -> float | None:
-    """Measure a source's NLL in nats per byte; None while nothing is captured."""
-    nats = num_bytes = 0.0
-    commits = captured.commits()
-    for shard in sorted(set(commits) & layout.corpus.list_committed())[:MAX_SHARDS]:
-        corpus = layout.corpus.read_shard(layout.corpus.read_commit(shard), columns=["num_bytes"])
-        of_rows = captured.read_shard(commits[shard], columns=["nats"])["nats"].to_numpy()
-        is_scored = of_rows < math.inf
-        nats += float(of_rows[is_scored].sum())
-        num_bytes += float(corpus["num_bytes"].to_numpy()[is_scored].sum())
-    return nats / num_bytes if num_bytes else None
-
-
-def find_nearest(tokens_per_parameter: float, advantage: float | None) -> Regime:
+def find_nearest(tokens_per_parameter: float, advantage: float | None) -> tuple[Regime, float]:
     """Find the regime with the most similar amount of text and, if known, strength of sources.
 
-    Twice the text is as far as 5 % of NLL.
+    Returns:
+        The regime, and its distance: 1 for twice the text, or for 5 % of NLL.
     """
 
     def distance(regime: Regime) -> float:
@@ -124,7 +95,8 @@ def find_nearest(tokens_per_parameter: float, advantage: float | None) -> Regime
         strength = 0.0 if advantage is None else abs(advantage - regime.advantage) / 0.05
         return text + strength
 
-    return min(read_study(), key=distance)
+    nearest = min(read_study(), key=distance)
+    return nearest, distance(nearest)
 
 
 def _describe_advantage(advantage: float | None) -> str:
@@ -142,7 +114,8 @@ def _compare(advantage: float) -> str:
 
 def _describe_gain(regime: Regime) -> str:
     value, low, high = regime.gain
-    gain = f"fused was {value:.1%} better than CLM at its best ({low:.1%} to {high:.1%})"
+    seeds = f"{regime.seeds} seed" + "s" * (regime.seeds > 1)
+    gain = f"fused was {value:.1%} better than CLM at its best ({low:.1%} to {high:.1%}, {seeds})"
     if regime.token_multiple is None:
         return gain
     return f"{gain}, which needs {regime.token_multiple[0]:.1f} times the text for that"

@@ -70,8 +70,8 @@ def find_reasons(findings: Findings, recipe: Recipe) -> Iterator[str]:
     if tails and recipe.fuse.tail == "bucket" and sum(tails) / len(tails) > HIGH_TAIL_MASS:
         yield (
             f"{sum(tails) / len(tails):.0%} of the sources' probability lies outside their stored "
-            "entries, and is not learned (set capture.signal to top_k_and_sampled_tail, or raise "
-            "capture.top_k)"
+            "entries, and is not learned (raise capture.top_k, or with backend transformers set "
+            "capture.signal to top_k_and_sampled_tail)"
         )
     mean_lambda = (value_at(train.clm_weight, 0.0) + value_at(train.clm_weight, 1.0)) / 2
     if mean_lambda >= HIGH_LAMBDA:

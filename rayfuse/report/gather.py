@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
 
-from rayfuse.config.base import UserError
+from rayfuse.config.base import UserError, first_line
 from rayfuse.config.recipe import Recipe
 from rayfuse.evaluate.bootstrap import Difference
 from rayfuse.evaluate.results import read_evaluation
@@ -118,7 +118,9 @@ class Findings:
     overlap: Overlap
     """Held-out documents whose text is in the corpus."""
     task_overlap: dict[str, Overlap]
-    """By task: questions whose text is in the corpus; none where the tasks cannot be read here."""
+    """By task: questions whose text is in the corpus."""
+    task_overlap_fault: str | None
+    """Why no questions were compared; None if they were, or there are none."""
     has_selection: bool = False
     """Half of the held-out documents have chosen the weights, and are not in the evaluations."""
 
@@ -141,9 +143,8 @@ def gather_findings(recipe: Recipe, layout: Layout) -> Findings:
         if name != "fused"
     }
     tasks = read_task_scores(layout, list(evaluations))
-    overlap, task_overlap = find_overlaps(
-        layout.corpus, layout.held_out, _read_questions(recipe) if tasks else {}
-    )
+    questions, fault = _read_questions(recipe) if tasks else ({}, None)
+    overlap, task_overlap = find_overlaps(layout.corpus, layout.held_out, questions)
     curves = {run.name: read_curve(layout.store, run) for run in layout.runs}
     return Findings(
         evaluations=evaluations,
@@ -158,12 +159,13 @@ def gather_findings(recipe: Recipe, layout: Layout) -> Findings:
         merge=layout.evaluation.merge,
         overlap=overlap,
         task_overlap=task_overlap,
+        task_overlap_fault=fault,
         has_selection=layout.has_selection,
     )
 
 
-def _read_questions(recipe: Recipe) -> dict[str, list[str]]:
-    """Read the questions of the recipe's tasks, by task; none where that is not possible here.
+def _read_questions(recipe: Recipe) -> tuple[dict[str, list[str]], str | None]:
+    """Read the questions of the recipe's tasks, by task, or why that is not possible here.
 
     A report may be written on another node than the evaluation, without lm-eval or the data.
     """
@@ -171,9 +173,9 @@ def _read_questions(recipe: Recipe) -> dict[str, list[str]]:
     try:
         from rayfuse.evaluate.lm_eval_tasks import read_questions  # lm-eval is optional
 
-        return read_questions(recipe.evaluate.tasks)
-    except (ImportError, UserError):
-        return {}
+        return read_questions(recipe.evaluate.tasks), None
+    except (ImportError, UserError) as error:
+        return {}, first_line(error)
 
 
 def read_evaluations(layout: Layout) -> dict[str, Evaluation]:

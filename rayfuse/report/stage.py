@@ -138,6 +138,7 @@ def describe_findings(
         },
         "merged_weights": asdict(findings.merge),
         "overlap": asdict(findings.overlap),
+        "task_overlap_fault": findings.task_overlap_fault,
         "task_overlap": {task: asdict(found) for task, found in findings.task_overlap.items()},
         "training": {name: _dump_curve(curve) for name, curve in findings.curves.items()},
         "source_selection": asdict(findings.selection),

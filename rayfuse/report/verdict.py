@@ -66,6 +66,9 @@ def judge(findings: Findings, recipe: Recipe) -> Verdict:
     notes += note_overlap(findings.overlap, "held-out documents")
     for task, overlap in findings.task_overlap.items():
         notes += note_overlap(overlap, f"questions of {show_on_one_line(task)}")
+    if findings.task_overlap_fault is not None:
+        reason = show_on_one_line(findings.task_overlap_fault)
+        notes.append(f"The questions of the tasks were not compared with the corpus: {reason}.")
     notes += [SELECTION] if findings.has_selection else []
     summary = _summarise(found["better"], found["worse"], found["unclear"])
     gain = state_gain(findings, recipe)
@@ -190,8 +193,8 @@ def note_overlap(overlap: Overlap, texts: str) -> list[str]:
         else f" (its first {overlap.shards_read} shards of {overlap.num_shards})"
     )
     return [
-        f"{overlap.shared} of {overlap.documents} {texts} share {RUN_WORDS} or more words in a row "
-        f"with the corpus{part}."
+        f"{overlap.shared} of {overlap.documents} {texts} of {RUN_WORDS} or more words share as "
+        f"many in a row with the corpus{part}."
     ]
 
 

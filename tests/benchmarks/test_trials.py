@@ -1,11 +1,13 @@
 """The changes that are tried in regime R1 do what their names say."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import nn
 
 from benchmarks.fusion.regime_plan import plan_regime
-from benchmarks.fusion.trials import MovingAverage, add_noise, cut_anew, mix_with_copy
+from benchmarks.fusion.trials import MovingAverage, Span, add_noise, cut_anew, mix_with_copy
 from rayfuse.fuse.reader import FusedRows
 from rayfuse.storage.codec import TopK
 
@@ -35,26 +37,32 @@ def test_a_copy_has_its_share_and_stands_alone_where_the_sources_are_silent():
     np.testing.assert_allclose(mixed.top.tail, [0.2, 0.0, 0.25], atol=1e-6)
 
 
-def test_documents_are_cut_at_other_places_and_lose_no_token_but_single_ones():
+def test_documents_are_cut_at_other_places_and_every_row_begins_with_a_start_token():
     lengths = np.array([10, 10, 4, 7, 10, 3])
     stops = np.cumsum(lengths)
-    rows = np.stack([stops - lengths, stops], axis=1)
+    rows = [Span(at, at) for at in map(np.arange, (stops - lengths).tolist(), stops.tolist())]
+    starts = set((stops - lengths).tolist())
     ends = np.array([False, False, True, True, False, True])
+    first_rows = {0, 24, 31}
     seen = set()
     for seed in range(20):
         spans = cut_anew(rows, ends, np.random.default_rng(seed))
-        seen.add(tuple(map(tuple, spans.tolist())))
-        covered = np.concatenate([np.arange(a, b) for a, b in spans.tolist()])
-        assert len(set(covered.tolist())) == len(covered) >= lengths.sum() - 2
-        assert ((spans[:, 1] - spans[:, 0]) <= 10).all()
-        for a, b in spans.tolist():
-            assert not any(a < border < b for border in (24, 31))  # never over two documents
+        seen.add(tuple(len(span.tokens) for span in spans))
+        assert {int(span.tokens[0]) for span in spans} == first_rows
+        words = np.concatenate([span.tokens[1:] for span in spans]).tolist()
+        assert sorted(words) == sorted(set(range(44)) - starts)  # each once, no start token
+        for span in spans:
+            assert len(span.tokens) == len(span.tops) <= 10
+            for word, at in zip(span.tokens[1:], span.tops[:-1], strict=True):
+                assert word == at + 1  # the stored distribution that predicts the word
     assert len(seen) > 5
 
 
 def test_noise_replaces_a_share_of_the_tokens_but_no_first_one():
     ids = np.zeros((50, 40), dtype=np.int32)
-    noisy = add_noise(ids, np.array([7, 8]), 0.25, np.random.default_rng(0))
+    rows = make_rows([[1]] * 2, [[1.0]] * 2, [0, 0])
+    rows = replace(rows, token_ids=np.array([7, 8], np.int32))
+    noisy = add_noise(ids, rows, 0.25, np.random.default_rng(0))
     assert set(np.unique(noisy)) == {0, 7, 8} and not noisy[:, 0].any()
     assert abs((noisy[:, 1:] > 0).mean() - 0.25) < 0.03
     assert noisy.dtype == ids.dtype

@@ -11,6 +11,7 @@ import torch
 from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM
 
+from rayfuse.config.base import UserError
 from rayfuse.config.evaluate import EvaluateSettings, TasksSettings
 from rayfuse.config.load import parse_recipe
 from rayfuse.config.models import ModelSettings
@@ -368,9 +369,15 @@ def test_questions_are_read_as_they_are_asked_with_answers_that_are_text(tmp_pat
     folder = make_tasks(tmp_path / "tasks")
     chosen = settings(folder, "choose", limit=2).tasks
     assert chosen is not None
-    assert read_questions(chosen) == {"choose": [ITEMS[0][0], ITEMS[1][0]]}
+    asked = [f"{ITEMS[0][0]} girl.", f"{ITEMS[1][0]} play"]  # and the right choices
+    assert read_questions(chosen) == {"choose": asked}
     make_tasks(folder, task="rolling", output_type="loglikelihood_rolling", doc_to_text="",
                doc_to_target="question")  # fmt: skip
     chosen = settings(folder, "rolling").tasks
     assert chosen is not None
     assert [text.strip() for text in read_questions(chosen)["rolling"]] == [i[0] for i in ITEMS]
+    make_tasks(folder, task="broken", doc_to_text="{{ 1 // (1 - answer) }}")
+    chosen = settings(folder, "broken").tasks
+    assert chosen is not None
+    with pytest.raises(UserError, match="the questions of the task broken cannot be read"):
+        read_questions(chosen)

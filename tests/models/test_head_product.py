@@ -6,7 +6,7 @@ from torch import nn
 
 from rayfuse.models import head_product
 from rayfuse.models.causal_lm import CausalLM
-from rayfuse.models.head_product import multiply_head
+from rayfuse.models.head_product import is_plain, multiply_head
 
 
 def make_head(dtype: torch.dtype) -> tuple[torch.Tensor, nn.Linear]:
@@ -41,12 +41,34 @@ def test_float32_and_wider_are_the_librarys_product(dtype):
     assert torch.equal(multiply_head(hidden, head.weight, head.bias), head(hidden))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @torch.no_grad()
-def test_the_product_for_gpus_is_asked_for_in_float32():
-    head = nn.Linear(8, 5, bias=False, device="meta", dtype=torch.bfloat16)
-    hidden = torch.empty(3, 8, device="meta", dtype=torch.bfloat16)
-    product = torch.mm(hidden, head.weight.T, out_dtype=torch.float32)
-    assert (product.dtype, product.shape) == (torch.float32, (3, 5))
+def test_a_gpu_keeps_the_float32_sum():
+    hidden, head = make_head(torch.bfloat16)
+    exact = hidden.double() @ head.weight.double().T + head.bias.double()
+    product = multiply_head(hidden.cuda(), head.weight.cuda(), head.bias.cuda())
+    assert (product.cpu() - exact).abs().max() < 1e-3
+    assert multiply_head(hidden[:0].cuda(), head.weight.cuda(), None).shape == (0, 1000)
+
+
+class OnGpu(torch.Tensor):
+    """Hidden states that say they are on a GPU."""
+
+    is_cuda = True
+
+
+@torch.no_grad()
+def test_the_product_on_a_gpu_is_asked_for_in_float32(monkeypatch):
+    hidden, head = make_head(torch.bfloat16)
+
+    def multiply(a: torch.Tensor, b: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+        assert a.dtype == b.dtype == torch.bfloat16
+        return torch.matmul(a.as_subclass(torch.Tensor).to(out_dtype), b.to(out_dtype))
+
+    monkeypatch.setattr(torch, "mm", multiply)
+    product = multiply_head(hidden.as_subclass(OnGpu), head.weight, head.bias)
+    assert product.dtype == torch.float32
+    torch.testing.assert_close(product, multiply_head(hidden, head.weight, head.bias))
 
 
 class PackedHead(nn.Linear):
@@ -62,3 +84,12 @@ def test_a_head_of_another_class_computes_its_own_product():
     head = PackedHead(256, 10).to(torch.bfloat16)
     logits = CausalLM(head, head, head).logits(hidden)
     assert torch.equal(logits, head(hidden).float())
+
+
+@torch.no_grad()
+def test_a_head_whose_forward_is_replaced_computes_its_own_product():
+    hidden, head = make_head(torch.bfloat16)
+    assert is_plain(head)
+    head.forward = lambda input: torch.zeros(len(input), 1000)  # as a hook does
+    assert not is_plain(head)
+    assert not CausalLM(head, head, head).logits(hidden).any()

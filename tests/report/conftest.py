@@ -134,6 +134,7 @@ def findings() -> Findings:
         merge=Merge(excluded={"big": "its model_type is 'mpt', not 'llama'"}),
         overlap=Overlap(180, 2, 16, 112),
         task_overlap={"arc_easy": Overlap(50, 1, 16, 112)},
+        task_overlap_fault=None,
     )
 
 

@@ -1,5 +1,6 @@
 """Held-out documents that share a run of words with the corpus are counted."""
 
+from dataclasses import replace
 from random import Random
 
 import pyarrow as pa
@@ -90,8 +91,8 @@ def test_a_large_corpus_is_compared_on_its_first_shards_and_says_so(
     corpus = write(tmp_path, "corpus", [["other"]], [[words]])
     assert find_overlap(corpus, write(tmp_path, "held_out", [[words]])) == Overlap(1, 0, 1, 2)
     assert (
-        "2 of 180 held-out documents share 13 or more words in a row with the corpus (its first 16 "
-        "shards of 112)."
+        "2 of 180 held-out documents of 13 or more words share as many in a row with the corpus "
+        "(its first 16 shards of 112)."
     ) in judge(findings, recipe).sentences
 
 
@@ -107,9 +108,13 @@ def test_the_questions_of_tasks_are_compared_beside_the_documents(
         "a": Overlap(2, 1, 1, 1), "b": Overlap(1, 0, 1, 1), "c": Overlap(0, 0, 1, 1)
     }  # fmt: skip
     assert (
-        "1 of 50 questions of arc_easy share 13 or more words in a row with the corpus (its first "
-        "16 shards of 112)."
+        "1 of 50 questions of arc_easy of 13 or more words share as many in a row with the corpus "
+        "(its first 16 shards of 112)."
     ) in judge(findings, recipe).sentences
+    silent = replace(findings, task_overlap={}, task_overlap_fault="lm_eval is missing")
+    assert (
+        "The questions of the tasks were not compared with the corpus: lm_eval is missing."
+    ) in judge(silent, recipe).sentences
 
 
 @pytest.mark.parametrize("documents", [[], [["short"]]])
