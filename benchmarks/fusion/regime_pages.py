@@ -31,6 +31,7 @@ TITLES = {
     "defaults": "rayfuse's defaults before this study",
     "fusellm": "FuseLLM's published rule",
     "sum_kl": "sum of all sources' KL",
+    "sum_kl_copy": "sum of all sources' KL and the copy's, at the best settings of fusion",
     "uld": "ULD or GOLD, from the source that is best in each row",
 }
 

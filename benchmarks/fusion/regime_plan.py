@@ -129,7 +129,7 @@ def plan_regime(name: str, seed: int) -> dict[str, Role]:
         "distilled": _plan_distilled(planner, grid, is_wide=is_wide),
         "defaults": _plan_defaults(planner, grid),
         "fusellm": _plan_fusellm(planner, grid, is_wide=is_wide),
-        "sum_kl": _plan_sum(planner, grid, is_wide=is_wide),
+        **_plan_sums(planner, grid, is_wide=is_wide),
         "uld": _plan_rivals(planner, grid),
     }
     if name == "R1":
@@ -395,8 +395,8 @@ def _plan_fusellm(planner: Planner, grid: Grid, *, is_wide: bool) -> Role:
     }
 
 
-def _plan_sum(planner: Planner, grid: Grid, *, is_wide: bool) -> Role:
-    """Plan the plain sum of all sources' divergences.
+def _plan_sums(planner: Planner, grid: Grid, *, is_wide: bool) -> dict[str, Role]:
+    """Plan the plain sum of all sources' divergences, and with the target's copy among them.
 
     The gradient of the sum of S forward divergences is S times that of the one from the sources'
     mean, so lambda 0.3 of CLM beside 0.7 of the sum is lambda 0.3 / (0.3 + 0.7 S) beside the mean
@@ -407,7 +407,7 @@ def _plan_sum(planner: Planner, grid: Grid, *, is_wide: bool) -> Role:
     tried = [(0.3, RATE, 0.1, 1), (0.3, 2 * RATE, 0.1, 1)]
     if is_wide:
         tried += [(weight, RATE, 0.1, 1), (0.3, 2 * RATE, 0.4, 2)]
-    variants = {
+    variants: Role = {
         f"sum of KL, lambda {clm_weight:.3g}, rate {rate:g}, decay {decay:g}, "
         f"{times * grid.epochs} epochs": planner.train(
             "sum of KL",
@@ -417,15 +417,16 @@ def _plan_sum(planner: Planner, grid: Grid, *, is_wide: bool) -> Role:
         )
         for clm_weight, rate, decay, times in tried
     }
-    # What is best for fusion, the copy included.
+    # With what is best for fusion, the copy included.
     epochs, weight = (24, 0.2) if is_wide else (grid.epochs, 0.3)
-    variants[f"sum of KL and the copy, lambda {weight:g}, {epochs} epochs"] = planner.train(
+    with_copy = planner.train(
         "sum of KL, copy",
         _add_copy(planner),
         epochs=epochs,
         **mean | (FAST if grid.epochs > 2 else {}) | {"clm_weight": weight},
     )
-    return variants
+    name = f"sum of KL and the copy, lambda {weight:g}, {epochs} epochs"
+    return {"sum_kl": variants, "sum_kl_copy": {name: with_copy}}
 
 
 def _plan_rivals(planner: Planner, grid: Grid) -> Role:

@@ -29,7 +29,10 @@ BRACKETS = ("full", "trials")
 SHARED = ("target", "best_source", "ensemble_mean", "ensemble_filter")
 """Roles of models that several regimes have: alone they do not make a regime."""
 
-RIVALS = ("target", "best_source", "distilled", "copy", "defaults", "fusellm", "sum_kl", "uld")
+RIVALS = (
+    *("target", "best_source", "distilled", "copy", "defaults", "fusellm"),
+    *("sum_kl", "sum_kl_copy", "uld"),
+)
 
 PARAMETERS = 900_000
 """Of the target."""
