@@ -14,6 +14,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 UNUSABLE_PATTERN = re.compile("[\x00\ud800-\udfff]")
 
+BASELINE_ONLY: dict[str, Any] = {"baseline_only": True}
+"""Extra of a setting that only CLM has, in place of another one, which fingerprints have then."""
+
 FUSION_ONLY: dict[str, Any] = {"fusion_only": True}
 """`json_schema_extra` of a setting that a training without fusion (the CLM baseline) ignores."""
 
@@ -143,6 +146,7 @@ class Settings(BaseModel):
             for name, field in type(self).model_fields.items()
             if not affects_result(field)
             or (is_fusion_only(field) and not with_fusion)
+            or bool(_extra_of(field).get("baseline_only", False))
             or _is_omitted(field, getattr(self, name))
         }
         return self.model_dump(mode="json", by_alias=True, exclude=excluded)

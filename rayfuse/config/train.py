@@ -13,7 +13,14 @@ from pydantic import (
     model_validator,
 )
 
-from rayfuse.config.base import FUSION_ONLY, Settings, Share, later_setting, result_neutral
+from rayfuse.config.base import (
+    BASELINE_ONLY,
+    FUSION_ONLY,
+    Settings,
+    Share,
+    later_setting,
+    result_neutral,
+)
 
 
 class Ramp(Settings):
@@ -83,6 +90,11 @@ class TrainSettings(Settings):
     """Temperature of D, above 0; a number or a ramp, as for lambda."""
     baseline: bool = result_neutral(True)
     """Also train the target on the same rows, in the same order, without fusion (CLM)."""
+    baseline_learning_rate: PositiveFloat | None = Field(
+        default=None, json_schema_extra=BASELINE_ONLY
+    )
+    """The peak of CLM; by default that of fusion. Labels that are read again need a lower rate than
+    distributions do, so a comparison at one rate flatters fusion."""
     learning_rate: PositiveFloat = 1e-5
     """The peak, reached after the warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -194,9 +206,20 @@ class TrainSettings(Settings):
             raise ValueError(f"patience {self.patience} needs publish: best; set it, or remove one")
         return self
 
+    def for_run(self, *, is_fused: bool) -> "TrainSettings":
+        """Return the settings of one of the two trainings: CLM may have a learning rate of its own.
+
+        Args:
+            is_fused: Of the training with fusion.
+        """
+        if is_fused or self.baseline_learning_rate is None:
+            return self
+        return self.model_copy(update={"learning_rate": self.baseline_learning_rate})
+
     def dump_result_settings(self, *, with_fusion: bool = True) -> dict[str, Any]:
         """Dump the settings that affect the result; with `publish: best` validation does, too."""
-        dumped = super().dump_result_settings(with_fusion=with_fusion)
+        own = self.for_run(is_fused=with_fusion)
+        dumped = super(TrainSettings, own).dump_result_settings(with_fusion=with_fusion)
         if self.publish == "best":
             dumped["validate_every_steps"] = self.validate_every_steps
             dumped["validation_rows"] = self.validation_rows

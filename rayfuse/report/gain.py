@@ -109,10 +109,15 @@ def _format_gain(findings: Findings, name: str, words: str) -> str:
 
 
 def _name_comparison(findings: Findings, recipe: Recipe) -> str:
+    rate, own = recipe.train.learning_rate, recipe.train.baseline_learning_rate
+    if own is None:
+        rates = f"at the same learning rate ({rate:g})"
+    else:
+        rates = f"at learning rates of their own (CLM {own:g}, fused {rate:g})"
     if findings.has_selection:
-        return "CLM, each at its best validation"
+        return f"CLM {rates}, each at its best validation"
     epochs = recipe.train.epochs
-    return f"CLM after the same {'epoch' if epochs == 1 else f'{epochs} epochs'}"
+    return f"CLM {rates}, after the same {'epoch' if epochs == 1 else f'{epochs} epochs'}"
 
 
 def _format_share(value: float) -> str:

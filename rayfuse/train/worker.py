@@ -122,7 +122,8 @@ class Trainer:
     """Trains one worker's share of a run: `open`, `train`, and after success `close`."""
 
     def __init__(self, task: WorkerTask, group: ProcessGroup) -> None:
-        self.task, self.group, self.settings = task, group, task.recipe.train
+        self.task, self.group = task, group
+        self.settings = task.recipe.train.for_run(is_fused=task.run.is_fused)
         self.device = "cuda" if task.use_gpu else "cpu"
         self.sequences = self.settings.micro_batch_sequences
         self.is_preempted = False

@@ -209,7 +209,7 @@ def test_a_regime_is_computed_from_the_text_and_the_tokenizers(shared_data, tmp_
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.fusion.regimes", "--out", str(tmp_path), "--regimes",
          "tiny", "--only-choose", "--roles", *roles],
-        cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=500,
+        cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=1000,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     regime = json.loads((tmp_path / "regimes.json").read_text())["tiny"]

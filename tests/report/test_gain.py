@@ -27,7 +27,8 @@ def test_a_gain_is_stated_as_a_share_of_clm_with_its_interval(findings: Findings
     clm = bits_per_byte(findings.evaluations["clm"].documents)[ALL]
     low, value, high = (f"{each / clm:.2%}".replace("%", "\u00a0%") for each in (0.03, 0.02, 0.01))
     assert state_gain(with_outcomes(findings, clm=BETTER), sound) == (
-        f"Fusion helped: \u2212{value} bits per byte against CLM after the same 8 epochs "
+        f"Fusion helped: \u2212{value} bits per byte against CLM at the same learning rate "
+        "(1e-05), after the same 8 epochs "
         f"(95\u00a0% interval \u2212{low} to \u2212{high})."
     )
 
@@ -73,7 +74,13 @@ def test_few_documents_and_runs_without_clm_make_no_claim(findings: Findings, re
 
 def test_the_best_validation_is_named_where_it_chose_the_weights(findings, sound):
     chosen = replace(with_outcomes(findings, clm=BETTER), has_selection=True)
-    assert "against CLM, each at its best validation" in str(state_gain(chosen, sound))
+    assert "against CLM at the same learning rate (1e-05), each at its best validation" in str(
+        state_gain(chosen, sound)
+    )
+    train = sound.train.model_copy(update={"baseline_learning_rate": 1e-6})
+    own = sound.model_copy(update={"train": train})
+    rates = "against CLM at learning rates of their own (CLM 1e-06, fused 1e-05), each at its best"
+    assert rates in str(state_gain(chosen, own))
 
 
 def weaken_sources(findings: Findings) -> Findings:

@@ -20,6 +20,8 @@ OF_FUSION: dict[str, Any] = {
 }
 """Settings that change what is trained by fusion alone."""
 
+OF_CLM: dict[str, Any] = {"baseline_learning_rate": 1e-4}
+
 OF_ALL: dict[str, Any] = {
     "learning_rate": 1e-3,
     "schedule": "linear",
@@ -63,20 +65,33 @@ def folders(recipe: Recipe) -> dict[str, str]:
     return {run.name: run.folder for run in plan_layout(recipe, ALIGN_FACTS).runs}
 
 
-@pytest.mark.parametrize("name", [*OF_FUSION, *OF_ALL, *OF_NONE])
+@pytest.mark.parametrize("name", [*OF_FUSION, *OF_CLM, *OF_ALL, *OF_NONE])
 def test_what_changes_a_training_makes_a_new_one(name, folder, tmp_path):
     recipe = write_recipe(folder, tmp_path, "a")
     values = recipe.train.model_dump(by_alias=False)
-    value = {**OF_FUSION, **OF_ALL, **OF_NONE}[name]
+    value = {**OF_FUSION, **OF_CLM, **OF_ALL, **OF_NONE}[name]
     assert values[name] != value
     changed = TrainSettings.model_validate(values | {name: value}, by_name=True)
     before, after = folders(recipe), folders(recipe.model_copy(update={"train": changed}))
     new = {run for run in before if before[run] != after[run]}
     expected = {*()} if name in OF_NONE else {"fused"} if name in OF_FUSION else {"fused", "clm"}
-    assert new == expected
+    assert new == ({"clm"} if name in OF_CLM else expected)
+
+
+def test_clm_at_a_rate_of_its_own_is_that_of_a_recipe_with_this_rate(folder, tmp_path):
+    recipe = write_recipe(folder, tmp_path, "a")
+
+    def change(**values: float) -> Recipe:
+        return recipe.model_copy(update={"train": recipe.train.model_copy(update=values)})
+
+    own, both = change(baseline_learning_rate=1e-3), change(learning_rate=1e-3)
+    assert folders(own)["clm"] == folders(both)["clm"]
+    assert folders(own)["fused"] == folders(recipe)["fused"] != folders(both)["fused"]
+    assert own.train.for_run(is_fused=False).learning_rate == 1e-3
+    assert own.train.for_run(is_fused=True).learning_rate == recipe.train.learning_rate
 
 
 def test_every_setting_is_one_or_the_other():
     # patience needs publish: best; tests/run/test_affects_result.py has both together.
-    settled = {*OF_FUSION, *OF_ALL, *OF_NONE, "baseline", "patience"}
+    settled = {*OF_FUSION, *OF_CLM, *OF_ALL, *OF_NONE, "baseline", "patience"}
     assert settled == set(TrainSettings.model_fields)
