@@ -136,7 +136,7 @@ def to_study(regimes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
         name: {
             "situation": situation,
             "tokens_per_parameter": tokens / PARAMETERS,
-            "seeds": regimes[name]["seeds"],
+            "seeds": min(regimes[name]["seeds_by_role"][role] for role in ("clm", "fused")),
             "epochs": regimes[name]["epochs"],
             "advantage": round(1 - regimes[name]["best_source"] / regimes[name]["target"], 4),
             "gain": take(regimes[name]["gain"]),
