@@ -1,43 +1,19 @@
 """The units of the regimes: for every role, its variants by name."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.fusion.plan import CLM
 from benchmarks.fusion.planner import Planner
-from benchmarks.fusion.scales import SCALES, Scale, Size
-from benchmarks.fusion.units import Unit
-
-SEEDS = (2, 3, 4)
-"""Seed 1 was used up by trials."""
-
-SPLIT_SEED = 2
-
-STRONG = Size(192, 3, 2_000_000)
-SMALL = replace(
-    SCALES["cpu"],
-    source=STRONG,
-    corpus_bytes=32_000,
-    multiples=(2, 4, 8),
-    held_out_documents=10_000,
-    seeds=SEEDS,
+from benchmarks.fusion.regime_grids import (
+    GRIDS,
+    RATE,
+    REGIMES,
+    SPLIT_SEED,
+    WRITTEN_TOKENS,
+    Grid,
 )
-
-REGIMES: dict[str, Scale] = {
-    "R0": replace(SCALES["cpu"], held_out_documents=10_000, seeds=SEEDS),
-    "R1": SMALL,
-    "R2": replace(SMALL, target=replace(SMALL.target, tokens=SMALL.weak_target_tokens)),
-    "R3": SMALL,
-    "R4": replace(SMALL, corpus_bytes=320_000, multiples=()),
-    "tiny": replace(SCALES["tiny"], seeds=SEEDS),  # for tests
-}
-
-WRITTEN_TOKENS = 1_000_000
-"""Of R3: tokens of the texts that the sources write."""
-
-RATE = 4e-3
-"""The peak learning rate that was best for CLM on the first study's corpus."""
+from benchmarks.fusion.units import Unit
 
 HEAVY_DECAYS = (0.4, 1.6)
 """Weight decay beside 0.1: it delays overfitting (arXiv 2509.14786)."""
@@ -83,31 +59,6 @@ COSTLY = ("target", "clm", "copy", "fused")
 
 Role = Mapping[str, Unit]
 """The variants of a role by name."""
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The epochs and learning rates that are tried in a regime, beside R1's wider choice."""
-
-    epochs: int
-    """Of variants that learn from distributions."""
-    clm_epochs: tuple[int, ...]
-    clm_rates: tuple[float, ...]
-    multiple_rates: tuple[float, ...]
-    """Of CLM on more text, 4 epochs (2 where CLM has few)."""
-
-
-LOW_RATES = (RATE / 2, RATE / 4, RATE / 8)
-MULTIPLE_RATES = (2 * RATE, RATE, RATE / 2, RATE / 4)
-
-GRIDS = {
-    "R0": Grid(2, (1, 2, 4), (RATE, *LOW_RATES), (RATE, RATE / 2, RATE / 4)),
-    "R1": Grid(8, (2, 4, 8), (RATE, *LOW_RATES, RATE / 16), MULTIPLE_RATES),
-    "R2": Grid(8, (4, 8), (RATE, RATE / 2, RATE / 4), MULTIPLE_RATES[:3]),
-    "R4": Grid(1, (1,), (RATE, *LOW_RATES), ()),
-    "tiny": Grid(2, (1,), (RATE / 2,), (RATE / 2,)),
-}
-GRIDS["R3"] = GRIDS["R1"]
 
 
 def plan_regime(name: str, seed: int) -> dict[str, Role]:
@@ -365,7 +316,9 @@ def _plan_defaults(planner: Planner, grid: Grid) -> Role:
             epochs=epochs,
             rate=rate,
         )
-        for epochs, rate in {(1, RATE), (_few_epochs(grid), RATE), (_few_epochs(grid), RATE / 4)}
+        for epochs, rate in dict.fromkeys(
+            [(1, RATE), (_few_epochs(grid), RATE), (_few_epochs(grid), RATE / 4)]
+        )
     }
 
 

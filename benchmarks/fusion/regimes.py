@@ -22,7 +22,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks.fusion.regime_plan import REGIMES, SEEDS, Role, plan_costs, plan_regime
+from benchmarks.fusion.regime_grids import REGIMES, SEEDS
+from benchmarks.fusion.regime_plan import Role, plan_costs, plan_regime
 from benchmarks.fusion.regime_report import choose_variants, write_regimes
 from benchmarks.fusion.units import (
     Unit,

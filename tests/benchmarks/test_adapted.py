@@ -4,7 +4,7 @@ import numpy as np
 
 from benchmarks.fusion.adapted import fold_of_rows
 from benchmarks.fusion.planner import FOLDS, Planner
-from benchmarks.fusion.regime_plan import REGIMES, SPLIT_SEED
+from benchmarks.fusion.regime_grids import REGIMES, SPLIT_SEED
 from benchmarks.fusion.stored import load, read_captured, read_rows, tokenizer_of
 from benchmarks.fusion.units import do_unit, list_with_needs
 from benchmarks.fusion.work import work

@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.fusion.filter import filter_sources
 from benchmarks.fusion.intervals import measure_interval
+from benchmarks.fusion.regime_grids import SPLIT_SEED
 from benchmarks.fusion.regime_pages import draw_regimes, render_page
-from benchmarks.fusion.regime_plan import SPLIT_SEED
 from benchmarks.fusion.regime_report import choose_variants, write_regimes
 from benchmarks.fusion.rivals import hybrid_distance, sorted_distance
 from benchmarks.fusion.scales import DOMAINS
