@@ -140,6 +140,13 @@ def to_study(regimes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
             "epochs": regimes[name]["epochs"],
             "advantage": round(1 - regimes[name]["best_source"] / regimes[name]["target"], 4),
             "gain": take(regimes[name]["gain"]),
+            "token_multiple_seeds": min(
+                (
+                    seeds
+                    for role, seeds in regimes[name]["seeds_by_role"].items()
+                    if role.startswith("clm ") or role in ("clm", "fused")
+                ),
+            ),
             "token_multiple": (
                 take(regimes[name]["token_multiple"]) if "token_multiple" in regimes[name] else None
             ),

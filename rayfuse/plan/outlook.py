@@ -34,6 +34,8 @@ class Regime:
     token_multiple: tuple[float, float, float] | None
     """Times the text that CLM needs for the result of fusion, if it was measured."""
     seeds: int
+    """Of the gain."""
+    token_multiple_seeds: int
 
 
 def read_study() -> list[Regime]:
@@ -49,6 +51,7 @@ def read_study() -> list[Regime]:
             gain=tuple(regime["gain"]),
             token_multiple=tuple(regime["token_multiple"]) if regime["token_multiple"] else None,
             seeds=regime["seeds"],
+            token_multiple_seeds=regime["token_multiple_seeds"],
         )
         for name, regime in found.items()
     ]
@@ -114,11 +117,16 @@ def _compare(advantage: float) -> str:
 
 def _describe_gain(regime: Regime) -> str:
     value, low, high = regime.gain
-    seeds = f"{regime.seeds} seed" + "s" * (regime.seeds > 1)
+    seeds = _count_seeds(regime.seeds)
     gain = f"fused was {value:.1%} better than CLM at its best ({low:.1%} to {high:.1%}, {seeds})"
     if regime.token_multiple is None:
         return gain
-    return f"{gain}, which needs {regime.token_multiple[0]:.1f} times the text for that"
+    multiple, seeds = regime.token_multiple[0], _count_seeds(regime.token_multiple_seeds)
+    return f"{gain}, which needs {multiple:.1f} times the text for that ({seeds})"
+
+
+def _count_seeds(number: int) -> str:
+    return f"{number} seed" + "s" * (number != 1)
 
 
 def _times(number: int) -> str:

@@ -24,15 +24,18 @@ LATEST = Path(__file__).parents[2] / "benchmarks/fusion/regime_results/regimes.j
 STUDY = {
     "few": {
         "situation": "little text", "tokens_per_parameter": 0.1, "epochs": 16, "advantage": 0.05,
-        "gain": [0.08, 0.06, 0.1], "token_multiple": [3.0, 2.5, 3.5], "seeds": 3,
+        "gain": [0.08, 0.06, 0.1], "token_multiple": [3.0, 2.5, 3.5],
+        "seeds": 3, "token_multiple_seeds": 1,
     },
     "weak": {
         "situation": "weak sources", "tokens_per_parameter": 0.1, "epochs": 2, "advantage": -0.05,
-        "gain": [0.01, 0.0, 0.02], "token_multiple": None, "seeds": 3,
+        "gain": [0.01, 0.0, 0.02], "token_multiple": None,
+        "seeds": 3, "token_multiple_seeds": 1,
     },
     "many": {
         "situation": "ample text", "tokens_per_parameter": 3.0, "epochs": 1, "advantage": 0.05,
-        "gain": [0.02, 0.01, 0.03], "token_multiple": None, "seeds": 1,
+        "gain": [0.02, 0.01, 0.03], "token_multiple": None,
+        "seeds": 1, "token_multiple_seeds": 1,
     },
 }  # fmt: skip
 
@@ -80,7 +83,7 @@ def test_an_ample_text_is_not_advised_to_be_read_again(study):
         "little text" in second
         and "8.0% better than CLM at its best (6.0% to 10.0%, 3 seeds)" in second
     )
-    assert "needs 3.0 times the text" in second
+    assert "needs 3.0 times the text for that (1 seed)" in second
 
 
 def test_captured_sources_are_compared_with_the_targets_own_copy(study, root, tmp_path):  # noqa: F811
