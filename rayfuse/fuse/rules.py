@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 
 from rayfuse.config.fuse import RULES, FuseSettings
 from rayfuse.fuse.unigram import MIN_REST
-from rayfuse.storage.codec import PROB_OF_CODE, EncodedTopK, TopK, decode_probs
+from rayfuse.storage.codec import PROB_OF_CODE, EncodedTopK, TopK
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,24 @@ class OpenSource:
 
     def read(self, at: Int[np.ndarray, " positions"], settings: FuseSettings) -> TopK:
         """Decode the distributions of some positions."""
-        ids, tail_logprobs = self.top.ids.take(at, axis=0), self.read_tail(at, settings)
-        codes = self.top.codes.take(at, axis=0)
-        return TopK(ids, decode_probs(codes.reshape(-1), ids, tail_logprobs), np.exp(tail_logprobs))
+        top = make_empty(len(at), self.top.ids.shape[1])
+        self.read_into(top, np.arange(len(at)), at, settings)
+        return top
+
+    def read_into(
+        self,
+        top: TopK,
+        places: Int[np.ndarray, " positions"],
+        at: Int[np.ndarray, " positions"],
+        settings: FuseSettings,
+    ) -> None:
+        """Decode the distributions of some positions to some places of a result."""
+        tail_logprobs = self.read_tail(at, settings)
+        top.tail[places] = np.exp(tail_logprobs)
+        _decode_into(
+            *(at, places, self.top.ids, self.top.codes, -np.expm1(tail_logprobs)),
+            *(PROB_OF_CODE, top.ids, top.probs),
+        )
 
     def read_tail(
         self, at: Int[np.ndarray, " positions"], settings: FuseSettings
@@ -96,12 +111,7 @@ def take_selected(
     fused = make_empty(len(at), entries)
     for number, source in enumerate(sources):
         own = np.flatnonzero(selected == number)
-        tail_logprobs = source.read_tail(at[own], settings)
-        fused.tail[own] = np.exp(tail_logprobs)
-        _decode_into(
-            *(at[own], own, source.top.ids, source.top.codes, -np.expm1(tail_logprobs)),
-            *(PROB_OF_CODE, fused.ids, fused.probs),
-        )
+        source.read_into(fused, own, at[own], settings)
     return fused
 
 
