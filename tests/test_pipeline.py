@@ -13,6 +13,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from benchmarks.plain_score import compare
 from rayfuse.config.load import parse_recipe
 from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.fuse.source_filter import is_noise
@@ -154,6 +155,18 @@ def test_the_fused_model_is_a_hugging_face_folder(finished_run):
         lines = (finished_run.root / run.folder / "metrics.jsonl").read_text().splitlines()
         losses = [json.loads(line)["clm_loss"] for line in lines]
         assert losses[-1] < losses[0]
+
+
+def test_transformers_alone_gives_the_published_model_the_same_scores(finished_run):
+    layout, root = finished_run.layout, finished_run.root
+    fused = next(run for run in layout.runs if run.is_fused)
+    found = compare(
+        root / fused.folder / "model",
+        root / layout.held_out.folder,
+        root / layout.evaluation.scores["fused"],
+    )
+    assert found["documents"] == 9
+    assert found["largest_relative_difference"] < 1e-5
 
 
 def test_every_model_is_scored_on_every_domain(finished_run):
