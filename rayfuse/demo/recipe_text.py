@@ -11,7 +11,7 @@ TEMPLATE_FILE = importlib.resources.files("rayfuse.demo") / "recipe.yaml"
 """The recipe with `{placeholders}` for `str.format`."""
 
 SHARD_TOKENS = 20_000
-LEARNING_RATE = 0.003
+LEARNING_RATE, BASELINE_LEARNING_RATE = 0.006, 0.0005
 """For fusion higher ones are better, for CLM lower ones (LOG.md)."""
 ROWS_PER_STEP = 8
 EPOCHS = 6
@@ -39,6 +39,7 @@ def render_recipe(root: Path, seed: int, specs: Sequence[ModelSpec]) -> str:
         target=_quote(folder / target.name),
         sources="\n".join(lines),
         learning_rate=LEARNING_RATE,
+        baseline_learning_rate=BASELINE_LEARNING_RATE,
         epochs=EPOCHS,
         validate=VALIDATE_EVERY_STEPS,
         rows=ROWS_PER_STEP,
