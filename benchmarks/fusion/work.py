@@ -1,22 +1,18 @@
 """The computation of each kind of unit, with rayfuse's own parts."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from benchmarks.fusion.adapted import adapt_model, capture_folds
+from benchmarks.fusion.alignments import align_tokenizers
 from benchmarks.fusion.costs import measure_costs
 from benchmarks.fusion.cut_tokenizers import cut_tokenizer
 from benchmarks.fusion.filter import filter_sources
-from benchmarks.fusion.full import iterate_full_steps, place_full_source
-from benchmarks.fusion.plan import UNFINISHED, WHOLE_CHARACTERS
-from benchmarks.fusion.planner import COPY
 from benchmarks.fusion.published import teach_current_token
 from benchmarks.fusion.records import keep_fewer
-from benchmarks.fusion.rivals import RivalModel
 from benchmarks.fusion.scales import DOMAINS
 from benchmarks.fusion.stored import (
     BATCH_TOKENS,
@@ -26,7 +22,6 @@ from benchmarks.fusion.stored import (
     load,
     load_folder,
     model_folder,
-    read_captured,
     read_rows,
     save,
     score_lm,
@@ -40,32 +35,14 @@ from benchmarks.fusion.text import (
     read_held_out,
     read_pretraining,
 )
-from benchmarks.fusion.training import PACKING, lay_out_text, train_lm
-from benchmarks.fusion.trials import (
-    MovingAverage,
-    Trial,
-    add_dropout,
-    iterate_trial_steps,
-    plan_trial_steps,
-    read_trial_rows,
-)
+from benchmarks.fusion.training import lay_out_text, train_lm
+from benchmarks.fusion.training_unit import train_target
 from benchmarks.fusion.units import Unit
-from benchmarks.fusion.written import gather_texts, iterate_mixed_steps, write_texts
-from rayfuse.align.method import Alignment, build_alignment
-from rayfuse.align.methods.cooccurrence import choose_most_matched, count_pairs
-from rayfuse.align.methods.min_edit_distance import map_to_nearest
+from benchmarks.fusion.written import gather_texts, write_texts
 from rayfuse.align.shard import align_shard
-from rayfuse.align.token_spans import list_token_bytes
-from rayfuse.align.vocab_map import (
-    UNCHANGED,
-    build_maps,
-    find_unfinished,
-    map_vocabulary,
-)
 from rayfuse.capture.engines.transformers_engine import TransformersEngine
 from rayfuse.capture.rows import build_captured, tokenize_rows
 from rayfuse.config.capture import CaptureSettings
-from rayfuse.config.fuse import FuseSettings
 from rayfuse.config.models import ModelSettings
 from rayfuse.config.train import TrainSettings
 from rayfuse.corpus.shards import build_rows
@@ -75,10 +52,7 @@ from rayfuse.demo.tiny_models import build_model, draw_rows
 from rayfuse.evaluate.bits_per_byte import score_tokens
 from rayfuse.evaluate.ensemble import TokenNLL, average_sources
 from rayfuse.evaluate.merged_weights import average_weights
-from rayfuse.fuse.reader import ShardReader
 from rayfuse.models.causal_lm import split_head
-from rayfuse.train.batches import MicroBatch, StepPlan, iterate_steps
-from rayfuse.train.order import count_steps
 
 COUNTED_DOCUMENTS = 200
 """Training documents per domain that decide the characters of a truncated tokenizer."""
@@ -208,7 +182,7 @@ def _capture(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
 def _align(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     captured, settings = unit.needs["captured"], unit.settings
     corpus = read_rows(unit.needs["corpus"], out)
-    alignment = _alignment(unit, out, corpus)
+    alignment = align_tokenizers(unit, out, corpus)
     found = data_of(captured, out, settings["record"])
     table, stats = align_shard(corpus, found.read_shard(found.read_commit(0)), alignment)
     if settings["teaches_current_token"]:
@@ -216,121 +190,6 @@ def _align(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
     tokens = int(stats["positions"])
     data_of(unit, out, "rows").write_shard(0, table, tokens=tokens, stats=stats)
     return {"stats": stats}
-
-
-def _alignment(unit: Unit, out: Path, corpus: pa.Table) -> Alignment:
-    method = unit.settings["method"]
-    source = tokenizer_of(unit.needs["captured"].needs["model"].needs["tokenizer"], out)
-    target = tokenizer_of(unit.needs["corpus"].needs["target"], out)
-    name = "bytes" if method in (WHOLE_CHARACTERS, UNFINISHED) else method
-    maps = None
-    if name == "min_edit_distance":
-        maps = build_maps(map_to_nearest(range(source.vocab_size), source, target), source, target)
-    if name == "cooccurrence":
-        unseen = map_vocabulary(source, target)[UNCHANGED, :-1]
-        counted = count_pairs(corpus, list_token_bytes(source), list_token_bytes(target))
-        maps = build_maps(choose_most_matched(counted, unseen), source, target)
-    alignment = build_alignment(source, target, name, maps)
-    if method == WHOLE_CHARACTERS:
-        alignment.maps[:, :-1][
-            :, [_ends_inside_character(token) for token in source.token_bytes]
-        ] = -1
-    if method == UNFINISHED:
-        goals = target.list_by_bytes()
-        for token_id, token in enumerate(spelled or b"" for spelled in source.token_bytes):
-            begun = [goals[token[:n]] for n in range(len(token), 0, -1) if token[:n] in goals]
-            if begun and find_unfinished(token) < len(token):
-                alignment.maps[:, token_id] = begun[0]
-    return alignment
-
-
-def _ends_inside_character(spelled: bytes | None) -> bool:
-    """Check that a token ends inside a character, so that more bytes of it must follow."""
-    try:
-        (spelled or b"").decode()
-    except UnicodeDecodeError:
-        return True
-    return False
-
-
-def _train(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
-    """Continue the target on a corpus with the unit's sources, and score it."""
-    settings, corpus = unit.settings, unit.needs["corpus"]
-    tokenizer = tokenizer_of(corpus.needs["target"], out)
-    aligned, reader = _open_reader(unit, corpus, out)
-    train = TrainSettings(**settings["train"])
-    rows_per_step, epochs = settings["rows_per_step"], settings.get("epochs", 1)
-    plan = StepPlan(settings["seed"], epochs, rows_per_step)
-    rival_name = settings.get("loss")
-    trial = Trial(**settings.get("trial", {}))
-    lm, rival, average, num_steps = load(unit.needs["start"], out), None, None, 0
-    if settings["full"]:
-        table = read_rows(corpus, out)
-        sources = [
-            place_full_source(
-                load(need.needs["captured"].needs["model"], out),
-                _alignment(need, out, table),
-                table,
-                read_captured(need, out),
-                is_mapped=rival_name is None,
-            )
-            for need in aligned.values()
-        ]
-        if rival_name is not None:
-            rival = RivalModel(lm, rival_name, [source.alignment for source in sources])
-        steps = iterate_full_steps(reader, sources, plan)
-    elif "written" in unit.needs:
-        rows_per_step //= 2  # of the corpus
-        written = _open_reader(unit, unit.needs["written"], out)[1]
-        steps = iterate_mixed_steps(reader, written, plan, learns_labels=not train.is_fused)
-    elif trial != Trial():
-        copy = _open_reader(unit, corpus, out, COPY)[1] if trial.copy_share else None
-        rows = read_trial_rows(reader, copy, trial)
-        planned = plan_trial_steps(rows, read_rows(corpus, out), plan, trial)
-        num_steps = len(planned)
-        steps = iterate_trial_steps(rows, planned, trial, plan.seed)
-        add_dropout(lm, trial.dropout)
-        average = MovingAverage(lm.model, trial.average) if trial.average else None
-    else:
-        steps = _iterate_batches(reader, plan)
-    losses = train_lm(
-        lm,
-        steps,
-        train,
-        num_steps=num_steps or count_steps(sum(reader.rows_per_shard), rows_per_step, epochs),
-        source_names=reader.names,
-        unigram=reader.unigram,
-        rival=rival,
-        after_step=None if average is None else average.update,
-    )
-    if average is not None:
-        average.replace_weights()
-    save(lm, corpus.needs["target"], folder, out)
-    return {"losses": losses} | score_lm(lm, tokenizer, unit.needs["held_out"], out)
-
-
-def _open_reader(
-    unit: Unit, corpus: Unit, out: Path, only: str | None = None
-) -> tuple[dict[str, Unit], ShardReader]:
-    """Open a corpus of a training with the sources that are aligned with it, or with one alone."""
-    aligned = {
-        name: need
-        for name, need in unit.needs.items()
-        if need.kind == "aligned"
-        and need.needs["corpus"].key == corpus.key
-        and (name != COPY if only is None else name == only)
-    }
-    return aligned, ShardReader(
-        data_of(corpus, out, "rows"),
-        {name: data_of(need, out, "rows") for name, need in aligned.items()},
-        FuseSettings(**{"skip_noise": False} | unit.settings["fuse"]),
-        tokenizer_of(corpus.needs["target"], out).count_bytes(),
-    )
-
-
-def _iterate_batches(reader: ShardReader, plan: StepPlan) -> Iterator[list[MicroBatch]]:
-    for step in iterate_steps(reader, PACKING, plan, rank=0, num_workers=1):
-        yield step.batches
 
 
 def _score(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
@@ -397,7 +256,7 @@ KINDS: dict[str, Callable[[Unit, Path, Path, Path], Record]] = {
     "held_out": _make_held_out,
     "captured": _capture,
     "aligned": _align,
-    "train": _train,
+    "train": train_target,
     "score": _score,
     "costs": _measure_costs,
     "merge": _merge,
