@@ -65,8 +65,21 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(cast(dict[str, Any], fault)) for fault in error.errors()]
-        raise RecipeError("\n".join(lines)) from error
+        faults = _drop_consequences(cast(list[dict[str, Any]], error.errors()))
+        raise RecipeError("\n".join(map(_explain, faults))) from error
+
+
+def _drop_consequences(faults: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Drop the fault of a list that is too short because its items have faults."""
+    places = [fault["loc"] for fault in faults]
+
+    def is_consequence(fault: dict[str, Any]) -> bool:
+        place, depth = fault["loc"], len(fault["loc"])
+        return fault["type"] == "too_short" and any(
+            other[:depth] == place and len(other) > depth for other in places
+        )
+
+    return [fault for fault in faults if not is_consequence(fault)]
 
 
 def _explain(fault: dict[str, Any]) -> str:
@@ -84,8 +97,12 @@ def _explain(fault: dict[str, Any]) -> str:
         return f"{setting} is no setting of rayfuse; {remedy}"
     if fault["type"] == "missing":
         return f"{setting} is missing; it has no default, so the recipe must set it"
+    if fault["type"] == "too_short":
+        return f"{setting} is empty; give {fault['ctx']['min_length']} or more"
     message = fault["msg"].removeprefix("Value error, ")
-    return f"{setting} is {shorten(fault['input'])}: {message[0].lower()}{message[1:]}"
+    if isinstance(value, dict):  # the message names the settings in it
+        return f"{setting}: {message}"
+    return f"{setting} is {shorten(value)}: {message[0].lower()}{message[1:]}"
 
 
 def _known_keys(location: tuple[str | int, ...]) -> list[str]:

@@ -49,6 +49,8 @@ def test_dumped_recipe_reads_back_unchanged():
     ("path", "value", "message"),
     [
         ("train.lamda", 0.9, r"train.lamda is no setting of rayfuse; did you mean 'lambda'\?"),
+        ("sources", [], r"sources is empty; give 1 or more"),
+        ("sources.0.name", "all", r"^sources.0.name is 'all': [^\n]*$"),  # nothing of the list
         ("captur", {}, r"captur is no setting of rayfuse; did you mean 'capture'\?"),
         ("sources.0.gpu", 1, r"sources.0.gpu is no setting .* did you mean 'gpus'\?"),
         ("storage_patience_seconds", 9, r"storage_patience_seconds is now storage_retry_seconds"),
@@ -81,8 +83,7 @@ def test_dumped_recipe_reads_back_unchanged():
         ("train.sequence_tokens", 100, r"sequence_tokens 100 is below corpus.max_tokens 2048"),
         ("sources.0.gpus", 2, r"gpus is 2.0; backend transformers uses one GPU or a part of it"),
         ("sources", [{"name": "a", "model": "m", "backend": "vllm", "gpus": 1.5}], "any whole"),
-        ("sources", [], r"sources is \[\]"),
-        ("corpus.documents", [], r"corpus.documents is \[\]"),
+        ("corpus.documents", [], r"corpus.documents is empty; give 1 or more"),
     ],
 )
 def test_error_names_the_setting_its_value_and_the_remedy(path, value, message):
