@@ -4,7 +4,7 @@ BIN := .venv/bin
 STORAGE ?= demo-run
 PYTEST_ARGS ?= -n 3 --dist loadgroup
 
-.PHONY: setup demo test check format schema clean
+.PHONY: setup demo test check format schema docs clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -37,6 +37,12 @@ format: .venv/.dev
 schema: .venv/.installed
 	$(BIN)/python -m rayfuse.config.load > recipes/schema.json
 	$(BIN)/python -m docs.recipe_table
+	$(BIN)/python -m docs.commands_page
+	$(BIN)/python -m docs.columns_page
+	$(BIN)/python -m docs.metrics_page
+
+docs: .venv/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 clean:
 	rm -rf .venv demo-run build *.egg-info

@@ -39,7 +39,7 @@ CAPTURED = pa.schema(
         "row_id": pa.string(),  # as in the corpus, same order
         "token_ids": ints,  # T: the text in the source's own tokens; empty if rejected
         "top_ids": ints,  # T*k, flat: likeliest first; -1 beyond the vocabulary
-        "top_logprobs": codes,  # T*k, flat: encode_logprobs; natural log, whole vocabulary
+        "top_logprobs": codes,  # T*k, flat: encode_probs; natural log, whole vocabulary
         "tail_logprobs": halfs,  # T: log of the mass outside the top k
         "draw_ids": ints,  # T*m, flat: distinct tokens sampled from that mass; -1 beyond them
         "draw_counts": codes,  # T*m, flat: how often each was sampled, m in all; mass / m a sample

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shlex
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,25 @@ import typer.main
 import yaml
 
 from docs.recipe_table import PAGE, insert_settings
+from docs.site_pages import FENCE, LINK, list_anchors
 from rayfuse.capture.engines.load import ENGINES
 from rayfuse.cli import app
 from rayfuse.config.load import read_values
 from rayfuse.config.recipe import Recipe
+from rayfuse.runtime.progress import report_nothing
+from rayfuse.storage.migrate import migrate_store
+from rayfuse.storage.store import LocalStore
 from rayfuse.train.divergence import DIVERGENCES
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
-FENCE = re.compile(r"^(?P<indent> *)```(?P<kind>\w*)\n(?P<body>.*?)^(?P=indent)```$", re.M | re.S)
-LINK = re.compile(r"\[[^]]+\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")
 REPO_PATH = re.compile(
     r"(?:rayfuse|tests|recipes|cluster|benchmarks|docs|\.ci)/[\w./-]*\w/?|[A-Z]+\.md"
 )
+HERE = re.compile(r"^cat > (?P<file>\S+) <<EOF\n(?P<body>.*?)^EOF$", re.M | re.S)
 TEST = re.compile(r"(tests/[\w/]+\.py)(?: -k ([\w]+))?")
 PLACEHOLDERS = re.compile(r"[A-Z]{2,}|…|\.\.\.")
 MINIMAL = {
@@ -38,9 +42,9 @@ MINIMAL = {
 }
 
 
-def find_blocks(*kinds: str) -> list[object]:
+def find_blocks(*kinds: str) -> list[Any]:
     """List the fenced blocks of some kinds, each named by its page and line."""
-    found: list[object] = []
+    found: list[Any] = []
     for page, name in zip(PAGES, NAMES, strict=True):
         text = page.read_text()
         for match in FENCE.finditer(text):
@@ -54,7 +58,7 @@ def list_commands() -> list[object]:
     """List the lines of every shell block, joined where they end with a backslash."""
     found: list[object] = []
     for block in find_blocks("sh"):
-        body, name = block.values[0], block.id
+        body, name = HERE.sub("", block.values[0]), block.id
         for line in body.replace("\\\n", " ").splitlines():
             if words := shlex.split(line, comments=True):
                 found.append(pytest.param(words, id=f"{name} {' '.join(words)[:40]}"))
@@ -120,7 +124,16 @@ def test_a_command_of_a_shell_block_exists_with_its_options_and_files(words: lis
             assert (ROOT / word).exists(), word
 
 
-@pytest.mark.parametrize("body", find_blocks("yaml"))
+def find_written_recipes() -> list[object]:
+    """List the recipes that shell blocks write."""
+    return [
+        pytest.param(match["body"], id=f"{block.id} {match['file']}")
+        for block in find_blocks("sh")
+        for match in HERE.finditer(block.values[0])
+    ]
+
+
+@pytest.mark.parametrize("body", [*find_blocks("yaml"), *find_written_recipes()])
 def test_a_yaml_block_is_a_recipe_or_a_part_of_one_or_a_task(body: str):
     values = yaml.safe_load(body.replace("!function", ""))
     if "task" in values:
@@ -140,17 +153,24 @@ def registries() -> Iterator[None]:
         table.update(entries)
 
 
+@pytest.fixture(scope="module")
+def stored_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make the storage of a complete run, from that of an earlier version."""
+    folder = tmp_path_factory.mktemp("docs") / "store"
+    with tarfile.open(ROOT / "tests" / "data" / "store-schema-4.tar.gz") as packed:
+        packed.extractall(folder, filter="data")
+    migrate_store(LocalStore(str(folder)), report_nothing)
+    return folder
+
+
 @pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize("body", find_blocks("python"))
-def test_a_python_block_runs(body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_python_block_runs(
+    body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored_run: Path
+):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-run").symlink_to(stored_run)
     exec(compile(body, "block", "exec"), {"__name__": "block"})
-
-
-def list_anchors(page: Path) -> set[str]:
-    """List the anchors that GitHub makes of a page's headings."""
-    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.M)
-    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
