@@ -24,7 +24,9 @@ SETTINGS = ["align.method=min_edit_distance", "train.num_workers=1", "train.max_
 def recipe(tmp_path_factory, ray_cluster) -> Recipe:
     """A finished run."""
     folder = tmp_path_factory.mktemp("results")
-    recipe = read_recipe(write_recipe(folder), SETTINGS)
+    path = write_recipe(folder)
+    target = f"target.model={os.path.relpath(folder / 'target')}"  # the same for all workers
+    recipe = read_recipe(path, [*SETTINGS, target])
     (folder / "target/additional_chat_templates").mkdir()
     (folder / "target/additional_chat_templates/tools.jinja").write_text("{{ tools }}")
     run_stages(recipe, prepare_run(recipe), STAGES, report_nothing, lambda _: None)

@@ -9,6 +9,9 @@ from rayfuse.runtime.logging import set_up_worker_logs
 DRIVER_FOLDER = "RAYFUSE_DRIVER_FOLDER"
 """The variable with the driver's working folder."""
 
+WORKER_FOLDER = "RAYFUSE_WORKER_FOLDER"
+"""The variable with the folder that a worker has entered."""
+
 
 def set_up_worker() -> None:
     """Enable the log, provide caches, and enter the driver's folder; Ray calls this by name.
@@ -20,3 +23,9 @@ def set_up_worker() -> None:
     provide_cache_folders()
     with suppress(OSError):  # the node may share only the storage with the driver
         os.chdir(os.environ.get(DRIVER_FOLDER, "."))
+    os.environ[WORKER_FOLDER] = os.getcwd()
+
+
+def return_to_folder() -> None:
+    """Enter the worker's folder again: Ray Train moves its workers to folders of its own."""
+    os.chdir(os.environ.get(WORKER_FOLDER, "."))

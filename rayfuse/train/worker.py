@@ -24,6 +24,7 @@ from rayfuse.models.out_of_memory import is_out_of_memory
 from rayfuse.run.layout import TrainRun
 from rayfuse.run.made_models import DONE_FILE
 from rayfuse.runtime.scratch import name_scratch
+from rayfuse.runtime.worker_setup import return_to_folder
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.files import hash_bytes, upload_files, write_record
 from rayfuse.storage.retry import StorageUnavailableError
@@ -79,6 +80,7 @@ def run_worker(config: dict[str, Any]) -> None:
     Args:
         config: The `WorkerTask` as `task`, as Ray Train passes it.
     """
+    return_to_folder()  # relative paths of the recipe are meant there
     task: WorkerTask = config["task"]
     task.status.start.remote(task.run.name)
     try:

@@ -18,7 +18,7 @@ from rayfuse.runtime.environment import (
     open_private_folder,
     prepare_environment,
 )
-from rayfuse.runtime.worker_setup import DRIVER_FOLDER, set_up_worker
+from rayfuse.runtime.worker_setup import DRIVER_FOLDER, return_to_folder, set_up_worker
 from tests.cluster.checks import ROOT
 
 
@@ -171,6 +171,9 @@ def test_a_worker_enters_the_drivers_folder_if_its_node_has_it(tmp_path: Path, m
     assert Path.cwd() == tmp_path / "driver"
     monkeypatch.setenv(DRIVER_FOLDER, "/nowhere")
     set_up_worker()
+    assert Path.cwd() == tmp_path / "driver"
+    monkeypatch.chdir(tmp_path)  # as Ray Train does
+    return_to_folder()
     assert Path.cwd() == tmp_path / "driver"
 
 
