@@ -16,6 +16,9 @@ from rayfuse.config.load import change_values, read_file
 from rayfuse.config.overrides import list_changes, to_plain
 from rayfuse.config.recipe import Recipe
 from rayfuse.doctor.command import run_doctor
+from rayfuse.interop.dataset import RowDataset, build_dataset
+from rayfuse.interop.find import RunData
+from rayfuse.interop.views import View
 from rayfuse.pipeline import STAGES, print_results, run_recipe
 from rayfuse.plan.command import plan_recipe
 from rayfuse.run.layout import plan_layout
@@ -101,6 +104,21 @@ class Run:
         """
         layout = plan_layout(self.recipe, ALIGN_FACTS)
         return print_results(layout, STAGES, self._console(quiet=True))
+
+    def open_dataset(self, view: View = "fused", *, source: str | None = None) -> RowDataset:
+        """Open the run's rows as `rayfuse.open_dataset` does; they are found by the recipe.
+
+        Args:
+            view: `captured`, `aligned` or `fused`.
+            source: The source, for the views of one source, where there are several.
+
+        Raises:
+            UserError: There is no such view or source, or rows are incomplete.
+            ShardError: A record is corrupt.
+        """
+        layout = plan_layout(self.recipe, ALIGN_FACTS)
+        run = RunData(self.recipe, layout.corpus, layout.captured, layout.aligned)
+        return build_dataset(run, view, source)
 
     def _console(self, quiet: bool) -> Console:
         if self.console is not None:
