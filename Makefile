@@ -37,6 +37,7 @@ format: .venv/.dev
 schema: .venv/.installed
 	$(BIN)/python -m rayfuse.config.load > recipes/schema.json
 	$(BIN)/python -m docs.recipe_table
+	$(BIN)/python -m docs.api_reference
 
 clean:
 	rm -rf .venv demo-run build *.egg-info
