@@ -40,6 +40,7 @@ schema: .venv/.installed
 	$(BIN)/python -m docs.commands_page
 	$(BIN)/python -m docs.columns_page
 	$(BIN)/python -m docs.metrics_page
+	$(BIN)/python -m docs.api_reference
 
 docs: .venv/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site

@@ -24,6 +24,8 @@ from rayfuse.config.text import show_controls
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from rayfuse.api import Run
+
 app = typer.Typer(
     name="rayfuse",
     help="Fuse several LLMs into one, on a Ray cluster.",
@@ -188,19 +190,23 @@ def _run_stages(
 ) -> None:
     """Run one stage, or all if it is None."""
     with command_output(as_json) as output:
-        from rayfuse.pipeline import STAGES, run_recipe
+        output.values |= _load_run(recipe, overrides, output).execute(stage)
 
-        stages = STAGES if stage is None else (stage,)
-        output.values |= run_recipe(recipe, overrides, stages, output.console)
+
+def _load_run(recipe: str | Path, overrides: list[str] | None, output: CommandOutput) -> "Run":
+    """Open the run of a recipe file, which prints to the command's output."""
+    from rayfuse import api
+    from rayfuse.config.overrides import parse_override
+
+    changes = [parse_override(override) for override in overrides or []]
+    return api.load_run(recipe, changes, output.console)
 
 
 @app.command()
 def status(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show what is complete, missing and rejected; needs no cluster."""
     with command_output(as_json) as output:
-        from rayfuse.status import show_status
-
-        output.values |= show_status(recipe, overrides, output.console)
+        output.values |= _load_run(recipe, overrides, output).status()
 
 
 @app.command()
@@ -220,22 +226,23 @@ def plan(
 ) -> None:
     """Estimate tokens, bytes, requests, GPU-hours and dollars before any GPU is requested."""
     with command_output(as_json) as output:
-        from rayfuse.plan.command import run_plan
+        given = [] if tokens is None else [f"plan.tokens={tokens!r}"]
+        if recipe is not None and example is None:
+            settings = [*(overrides or []), *given]
+            output.values |= _load_run(recipe, settings, output).plan(probe=probe)
+            return
+        from rayfuse.plan.command import plan_example
 
-        # With --example there is no recipe, so the first argument is an override.
-        settings = [*([recipe] if example and recipe else []), *(overrides or [])]
-        if tokens is not None:
-            settings.append(f"plan.tokens={tokens!r}")
-        output.values |= run_plan(recipe, example, settings, output.console, probe=probe)
+        # Without a recipe the first argument is an override.
+        settings = [*([recipe] if recipe else []), *(overrides or []), *given]
+        output.values |= plan_example(example, settings, output.console, probe=probe)
 
 
 @app.command()
 def doctor(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check a recipe and the cluster of RAY_ADDRESS before a run. Exit code 1 if errors."""
     with command_output(as_json) as output:
-        from rayfuse.doctor.command import run_doctor
-
-        output.values |= run_doctor(recipe, overrides, output.console)
+        output.values |= _load_run(recipe, overrides, output).doctor()
     if any(finding["severity"] == "error" for finding in output.values["findings"]):
         sys.exit(FAILED)
 
@@ -251,9 +258,7 @@ def verify(
 ) -> None:
     """Read and check every shard; only --repair needs a cluster. Exit code 1 if any is corrupt."""
     with command_output(as_json) as output:
-        from rayfuse.status import verify_recipe
-
-        output.values |= verify_recipe(recipe, overrides, output.console, repair=repair)
+        output.values |= _load_run(recipe, overrides, output).verify(repair=repair)
     is_corrupt = any(values["corrupt"] for values in output.values["data_sets"].values())
     if is_corrupt and not repair:
         remedy = f"rayfuse verify {recipe} --repair"
@@ -317,10 +322,9 @@ def demo(
     began = time.monotonic()
     with command_output(as_json) as output:
         from rayfuse.demo.command import create_demo
-        from rayfuse.pipeline import STAGES, run_recipe
 
         recipe = create_demo(storage.absolute(), seed, output.console, train_models=train_models)
-        output.values |= run_recipe(recipe, None, STAGES, output.console)
+        output.values |= _load_run(recipe, None, output).execute()
         output.values["seconds"] = round(time.monotonic() - began, 1)
         output.console.print(
             f"the demo took {output.values['seconds']:.0f} s; its recipe: {recipe}"

@@ -10,14 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.config.base import UserError
-from rayfuse.config.load import read_recipe
 from rayfuse.config.recipe import Recipe
 from rayfuse.corpus.summary import summarize
 from rayfuse.evaluate.results import is_evaluated
@@ -117,18 +115,24 @@ def _check_input(stage: str, layout: Layout) -> None:
 
 
 def run_recipe(
-    path: Path, overrides: list[str] | None, stages: tuple[str, ...], console: Console
+    recipe: Recipe, stages: tuple[str, ...], console: Console, *, file: str | None = None
 ) -> dict[str, Any]:
-    """Run stages of a recipe file, print their results, and return them as plain values.
+    """Run stages of a recipe, print their results, and return them as plain values.
+
+    Args:
+        recipe: The recipe.
+        stages: Some of `STAGES`.
+        console: Where progress and results are printed.
+        file: The recipe's file, for hints.
 
     Raises:
-        UserError: The recipe, a model, the documents or the storage cannot be used.
+        UserError: A model, the documents or the storage cannot be used.
         ShardError: A shard that is read is missing or corrupt.
     """
     began = time.monotonic()
-    recipe = read_recipe(path, overrides)
     layout = prepare_run(recipe)
-    console.print(f"recipe {path}: {', '.join(stages)} in {layout.store.root}")
+    title = "recipe" if file is None else f"recipe {file}"
+    console.print(f"{title}: {', '.join(stages)} in {layout.store.root}")
     _print_reuse(layout, console)
     for note in list_tokenizer_notes(recipe):
         console.print(f"warning: {note}", highlight=False)
@@ -142,10 +146,10 @@ def run_recipe(
     else:
         with ProgressBars(console) as bars:
             run_stages(recipe, layout, stages, bars, report_result)
-    values = _print_results(layout, stages, console)
+    values = print_results(layout, stages, console)
     remaining = [stage for stage in STAGES if not is_stage_done(stage, layout)]
-    if remaining:
-        console.print(f"next: rayfuse {remaining[0]} {path}", highlight=False)
+    if remaining and file is not None:
+        console.print(f"next: rayfuse {remaining[0]} {file}", highlight=False)
     return values | {"seconds": round(time.monotonic() - began, 1)}
 
 
@@ -157,8 +161,12 @@ def _print_reuse(layout: Layout, console: Console) -> None:
         )
 
 
-def _print_results(layout: Layout, stages: tuple[str, ...], console: Console) -> dict[str, Any]:
-    """Print what a run holds after these stages, and return it as plain values."""
+def print_results(layout: Layout, stages: tuple[str, ...], console: Console) -> dict[str, Any]:
+    """Print what a run holds after these stages, and return it as plain values.
+
+    Raises:
+        ShardError: A record is corrupt.
+    """
     values: dict[str, Any] = {"stages": {stage: is_stage_done(stage, layout) for stage in stages}}
     for name, data in {"corpus": layout.corpus, **layout.captured}.items():
         commits = data.commits().values()

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,7 +13,6 @@ from rayfuse.align.task import record_of_map
 from rayfuse.capture.dtype import DTYPE_FILE, find_corrupt_dtype, repair_dtype
 from rayfuse.config.addresses import has_secrets
 from rayfuse.config.base import UserError
-from rayfuse.config.load import read_recipe
 from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.config.text import show_on_one_line
 from rayfuse.evaluate.results import find_corrupt_results
@@ -23,7 +21,7 @@ from rayfuse.report.stage import find_corrupt_report
 from rayfuse.run.layout import Layout, plan_layout
 from rayfuse.run.made_models import DONE_FILE, find_faults
 from rayfuse.run.segmentation import find_corrupt_records, write_segmentation
-from rayfuse.runtime.console import ProgressBars
+from rayfuse.runtime.console import PlainConsole, ProgressBars
 from rayfuse.runtime.progress import Progress, ProgressEvent
 from rayfuse.schema import SCHEMA_VERSION
 from rayfuse.storage.dataset import DataSet
@@ -42,14 +40,14 @@ from rayfuse.storage.verify import (
 )
 
 
-def show_status(path: Path, overrides: list[str] | None, console: Console) -> dict[str, Any]:
+def show_status(recipe: Recipe, console: Console) -> dict[str, Any]:
     """Print the progress of a recipe's run, and return it as plain values.
 
     Raises:
         UserError: The recipe cannot be used, or the store has another schema version.
         ShardError: A record is corrupt.
     """
-    layout = plan_layout(read_recipe(path, overrides), ALIGN_FACTS)
+    layout = plan_layout(recipe, ALIGN_FACTS)
     statuses = read_statuses(layout)
     print_status(layout, statuses, console)
     stages = {stage: is_stage_done(stage, layout) for stage in STAGES}
@@ -57,14 +55,19 @@ def show_status(path: Path, overrides: list[str] | None, console: Console) -> di
 
 
 def verify_recipe(
-    path: Path, overrides: list[str] | None, console: Console, *, repair: bool
+    recipe: Recipe, console: Console, *, repair: bool, file: str | None = None
 ) -> dict[str, Any]:
     """Check every shard of a recipe's run, repair it if wanted, and return the results.
+
+    Args:
+        recipe: The recipe.
+        console: Where progress and results are printed.
+        repair: Remove what is corrupt, and run the stages that write it again.
+        file: The recipe's file, for hints.
 
     Raises:
         UserError: The recipe cannot be used, or the store has another schema version.
     """
-    recipe = read_recipe(path, overrides)
     segmentations = verify_segmentations(recipe)
     if repair:  # before the folders have names: a corrupt record of a segmentation hides them
         for fault in segmentations.corrupt:
@@ -79,12 +82,16 @@ def verify_recipe(
         # What is written again may have other bytes: then what was made from it is stale.
         stages = tuple(stage for stage in STAGES if stage in {*complete, *corrupt})
         if corrupt:
-            run_recipe(path, overrides, stages, console)
+            run_recipe(recipe, stages, console, file=file)
     return {"data_sets": list_numbers(found), "repaired": repair}
 
 
-def migrate_storage(uri: str, console: Console) -> dict[str, Any]:
+def migrate_storage(uri: str, console: Console | None = None) -> dict[str, Any]:
     """Migrate a store to the current schema version, print what was written, and return counts.
+
+    Args:
+        uri: The storage of a run: a folder or a URI.
+        console: Where it is printed; nowhere by default.
 
     Raises:
         UserError: There is nothing to migrate, or a version that cannot be migrated; or the address
@@ -94,6 +101,7 @@ def migrate_storage(uri: str, console: Console) -> dict[str, Any]:
     if has_secrets(uri):
         raise UserError("the storage's address contains credentials; use AWS_PROFILE and the like")
     store = open_store(uri)
+    console = console or PlainConsole(None, quiet=True)
     with ProgressBars(console) as bars:
         migration = migrate_store(store, bars)
     for text in migration.corrupt:

@@ -12,6 +12,7 @@ from rayfuse.storage.codec import (
     decode_probs,
     encode_probs,
     flatten_column,
+    flatten_positions,
 )
 
 SLICE_POSITIONS = 8_192
@@ -35,7 +36,7 @@ def read_records(captured: pa.Table) -> SourceRecords:
     """Read the records of CAPTURED rows."""
     tokens = len(flatten_column(captured, "token_ids")[0])
     top_ids, top_codes, draw_ids, draw_counts = (
-        _flatten_positions(captured, name, tokens)
+        flatten_positions(captured, name, tokens)
         for name in ("top_ids", "top_logprobs", "draw_ids", "draw_counts")
     )
     top = EncodedTopK(top_ids, top_codes, flatten_column(captured, "tail_logprobs")[0])
@@ -68,12 +69,6 @@ def check_entries(
             f"row {row}, position {at - offsets[row]}: top_ids {top_ids[at].tolist()} are outside "
             f"the vocabulary of {vocab_size}"
         )
-
-
-def _flatten_positions(captured: pa.Table, name: str, tokens: int) -> np.ndarray:
-    """Reshape a flat list column to one row of entries per token."""
-    flat = flatten_column(captured, name)[0]
-    return flat.reshape(tokens, len(flat) // tokens if tokens else 0)
 
 
 def _weigh_draws(

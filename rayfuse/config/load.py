@@ -3,6 +3,7 @@
 import copy
 import difflib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -11,7 +12,13 @@ from pydantic import (
 )
 
 from rayfuse.config.base import Settings
-from rayfuse.config.overrides import RecipeError, apply_override, parse_yaml, shorten
+from rayfuse.config.overrides import (
+    RecipeError,
+    apply_change,
+    parse_override,
+    parse_yaml,
+    shorten,
+)
 from rayfuse.config.recipe import Recipe
 from rayfuse.config.text import show_on_one_line
 
@@ -34,6 +41,15 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         RecipeError: The file cannot be read, or a setting is unknown or wrong; every fault is
             listed, with the setting, its value and the remedy.
     """
+    return read_values(read_file(path), overrides or [])
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """Read the values of a recipe's YAML file, without checking them.
+
+    Raises:
+        RecipeError: The file cannot be read, or holds no settings.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -41,7 +57,7 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     values = parse_yaml(text, f"the recipe {path}")
     if not isinstance(values, dict):
         raise RecipeError(f"the recipe {path} holds no settings; begin with `storage: FOLDER`")
-    return read_values(cast(dict[str, Any], values), overrides or [])
+    return cast(dict[str, Any], values)
 
 
 def read_values(values: dict[str, Any], overrides: list[str]) -> Recipe:
@@ -50,9 +66,22 @@ def read_values(values: dict[str, Any], overrides: list[str]) -> Recipe:
     Raises:
         RecipeError: As for `read_recipe`.
     """
+    return change_values(values, [parse_override(override) for override in overrides])
+
+
+def change_values(values: dict[str, Any], changes: Sequence[tuple[str, Any]]) -> Recipe:
+    """Build a recipe from plain values and changed settings; `values` is not changed.
+
+    Args:
+        values: The recipe's values.
+        changes: Dotted keys with the values that they get, in order.
+
+    Raises:
+        RecipeError: As for `read_recipe`.
+    """
     changed = copy.deepcopy(values)
-    for override in overrides:
-        apply_override(changed, override)
+    for key, value in changes:
+        apply_change(changed, key, value)
     return parse_recipe(changed)
 
 

@@ -1,6 +1,8 @@
 """Parse a recipe's YAML and apply `section.key=value` overrides, before validation."""
 
+import os
 import reprlib
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import yaml
@@ -52,19 +54,67 @@ class _RecipeLoader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
 
 
-def apply_override(values: dict[str, Any], override: str) -> None:
-    """Apply one override `section.key=value` to the recipe's values, in place.
-
-    A list's items are addressed by their `name` or their index: `sources.openllama.gpus=1`.
+def parse_override(override: str) -> tuple[str, Any]:
+    """Split one override `section.key=value` into the key and the value, parsed as YAML.
 
     Raises:
-        RecipeError: The override has another form, its value is not valid YAML, or a list has no
-            such item.
+        RecipeError: The override has another form, or its value is not valid YAML.
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"override {shorten(override)} is not of the form section.key=value")
-    value = parse_yaml(text, f"override {shorten(override)}")
+    return key, parse_yaml(text, f"override {shorten(override)}")
+
+
+def list_changes(changes: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """List the settings that changes name, by dotted keys.
+
+    A section's name with a dictionary stands for the settings in it, at any depth; a dotted key
+    stands for its value, as on the command line.
+    """
+    found: list[tuple[str, Any]] = []
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and "." not in key:
+            found += _list_leaves(key, cast(Mapping[str, Any], value))
+        else:
+            found.append((key, to_plain(value)))
+    return found
+
+
+def _list_leaves(key: str, section: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            found += _list_leaves(f"{key}.{name}", cast(Mapping[str, Any], value))
+        else:
+            found.append((f"{key}.{name}", to_plain(value)))
+    return found
+
+
+def to_plain(value: Any) -> Any:
+    """Copy a value as what YAML has: dictionaries, lists and texts."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(cast("os.PathLike[str]", value))
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in cast(Mapping[str, Any], value).items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in cast(Sequence[Any], value)]
+    return value
+
+
+def apply_change(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set one setting of the recipe's values, in place.
+
+    A list's items are addressed by their `name` or their index: `sources.openllama.gpus`.
+
+    Args:
+        values: The recipe's values.
+        key: The setting, by its dotted key.
+        value: Its value.
+
+    Raises:
+        RecipeError: A part of the key is no section, or a list has no such item.
+    """
     *sections, last = key.split(".")
     parent: Any = values
     for depth, part in enumerate(sections):

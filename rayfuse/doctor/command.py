@@ -3,14 +3,12 @@
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.config.base import first_line
-from rayfuse.config.load import read_recipe
 from rayfuse.config.recipe import Recipe
 from rayfuse.doctor.checks import Finding, list_findings
 from rayfuse.run.layout import plan_layout
@@ -22,13 +20,9 @@ MAX_RETRY_SECONDS = 20.0
 """Limit of the time that failed storage requests are retried."""
 
 
-def run_doctor(path: Path, overrides: list[str] | None, console: Console) -> dict[str, Any]:
-    """Print the findings about a recipe file and its cluster, and return them as plain values.
-
-    Raises:
-        UserError: The recipe cannot be read.
-    """
-    findings = examine(read_recipe(path, overrides))
+def run_doctor(recipe: Recipe, console: Console) -> dict[str, Any]:
+    """Print the findings about a recipe and its cluster, and return them as plain values."""
+    findings = examine(recipe)
     print_findings(findings, console)
     return {"findings": [asdict(finding) for finding in findings]}
 

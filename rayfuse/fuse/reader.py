@@ -50,6 +50,8 @@ class OpenShard:
     sources: tuple[OpenSource, ...]
     selected: Int[np.ndarray, " tokens"]
     """The source with the lowest NLL at each position; -1 where none is active."""
+    row_ids: pa.ChunkedArray | None = None
+    """The name of each row."""
 
     def read_rows(self, rows: Int[np.ndarray, " rows"], settings: FuseSettings) -> FusedRows:
         """Fuse some rows."""
@@ -67,8 +69,8 @@ class OpenShard:
         return FusedRows(self.target_ids[at], lengths, top, selected)
 
 
-class ShardReader:
-    """Reads shards in the background, and keeps those open that the coming steps draw from."""
+class ShardOpener:
+    """Opens shards of the corpus with every active source. It starts no threads, and pickles."""
 
     def __init__(
         self,
@@ -96,37 +98,18 @@ class ShardReader:
             if fuse.tail == "unigram" and active
             else None
         )
-        self.open: dict[int, Future[OpenShard]] = {}
-        self.pool = ThreadPoolExecutor(max_workers=1)
 
     @property
     def rows_per_shard(self) -> list[int]:
         """Rows of each shard of the corpus."""
         return [self.commits[0][shard].rows for shard in sorted(self.commits[0])]
 
-    def keep(self, shards: set[int]) -> None:
-        """Prefetch those of the shards that are not open yet, and close all others."""
-        for shard in sorted(set(self.open) - shards):
-            self.open.pop(shard).cancel()
-        for shard in sorted(shards - set(self.open)):
-            self.open[shard] = self.pool.submit(self._open_shard, shard)
-
-    def read_rows(self, rows: Int[np.ndarray, "rows 2"]) -> FusedRows:
-        """Fuse rows of shards that `keep` has opened; the result is sorted by shard.
-
-        Args:
-            rows: Shard number and row number of each.
+    def open_shard(self, shard: int) -> OpenShard:
+        """Read a shard's rows of the corpus and of every active source.
 
         Raises:
             ShardError: A shard is missing or corrupt, or does not hold the corpus' rows.
         """
-        parts: list[FusedRows] = []
-        for shard in np.unique(rows[:, 0]).tolist():
-            opened = self.open[shard].result()
-            parts.append(opened.read_rows(rows[rows[:, 0] == shard, 1], self.fuse))
-        return join_rows(parts)
-
-    def _open_shard(self, shard: int) -> OpenShard:
         inputs = {"corpus": self.commits[0][shard]}
         for data, commits in zip(self.data[1:], self.commits[1:], strict=True):
             check_inputs(commits[shard], inputs, data.folder)
@@ -156,7 +139,7 @@ class ShardReader:
         selected = np.full(len(target_ids), -1)
         if sources:
             selected = select_lowest(np.stack([source.nll for source in sources]))
-        return OpenShard(target_ids, offsets, sources, selected.astype(np.int16))
+        return OpenShard(target_ids, offsets, sources, selected.astype(np.int16), corpus["row_id"])
 
     def _list_columns(self) -> list[list[str]]:
         """List the columns that fusion needs of the corpus, and then of each source."""
@@ -222,6 +205,46 @@ class ShardReader:
                 strict=True,
             )
         ]
+
+
+class ShardReader:
+    """Reads shards in the background, and keeps those open that the coming steps draw from."""
+
+    def __init__(
+        self,
+        corpus: DataSet,
+        aligned: Mapping[str, DataSet],
+        fuse: FuseSettings,
+        token_bytes: Int[np.ndarray, " vocab"],
+    ) -> None:
+        """List the shards' commits as `ShardOpener` does; no shard is opened yet."""
+        self.opener = ShardOpener(corpus, aligned, fuse, token_bytes)
+        self.fuse, self.names, self.unigram = fuse, self.opener.names, self.opener.unigram
+        self.rows_per_shard = self.opener.rows_per_shard
+        self.open: dict[int, Future[OpenShard]] = {}
+        self.pool = ThreadPoolExecutor(max_workers=1)
+
+    def keep(self, shards: set[int]) -> None:
+        """Prefetch those of the shards that are not open yet, and close all others."""
+        for shard in sorted(set(self.open) - shards):
+            self.open.pop(shard).cancel()
+        for shard in sorted(shards - set(self.open)):
+            self.open[shard] = self.pool.submit(self.opener.open_shard, shard)
+
+    def read_rows(self, rows: Int[np.ndarray, "rows 2"]) -> FusedRows:
+        """Fuse rows of shards that `keep` has opened; the result is sorted by shard.
+
+        Args:
+            rows: Shard number and row number of each.
+
+        Raises:
+            ShardError: A shard is missing or corrupt, or does not hold the corpus' rows.
+        """
+        parts: list[FusedRows] = []
+        for shard in np.unique(rows[:, 0]).tolist():
+            opened = self.open[shard].result()
+            parts.append(opened.read_rows(rows[rows[:, 0] == shard, 1], self.fuse))
+        return join_rows(parts)
 
 
 def _nats_per_byte(table: pa.Table) -> Float[np.ndarray, " tokens"] | None:

@@ -55,21 +55,58 @@ def inspect_pairs(
     recipe = read_recipe(source) if is_recipe(source) else None
     method = recipe.align.method if recipe else "bytes"
     results: list[dict[str, Any]] = []
-    for name, source_tokenizer, target_tokenizer in _list_pairs(source, target, recipe):
-        aligned = align_texts(texts, source_tokenizer, target_tokenizer, method)
-        report = report_pair(aligned)
+    for name, *tokenizers in _list_pairs(source, target, recipe):
         names = (name, recipe.target.model if recipe else str(target))
-        if page is not None and not results:
-            page.write_text(build_page(aligned, report, names), encoding="utf-8")
-        hidden = {
-            "source_control_names": source_tokenizer.count_control_names(texts),
-            "target_control_names": target_tokenizer.count_control_names(texts),
-        }
-        results.append({"source": names[0], "target": names[1]} | report.as_json() | hidden)
+        first_page = page if not results else None
+        results.append(_inspect_pair(names, tokenizers, texts, method, first_page))
     if recipe is not None:
         masses = _measure_masses(recipe, [result["source"] for result in results])
         results = [result | mass for result, mass in zip(results, masses, strict=True)]
     return results
+
+
+def inspect_tokenizers(source: str, target: str, text: str | None = None) -> dict[str, Any]:
+    """Measure how the tokens of two tokenizers align on a text: coverage, and the worst tokens.
+
+    Args:
+        source: The folder or hub id of a source's tokenizer.
+        target: The folder or hub id of the target's tokenizer.
+        text: The text; by default a sample of English, Python, Chinese, Japanese, German and
+            Russian.
+
+    Returns:
+        What `rayfuse inspect SOURCE TARGET --json` prints.
+
+    Raises:
+        UserError: A tokenizer cannot be loaded, the text is empty, or the pair cannot be aligned.
+    """
+    if text == "":
+        raise UserError("text is empty; give some text, or None for a sample")
+    texts = [SAMPLE] if text is None else _cut(text)
+    tokenizers = [load_tokenizer(source), load_tokenizer(target)]
+    return _inspect_pair((source, target), tokenizers, texts, "bytes", None)
+
+
+def _inspect_pair(
+    names: tuple[str, str],
+    tokenizers: list[TextTokenizer],
+    texts: list[str],
+    method: str,
+    page: Path | None,
+) -> dict[str, Any]:
+    """Report on a pair of tokenizers, source and target, and write its page if there is one."""
+    source, target = tokenizers
+    aligned = align_texts(texts, source, target, method)
+    report = report_pair(aligned)
+    if page is not None:
+        page.write_text(build_page(aligned, report, names), encoding="utf-8")
+    return {
+        "source": names[0],
+        "target": names[1],
+        **report.as_json(),
+        "source_control_names": source.count_control_names(texts),
+        "target_control_names": target.count_control_names(texts),
+    }
 
 
 def is_recipe(source: str) -> bool:
@@ -121,6 +158,11 @@ def _read_pieces(path: Path | None) -> list[str]:
         ) from error
     if not content:
         raise UserError(f"--text is {str(path)!r}, which is empty; give a file with some text")
+    return _cut(content)
+
+
+def _cut(content: str) -> list[str]:
+    """Cut a text into pieces at line ends."""
     pieces, size = [""], 0
     for line in content.splitlines(keepends=True):
         if size > PIECE_CHARACTERS:

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rayfuse.config.load import read_recipe
 from rayfuse.config.overrides import RecipeError
 from rayfuse.config.plan import GPU_KINDS, GpuKind, PlanSettings
+from rayfuse.config.recipe import Recipe
 from rayfuse.plan.cost import GpuCost, RunPlan, assumed_rate, make_plan, sum_dollars
 from rayfuse.plan.estimate import GIB, Work, list_work
 from rayfuse.plan.inputs import PlanInputs, list_examples, read_example, read_inputs
@@ -32,22 +32,35 @@ from rayfuse.plan.probe import (
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def run_plan(
-    recipe: str | None, example: str | None, overrides: list[str], console: Console, *, probe: bool
+def plan_example(
+    example: str | None, overrides: list[str], console: Console, *, probe: bool
 ) -> dict[str, Any]:
-    """Print the plan of a recipe file or of an example, and return it as plain values.
+    """Print the plan of an example, and return it as plain values.
 
     Raises:
-        UserError: Neither is given, one is invalid, a size is unknown, or there is nothing to
-            probe.
+        UserError: There is no example of that name, an override is invalid, or it would be probed.
     """
-    inputs = _read_inputs(recipe, example, overrides)
+    if example is None:
+        raise RecipeError(f"give a recipe, or --example {' or '.join(list_examples())}")
+    inputs = read_inputs(read_example(example, overrides), is_example=True)
+    if probe:
+        raise RecipeError("--probe needs a recipe: an example has no models to measure")
+    plan = make_plan(inputs)
+    print_plan(plan, console)
+    return plan_to_values(plan)
+
+
+def plan_recipe(recipe: Recipe, console: Console, *, probe: bool) -> dict[str, Any]:
+    """Print the plan of a recipe, and return it as plain values.
+
+    Raises:
+        UserError: A size is unknown, or there is nothing to probe.
+    """
+    inputs = read_inputs(recipe)
     if not probe:
         plan = make_plan(inputs)
         print_plan(plan, console)
         return plan_to_values(plan)
-    if example is not None:
-        raise RecipeError("--probe needs a recipe: an example has no models to measure")
     console.print(f"measuring, for at most {MAX_PROBE_SECONDS:.0f} s", highlight=False)
     found = run_probe(inputs, _choose_measure(inputs))
     plan = make_plan(inputs, rates_of(found, inputs))
@@ -64,14 +77,6 @@ def _choose_measure(inputs: PlanInputs) -> Callable[[ProbeRequest], list[Measure
     from rayfuse.plan.stage import probe_on_cluster
 
     return partial(probe_on_cluster, inputs.recipe)
-
-
-def _read_inputs(recipe: str | None, example: str | None, overrides: list[str]) -> PlanInputs:
-    if example is not None:
-        return read_inputs(read_example(example, overrides), is_example=True)
-    if recipe is None:
-        raise RecipeError(f"give a recipe, or --example {' or '.join(list_examples())}")
-    return read_inputs(read_recipe(recipe, overrides))
 
 
 def print_plan(plan: RunPlan, console: Console) -> None:

@@ -98,8 +98,8 @@ class PlainConsole(Console):
     `print` or a `Text`, never part of a string.
     """
 
-    def __init__(self, file: Any) -> None:
-        super().__init__(file=file, soft_wrap=True, markup=False, emoji=False)
+    def __init__(self, file: Any, *, quiet: bool = False) -> None:
+        super().__init__(file=file, soft_wrap=True, markup=False, emoji=False, quiet=quiet)
 
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(*(mask_secrets(o) if isinstance(o, str) else o for o in objects), **options)

@@ -112,6 +112,18 @@ def flatten_column(
     return values, offsets - offsets[0]
 
 
+def flatten_positions(table: pa.Table, name: str, tokens: int) -> np.ndarray:
+    """Flatten a list column with several entries per token, and reshape it to one row per token.
+
+    Args:
+        table: Rows of captured or aligned data.
+        name: The column.
+        tokens: Tokens of all rows.
+    """
+    flat = flatten_column(table, name)[0]
+    return flat.reshape(tokens, len(flat) // tokens if tokens else 0)
+
+
 def number_documents(rows: pa.Table) -> Int[np.ndarray, " rows"]:
     """Number each row's document, from 0: a document's rows are consecutive, and its last ends it.
 

@@ -2,9 +2,9 @@
 
 import contextlib
 import hashlib
+import os
 import posixpath
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import fsspec
@@ -52,8 +52,16 @@ class ObjectStore:
     root: str
     retry_seconds: float = RETRY_SECONDS
 
-    @cached_property
+    @property
     def _fs(self) -> Any:
+        """The connection of this process: none survives a fork, as in workers of a DataLoader."""
+        process, fs = self.__dict__.get("_connection", (None, None))
+        if process != os.getpid():
+            fs = self._connect()
+            self.__dict__["_connection"] = (os.getpid(), fs)
+        return fs
+
+    def _connect(self) -> Any:
         options: dict[str, Any] = {}
         if self._is_s3:  # `retry_transient` retries; the client's own retries would multiply its
             options["config_kwargs"] = {"retries": {"total_max_attempts": 1}}
@@ -87,7 +95,7 @@ class ObjectStore:
 
     def reconnect(self) -> None:
         """Drop the connection and its credentials; the next request opens and fetches them."""
-        self.__dict__.pop("_fs", None)
+        self.__dict__.pop("_connection", None)
 
     @retry_transient
     def read(self, name: str) -> bytes:

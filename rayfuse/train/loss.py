@@ -15,7 +15,7 @@ from torch import nn
 
 from rayfuse.config.train import TrainSettings
 from rayfuse.fuse.unigram import MIN_REST
-from rayfuse.models.causal_lm import CausalLM
+from rayfuse.models.causal_lm import CausalLM, LogitTransform
 from rayfuse.models.head_product import multiply_head
 from rayfuse.storage.codec import TopK
 from rayfuse.train.divergence import LOWEST, diverge
@@ -61,6 +61,79 @@ class LossWeights:
     """Of the divergence."""
 
 
+@dataclass(frozen=True)
+class LossForm:
+    """What decides the loss of hidden states, besides the head's weights."""
+
+    transform: LogitTransform
+    """From the head's outputs to logits."""
+    settings: TrainSettings
+    """Name D, with its parameters."""
+    num_sources: int
+    """Sources by which the divergence is reported."""
+    chunk_positions: int
+    """Positions whose logits exist at a time."""
+    tail_shares: Float[torch.Tensor, " vocab"] | None = None
+    """The shares by which the mass of a tail is divided among the tokens without an entry. None
+    makes the tail one more outcome."""
+
+
+def build_form(
+    head: nn.Linear,
+    transform: LogitTransform,
+    settings: TrainSettings,
+    *,
+    num_sources: int,
+    chunk_positions: int | None = None,
+    unigram: Float[np.ndarray, " vocab"] | None = None,
+) -> LossForm:
+    """Build the form of the loss under a head.
+
+    Args:
+        head: The head, on the device of the hidden states.
+        transform: As in `LossForm`.
+        settings: As in `LossForm`.
+        num_sources: As in `LossForm`.
+        chunk_positions: Positions per chunk; by default as many as have `CPU_LOGITS` or
+            `GPU_LOGITS` logits.
+        unigram: The `tail_shares`, by token.
+    """
+    device = head.weight.device
+    logits = CPU_LOGITS if device.type == "cpu" else GPU_LOGITS
+    tail_shares: torch.Tensor | None = None
+    if unigram is not None:  # 0 for outputs of the head that are no tokens
+        dtype = torch.promote_types(head.weight.dtype, torch.float32)
+        tail_shares = torch.zeros(head.out_features, dtype=dtype, device=device)
+        tail_shares[: len(unigram)] = torch.from_numpy(unigram)
+    return LossForm(
+        transform=transform,
+        settings=settings,
+        num_sources=num_sources,
+        chunk_positions=chunk_positions or max(1, logits // head.out_features),
+        tail_shares=tail_shares,
+    )
+
+
+def compute_loss(
+    hidden: Float[torch.Tensor, "positions width"],
+    head: tuple[Float[torch.Tensor, "vocab width"], Float[torch.Tensor, " vocab"] | None],
+    targets: LossTargets,
+    weights: LossWeights,
+    form: LossForm,
+) -> tuple[Float[torch.Tensor, ""], Float[torch.Tensor, " parts"]]:
+    """Compute the scaled loss, and unscaled sums in nats: CLM, then D by source.
+
+    Args:
+        hidden: The head's inputs.
+        head: Its weight and its bias.
+        targets: What is learned at each position.
+        weights: The factors of the losses.
+        form: See `build_form`.
+    """
+    loss, sums = _ChunkedLoss.apply(hidden, *head, targets, weights, form)
+    return loss, sums
+
+
 class HeadLoss(nn.Module):
     """The loss of hidden states under a target's head.
 
@@ -77,28 +150,17 @@ class HeadLoss(nn.Module):
         chunk_positions: int | None = None,
         unigram: Float[np.ndarray, " vocab"] | None = None,
     ) -> None:
-        """Share a target's head.
-
-        Args:
-            lm: The target.
-            settings: Name D, with its parameters.
-            num_sources: Sources by which the divergence is reported.
-            chunk_positions: Positions per chunk; by default as many as have `CPU_LOGITS` or
-                `GPU_LOGITS` logits.
-            unigram: The shares by which the mass of a tail is divided among the tokens without an
-                entry (`fuse.tail: unigram`). None makes the tail one more outcome.
-        """
+        """Share a target's head; the other arguments are those of `build_form`."""
         super().__init__()
         self.weight, self.bias = lm.head.weight, lm.head.bias
-        self.transform, self.settings, self.num_sources = lm.transform, settings, num_sources
-        logits = CPU_LOGITS if lm.device.type == "cpu" else GPU_LOGITS
-        self.chunk_positions = chunk_positions or max(1, logits // lm.head.out_features)
-        self.tail_shares: torch.Tensor | None = None
-        if unigram is not None:  # 0 for outputs of the head that are no tokens
-            dtype = torch.promote_types(self.weight.dtype, torch.float32)
-            shares = torch.zeros(lm.head.out_features, dtype=dtype, device=lm.device)
-            shares[: len(unigram)] = torch.from_numpy(unigram)
-            self.tail_shares = shares
+        self.form = build_form(
+            lm.head,
+            lm.transform,
+            settings,
+            num_sources=num_sources,
+            chunk_positions=chunk_positions,
+            unigram=unigram,
+        )
 
     def forward(
         self,
@@ -107,8 +169,7 @@ class HeadLoss(nn.Module):
         weights: LossWeights,
     ) -> tuple[Float[torch.Tensor, ""], Float[torch.Tensor, " parts"]]:
         """Compute the scaled loss, and unscaled sums in nats: CLM, then D by source."""
-        loss, sums = _ChunkedLoss.apply(hidden, self.weight, self.bias, targets, weights, self)
-        return loss, sums
+        return compute_loss(hidden, (self.weight, self.bias), targets, weights, self.form)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -122,7 +183,7 @@ class _ChunkedLoss(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: LossTargets,
         weights: LossWeights,
-        head: HeadLoss,
+        form: LossForm,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wide_dtype = torch.promote_types(hidden.dtype, torch.float32)  # float64 stays float64
         grad_hidden = torch.empty_like(hidden)
@@ -131,14 +192,14 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_bias = (
             None if bias is None or not trains_head else torch.zeros_like(bias, dtype=wide_dtype)
         )
-        sums = torch.zeros(1 + head.num_sources, dtype=wide_dtype, device=hidden.device)
+        sums = torch.zeros(1 + form.num_sources, dtype=wide_dtype, device=hidden.device)
         loss = torch.zeros((), dtype=wide_dtype, device=hidden.device)
-        for start in range(0, len(hidden), head.chunk_positions):
-            part = slice(start, start + head.chunk_positions)
+        for start in range(0, len(hidden), form.chunk_positions):
+            part = slice(start, start + form.chunk_positions)
             raw = multiply_head(hidden[part], weight, bias)
-            logits = head.transform.apply(raw)
-            slope = head.transform.slope(logits)
-            chunk = _differentiate_chunk(logits, targets.take(part), weights, head)
+            logits = form.transform.apply(raw)
+            slope = form.transform.slope(logits)
+            chunk = _differentiate_chunk(logits, targets.take(part), weights, form)
             loss += chunk.loss
             sums += chunk.sums
             grad = chunk.grad_logits if slope is None else chunk.grad_logits.mul_(slope)
@@ -190,7 +251,7 @@ def _differentiate_chunk(
     logits: Float[torch.Tensor, "positions vocab"],
     targets: LossTargets,
     weights: LossWeights,
-    head: HeadLoss,
+    form: LossForm,
 ) -> _Chunk:
     """Compute the loss of a chunk and its gradient by the logits, in the memory of the logits.
 
@@ -199,9 +260,9 @@ def _differentiate_chunk(
     dD / dlog q_i for i on H, and q_i / Q * dD / dlog Q elsewhere.
     """
     if not targets.top.ids.shape[1]:
-        return _differentiate_text(logits, targets.next_ids[:, None], weights, head)
-    if head.tail_shares is not None:
-        return _differentiate_complete(logits, targets, weights, head.tail_shares, head)
+        return _differentiate_text(logits, targets.next_ids[:, None], weights, form)
+    if form.tail_shares is not None:
+        return _differentiate_complete(logits, targets, weights, form.tail_shares, form)
     next_ids = targets.next_ids[:, None]
     next_logits = logits.gather(1, next_ids)
     highest = logits.amax(1, keepdim=True)
@@ -227,7 +288,7 @@ def _differentiate_chunk(
     log_q = (entry_logits - normaliser).clamp(min=LOWEST).masked_fill(~is_entry, LOWEST)
     tail_q = (tail_exps / total).clamp(min=MIN_TARGET_TAIL)
     nats, slopes = _differentiate_outcomes(
-        targets, is_entry, torch.cat([log_q, tail_q.log()], 1), weights, head
+        targets, is_entry, torch.cat([log_q, tail_q.log()], 1), weights, form
     )
 
     signal = has_signal.to(exps.dtype)
@@ -243,7 +304,7 @@ def _differentiate_chunk(
     grad.scatter_(1, ids, torch.where(is_entry, entry_grad, entry_grad.gather(1, first_entry_at)))
     grad.scatter_add_(1, next_ids, -clm_weight[:, None])
 
-    sums = torch.zeros(2 + head.num_sources, dtype=clm.dtype, device=clm.device)
+    sums = torch.zeros(2 + form.num_sources, dtype=clm.dtype, device=clm.device)
     sums[0] = clm.sum()
     # Source -1, no signal, lands in element 1, which is dropped: no boolean index, no GPU sync.
     sums.index_add_(0, targets.sources + 2, nats * signal)
@@ -255,7 +316,7 @@ def _differentiate_text(
     logits: Float[torch.Tensor, "positions vocab"],
     next_ids: Int[torch.Tensor, "positions 1"],
     weights: LossWeights,
-    head: HeadLoss,
+    form: LossForm,
 ) -> _Chunk:
     """Compute the same for targets without entries: plain cross-entropy."""
     next_logits = logits.gather(1, next_ids)
@@ -265,7 +326,7 @@ def _differentiate_text(
     clm = (highest + total.log() - next_logits).sum()
     grad = exps.mul_(weights.scale / total)
     grad.scatter_add_(1, next_ids, torch.full_like(highest, -weights.scale))
-    sums = torch.zeros(1 + head.num_sources, dtype=clm.dtype, device=clm.device)
+    sums = torch.zeros(1 + form.num_sources, dtype=clm.dtype, device=clm.device)
     sums[0] = clm
     return _Chunk(clm * weights.scale, sums, grad)
 
@@ -275,7 +336,7 @@ def _differentiate_complete(
     targets: LossTargets,
     weights: LossWeights,
     shares: Float[torch.Tensor, " vocab"],
-    head: HeadLoss,
+    form: LossForm,
 ) -> _Chunk:
     """Compute the same for tails that are divided among all other tokens: forward KL, T = 1.
 
@@ -309,7 +370,7 @@ def _differentiate_complete(
     grad.addr_(fusion_weight * scale, shares, alpha=-1)
     grad.scatter_add_(1, ids, fusion_weight[:, None] * (scale[:, None] * entry_shares - probs))
     grad.scatter_add_(1, next_ids, -clm_weight[:, None])
-    sums = torch.zeros(2 + head.num_sources, dtype=clm.dtype, device=clm.device)
+    sums = torch.zeros(2 + form.num_sources, dtype=clm.dtype, device=clm.device)
     sums[0] = clm.sum()
     sums.index_add_(0, targets.sources + 2, nats * signal)  # without a signal: element 1, dropped
     loss = (clm * clm_weight).sum() + (nats * fusion_weight).sum()
@@ -321,7 +382,7 @@ def _differentiate_outcomes(
     is_entry: Bool[torch.Tensor, "positions entries"],
     logprobs: Float[torch.Tensor, "positions outcomes"],
     weights: LossWeights,
-    head: HeadLoss,
+    form: LossForm,
 ) -> tuple[Float[torch.Tensor, " positions"], Float[torch.Tensor, "positions outcomes"]]:
     """Compute the divergence of each position, and its gradient by the target's log-probabilities.
 
@@ -330,6 +391,6 @@ def _differentiate_outcomes(
     probs = torch.cat([targets.top.probs * is_entry, targets.top.tail[:, None]], 1)
     with torch.enable_grad():
         logprobs = logprobs.detach().requires_grad_()
-        nats = diverge(probs.to(logprobs.dtype), logprobs, head.settings, weights.temperature)
+        nats = diverge(probs.to(logprobs.dtype), logprobs, form.settings, weights.temperature)
         (slopes,) = torch.autograd.grad(nats.sum(), logprobs)
     return nats.detach(), slopes

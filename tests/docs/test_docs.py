@@ -1,6 +1,7 @@
 """Every command, path, setting, link and code block of the documentation is true of the code."""
 
 import importlib.util
+import os
 import re
 import shlex
 import tarfile
@@ -12,6 +13,7 @@ import pytest
 import typer.main
 import yaml
 
+from docs import api_reference
 from docs.recipe_table import PAGE, insert_settings
 from docs.site_pages import FENCE, LINK, list_anchors
 from rayfuse.capture.engines.load import ENGINES
@@ -22,10 +24,13 @@ from rayfuse.runtime.progress import report_nothing
 from rayfuse.storage.migrate import migrate_store
 from rayfuse.storage.store import LocalStore
 from rayfuse.train.divergence import DIVERGENCES
+from tests.docs.blocks import ROOT, read_blocks
+from tests.small_run import write_recipe
 
-ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+OF_A_RUN = ("docs/api.md", "README.md")
+"""Pages whose Python blocks run one after the other, in the folder of a recipe."""
 
 CODE = re.compile(r"`([^`\n]+)`")
 REPO_PATH = re.compile(
@@ -46,6 +51,8 @@ def find_blocks(*kinds: str) -> list[Any]:
     """List the fenced blocks of some kinds, each named by its page and line."""
     found: list[Any] = []
     for page, name in zip(PAGES, NAMES, strict=True):
+        if "python" in kinds and name in (*OF_A_RUN, "docs/other-trainers.md"):
+            continue  # the last is run by tests/interop/test_trainers.py
         text = page.read_text()
         for match in FENCE.finditer(text):
             if match["kind"] in kinds:
@@ -173,6 +180,30 @@ def test_a_python_block_runs(
     exec(compile(body, "block", "exec"), {"__name__": "block"})
 
 
+@pytest.fixture(scope="module")
+def folder_of_a_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("docs-run")
+    values = yaml.safe_load(write_recipe(folder).read_text())
+    values["train"] |= {"num_workers": 1, "baseline": False}
+    (folder / "my.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("page", OF_A_RUN)
+def test_the_python_blocks_of_a_page_run_one_after_the_other(page, folder_of_a_run):
+    names: dict[str, Any] = {"__name__": "block"}
+    before = Path.cwd()
+    os.chdir(folder_of_a_run)
+    try:
+        for block in read_blocks(page, "python"):
+            exec(compile(block, "block", "exec"), names)
+    finally:
+        os.chdir(before)
+    assert all(names["run"].status()["stages"].values())
+
+
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_every_link_leads_to_a_file_and_a_heading(page: Path):
     for link in LINK.findall(prose_of(page)):
@@ -213,6 +244,11 @@ def test_every_path_test_and_setting_in_the_prose_exists(page: Path):
 
 def test_the_settings_of_the_recipe_page_are_current():
     assert PAGE.read_text() == insert_settings(PAGE.read_text()), "run `make schema`"
+
+
+def test_the_reference_of_the_api_page_is_current():
+    page = api_reference.PAGE.read_text()
+    assert page == api_reference.insert_reference(page), "run `make schema`"
 
 
 def test_the_readme_fits_150_lines():

@@ -35,4 +35,4 @@ def test_noise_is_not_active_in_training_unless_skip_noise_is_off(skips, tmp_pat
     corpus, aligned = write_data(tmp_path, [[5, 7]], stats=stats)
     reader = open_reader(corpus, aligned, FuseSettings(skip_noise=skips))
     assert reader.names == (("b",) if skips else ("a", "b"))
-    assert len(reader.weights) == len(reader.commits) - 1 == len(reader.names)
+    assert len(reader.opener.weights) == len(reader.opener.commits) - 1 == len(reader.names)
