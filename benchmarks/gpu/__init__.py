@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu [--out gpu.jsonl] [--minutes 9] [--only NAME ...] [--dry-run]
 
-It needs torch, transformers, numpy, pyarrow, numba, jaxtyping, pydantic, pyyaml and zstandard: no
+It needs torch, transformers, numpy, pyarrow, numba, jaxtyping, fsspec, pyyaml and pydantic: no
 Ray, no network, no files of models. Weights are random and are created on the GPU in the sizes of
 real models. The measured code is the package's own. deepspeed, peft, flash-attn and liger-kernel
 are measured where they are installed.
