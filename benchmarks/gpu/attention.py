@@ -1,5 +1,6 @@
 """Attention over packed rows: which kernels run, and their time over that of the rows alone."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,10 +11,14 @@ from benchmarks.gpu.models import build_model
 from benchmarks.gpu.rates import read_memory
 from benchmarks.gpu.session import UnavailableError
 from benchmarks.timing import time_interleaved
+from rayfuse.models.attention import FLASH, has_flash_attention
 from rayfuse.models.causal_lm import CausalLM, keeps_rows_apart
 
-NEEDED = {"flash_attention_2": "flash_attn", "flex_attention": "triton"}
-"""Packages of attention code that runs on GPUs alone."""
+NEEDED = {
+    FLASH: ("flash-attn", has_flash_attention),
+    "flex_attention": ("triton", lambda: find_spec("triton") is not None),
+}
+"""Packages of attention code that runs on GPUs alone, and whether they are installed."""
 
 
 def measure_packing(
@@ -29,10 +34,12 @@ def measure_packing(
         rounds: Passes of each kind.
     """
     place = torch.device(device)
-    package = NEEDED.get(attention)
-    if package is not None and (place.type == "cpu" or find_spec(package) is None):
-        raise UnavailableError(f"{package} is not installed, or there is no GPU")
+    if attention in NEEDED:
+        package, is_installed = NEEDED[attention]
+        if place.type == "cpu" or not is_installed():
+            raise UnavailableError(f"{package} is not installed, or there is no GPU")
     lm = build_model(model, place, attention=attention)
+    lm = replace(lm, joins_sequences=attention == FLASH)
     sequences, row_tokens = shape["sequences"], shape["row_tokens"]
     rows = sequences * shape["sequence_tokens"] // row_tokens
     token_ids = torch.randint(lm.head.out_features, (rows, row_tokens), device=place)

@@ -89,3 +89,9 @@ def build_model(model: str, device: torch.device, *, attention: str | None = Non
     dtype = torch.bfloat16 if on_gpu else torch.float32
     config = read_config(model, is_tiny=not on_gpu)
     return build_random_lm(config, device, dtype, attention=attention)
+
+
+def read_attention(lm: CausalLM) -> str:
+    """Read the library's name of the attention code that a model uses."""
+    model: Any = lm.model
+    return str(model.config._attn_implementation)

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.models import build_model
+from benchmarks.gpu.models import build_model, read_attention
 from benchmarks.gpu.rates import describe_rate, read_memory
 from benchmarks.gpu.session import UnavailableError
 from benchmarks.gpu.torch_engine import TorchEngine
 from benchmarks.train_step import NUM_STEPS, SOURCES, StepShape, start_process_group, time_steps
 from rayfuse.config.train import LoraSettings, TrainSettings
-from rayfuse.models.causal_lm import keeps_rows_apart
+from rayfuse.models.attention import prepare_packing
 from rayfuse.train.batches import Packing
 from rayfuse.train.deepspeed_engine import build_engine
 from rayfuse.train.model import FusionModel
@@ -39,8 +39,7 @@ def measure_training(
             raise UnavailableError(f"{package} is not installed")
     settings = TrainSettings(learning_rate=1e-5, lora=LoraSettings() if is_lora else None)
     place = torch.device(device)
-    lm = build_model(model, place)
-    is_packed = keeps_rows_apart(lm)
+    lm, is_packed = prepare_packing(build_model(model, place), pack=True)
     lm.model.train()
     fusion = FusionModel(lm, settings, num_sources=len(SOURCES))
     used = ENGINES[engine](fusion, settings)
@@ -60,6 +59,7 @@ def measure_training(
         "weights": meter.size.weights,
         "trained_weights": meter.size.trained,
         "is_packed": is_packed,
+        "attention": read_attention(lm),
         **read_memory(place),
     }
 
