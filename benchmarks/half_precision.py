@@ -1,6 +1,6 @@
 """How exact records of a bfloat16 model are: its head's product in bfloat16, and in float32.
 
-    python benchmarks/half_precision.py MODEL TEXT.jsonl.gz [--rows 16] [--json]
+    python -m benchmarks.half_precision MODEL TEXT.jsonl.gz [--rows 16] [--json]
 
 MODEL is a folder or hub id. The hidden states are those of the model in bfloat16; the reference is
 the product of the same states and weights in float64.
@@ -9,14 +9,13 @@ the product of the same states and weights in float64.
 import argparse
 import gzip
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from benchmarks.timing import time_interleaved
 from rayfuse.config.models import ModelSettings
 from rayfuse.models.batching import pad_rows
 from rayfuse.models.causal_lm import CausalLM, load_causal_lm
@@ -34,7 +33,9 @@ PRODUCTS: dict[str, Product] = {
     "float32": lambda hidden, lm: multiply_head(hidden, lm.head.weight, lm.head.bias),
     "float64": lambda hidden, lm: hidden.double() @ lm.head.weight.double().T,
 }
-"""Heads without a bias; the last one is the reference."""
+"""Heads without a bias."""
+
+REFERENCE = "float64"
 
 
 @torch.inference_mode()
@@ -50,23 +51,44 @@ def measure(model: str, text: Path, rows: int) -> dict[str, dict[str, float]]:
     padded = nn.functional.pad(pad_rows(ids), (0, ROW_TOKENS))[:, :ROW_TOKENS].to(device)
     hidden = lm.hidden_states(padded).flatten(0, 1)[kept.to(device)]
     following = padded.flatten()[kept.to(device) + 1]
+    found = compare_products(hidden, lm, following)
+    found["positions"] = {"number": float(len(kept))}
+    return found
+
+
+@torch.inference_mode()
+def compare_products(
+    hidden: torch.Tensor, lm: CausalLM, following: torch.Tensor
+) -> dict[str, dict[str, float]]:
+    """Measure the errors and the median seconds of every product but the reference.
+
+    Args:
+        hidden: The head's inputs.
+        lm: The model that the head belongs to.
+        following: The token that comes next at each position.
+    """
     records = {
         name: _record(lm.transform.apply(product(hidden, lm)), following)
         for name, product in PRODUCTS.items()
     }
+    compared = [name for name in PRODUCTS if name != REFERENCE]
+    timings = time_interleaved(
+        {name: lambda name=name: PRODUCTS[name](hidden, lm) for name in compared},
+        hidden.device,
+        rounds=REPEATS,
+    )
     found: dict[str, dict[str, float]] = {}
-    for name in list(PRODUCTS)[:-1]:
+    for name in compared:
         errors = {
             what: (records[name][what].double() - exact).abs()
-            for what, exact in records["float64"].items()
+            for what, exact in records[REFERENCE].items()
         }
         found[name] = {
             f"{which} error of {what}": float(getattr(error, which)())
             for what, error in errors.items()
             for which in ("max", "mean")
         }
-        found[name]["seconds"] = _time(PRODUCTS[name], hidden, lm)
-    found["positions"] = {"number": float(len(kept))}
+        found[name]["seconds"] = timings.median(name)
     return found
 
 
@@ -78,22 +100,9 @@ def _record(logits: torch.Tensor, following: torch.Tensor) -> dict[str, torch.Te
     }
 
 
-def _time(product: Product, hidden: torch.Tensor, lm: CausalLM) -> float:
-    seconds: list[float] = []
-    if hidden.is_cuda:
-        torch.cuda.synchronize()
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        product(hidden, lm)
-        if hidden.is_cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
-
-
 def main() -> None:
     """Print the errors and the seconds of the product."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("text", type=Path)
     parser.add_argument("--rows", type=int, default=16)

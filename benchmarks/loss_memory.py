@@ -1,21 +1,25 @@
 """Peak memory of the loss and its backward pass, beside the dense form and the library's own.
 
-    python benchmarks/loss_memory.py [--tokens N] [--vocab N] [--width N] [--json]
+    python -m benchmarks.loss_memory [--tokens N] [--vocab N] [--width N] [--json]
 
-Each form runs in a process of its own, on hidden states and a head's weight that are there already;
-counted is what the process holds at most beyond that (resident memory of a CPU, allocations of a
-GPU). Dense: fused distributions as [tokens, vocabulary], log-softmax of the logits, cross-entropy
-and KL divergence, autograd. The library's: the cross-entropy of transformers' causal LLMs alone.
+Counted are the bytes that PyTorch's allocator holds at most beyond hidden states, the head's weight
+and their gradients, which are there already. Dense: fused distributions as [tokens, vocabulary],
+log-softmax of the logits, cross-entropy and KL divergence, autograd. Library: the cross-entropy of
+transformers' causal LLMs alone. Liger: the fused cross-entropy of liger-kernel alone, on a GPU
+where it is installed.
 """
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from rayfuse.config.train import TrainSettings
 from rayfuse.models.causal_lm import CausalLM
@@ -24,10 +28,29 @@ from rayfuse.train.loss import HeadLoss, LossTargets, LossWeights
 
 ENTRIES = 16
 MAX_OF_DENSE, MAX_OF_LIBRARY = 0.15, 0.5
-FORMS = ("ours", "dense", "library")
 
 
-def make_targets(tokens: int, vocab: int, device: str) -> LossTargets:
+@dataclass(frozen=True)
+class LossInputs:
+    """What every form computes its loss from."""
+
+    head: nn.Linear
+    hidden: torch.Tensor
+    targets: LossTargets
+
+
+def make_inputs(tokens: int, vocab: int, width: int, device: torch.device) -> LossInputs:
+    """Draw hidden states, a head and targets, bfloat16 on a GPU; their gradients exist."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    head = nn.Linear(width, vocab, bias=False, device=device, dtype=dtype)
+    hidden = torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True)
+    (head(hidden[:1]).sum() * 0).backward()
+    return LossInputs(head, hidden, make_targets(tokens, vocab, device))
+
+
+def make_targets(tokens: int, vocab: int, device: torch.device) -> LossTargets:
+    """Draw the next tokens and fused distributions."""
     probs = torch.rand(tokens, ENTRIES + 1, device=device)
     probs /= probs.sum(1, keepdim=True)
     ids = torch.randint(vocab // ENTRIES, (tokens, ENTRIES), device=device)
@@ -42,62 +65,80 @@ def make_targets(tokens: int, vocab: int, device: str) -> LossTargets:
     )
 
 
-def read_peak(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def compute_rayfuse(inputs: LossInputs) -> torch.Tensor:
+    """Compute the loss of training: cross-entropy and KL divergence, chunk by chunk."""
+    lm = CausalLM(nn.Identity(), nn.Identity(), inputs.head)
+    layer = HeadLoss(lm, TrainSettings(), num_sources=1)
+    return layer(inputs.hidden, inputs.targets, LossWeights(1 / len(inputs.hidden), 0.5))[0]
 
 
-def measure(form: str, tokens: int, vocab: int, width: int) -> int:
-    """Return the bytes that one form takes at its peak, beyond its inputs."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    torch.manual_seed(0)
-    head = nn.Linear(width, vocab, bias=False, device=device, dtype=dtype)
-    hidden = torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True)
-    targets = make_targets(tokens, vocab, device)
-    (head(hidden[:1]).sum() * 0).backward()  # gradients are there, and so are the libraries
-    before = read_peak(device)
-    if form == "ours":
-        lm = CausalLM(nn.Identity(), nn.Identity(), head)
-        layer = HeadLoss(lm, TrainSettings(), num_sources=1)
-        loss, _ = layer(hidden, targets, LossWeights(1 / tokens, 0.5))
-    elif form == "library":
-        from transformers.loss.loss_utils import ForCausalLMLoss
-
-        logits = head(hidden)[None]
-        loss = ForCausalLMLoss(logits, None, vocab_size=vocab, shift_labels=targets.next_ids[None])
-    else:
-        dense = torch.zeros(tokens, vocab, device=device)
-        dense.scatter_(1, targets.top.ids, targets.top.probs)
-        dense += targets.top.tail[:, None] / vocab
-        logprobs = head(hidden).float().log_softmax(1)
-        loss = nn.functional.nll_loss(logprobs, targets.next_ids) / 2
-        loss = loss + nn.functional.kl_div(logprobs, dense, reduction="batchmean") / 2
-    loss.backward()
-    return read_peak(device) - before
+def compute_dense(inputs: LossInputs) -> torch.Tensor:
+    """Compute the same of full logits and distributions; the tail is spread evenly."""
+    targets, vocab = inputs.targets, inputs.head.out_features
+    dense = torch.zeros(len(inputs.hidden), vocab, device=inputs.hidden.device)
+    dense.scatter_(1, targets.top.ids, targets.top.probs)
+    dense += targets.top.tail[:, None] / vocab
+    logprobs = inputs.head(inputs.hidden).float().log_softmax(1)
+    loss = nn.functional.nll_loss(logprobs, targets.next_ids) / 2
+    return loss + nn.functional.kl_div(logprobs, dense, reduction="batchmean") / 2
 
 
-def run_apart(form: str, options: argparse.Namespace) -> int:
-    sizes = [f"--tokens={options.tokens}", f"--vocab={options.vocab}", f"--width={options.width}"]
-    command = [sys.executable, __file__, f"--form={form}", *sizes]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
+def compute_library(inputs: LossInputs) -> torch.Tensor:
+    """Compute the cross-entropy of transformers' causal LLMs, of full logits."""
+    labels, vocab = inputs.targets.next_ids[None], inputs.head.out_features
+    logits: Any = inputs.head(inputs.hidden)[None]
+    return ForCausalLMLoss(logits, None, vocab_size=vocab, shift_labels=labels)
+
+
+def compute_liger(inputs: LossInputs) -> torch.Tensor:
+    """Compute the cross-entropy by a kernel that never holds the full logits."""
+    fused = import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+    return fused(inputs.head.weight, inputs.hidden, inputs.targets.next_ids)
+
+
+FORMS: dict[str, Callable[[LossInputs], torch.Tensor]] = {
+    "rayfuse": compute_rayfuse,
+    "dense": compute_dense,
+    "library": compute_library,
+    "liger": compute_liger,
+}
+
+
+def measure_peak(compute: Callable[[], Any], device: torch.device) -> int:
+    """Measure the bytes that a computation allocates at most, beyond those allocated before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        compute()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        compute()
+    results: Any = profiler.profiler
+    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+    peak = held = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def measure_form(form: str, inputs: LossInputs) -> int:
+    """Measure the peak of one form's loss and backward pass."""
+    return measure_peak(lambda: FORMS[form](inputs).backward(), inputs.hidden.device)
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocab", type=int, default=128_256)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--form", choices=FORMS)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    if options.form:
-        print(measure(options.form, options.tokens, options.vocab, options.width))
-        return
-    peaks = {form: run_apart(form, options) for form in FORMS}
-    of_dense, of_library = (peaks["ours"] / peaks[form] for form in ("dense", "library"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = make_inputs(options.tokens, options.vocab, options.width, device)
+    peaks = {form: measure_form(form, inputs) for form in ("rayfuse", "dense", "library")}
+    of_dense, of_library = (peaks["rayfuse"] / peaks[form] for form in ("dense", "library"))
     holds = of_dense <= MAX_OF_DENSE and of_library <= MAX_OF_LIBRARY
     result = {
         "value": of_dense,

@@ -117,7 +117,8 @@ class TrainSettings(Settings):
     """Rows per optimiser step, over all workers."""
     pack: bool = result_neutral(True)
     """Pack several rows into one sequence, without attention between them, if the target supports
-    it; else rows are padded to the longest."""
+    it; else rows are padded to the longest. On a GPU where `flash-attn` is installed it computes
+    the attention of packed rows, which then needs no mask."""
     sequence_tokens: PositiveInt | None = result_neutral(None)
     """Maximum tokens of a sequence; by default corpus.max_tokens."""
     micro_batch_sequences: PositiveInt = result_neutral(1)

@@ -85,6 +85,9 @@ class CausalLM:
     transform: LogitTransform = LogitTransform()
     length_boundaries: tuple[int, ...] = ()
     """Row lengths beyond which the model treats all positions of a batch in another way."""
+    joins_sequences: bool = False
+    """Whether sequences of packed rows are joined to one: FlashAttention finds rows in a batch of
+    one alone, and would let the rows of several sequences attend to each other."""
 
     def hidden_states(
         self,
@@ -99,8 +102,13 @@ class CausalLM:
             position_ids: The position of each token in its row, if sequences contain several rows;
                 see `keeps_rows_apart`. None for one row per sequence.
         """
-        positions = {} if position_ids is None else {"position_ids": position_ids}
-        return self.body(input_ids=token_ids, use_cache=False, **positions).last_hidden_state
+        if position_ids is None:
+            return self.body(input_ids=token_ids, use_cache=False).last_hidden_state
+        shape = token_ids.shape
+        if self.joins_sequences:
+            token_ids, position_ids = token_ids.reshape(1, -1), position_ids.reshape(1, -1)
+        given = {"input_ids": token_ids, "position_ids": position_ids}
+        return self.body(**given, use_cache=False).last_hidden_state.reshape(*shape, -1)
 
     def logits(
         self, hidden: Float[torch.Tensor, "positions width"]
@@ -192,17 +200,20 @@ def split_head(model: Any, *, name: str) -> CausalLM:
 
 @torch.no_grad()
 def keeps_rows_apart(lm: CausalLM) -> bool:
-    """Check that rows packed into one sequence do not attend to each other.
+    """Check that rows packed into sequences do not attend to each other.
 
     The transformers library derives the attention mask from position ids that restart at 0 in most
-    families, but not in all (ALiBi). Therefore a forward pass compares packed rows with rows alone.
+    families, but not in all (ALiBi), and some code does so in a batch of one sequence alone.
+    Therefore a forward pass compares packed rows of two sequences with rows alone.
     """
     rows = [torch.arange(1, 8, device=lm.device), torch.arange(3, 12, device=lm.device)]
+    rows += rows[::-1]  # the second sequence
     positions = [torch.arange(len(row), device=lm.device) for row in rows]
     was_training = lm.model.training
     lm.model.eval()
     try:
-        packed = lm.hidden_states(torch.cat(rows)[None], torch.cat(positions)[None])[0]
+        token_ids, position_ids = (torch.cat(parts).reshape(2, -1) for parts in (rows, positions))
+        packed = lm.hidden_states(token_ids, position_ids).flatten(0, 1)
         alone = torch.cat([lm.hidden_states(row[None])[0] for row in rows])
     except TypeError:  # the model has no position ids
         return False

@@ -22,7 +22,8 @@ from rayfuse.config.load import parse_recipe
 from rayfuse.config.models import SourceSettings
 from rayfuse.config.recipe import Recipe
 from rayfuse.fuse.reader import FusedRows
-from rayfuse.models.causal_lm import keeps_rows_apart, load_causal_lm
+from rayfuse.models.attention import prepare_packing
+from rayfuse.models.causal_lm import load_causal_lm
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.plan.probe import PROBED_TRAINING, Measurement, ProbeRequest, list_titles
 from rayfuse.storage.codec import TopK
@@ -83,11 +84,11 @@ def measure_training(
     target, settings = recipe.target, recipe.train
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with _group_of_one(device):
-        lm = load_causal_lm(target, device)
+        lm, is_packed = prepare_packing(load_causal_lm(target, device), pack=settings.pack)
         packing = Packing(
             settings.sequence_tokens or recipe.corpus.max_tokens,
             settings.micro_batch_sequences,
-            settings.pack and keeps_rows_apart(lm),
+            is_packed,
         )
         ids = load_recipe_tokenizer(target).encode_rows(request.texts, request.ends_document)
         entries = recipe.capture.kept_entries + recipe.capture.num_draws

@@ -79,7 +79,7 @@ class StepMetrics:
     """The part of `seconds` that went to waiting for data."""
     tokens_per_second: float
     flops_per_second: float
-    """Of each worker: 6 per token and weight, plus attention."""
+    """Of each worker: 6 per token and weight, 4 if the weight is frozen, plus attention."""
     mfu: float | None
     """Model FLOPs utilization, a share of the GPU's peak; None if the peak is unknown."""
     memory_gib: float

@@ -2,6 +2,7 @@
 
 import resource
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,32 +25,75 @@ PEAK_FLOPS = {
 """Dense 16-bit FLOP/s by a part of the GPU's name (from the vendors' data sheets)."""
 
 
+@dataclass(frozen=True)
+class ModelSize:
+    """The sizes that the FLOPs of a model follow from (PaLM, arXiv 2204.02311, appendix B)."""
+
+    weights: int
+    """Those that every token is multiplied with."""
+    trained: int
+    """Of them, those that get a gradient: with LoRA, the adapters alone."""
+    attention: int
+    """Layers times the width of all heads."""
+
+    def count_forward(self, tokens: int, squares: int) -> int:
+        """Count the FLOPs of a forward pass, with causal attention as half a square.
+
+        Args:
+            tokens: Those of all rows.
+            squares: The sum of the rows' squared lengths.
+        """
+        return 2 * self.weights * tokens + 2 * self.attention * squares
+
+    def count_training(self, tokens: int, squares: int) -> int:
+        """Count those of a forward and backward pass; recomputed activations do not count."""
+        return (4 * self.weights + 2 * self.trained) * tokens + 6 * self.attention * squares
+
+
+def measure_size(model: Any, head_weight: torch.Tensor) -> ModelSize:
+    """Measure a Hugging Face model.
+
+    Args:
+        model: The model, with adapters if it has any.
+        head_weight: Its head's, which may be the input embedding.
+    """
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    head_width = getattr(config, "head_dim", None)  # absent where it is width / heads
+    used = {id(weight): weight for weight in model.parameters()}
+    embedding = model.get_input_embeddings().weight
+    if embedding is not head_weight:  # an input embedding is looked up, not multiplied
+        used.pop(id(embedding), None)
+    return ModelSize(
+        weights=sum(map(_count_elements, used.values())),
+        trained=sum(_count_elements(weight) for weight in used.values() if weight.requires_grad),
+        attention=config.num_hidden_layers
+        * (heads * head_width if heads and head_width else config.hidden_size),
+    )
+
+
+def find_peak_flops(device: torch.device) -> float | None:
+    """Find the peak of a GPU by its name; None for a CPU or an unknown GPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in name), None)
+
+
 class ThroughputMeter:
     """Measures steps of one worker against its model's size and its device's peak."""
 
     def __init__(self, engine: Any) -> None:
-        model = engine.module.lm[0].model
-        config = model.config.get_text_config()
-        embedding = model.get_input_embeddings().weight
-        sizes = {id(weight): _count_elements(weight) for weight in model.parameters()}
-        head = engine.module.head_loss.weight
-        self.weights = sum(sizes.values())
-        if embedding is not head:  # an input embedding is looked up, not multiplied
-            self.weights -= sizes.get(id(embedding), 0)
-        self.attention = config.num_hidden_layers * config.hidden_size
+        self.size = measure_size(engine.module.lm[0].model, engine.module.head_loss.weight)
         self.device: torch.device = engine.device
-        self.peak = None
-        if self.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.device)
-            self.peak = next((peak for kind, peak in PEAK_FLOPS.items() if kind in name), None)
+        self.peak = find_peak_flops(self.device)
 
     def measure(
         self, batches: Sequence[MicroBatch], tokens: float, seconds: float
     ) -> dict[str, Any]:
         """Measure a step: throughput of all workers, FLOP/s, MFU and memory of this one.
 
-        FLOPs are the model's own (PaLM, arXiv 2204.02311, appendix B, with causal attention as half
-        a square): activations that gradient checkpointing computes again do not count.
+        FLOPs are the model's own: activations that gradient checkpointing recomputes do not count.
 
         Args:
             batches: This worker's micro-batches.
@@ -58,8 +102,7 @@ class ThroughputMeter:
         """
         positions = sum(len(batch.positions) for batch in batches)
         squares = sum(map(_sum_row_squares, batches))
-        # 2 FLOPs per weight and token forward, 4 backward.
-        flops = 6 * self.weights * positions + 6 * self.attention * squares
+        flops = self.size.count_training(positions, squares)
         on_gpu = self.device.type == "cuda"
         peak_bytes = (
             torch.cuda.max_memory_allocated(self.device)

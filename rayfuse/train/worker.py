@@ -17,12 +17,14 @@ import torch
 from rayfuse.config.base import UserError
 from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.fuse.reader import ShardReader
-from rayfuse.models.causal_lm import keeps_rows_apart, load_causal_lm
+from rayfuse.models.attention import prepare_packing
+from rayfuse.models.causal_lm import load_causal_lm
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.models.folder import TOKENIZER_FILES, copy_files, find_folder, list_files
 from rayfuse.models.out_of_memory import is_out_of_memory
 from rayfuse.run.layout import TrainRun
 from rayfuse.run.made_models import DONE_FILE
+from rayfuse.runtime.logging import log_event
 from rayfuse.runtime.scratch import name_scratch
 from rayfuse.runtime.worker_setup import return_to_folder
 from rayfuse.storage.dataset import DataSet
@@ -280,11 +282,14 @@ class Trainer:
     ) -> tuple[Any, Packing]:
         """Build the engine with the target's original weights, and choose how rows are packed."""
         recipe, settings = self.task.recipe, self.settings
-        lm = load_causal_lm(recipe.target, self.device)
+        loaded = load_causal_lm(recipe.target, self.device)
+        lm, is_packed = prepare_packing(loaded, pack=settings.pack)
+        attention = getattr(loaded.model.config, "_attn_implementation", None)
+        log_event("attention", run=self.task.run.name, code=attention, rows_packed=is_packed)
         packing = Packing(
             sequence_tokens=settings.sequence_tokens or recipe.corpus.max_tokens,
             sequences=self.sequences,
-            is_packed=settings.pack and keeps_rows_apart(lm),
+            is_packed=is_packed,
             boundaries=lm.length_boundaries,
         )
         lm.model.train()

@@ -270,6 +270,19 @@ def test_flops_are_6_a_token_and_weight_and_those_of_attention_within_rows(is_ti
     assert found["memory_gib"] > 0.1
 
 
+def test_frozen_weights_cost_4_flops_a_token_and_heads_count_at_their_own_width(process_group):
+    engine = start_engine(TrainSettings(lora=LoraSettings(rank=4)), head_dim=8)
+    size = ThroughputMeter(engine).size
+    model = engine.module.lm[0].model
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert 0 < size.trained == adapters < size.weights / 4
+    assert size.attention == 2 * 2 * 8  # layers, heads, width of a head; the model's width is 32
+    forward = size.count_forward(tokens=100, squares=3000)
+    assert forward == 2 * size.weights * 100 + 2 * size.attention * 3000
+    training = size.count_training(tokens=100, squares=3000)
+    assert training == 3 * forward - 2 * (size.weights - adapters) * 100
+
+
 def test_waiting_for_data_is_measured(process_group):
     settings, seen = TrainSettings(), []
 

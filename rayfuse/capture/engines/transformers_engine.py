@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 
 from rayfuse.capture.engines.base import Failure, TokenRows, score_in_windows
 from rayfuse.capture.engines.memory import BatchScorer
@@ -10,7 +11,7 @@ from rayfuse.capture.top_k import TopLogprobs, keep_top_k
 from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.models import ModelSettings
 from rayfuse.models.batching import pad_rows
-from rayfuse.models.causal_lm import load_causal_lm
+from rayfuse.models.causal_lm import CausalLM, load_causal_lm
 from rayfuse.models.files import load_recipe_tokenizer, read_model_files
 
 
@@ -18,21 +19,14 @@ class TransformersEngine:
     """A Hugging Face model in this process, on its GPU if it has one."""
 
     def __init__(self, source: ModelSettings, settings: CaptureSettings) -> None:
-        self.settings = settings
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.lm = load_causal_lm(source, device)
-        self.batches = BatchScorer(
-            self._start_batch,
-            batch_tokens=settings.batch_tokens,
-            boundaries=self.lm.length_boundaries,
-        )
         tokenizer = load_recipe_tokenizer(source)
         known = np.zeros(self.lm.head.out_features, dtype=bool)
         known[: tokenizer.vocab_size] = tokenizer.known_ids()
-        self.known_ids = torch.from_numpy(known).to(device)
         files = read_model_files(source)
-        self.salt, self.context_tokens = files.identity, files.context_tokens
-        self.copy_stream = torch.cuda.Stream() if device == "cuda" else None
+        self.context_tokens = files.context_tokens
+        self.batches = score_with(self.lm, known, settings, salt=files.identity)
 
     @property
     def batch_tokens(self) -> int:
@@ -49,25 +43,61 @@ class TransformersEngine:
         """
         return score_in_windows(rows, self.context_tokens, self.batches.score_rows)
 
-    @torch.inference_mode()
-    def _start_batch(self, rows: TokenRows) -> "HostCopy":
-        """Compute a batch's records, and start copying them to the host."""
-        device = self.lm.device
-        hidden = self.lm.hidden_states(_send(pad_rows(list(rows)), device))
-        lengths = torch.tensor([len(row) for row in rows])
-        is_text = torch.arange(hidden.shape[1])[None] < lengths[:, None]
-        at = _send(is_text.flatten().nonzero()[:, 0], device)
-        next_ids = np.concatenate([np.append(row[1:], -1) for row in rows]).astype(np.int64)
-        record = keep_top_k(
-            hidden.flatten(0, 1)[at],
-            self.lm,
-            self.known_ids,
-            _send(torch.from_numpy(next_ids), device),
-            _send(make_noise(rows, self.settings.num_draws, self.salt), device),
-            top_k=self.settings.kept_entries,
-            chunk_positions=self.settings.chunk_positions,
-        )
-        return HostCopy(record, [len(row) for row in rows], self.copy_stream)
+
+def score_with(
+    lm: CausalLM, known_ids: Bool[np.ndarray, " vocab"], settings: CaptureSettings, *, salt: str
+) -> BatchScorer:
+    """Make an LLM in memory the scorer of rows within its context length.
+
+    Args:
+        lm: The LLM.
+        known_ids: Whether the tokenizer has each of the head's outputs.
+        settings: The size of batches, and what is kept of a distribution.
+        salt: Seeds the draws, with each row.
+    """
+    on_device = torch.from_numpy(known_ids).to(lm.device)
+    stream = torch.cuda.Stream() if lm.device.type == "cuda" else None
+
+    def start_batch(rows: TokenRows) -> HostCopy:
+        record = record_batch(lm, on_device, rows, settings, salt)
+        return HostCopy(record, [len(row) for row in rows], stream)
+
+    return BatchScorer(
+        start_batch, batch_tokens=settings.batch_tokens, boundaries=lm.length_boundaries
+    )
+
+
+@torch.inference_mode()
+def record_batch(
+    lm: CausalLM,
+    known_ids: Bool[torch.Tensor, " vocab"],
+    rows: TokenRows,
+    settings: CaptureSettings,
+    salt: str,
+) -> TopLogprobs:
+    """Compute the records of one batch, flat over its rows, on the LLM's device.
+
+    Args:
+        lm: The LLM.
+        known_ids: Whether the tokenizer has each of the head's outputs; on the same device.
+        rows: Token ids.
+        settings: What is kept of a distribution.
+        salt: Seeds the draws, with each row.
+    """
+    hidden = lm.hidden_states(_send(pad_rows(list(rows)), lm.device))
+    lengths = torch.tensor([len(row) for row in rows])
+    is_text = torch.arange(hidden.shape[1])[None] < lengths[:, None]
+    at = _send(is_text.flatten().nonzero()[:, 0], lm.device)
+    next_ids = np.concatenate([np.append(row[1:], -1) for row in rows]).astype(np.int64)
+    return keep_top_k(
+        hidden.flatten(0, 1)[at],
+        lm,
+        known_ids,
+        _send(torch.from_numpy(next_ids), lm.device),
+        _send(make_noise(rows, settings.num_draws, salt), lm.device),
+        top_k=settings.kept_entries,
+        chunk_positions=settings.chunk_positions,
+    )
 
 
 class HostCopy:
