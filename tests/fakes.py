@@ -3,23 +3,12 @@
 import resource
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    CohereConfig,
-    Gemma2Config,
-    GPT2Config,
-    GPTNeoXConfig,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
-    MptConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from tests.models.tiny_models import tiny_config
 
 
 def children_seconds() -> float:
@@ -94,54 +83,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, bos: str | None, eos: 
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=bos, eos_token=eos
     ).save_pretrained(folder)
-
-
-ONE: dict[str, Any] = {"num_key_value_heads": 1, "pad_token_id": None}
-
-
-def tiny_config(
-    family: str, vocab_size: int, *, tied: bool = False, context: int = 512, width: int = 32
-) -> Any:
-    """Return the config of a model of a family with two layers of two heads."""
-    sizes: dict[str, Any] = {
-        "hidden_size": width,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "max_position_embeddings": context,
-        "vocab_size": vocab_size,
-        "tie_word_embeddings": tied,
-    }
-    if family == "llama":
-        return LlamaConfig(**sizes, num_key_value_heads=1)
-    if family == "mistral":
-        return MistralConfig(**sizes, num_key_value_heads=1)
-    if family == "qwen2":
-        return Qwen2Config(**sizes, num_key_value_heads=1)
-    if family == "gemma2":  # caps its logits
-        return Gemma2Config(**sizes, **ONE, head_dim=16, final_logit_softcapping=0.05)
-    if family == "cohere":  # scales them
-        return CohereConfig(**sizes, **ONE, logit_scale=0.25)
-    if family == "granite":
-        return GraniteConfig(**sizes, **ONE, logits_scaling=4.0)
-    if family == "gpt_neox":
-        return GPTNeoXConfig(**sizes)
-    if family == "mpt":
-        return MptConfig(
-            d_model=32, n_layers=2, n_heads=2, max_seq_len=context, vocab_size=vocab_size
-        )
-    assert family == "gpt2"
-    return GPT2Config(
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        n_positions=context,
-        vocab_size=vocab_size,
-        resid_pdrop=0.0,  # random numbers differ between processes
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        tie_word_embeddings=tied,
-    )
 
 
 def save_model(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -17,6 +17,7 @@ from rayfuse.config.base import UserError, user_error_from
 from rayfuse.config.models import ModelSettings, TrainedSettings
 from rayfuse.models.config_file import read_config
 from rayfuse.models.out_of_memory import is_out_of_memory
+from rayfuse.models.parts import find_parts
 from rayfuse.models.weight_files import (
     ADAPTER,
     StoredTensor,
@@ -90,7 +91,8 @@ def load_config(settings: ModelSettings) -> Any:
     """Load a model's config, without its choices of kernels, attention code and weight files.
 
     Raises:
-        UserError: The config cannot be loaded, or takes code from another repository.
+        UserError: The config cannot be loaded, takes code from another repository, or is that of a
+            family without a causal LLM.
     """
     origin = _find_code(settings)
     read_config(origin)  # before any code that it names runs
@@ -105,7 +107,22 @@ def load_config(settings: ModelSettings) -> Any:
             name: f"{_expand(origin.model)}--{place}" for name, place in config.auto_map.items()
         }
         config.auto_map = places
+    if not origin.trust_remote_code:
+        _check_causal(config, settings.model)
     return _reset_choices(config)
+
+
+def _check_causal(config: Any, model: str) -> None:
+    """Check that transformers has a causal LLM for a config.
+
+    Raises:
+        UserError: It has none.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"model is {model!r}, of model_type {config.model_type!r}, for which transformers has "
+            "no causal LLM (AutoModelForCausalLM); use a decoder-only LLM"
+        )
 
 
 def _find_code(settings: ModelSettings) -> ModelSettings:
@@ -157,13 +174,14 @@ def build_on_meta(config: Any) -> Any:
 
 
 def compare_tensors(settings: ModelSettings) -> None:
-    """Compare the headers of a folder's weight files with its architecture.
+    """Compare the headers of a folder's weight files with its architecture, which must have a head.
 
     transformers itself loads tensors without memory, so that its renames and fusions of tensors
     count. Quantised models and those with their own code are built only where they are loaded.
 
     Raises:
-        UserError: A tensor is missing, has another shape, or has no use, or a file is corrupt.
+        UserError: A tensor is missing, has another shape, or has no use, a file is corrupt, or the
+            model has no linear head on top of a body.
     """
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()  # its table of missing tensors; the error lists them
@@ -174,6 +192,7 @@ def compare_tensors(settings: ModelSettings) -> None:
         return
     with _naming(settings.model):
         built = build_on_meta(config)
+        find_parts(built, name=settings.model)
         _, found = type(built).from_pretrained(
             None,
             config=built.config,
@@ -183,6 +202,19 @@ def compare_tensors(settings: ModelSettings) -> None:
             output_loading_info=True,
         )
     _check_complete(found, settings.model)
+
+
+def check_architecture(settings: ModelSettings) -> None:
+    """Check that a model of the hub is a causal LLM with a linear head, by its config.json alone.
+
+    Raises:
+        UserError: It is none.
+    """
+    with _naming(settings.model):
+        config = build_config(read_config(settings))
+        _check_causal(config, settings.model)
+        if getattr(config, "quantization_config", None) is None:
+            find_parts(build_on_meta(config), name=settings.model)
 
 
 def _describe(tensor: StoredTensor) -> torch.Tensor:
@@ -233,10 +265,10 @@ def _expand(model: str) -> str:
 
 @contextmanager
 def _naming(model: str) -> Generator[None]:
-    """Name the model in every error of a library, but for a lack of memory, which may pass."""
+    """Name the model in every error of a library; a lack of memory may pass, and is kept."""
 
     def explain(error: BaseException) -> UserError:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or isinstance(error, UserError):
             raise error
         return UserError(f"model is {model!r}, which cannot be loaded: {str(error).strip()}")
 

@@ -17,6 +17,16 @@ from rayfuse.config.models import ModelSettings
 from rayfuse.models.batching import pad_rows
 from rayfuse.models.head_product import is_plain, multiply_head
 from rayfuse.models.out_of_memory import is_out_of_memory
+from rayfuse.models.parts import find_parts
+
+CAP_KEYS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Keys of config.json for a cap on the logits: Gemma's, RecurrentGemma's and xLSTM's."""
+
+MULTIPLYING = ("hyperclovax",)
+"""Families that multiply the logits by `logits_scaling`; the others divide them."""
+
+MAX_PADDING_ERROR = 0.1
+"""Of the logits' standard deviation: rounding in bfloat16 stays below it, other inputs do not."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,7 @@ class LogitTransform:
     scale: float = 1.0
     """Cohere and Falcon-H1 multiply by a scale, Granite divides."""
     cap: float | None = None
-    """Gemma's soft cap on the logits; None for no cap."""
+    """The soft cap on the logits, as in Gemma; None for no cap."""
 
     def apply(
         self, raw: Float[torch.Tensor, "positions vocab"]
@@ -52,8 +62,10 @@ def read_transform(config: Any) -> LogitTransform:
     text = config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0)
     scale *= float(getattr(text, "lm_head_multiplier", None) or 1.0)
-    scale /= float(getattr(text, "logits_scaling", None) or 1.0)
-    return LogitTransform(scale, getattr(text, "final_logit_softcapping", None))
+    scaling = float(getattr(text, "logits_scaling", None) or 1.0)
+    scale *= scaling if text.model_type in MULTIPLYING else 1 / scaling
+    caps = (getattr(text, key, None) for key in CAP_KEYS)
+    return LogitTransform(scale, next((cap for cap in caps if cap is not None), None))
 
 
 def read_length_boundaries(config: Any) -> tuple[int, ...]:
@@ -152,7 +164,7 @@ def load_causal_lm(settings: ModelSettings, device: str) -> CausalLM:
 
 def _explain_forward(error: Exception, name: str) -> UserError:
     """Name the model whose forward pass failed; lack of memory is no fault of it."""
-    if is_out_of_memory(error):
+    if is_out_of_memory(error) or isinstance(error, UserError):
         raise error
     return UserError(
         f"model is {name!r}, which fails in a forward pass ({type(error).__name__}: "
@@ -161,7 +173,7 @@ def _explain_forward(error: Exception, name: str) -> UserError:
 
 
 def split_head(model: Any, *, name: str) -> CausalLM:
-    """Split a model before its head, and check by a forward pass that the parts give its logits.
+    """Split a model before its head, and check by forward passes that the parts give its logits.
 
     Args:
         model: A Hugging Face causal LLM.
@@ -169,33 +181,62 @@ def split_head(model: Any, *, name: str) -> CausalLM:
 
     Raises:
         UserError: The model has no linear head on top of a body, fails in a forward pass, gives
-            values that are not finite, or transforms the head's outputs in a way that
-            `read_transform` does not know.
+            values that are not finite, transforms the head's outputs in a way that
+            `read_transform` does not know, or predicts a token from those that come after it.
     """
-    head, body = model.get_output_embeddings(), model.base_model
-    if not isinstance(head, nn.Linear) or body is model:
-        raise UserError(f"model is {name!r}, which has no linear head on top of a body")
+    body, head = find_parts(model, name=name)
     config = model.config
     parts = CausalLM(model, body, head, read_transform(config), read_length_boundaries(config))
-    probe = torch.arange(1, 9, device=parts.device)[None]
     was_training = model.training
     model.eval()
     with torch.no_grad(), user_error_from(lambda error: _explain_forward(error, name)):
-        logits = model(input_ids=probe, use_cache=False).logits.float()
-        ours = parts.logits(parts.hidden_states(probe)[0])[None]
+        _check_logits(parts, name)
+        _check_padding(parts, name)
     model.train(was_training)
+    return parts
+
+
+def _check_logits(lm: CausalLM, name: str) -> None:
+    """Check that the parts give the logits of the model for one row.
+
+    Raises:
+        UserError: They do not, or the logits are not finite.
+    """
+    row = torch.arange(1, 9, device=lm.device)[None]
+    logits = lm.model(input_ids=row, use_cache=False).logits.float()
+    ours = lm.logits(lm.hidden_states(row)[0])[None]
     if not logits.isfinite().all():
-        dtype = str(parts.head.weight.dtype).removeprefix("torch.")
+        dtype = str(lm.head.weight.dtype).removeprefix("torch.")
         raise UserError(
             f"model is {name!r}, whose logits are not finite in {dtype}; set its dtype to bfloat16 "
             "or float32, which hold larger values than float16"
         )
-    if logits.shape != ours.shape or not torch.allclose(logits, ours, rtol=0.02, atol=0.02):
+    # A cap that nothing reaches shows only in the third digit.
+    error = 0.02 if lm.head.weight.itemsize < 4 else 1e-3
+    if logits.shape != ours.shape or not torch.allclose(logits, ours, rtol=error, atol=error):
         raise UserError(
             f"model is {name!r}, whose logits are not its head applied to its last hidden state, "
             "scaled and capped as config.json sets; rayfuse does not support this family yet"
         )
-    return parts
+
+
+def _check_padding(lm: CausalLM, name: str) -> None:
+    """Check that neither later tokens nor padding nor other rows change the logits of a position.
+
+    Raises:
+        UserError: They do.
+    """
+    row = torch.arange(1, 9, device=lm.device)
+    padded = torch.nn.functional.pad(row[:5], (0, 3))
+    alone = lm.logits(lm.hidden_states(row[None, :5])[0])
+    beside = lm.logits(lm.hidden_states(torch.stack([row, padded]))[:, :5].flatten(0, 1))
+    error = (beside.view(2, *alone.shape) - alone).square().mean(2).sqrt()
+    # The median: a half-precision rounding may choose another expert at some of the positions.
+    if (error.median(1).values > MAX_PADDING_ERROR * alone.std()).any():
+        raise UserError(
+            f"model is {name!r}, whose predictions change with the tokens that come after them; "
+            "use a causal LLM, which reads the text from left to right"
+        )
 
 
 @torch.no_grad()

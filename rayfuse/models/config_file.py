@@ -8,6 +8,7 @@ import huggingface_hub  # loads its submodules on first use
 from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
 from rayfuse.models.folder import check_folder, naming_hub_model, read_json_object
+from rayfuse.models.refused import check_family
 from rayfuse.models.weight_files import list_weight_files
 
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -60,8 +61,9 @@ def read_config(settings: ModelSettings) -> dict[str, Any]:
     """Read a model's config.json, and check what it would make transformers do.
 
     Raises:
-        UserError: It is missing or corrupt, names more than `MAX_COUNT` layers or experts, or, for
-            a model that may run its own code, takes code from another repository.
+        UserError: It is missing or corrupt, names more than `MAX_COUNT` layers or experts, is that
+            of a family that rayfuse refuses, or, for a model that may run its own code, takes code
+            from another repository.
     """
     path = find_config(settings.model, settings.revision)
     config = read_json_object(path)
@@ -69,6 +71,7 @@ def read_config(settings: ModelSettings) -> dict[str, Any]:
         for key, value in part.items():
             if isinstance(value, int) and value > MAX_COUNT and _is_count(key):
                 raise UserError(f"{path}: {key} is {value}, more than {MAX_COUNT}; correct it")
+    check_family(config, path)
     if settings.trust_remote_code:
         check_code_places(config, path)
     return config

@@ -156,27 +156,30 @@ def forget_model_files() -> None:
 def check_tensors(settings: ModelSettings, *, role: str) -> None:
     """Check that a model folder holds exactly the tensors of its architecture; loads none.
 
-    A model that passed is not checked again with the same version of transformers. Models of the
-    hub, quantised models and those with their own code are checked as they are loaded.
+    A model that passed is not checked again with the same version of transformers. Tensors of the
+    hub, of quantised models and of those with their own code are checked as they are loaded.
 
     Args:
         settings: The model.
         role: `target` or the source's name, for errors.
 
     Raises:
-        UserError: A tensor is missing, has another shape, or has no use, or a file is corrupt.
+        UserError: A tensor is missing, has another shape, or has no use, a file is corrupt, or the
+            model is no causal LLM with a linear head.
     """
-    if not Path(settings.model).expanduser().is_dir():
+    is_folder = Path(settings.model).expanduser().is_dir()
+    if not is_folder and settings.trust_remote_code:
         return
     name = f"{read_model_files(settings).identity}-{version('transformers')}"
     folder = find_cache_folder()
     passed = None if folder is None else folder / "complete" / name
     if passed is not None and passed.exists():
         return
-    from rayfuse.models.architecture import compare_tensors  # takes seconds, once per model
+    from rayfuse.models import architecture  # takes seconds, once per model
 
+    check = architecture.compare_tensors if is_folder else architecture.check_architecture
     try:
-        compare_tensors(settings)
+        check(settings)
     except UserError as error:
         raise UserError(f"{role}: {error}") from error
     if passed is not None:

@@ -11,7 +11,8 @@ from rayfuse.config.models import ModelSettings
 from rayfuse.evaluate.bits_per_byte import load_scored_model, score_rows
 from rayfuse.models.batching import cut_windows
 from rayfuse.models.files import load_recipe_tokenizer
-from tests.fakes import SAMPLE, byte_level_tokenizer, save_tokenizer, tiny_config
+from tests.fakes import SAMPLE, byte_level_tokenizer, save_tokenizer
+from tests.models.tiny_models import tiny_config
 
 
 @settings(deadline=None)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from rayfuse.config.train import TrainSettings
 from rayfuse.plan.estimate import train_passes
 from rayfuse.plan.model_size import size_from_config
-from tests.fakes import tiny_config
+from tests.models.tiny_models import tiny_config
 
 ROWS, TOKENS, WIDTH = 2, 96, 64
 

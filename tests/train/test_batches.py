@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 from rayfuse.config.train import TrainSettings
 from rayfuse.fuse.reader import FusedRows, join_rows
 from rayfuse.fuse.rules import make_empty
-from rayfuse.models.causal_lm import keeps_rows_apart, split_head
+from rayfuse.models.causal_lm import split_head
 from rayfuse.storage.codec import TopK
 from rayfuse.train.batches import Packing, build_micro_batches, empty_micro_batch, pack_rows
 from rayfuse.train.loss import LossWeights
 from rayfuse.train.model import FusionModel
-from tests.fakes import tiny_config
+from tests.models.tiny_models import tiny_config
 
 VOCAB, ENTRIES = 61, 3
 
@@ -72,14 +72,6 @@ def make_model(family: str) -> FusionModel:
     model = AutoModelForCausalLM.from_config(tiny_config(family, VOCAB))
     lm = split_head(model.eval(), name=family)
     return FusionModel(lm, TrainSettings(chunk_positions=7), num_sources=2)
-
-
-@pytest.mark.parametrize(
-    ("family", "expected"),
-    [("llama", True), ("gpt2", True), ("gpt_neox", True), ("qwen2", True), ("mpt", False)],
-)
-def test_rows_in_one_sequence_are_apart_where_attention_goes_by_places(family, expected):
-    assert keeps_rows_apart(make_model(family).lm[0]) is expected
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

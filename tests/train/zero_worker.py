@@ -26,7 +26,7 @@ from rayfuse.train.loop import Objective, StepMetrics, train_steps
 from rayfuse.train.model import FusionModel
 from rayfuse.train.pickle_guard import check_pickle
 from rayfuse.train.resume import TAG, LocalCheckpoint, convert_checkpoint, has_parts
-from tests.fakes import tiny_config
+from tests.models.tiny_models import tiny_config
 
 VOCAB, STEPS, ROWS, CHECKPOINT = 97, 4, 8, 2
 RECORD = CheckpointRecord("step_2-x", CHECKPOINT, 2, 0, {}, None, {})
