@@ -38,6 +38,9 @@ MIN_GRADIENT = 1e-3
 WEIGHTS = LossWeights(scale=0.02, clm=0.4)
 
 
+SETTINGS = CaptureSettings(top_k=TOP_K, batch_tokens=100)
+
+
 def make_rows() -> list[np.ndarray]:
     """Draw rows of token ids."""
     random = np.random.default_rng(0)
@@ -46,7 +49,7 @@ def make_rows() -> list[np.ndarray]:
 
 def load_engine(folder: Path, chunk_positions: int = 7) -> TransformersEngine:
     """Load a source as capture does, for batches of several rows."""
-    settings = CaptureSettings(top_k=TOP_K, batch_tokens=100, chunk_positions=chunk_positions)
+    settings = SETTINGS.model_copy(update={"chunk_positions": chunk_positions})
     return TransformersEngine(ModelSettings(model=str(folder), dtype="float32"), settings)
 
 
@@ -59,11 +62,10 @@ def own_logits(model: nn.Module, row: np.ndarray) -> Float[torch.Tensor, "seq_le
 def measure_source_error(engine: TransformersEngine, model: nn.Module) -> float:
     """Measure the largest difference of captured log-probabilities from the model's own."""
     rows, errors = make_rows(), [0.0]
-    known = engine.known_ids.numpy()
     for row, record in zip(rows, engine.score_rows(rows), strict=True):
         assert not isinstance(record, Failure), record.reason
         logits = own_logits(model, row).double().numpy()
-        logits[:, ~known] = -np.inf
+        logits[:, ~engine.known_ids] = -np.inf
         logprobs = torch.from_numpy(logits).log_softmax(1).numpy()
         expected = -np.sort(-logprobs, axis=1)[:, :TOP_K]
         chosen = np.take_along_axis(logprobs, record.top_ids.astype(np.int64), axis=1)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaModel
 
 from docs import models_table
 from docs.models_table import PAGE, read_rows, render_family, render_refused
+from rayfuse.capture.engines.transformers_engine import score_with
 from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
 from rayfuse.models import causal_lm
@@ -24,6 +25,7 @@ from tests.models.family_checks import (
     HEAD_WIDTH,
     MAX_GRADIENT_ERROR,
     MAX_SOURCE_ERROR,
+    SETTINGS,
     TOKENS,
     load_engine,
     measure_family,
@@ -134,7 +136,8 @@ def test_the_checks_see_a_wrong_scale_a_wrong_cap_and_rows_that_see_each_other(t
     engine = load_engine(tmp_path)
     assert measure_target_errors(engine.lm, model, is_packed=True)[1] > 10 * MAX_GRADIENT_ERROR
     for transform in (LogitTransform(1.01), LogitTransform(1.0, 30.0)):
-        engine.lm = replace(engine.lm, transform=transform)
+        lm = replace(engine.lm, transform=transform)
+        engine.batches = score_with(lm, engine.known_ids, SETTINGS, salt="")
         assert measure_source_error(engine, model) > 10 * MAX_SOURCE_ERROR
 
 

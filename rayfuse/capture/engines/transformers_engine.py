@@ -22,11 +22,11 @@ class TransformersEngine:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.lm = load_causal_lm(source, device)
         tokenizer = load_recipe_tokenizer(source)
-        known = np.zeros(self.lm.head.out_features, dtype=bool)
-        known[: tokenizer.vocab_size] = tokenizer.known_ids()
+        self.known_ids = np.zeros(self.lm.head.out_features, dtype=bool)
+        self.known_ids[: tokenizer.vocab_size] = tokenizer.known_ids()
         files = read_model_files(source)
         self.context_tokens = files.context_tokens
-        self.batches = score_with(self.lm, known, settings, salt=files.identity)
+        self.batches = score_with(self.lm, self.known_ids, settings, salt=files.identity)
 
     @property
     def batch_tokens(self) -> int:
