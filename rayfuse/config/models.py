@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from rayfuse.config.base import Settings, result_neutral
+from rayfuse.config.base import Settings, later_setting, result_neutral
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 BackendName = Literal["transformers", "vllm"]
@@ -28,10 +28,14 @@ class Backend:
     """Whether it can sample from the distribution, which some values of `capture.signal` need."""
     keeps_long_rope: bool
     """Whether each row gets the position factors of its own length from a model with LongRoPE."""
+    merges_adapters: bool = False
+    """Whether it merges `adapter` into the weights."""
 
 
 BACKENDS: dict[BackendName, Backend] = {
-    "transformers": Backend(uses_several_gpus=False, makes_draws=True, keeps_long_rope=True),
+    "transformers": Backend(
+        uses_several_gpus=False, makes_draws=True, keeps_long_rope=True, merges_adapters=True
+    ),
     "vllm": Backend(uses_several_gpus=True, makes_draws=False, keeps_long_rope=False),
 }
 """By name; the engines themselves are in `rayfuse.capture.engines.load.ENGINES`."""
@@ -51,6 +55,20 @@ class ModelSettings(Settings):
     """`auto`: bfloat16 on a GPU, float32 on a CPU; a capture that resumes keeps its dtype."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models with code that you have read."""
+    adapter: str | None = later_setting(None)
+    """A LoRA adapter of peft, a folder or a hub id, that is merged into the weights as the model is
+    loaded (`pip install 'rayfuse[lora]'`); only from safetensors."""
+    adapter_revision: str | None = later_setting(None)
+    """The hub commit of the adapter."""
+
+    @model_validator(mode="after")
+    def _check_adapter(self) -> "ModelSettings":
+        if self.adapter_revision is not None and self.adapter is None:
+            raise ValueError(
+                f"adapter_revision is {self.adapter_revision!r} without adapter; set it, or remove "
+                "adapter_revision"
+            )
+        return self
 
 
 class TrainedSettings(ModelSettings):
@@ -95,6 +113,15 @@ class SourceSettings(ModelSettings):
         if name in RESERVED_NAMES:
             raise ValueError(f"{', '.join(RESERVED_NAMES)} are names that rayfuse itself uses")
         return name
+
+    @model_validator(mode="after")
+    def _check_adapter_backend(self) -> "SourceSettings":
+        if self.adapter is not None and not BACKENDS[self.backend].merges_adapters:
+            raise ValueError(
+                f"adapter is {self.adapter!r}, which backend {self.backend} does not merge; use "
+                "backend transformers, or merge it with peft and name the result as model"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_actors(self) -> "SourceSettings":

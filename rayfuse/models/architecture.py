@@ -15,6 +15,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from rayfuse.config.base import UserError, user_error_from
 from rayfuse.config.models import ModelSettings, TrainedSettings
+from rayfuse.models.adapter import check_peft, read_adapter
 from rayfuse.models.config_file import read_config
 from rayfuse.models.out_of_memory import is_out_of_memory
 from rayfuse.models.weight_files import (
@@ -59,12 +60,15 @@ SHOWN_TENSORS = 3
 def load_model(settings: ModelSettings, dtype: torch.dtype) -> Any:
     """Load a model from safetensors, on the CPU, if its files hold exactly its tensors.
 
+    An adapter is merged into it.
+
     Args:
         settings: The model.
         dtype: The dtype of its weights.
 
     Raises:
-        UserError: It cannot be loaded, or a tensor is missing, has another shape, or has no use.
+        UserError: It cannot be loaded, a tensor is missing, has another shape, or has no use, or
+            its adapter does not fit it.
     """
     config, name = load_config(settings), _expand(settings.model)
     if find_adapter_config_file(name, revision=settings.revision) is not None:
@@ -83,7 +87,22 @@ def load_model(settings: ModelSettings, dtype: torch.dtype) -> Any:
         )
     model, found = loaded
     _check_complete(found, settings.model)
-    return model
+    adapter = read_adapter(settings)
+    if adapter is None:
+        return model
+    return _import_lora().merge_adapter(model, adapter, settings.adapter)
+
+
+def _import_lora() -> Any:
+    """Import what needs peft.
+
+    Raises:
+        UserError: peft is not installed.
+    """
+    check_peft()
+    from rayfuse.models import lora
+
+    return lora
 
 
 def load_config(settings: ModelSettings) -> Any:
@@ -163,7 +182,8 @@ def compare_tensors(settings: ModelSettings) -> None:
     count. Quantised models and those with their own code are built only where they are loaded.
 
     Raises:
-        UserError: A tensor is missing, has another shape, or has no use, or a file is corrupt.
+        UserError: A tensor is missing, has another shape, or has no use, a file is corrupt, or the
+            adapter does not fit the model.
     """
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()  # its table of missing tensors; the error lists them
@@ -174,7 +194,7 @@ def compare_tensors(settings: ModelSettings) -> None:
         return
     with _naming(settings.model):
         built = build_on_meta(config)
-        _, found = type(built).from_pretrained(
+        model, found = type(built).from_pretrained(
             None,
             config=built.config,
             state_dict={name: _describe(tensor) for name, tensor in stored.items()},
@@ -183,6 +203,9 @@ def compare_tensors(settings: ModelSettings) -> None:
             output_loading_info=True,
         )
     _check_complete(found, settings.model)
+    adapter = read_adapter(settings)
+    if adapter is not None:
+        _import_lora().add_empty_adapter(model, adapter, settings.adapter)
 
 
 def _describe(tensor: StoredTensor) -> torch.Tensor:

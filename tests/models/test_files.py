@@ -143,8 +143,11 @@ def leave_adapter(folder: Path) -> None:
 
 
 FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "an adapter": (add_adapter, r"a folder with a PEFT adapter .*; merge it"),
-    "only an adapter": (leave_adapter, r"a folder with a PEFT adapter .*; merge it"),
+    "an adapter": (add_adapter, r"a folder with a PEFT adapter .*; name its base as `model`"),
+    "only an adapter": (
+        leave_adapter,
+        r"a folder with a PEFT adapter .*; name its base as `model`",
+    ),
     "pickles": (
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
         r"not safetensors \(pytorch_model.bin\).*convert them",
