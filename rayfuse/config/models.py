@@ -22,21 +22,19 @@ BackendName = Literal["transformers", "vllm"]
 class Backend:
     """The abilities of a capture engine that recipes are checked against."""
 
-    uses_several_gpus: bool
-    """Whether one actor can spread a model over any whole number of GPUs."""
     makes_draws: bool
     """Whether it can sample from the distribution, which some values of `capture.signal` need."""
     keeps_long_rope: bool
     """Whether each row gets the position factors of its own length from a model with LongRoPE."""
+    computes_in_parallel: bool = False
+    """Whether several GPUs of an actor compute at the same time, in place of taking turns."""
     merges_adapters: bool = False
     """Whether it merges `adapter` into the weights."""
 
 
 BACKENDS: dict[BackendName, Backend] = {
-    "transformers": Backend(
-        uses_several_gpus=False, makes_draws=True, keeps_long_rope=True, merges_adapters=True
-    ),
-    "vllm": Backend(uses_several_gpus=True, makes_draws=False, keeps_long_rope=False),
+    "transformers": Backend(makes_draws=True, keeps_long_rope=True, merges_adapters=True),
+    "vllm": Backend(makes_draws=False, keeps_long_rope=False, computes_in_parallel=True),
 }
 """By name; the engines themselves are in `rayfuse.capture.engines.load.ENGINES`."""
 
@@ -85,11 +83,12 @@ class SourceSettings(ModelSettings):
     name: str
     """The source's name in folders and tables."""
     backend: BackendName = "transformers"
-    """The engine that runs the model. `vllm` (`pip install rayfuse[vllm]`) spreads a model over all
-    GPUs of an actor; it gives the likeliest tokens only, no draws."""
+    """The engine that runs the model. `vllm` (`pip install rayfuse[vllm]`) gives the likeliest
+    tokens only, no draws; several GPUs of an actor compute at the same time."""
     gpus: NonNegativeFloat | None = result_neutral(None)
-    """GPUs of one actor, fractions allowed; by default 1 if accelerator_type is set or the cluster
-    has or may add GPUs, else 0."""
+    """GPUs of one actor, fractions of one allowed; by default 1 if accelerator_type is set or the
+    cluster has or may add GPUs, else 0. The layers of a model are spread over several GPUs, for a
+    model that one cannot hold: with backend transformers they take turns."""
     accelerator_type: str | None = result_neutral(None)
     """The GPU type by Ray's name: `L4`, `A10G`, `H100`, ..."""
     cpus: PositiveFloat = result_neutral(1.0)
@@ -134,14 +133,8 @@ class SourceSettings(ModelSettings):
     @model_validator(mode="after")
     def _check_gpus(self) -> "SourceSettings":
         gpus = self.gpus or 0.0
-        if gpus > 1 and not BACKENDS[self.backend].uses_several_gpus:
-            others = [name for name, backend in BACKENDS.items() if backend.uses_several_gpus]
-            raise ValueError(
-                f"gpus is {self.gpus}; backend {self.backend} uses one GPU or a part of it; use at "
-                f"most 1, or a backend that uses several: {', '.join(others)}"
-            )
         if gpus > 1 and gpus != int(gpus):
             raise ValueError(
-                f"gpus is {self.gpus}; backend {self.backend} uses any whole number of GPUs"
+                f"gpus is {self.gpus}; an actor has a part of one GPU, or a whole number of them"
             )
         return self

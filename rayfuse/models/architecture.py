@@ -18,6 +18,7 @@ from rayfuse.config.models import ModelSettings, TrainedSettings
 from rayfuse.models.adapter import check_peft, read_adapter
 from rayfuse.models.config_file import read_config
 from rayfuse.models.out_of_memory import is_out_of_memory
+from rayfuse.models.placement import Placement
 from rayfuse.models.weight_files import (
     ADAPTER,
     StoredTensor,
@@ -57,18 +58,19 @@ DTYPES = {
 SHOWN_TENSORS = 3
 
 
-def load_model(settings: ModelSettings, dtype: torch.dtype) -> Any:
-    """Load a model from safetensors, on the CPU, if its files hold exactly its tensors.
+def load_model(settings: ModelSettings, dtype: torch.dtype, placement: Placement) -> Any:
+    """Load a model from safetensors, if its files hold exactly its tensors.
 
     An adapter is merged into it.
 
     Args:
         settings: The model.
         dtype: The dtype of its weights.
+        placement: Its devices.
 
     Raises:
-        UserError: It cannot be loaded, a tensor is missing, has another shape, or has no use, or
-            its adapter does not fit it.
+        UserError: It cannot be loaded, does not fit its devices, a tensor is missing, has another
+            shape, or has no use, or its adapter does not fit it.
     """
     config, name = load_config(settings), _expand(settings.model)
     if find_adapter_config_file(name, revision=settings.revision) is not None:
@@ -82,11 +84,14 @@ def load_model(settings: ModelSettings, dtype: torch.dtype) -> Any:
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,
             dtype=dtype,
+            device_map=placement.device_map,
+            max_memory=placement.max_memory,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
     model, found = loaded
     _check_complete(found, settings.model)
+    placement.check_fits(model, settings.model)
     adapter = read_adapter(settings)
     if adapter is None:
         return model

@@ -17,6 +17,7 @@ from rayfuse.config.models import ModelSettings
 from rayfuse.models.batching import pad_rows
 from rayfuse.models.head_product import is_plain, multiply_head
 from rayfuse.models.out_of_memory import is_out_of_memory
+from rayfuse.models.placement import Placement, find_device, place_model
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class CausalLM:
         token_ids: Int[torch.Tensor, "batch seq_len"],
         position_ids: Int[torch.Tensor, "batch seq_len"] | None = None,
     ) -> Float[torch.Tensor, "batch seq_len width"]:
-        """Compute the head's inputs.
+        """Compute the head's inputs, on `head_device`.
 
         Args:
             token_ids: The sequences, padded on the right: causal attention never reads the padding,
@@ -100,7 +101,8 @@ class CausalLM:
                 see `keeps_rows_apart`. None for one row per sequence.
         """
         positions = {} if position_ids is None else {"position_ids": position_ids}
-        return self.body(input_ids=token_ids, use_cache=False, **positions).last_hidden_state
+        hidden = self.body(input_ids=token_ids, use_cache=False, **positions).last_hidden_state
+        return hidden.to(self.head_device)
 
     def logits(
         self, hidden: Float[torch.Tensor, "positions width"]
@@ -115,8 +117,14 @@ class CausalLM:
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
-        return self.head.weight.device
+        """The device that takes token ids: that of the embedding."""
+        model: Any = self.model
+        return find_device(model.get_input_embeddings())
+
+    @property
+    def head_device(self) -> torch.device:
+        """The device of hidden states and logits; another one if a device map spreads the model."""
+        return find_device(self.head)
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:
@@ -126,20 +134,24 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype:
     return cast(torch.dtype, getattr(torch, dtype))
 
 
-def load_causal_lm(settings: ModelSettings, device: str) -> CausalLM:
+def load_causal_lm(
+    settings: ModelSettings, device: str, placement: Placement | None = None
+) -> CausalLM:
     """Load an LLM from safetensors, in evaluation mode.
 
     Args:
         settings: A folder or hub id, its revision and its dtype; see `resolve_dtype`.
         device: A torch device, such as `cuda` or `cpu`.
+        placement: The devices of its parts; by default those of `place_model`.
 
     Raises:
         UserError: The model cannot be loaded, or `split_head` refuses it.
     """
     from rayfuse.models.architecture import load_model  # takes seconds; only loading needs it
 
-    loaded = load_model(settings, resolve_dtype(settings.dtype, device))
-    return split_head(loaded.to(device).eval(), name=settings.model)
+    where = placement or place_model(settings, device)
+    loaded = load_model(settings, resolve_dtype(settings.dtype, device), where)
+    return split_head(loaded.eval(), name=settings.model)
 
 
 def _explain_forward(error: Exception, name: str) -> UserError:
@@ -174,7 +186,7 @@ def split_head(model: Any, *, name: str) -> CausalLM:
     model.eval()
     with torch.no_grad(), user_error_from(lambda error: _explain_forward(error, name)):
         logits = model(input_ids=probe, use_cache=False).logits.float()
-        ours = parts.logits(parts.hidden_states(probe)[0])[None]
+        ours = parts.logits(parts.hidden_states(probe)[0])[None].to(logits.device)
     model.train(was_training)
     if not logits.isfinite().all():
         dtype = str(parts.head.weight.dtype).removeprefix("torch.")
@@ -230,7 +242,7 @@ def next_token_logprobs(
     with torch.inference_mode():
         hidden = lm.hidden_states(token_ids)
         for row, hidden_row, result in zip(rows, hidden, results, strict=True):
-            following = torch.from_numpy(row[1:].astype(np.int64)).to(lm.device)
+            following = torch.from_numpy(row[1:].astype(np.int64)).to(lm.head_device)
             for start in range(0, len(row) - 1, chunk_positions):
                 part = following[start : start + chunk_positions]
                 logits = lm.logits(hidden_row[start : start + len(part)])

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
+from rayfuse.models.placement import only_moves_inputs
+
 CPU_CHUNK_BYTES = 16 << 20
 """Of the head's weights that are converted to float32 at a time."""
 
@@ -16,9 +18,13 @@ CPU_CHUNK_BYTES = 16 << 20
 def is_plain(head: nn.Linear) -> bool:
     """Check that a head's output is the product with its weight, as it lies in memory.
 
-    Quantised weights are of other classes; hooks that load or unpack weights replace `forward`.
+    Quantised weights are of other classes; hooks that load or unpack weights replace `forward`. One
+    of a device map that moves the inputs alone does so, too, and counts as plain.
     """
-    is_own = type(head.weight) in (torch.Tensor, nn.Parameter) and "forward" not in vars(head)
+    is_hooked = "forward" in vars(head) and not (
+        hasattr(head, "_hf_hook") and only_moves_inputs(head)
+    )
+    is_own = type(head.weight) in (torch.Tensor, nn.Parameter) and not is_hooked
     return type(head).forward is nn.Linear.forward and is_own
 
 

@@ -26,6 +26,8 @@ def merge_adapter(model: Any, adapter: AdapterFiles, name: str) -> Any:
     Raises:
         UserError: The adapter does not fit the model, or a merged weight is not finite.
     """
+    # Weights that a device map reads from a disk would be read again, without the adapter.
+    assert not any(parameter.is_meta for parameter in model.parameters()), "weights are in memory"
     adapted = add_empty_adapter(model, adapter, name)
     with user_error_from(lambda error: _explain(error, name)):
         set_peft_model_state_dict(adapted, load_file(adapter.weights), low_cpu_mem_usage=True)

@@ -1,4 +1,4 @@
-"""A source LLM in Hugging Face transformers: one process, one GPU or the CPU."""
+"""A source LLM in Hugging Face transformers: one process, all GPUs of its actor or the CPU."""
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from rayfuse.models.files import load_recipe_tokenizer, read_model_files
 
 
 class TransformersEngine:
-    """A Hugging Face model in this process, on its GPU if it has one."""
+    """A Hugging Face model in this process, on its GPUs if it has any."""
 
     def __init__(self, source: ModelSettings, settings: CaptureSettings) -> None:
         self.settings = settings
@@ -29,10 +29,10 @@ class TransformersEngine:
         tokenizer = load_recipe_tokenizer(source)
         known = np.zeros(self.lm.head.out_features, dtype=bool)
         known[: tokenizer.vocab_size] = tokenizer.known_ids()
-        self.known_ids = torch.from_numpy(known).to(device)
+        self.known_ids = torch.from_numpy(known).to(self.lm.head_device)
         files = read_model_files(source)
         self.salt, self.context_tokens = files.identity, files.context_tokens
-        self.copy_stream = torch.cuda.Stream() if device == "cuda" else None
+        self.copy_stream = torch.cuda.Stream(self.lm.head_device) if device == "cuda" else None
 
     @property
     def batch_tokens(self) -> int:
@@ -52,8 +52,8 @@ class TransformersEngine:
     @torch.inference_mode()
     def _start_batch(self, rows: TokenRows) -> "HostCopy":
         """Compute a batch's records, and start copying them to the host."""
-        device = self.lm.device
-        hidden = self.lm.hidden_states(_send(pad_rows(list(rows)), device))
+        hidden = self.lm.hidden_states(_send(pad_rows(list(rows)), self.lm.device))
+        device = self.lm.head_device
         lengths = torch.tensor([len(row) for row in rows])
         is_text = torch.arange(hidden.shape[1])[None] < lengths[:, None]
         at = _send(is_text.flatten().nonzero()[:, 0], device)
@@ -79,7 +79,7 @@ class HostCopy:
         self.record, self.lengths, self.event = record, lengths, None
         if stream is None:  # on a CPU the records are where they belong
             return
-        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
             self.record = record.map(_start_copy)
             self.event = stream.record_event()
