@@ -93,6 +93,10 @@ class SourceSettings(ModelSettings):
     """The GPU type by Ray's name: `L4`, `A10G`, `H100`, ..."""
     cpus: PositiveFloat = result_neutral(1.0)
     """CPUs of one actor."""
+    memory_gib: NonNegativeFloat | None = result_neutral(None)
+    """Host memory of one actor, which Ray reserves, in GiB; by default estimated from the model's
+    files, `capture.chunk_positions` and the batch, and not reserved if a node type of the
+    autoscaler has no `memory`. 0: none."""
     min_actors: PositiveInt = result_neutral(1)
     """Actors to start with."""
     max_actors: PositiveInt | None = result_neutral(None)

@@ -180,6 +180,17 @@ def build_on_meta(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
+def count_parameters(settings: ModelSettings) -> int:
+    """Count the weights of a model from its config alone.
+
+    Raises:
+        UserError: It cannot be built.
+    """
+    with _naming(settings.model):
+        built = build_on_meta(load_config(settings))
+    return sum(parameter.numel() for parameter in built.parameters())
+
+
 def compare_tensors(settings: ModelSettings) -> None:
     """Compare the headers of a folder's weight files with its architecture.
 

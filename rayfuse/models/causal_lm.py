@@ -15,7 +15,7 @@ from torch import nn
 from rayfuse.config.base import UserError, first_line, user_error_from
 from rayfuse.config.models import ModelSettings
 from rayfuse.models.batching import pad_rows
-from rayfuse.models.head_product import is_plain, multiply_head
+from rayfuse.models.head_product import is_plain, log_normaliser, multiply_head
 from rayfuse.models.out_of_memory import is_out_of_memory
 from rayfuse.models.placement import Placement, find_device, place_model
 
@@ -246,6 +246,6 @@ def next_token_logprobs(
             for start in range(0, len(row) - 1, chunk_positions):
                 part = following[start : start + chunk_positions]
                 logits = lm.logits(hidden_row[start : start + len(part)])
-                chosen = logits.gather(1, part[:, None])[:, 0] - logits.logsumexp(1)
+                chosen = logits.gather(1, part[:, None])[:, 0] - log_normaliser(logits)[:, 0]
                 result[start : start + len(part)] = chosen.double().cpu().numpy()
     return results

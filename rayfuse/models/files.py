@@ -181,7 +181,7 @@ def check_tensors(settings: ModelSettings, *, role: str) -> None:
     if passed is not None and passed.exists():
         return
     try:
-        _import_architecture().compare_tensors(settings)
+        import_architecture().compare_tensors(settings)
     except UserError as error:
         raise UserError(f"{role}: {error}") from error
     if passed is not None:
@@ -190,7 +190,7 @@ def check_tensors(settings: ModelSettings, *, role: str) -> None:
             passed.touch()
 
 
-def _import_architecture() -> Any:
+def import_architecture() -> Any:
     """Import what needs torch and transformers: that takes seconds, and is seldom needed."""
     from rayfuse.models import architecture
 
@@ -205,7 +205,7 @@ def _find_head_width(path: Path, config: dict[str, Any]) -> int:
     """
     given = (config | find_text_part(config)).get("vocab_size")
     if given is None:
-        given = _import_architecture().find_default_width(config)
+        given = import_architecture().find_default_width(config)
     if not isinstance(given, int) or isinstance(given, bool) or given < 1:
         raise UserError(
             f"{path}: vocab_size is {given!r}, also in its part for text ({', '.join(TEXT_KEYS)}); "

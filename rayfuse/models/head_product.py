@@ -1,4 +1,4 @@
-"""A head's product with hidden states, in float32 however narrow the two are.
+"""A head's product with hidden states, in float32 however narrow the two are, and its normaliser.
 
 A product in bfloat16 is rounded to 8 bits of mantissa: errors of several hundredths of a nat at
 large logits. The products of two half-precision numbers are exact in float32, so it suffices to add
@@ -13,6 +13,9 @@ from rayfuse.models.placement import only_moves_inputs
 
 CPU_CHUNK_BYTES = 16 << 20
 """Of the head's weights that are converted to float32 at a time."""
+
+CPU_NORMALISED_POSITIONS = 64
+"""Positions that are exponentiated at a time: their exponentials are a copy."""
 
 
 def is_plain(head: nn.Linear) -> bool:
@@ -42,6 +45,16 @@ def multiply_head(
     else:
         product = _multiply_in_chunks(hidden.to(wide), weight)
     return product if bias is None else product.add_(bias)
+
+
+def log_normaliser(
+    logits: Float[torch.Tensor, "positions vocab"],
+) -> Float[torch.Tensor, "positions 1"]:
+    """Compute log sum exp over the vocabulary, without a second copy of the logits on a CPU."""
+    if logits.is_cuda:
+        return logits.logsumexp(1, keepdim=True)
+    parts = [part.logsumexp(1, keepdim=True) for part in logits.split(CPU_NORMALISED_POSITIONS)]
+    return torch.cat(parts)
 
 
 def _multiply_in_chunks(
