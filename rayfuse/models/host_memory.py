@@ -14,7 +14,7 @@ from rayfuse.models.weight_files import list_weight_files, read_headers
 
 GIB = 2**30
 
-PROCESS_BYTES = GIB // 2
+PROCESS_BYTES = 3 * GIB // 4
 """Of a process that has imported ray, torch and transformers, and of a small model's tokenizer."""
 
 CUDA_BYTES = 3 * GIB

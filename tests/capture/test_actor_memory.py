@@ -39,13 +39,13 @@ def source(tmp_path_factory) -> SourceSettings:
 
 
 def test_process_of_a_large_vocabulary_stays_within_its_estimate(source):
-    """The logits are 0.29 GiB; a copy of them, as a softmax makes it, would not fit."""
+    """The logits are 0.29 GiB, of which `logsumexp` makes no second copy."""
     estimate = estimate_actor_memory(source, CAPTURE, shard_tokens=TOKENS, on_gpu=False)
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, source.model], capture_output=True, text=True, check=True
     )
     peak = int(done.stdout.split()[-1])
-    assert 0.7 * estimate < peak < estimate
+    assert 0.5 * estimate < peak < estimate
 
 
 def test_estimate_follows_files_batch_and_setting(source):
