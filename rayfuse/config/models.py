@@ -14,7 +14,8 @@ from pydantic import (
 
 from rayfuse.config.base import Settings, later_setting, result_neutral
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
+DType = Literal["auto", "float32", "bfloat16", "float16", "float8", "int8", "int4"]
+QUANTISED_DTYPES: tuple[DType, ...] = ("float8", "int8", "int4")
 BackendName = Literal["transformers", "vllm"]
 
 
@@ -30,10 +31,14 @@ class Backend:
     """Whether several GPUs of an actor compute at the same time, in place of taking turns."""
     merges_adapters: bool = False
     """Whether it merges `adapter` into the weights."""
+    quantises: bool = False
+    """Whether it quantises weights by `dtype`, as it loads them."""
 
 
 BACKENDS: dict[BackendName, Backend] = {
-    "transformers": Backend(makes_draws=True, keeps_long_rope=True, merges_adapters=True),
+    "transformers": Backend(
+        makes_draws=True, keeps_long_rope=True, merges_adapters=True, quantises=True
+    ),
     "vllm": Backend(makes_draws=False, keeps_long_rope=False, computes_in_parallel=True),
 }
 """By name; the engines themselves are in `rayfuse.capture.engines.load.ENGINES`."""
@@ -50,7 +55,9 @@ class ModelSettings(Settings):
     revision: str | None = None
     """The hub commit; set it for a reproducible run."""
     dtype: DType = "auto"
-    """`auto`: bfloat16 on a GPU, float32 on a CPU; a capture that resumes keeps its dtype."""
+    """`auto`: bfloat16 on a GPU, float32 on a CPU; a capture that resumes keeps its dtype. Sources
+    alone: `float8` (torchao), `int8` and `int4` (bitsandbytes) quantise the weights, not the head,
+    as they are loaded; install the library on all nodes."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models with code that you have read."""
     adapter: str | None = later_setting(None)
@@ -123,6 +130,15 @@ class SourceSettings(ModelSettings):
             raise ValueError(
                 f"adapter is {self.adapter!r}, which backend {self.backend} does not merge; use "
                 "backend transformers, or merge it with peft and name the result as model"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_dtype(self) -> "SourceSettings":
+        if self.dtype in QUANTISED_DTYPES and not BACKENDS[self.backend].quantises:
+            raise ValueError(
+                f"dtype is {self.dtype}, by which backend {self.backend} does not quantise; use "
+                "backend transformers, or a model that is quantised already and dtype auto"
             )
         return self
 

@@ -3,18 +3,19 @@
 Imported late: torch and transformers take seconds, and only a model that is built needs them.
 """
 
+import importlib
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.utils import logging as hf_logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from rayfuse.config.base import UserError, user_error_from
-from rayfuse.config.models import ModelSettings, TrainedSettings
+from rayfuse.config.models import QUANTISED_DTYPES, ModelSettings, TrainedSettings
 from rayfuse.models.adapter import check_peft, read_adapter
 from rayfuse.models.config_file import read_config
 from rayfuse.models.out_of_memory import is_out_of_memory
@@ -84,6 +85,7 @@ def load_model(settings: ModelSettings, dtype: torch.dtype, placement: Placement
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,
             dtype=dtype,
+            quantization_config=_build_quantization(settings.dtype),
             device_map=placement.device_map,
             max_memory=placement.max_memory,
             ignore_mismatched_sizes=True,  # they are refused below, by name
@@ -96,6 +98,23 @@ def load_model(settings: ModelSettings, dtype: torch.dtype, placement: Placement
     if adapter is None:
         return model
     return _import_lora().merge_adapter(model, adapter, settings.adapter)
+
+
+def _build_quantization(dtype: str) -> Any:
+    """Build what transformers quantises weights by as it loads them; None for other dtypes.
+
+    float8: weights alone, e4m3. int8: LLM.int8 (arXiv 2208.07339). int4: NF4 (arXiv 2305.14314).
+    """
+    if dtype not in QUANTISED_DTYPES:
+        return None
+    if dtype == "float8":
+        torchao: Any = importlib.import_module("torchao.quantization")
+        return TorchAoConfig(quant_type=torchao.Float8WeightOnlyConfig())
+    if dtype == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
 
 
 def _import_lora() -> Any:

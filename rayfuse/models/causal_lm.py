@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from rayfuse.config.base import UserError, first_line, user_error_from
-from rayfuse.config.models import ModelSettings
+from rayfuse.config.models import QUANTISED_DTYPES, ModelSettings
 from rayfuse.models.batching import pad_rows
 from rayfuse.models.head_product import is_plain, log_normaliser, multiply_head
 from rayfuse.models.out_of_memory import is_out_of_memory
@@ -128,7 +128,12 @@ class CausalLM:
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:
-    """Look up a recipe's `dtype`; `auto` is float32 on a CPU and bfloat16 on a GPU."""
+    """Look up a recipe's `dtype`; `auto` is float32 on a CPU and bfloat16 on a GPU.
+
+    Quantised weights are computed with in bfloat16.
+    """
+    if dtype in QUANTISED_DTYPES:
+        return torch.bfloat16
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     return cast(torch.dtype, getattr(torch, dtype))

@@ -20,6 +20,7 @@ from rayfuse.models.config_file import (
     read_config,
 )
 from rayfuse.models.file_hash import find_cache_folder, hash_file
+from rayfuse.models.quantization import check_quantization
 from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
 from rayfuse.models.weight_files import list_weight_files
 
@@ -67,10 +68,12 @@ def check_model(settings: ModelSettings, max_tokens: int, *, role: str) -> Model
 
     Raises:
         UserError: The model is missing, has no safetensors, has fewer logits than its tokenizer
-            has ids, or has a context shorter than `max_tokens`.
+            has ids, has a context shorter than `max_tokens`, or is quantised in a way that cannot
+            be used here.
     """
     try:
         files = read_model_files(settings)
+        check_quantization(settings, files.config)
         _check_ids(settings.model, load_recipe_tokenizer(settings), files.head_width)
     except ValueError as error:
         raise UserError(f"{role}: {error}") from error

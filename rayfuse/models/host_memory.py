@@ -26,8 +26,8 @@ TOKEN_BYTES = 1200
 UNIT_BYTES = 64
 """Of the activations of one layer on a CPU, for each token and unit of width."""
 
-WEIGHT_BYTES = {"auto": 4, "float32": 4, "bfloat16": 2, "float16": 2}
-"""Of a weight on a CPU, by `dtype`."""
+WEIGHT_BYTES = {"auto": 4, "float32": 4}
+"""Of a weight on a CPU, by `dtype`; others have 2, which bounds quantised ones."""
 
 LOGIT_BYTES = 4
 
@@ -64,7 +64,7 @@ def estimate_host_memory(
     tokenizer = files.head_width * TOKEN_BYTES
     if on_gpu:
         return math.ceil(CUDA_BYTES + tokenizer + kept_bytes)
-    weights = count_weights(settings) * WEIGHT_BYTES[settings.dtype]
+    weights = count_weights(settings) * WEIGHT_BYTES.get(settings.dtype, 2)
     logits = min(chunk_positions, batch_tokens) * files.head_width * LOGIT_BYTES
     text = files.config | find_text_part(files.config)
     widths = (text[key] for key in WIDTH_KEYS if isinstance(text.get(key), int))

@@ -71,6 +71,13 @@ def list_weight_files(folder: Path) -> list[Path]:
 
 
 def _describe_missing(folder: Path) -> str:
+    gguf = sorted(path.name for path in folder.glob("*.gguf"))
+    if gguf:
+        return (
+            f"whose weights are GGUF ({gguf[0]}), which rayfuse does not read; convert them: "
+            f"AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file={gguf[0]!r}) of transformers, "
+            "then save_pretrained"
+        )
     pickles = list_pickles(folder)
     if pickles:
         return (

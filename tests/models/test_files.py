@@ -152,6 +152,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
         r"not safetensors \(pytorch_model.bin\).*convert them",
     ),
+    "GGUF": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "model-q4.gguf"),
+        r"weights are GGUF \(model-q4.gguf\).*convert them",
+    ),
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
         r"without config.json and \*.safetensors",
