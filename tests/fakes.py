@@ -3,6 +3,7 @@
 import resource
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -101,3 +102,18 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(source / name, folder / name)
+
+
+def save_adapter(base: Path, folder: Path, **settings: Any) -> None:
+    """Write a random LoRA adapter of a model as a folder of peft's."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(7)
+    values = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | settings
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    adapted = get_peft_model(model, LoraConfig(**values, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:  # B starts at zero
+                parameter.add_(torch.randn_like(parameter) / 4)
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)

@@ -12,16 +12,15 @@ import pyarrow as pa
 import ray
 from ray.util import metrics
 
+from rayfuse.capture.actor_memory import CALLS_PER_ACTOR
 from rayfuse.capture.engines.base import LoadEngine
 from rayfuse.capture.shard import ShardCapturer
 from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.models import SourceSettings
 from rayfuse.models.files import load_recipe_tokenizer
+from rayfuse.runtime.heap import trim_heap
 from rayfuse.runtime.ray_internals import list_draining_nodes
 from rayfuse.storage.dataset import DataSet
-
-CALLS_PER_ACTOR = 3
-"""Shards in one actor at a time: one is read, one scored, one written."""
 
 MAX_CRASHES = 5
 """Crashes in a row, before an actor's first shard, that are tolerated: spot nodes are preempted."""
@@ -135,7 +134,9 @@ class CaptureActor:
         if crashes > MAX_CRASHES:
             raise CrashLoopError(describe_crashes(source, crashes))
         engine = load_engine(source, settings)
-        return ShardCapturer(engine, load_recipe_tokenizer(source), corpus, captured)
+        capturer = ShardCapturer(engine, load_recipe_tokenizer(source), corpus, captured)
+        trim_heap()
+        return capturer
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Capture the shards named in a batch, and return one row of `ShardStats` per shard."""

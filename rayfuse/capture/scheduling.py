@@ -1,9 +1,11 @@
 """What is left to capture of each source, and how many actors each may have."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from rayfuse.capture.actor_memory import estimate_actor_memory
 from rayfuse.capture.dtype import settle_dtype
 from rayfuse.capture.engines.load import check_backend
 from rayfuse.config.capture import CaptureSettings
@@ -11,8 +13,9 @@ from rayfuse.config.models import SourceSettings
 from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.models.files import read_model_files
 from rayfuse.run.layout import Layout
+from rayfuse.runtime.memory import MEMORY
 from rayfuse.runtime.progress import Progress, ProgressEvent
-from rayfuse.runtime.resources import count_actor_gpus, count_reachable
+from rayfuse.runtime.resources import count_actor_gpus, count_reachable, reserve_memory
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.todo import list_missing
 
@@ -45,6 +48,8 @@ class SourceWork:
     """
     rejects_before: int
     """Rejected rows of the shards that are complete."""
+    memory_bytes: float = 0.0
+    """Host memory that one actor requests from Ray."""
     max_actors: int = 1
 
 
@@ -60,7 +65,8 @@ def plan_work(
         then: Plans what happens to each captured shard.
 
     Raises:
-        UserError: A source's backend is not installed, or its recorded dtype is corrupt.
+        UserError: A source's backend is not installed, its recorded dtype is corrupt, or no node
+            has the memory of one of its actors.
     """
     return size_pools(
         [
@@ -110,7 +116,23 @@ def _plan_source(
         settings=settings,
         rows_before=manifest.rows * len(done) // max(num_shards, 1),
         rejects_before=captured.count_rejects(done, num_shards),
+        memory_bytes=_reserve_memory(recipe, layout, source, settings, gpus),
     )
+
+
+def _reserve_memory(
+    recipe: Recipe, layout: Layout, source: SourceSettings, settings: CaptureSettings, gpus: float
+) -> float:
+    """Decide how much host memory one actor requests.
+
+    Raises:
+        UserError: No node has as much.
+    """
+    shard_tokens = max((commit.tokens for commit in layout.corpus.commits().values()), default=0)
+    needed = estimate_actor_memory(source, settings, shard_tokens=shard_tokens, on_gpu=gpus > 0)
+    setting = f"sources.{source.name}.memory_gib"
+    needs = {"CPU": source.cpus, "GPU": gpus}
+    return reserve_memory(needs, source.accelerator_type, needed, setting)
 
 
 def size_pools(work: list[SourceWork]) -> list[SourceWork]:
@@ -123,10 +145,14 @@ def size_pools(work: list[SourceWork]) -> list[SourceWork]:
         pools.setdefault((item.gpus > 0, item.source.accelerator_type), []).append(item)
     sized: list[SourceWork] = []
     for (on_gpu, accelerator_type), pool in pools.items():
-        costs = [item.gpus if on_gpu else item.source.cpus for item in pool]
         room = count_reachable("GPU" if on_gpu else "CPU", accelerator_type)
         if not on_gpu:
             room -= 2 * NEXT_STEP_CPUS  # else the actors take all CPUs, and nothing is aligned
+        memory = count_reachable(MEMORY, accelerator_type)
+        costs = [
+            max(item.gpus if on_gpu else item.source.cpus, _price_memory(item, memory, room))
+            for item in pool
+        ]
         # More actors than shards are useless, and the reachable number may be infinite.
         useful = sum(cost * len(item.shards) for cost, item in zip(costs, pool, strict=True))
         weights = [_estimate_work(item) for item in pool]
@@ -135,6 +161,13 @@ def size_pools(work: list[SourceWork]) -> list[SourceWork]:
             max_actors = item.source.max_actors or max(share, item.source.min_actors)
             sized.append(replace(item, max_actors=min(max_actors, max(len(item.shards), 1))))
     return sized
+
+
+def _price_memory(work: SourceWork, memory: float, room: float) -> float:
+    """Convert memory to CPUs or GPUs: an actor with a third of all memory costs a third of them."""
+    if not work.memory_bytes or math.isinf(memory) or math.isinf(room):
+        return 0.0
+    return work.memory_bytes / memory * room
 
 
 def _estimate_work(work: SourceWork) -> float:

@@ -17,12 +17,12 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayActorError
 
 from rayfuse.capture.actor import (
-    CALLS_PER_ACTOR,
     MAX_CRASHES,
     CaptureActor,
     CrashCounter,
     describe_crashes,
 )
+from rayfuse.capture.actor_memory import CALLS_PER_ACTOR
 from rayfuse.capture.engines.base import LoadEngine
 from rayfuse.capture.engines.load import load_recipe_engine
 from rayfuse.capture.scheduling import NEXT_STEP_CPUS, NextStep, PlanStep, SourceWork, plan_work
@@ -38,6 +38,7 @@ from rayfuse.runtime.resources import (
     REPORT_WAIT_SECONDS,
     describe_needs,
     gpu_options,
+    memory_options,
     on_driver_node,
 )
 from rayfuse.storage.todo import split_shards
@@ -121,6 +122,7 @@ class SourceCapture:
         source = self.work.source
         if not ray.get(self.crashes.has_started.remote(source.name)):
             resources = {"CPU": source.cpus, "GPU": self.work.gpus}
+            resources["memory"] = self.work.memory_bytes
             needs = describe_needs(resources, source.accelerator_type)
             self._note(f"no actor has started yet; one needs a node with {needs} free")
 
@@ -189,6 +191,7 @@ class SourceCapture:
                 ),
                 num_cpus=source.cpus,
                 **gpu_options(work.gpus, source.accelerator_type),
+                **memory_options(work.memory_bytes),
             )
             .map_batches(
                 partial(_run_next_step, next_step=work.next_step),

@@ -11,6 +11,7 @@ from torch import nn
 
 from rayfuse.capture.sampling import draw_ids
 from rayfuse.models.causal_lm import CausalLM
+from rayfuse.models.head_product import log_normaliser
 
 MIN_RESOLVED_TAIL = 1e-7
 """The smallest tail mass stored: a sum of float32 probabilities near 1 is no more exact than this,
@@ -108,7 +109,7 @@ def _reduce_chunk(
 ) -> tuple[torch.Tensor, ...]:
     """Reduce logits, which are overwritten, to the fields of `TopLogprobs`."""
     logits.index_fill_(1, unknown_ids, -torch.inf)
-    normaliser = logits.logsumexp(1, keepdim=True)
+    normaliser = log_normaliser(logits)
     next_logprobs = (logits.gather(1, next_ids.clamp(min=0)[:, None]) - normaliser)[:, 0]
     top = logits.topk(min(top_k, logits.shape[1]), dim=1)
     logprobs = top.values - normaliser

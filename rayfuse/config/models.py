@@ -12,9 +12,10 @@ from pydantic import (
     model_validator,
 )
 
-from rayfuse.config.base import Settings, result_neutral
+from rayfuse.config.base import Settings, later_setting, result_neutral
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
+DType = Literal["auto", "float32", "bfloat16", "float16", "float8", "int8", "int4"]
+QUANTISED_DTYPES: tuple[DType, ...] = ("float8", "int8", "int4")
 BackendName = Literal["transformers", "vllm"]
 
 
@@ -22,17 +23,23 @@ BackendName = Literal["transformers", "vllm"]
 class Backend:
     """The abilities of a capture engine that recipes are checked against."""
 
-    uses_several_gpus: bool
-    """Whether one actor can spread a model over any whole number of GPUs."""
     makes_draws: bool
     """Whether it can sample from the distribution, which some values of `capture.signal` need."""
     keeps_long_rope: bool
     """Whether each row gets the position factors of its own length from a model with LongRoPE."""
+    computes_in_parallel: bool = False
+    """Whether several GPUs of an actor compute at the same time, in place of taking turns."""
+    merges_adapters: bool = False
+    """Whether it merges `adapter` into the weights."""
+    quantises: bool = False
+    """Whether it quantises weights by `dtype`, as it loads them."""
 
 
 BACKENDS: dict[BackendName, Backend] = {
-    "transformers": Backend(uses_several_gpus=False, makes_draws=True, keeps_long_rope=True),
-    "vllm": Backend(uses_several_gpus=True, makes_draws=False, keeps_long_rope=False),
+    "transformers": Backend(
+        makes_draws=True, keeps_long_rope=True, merges_adapters=True, quantises=True
+    ),
+    "vllm": Backend(makes_draws=False, keeps_long_rope=False, computes_in_parallel=True),
 }
 """By name; the engines themselves are in `rayfuse.capture.engines.load.ENGINES`."""
 
@@ -48,9 +55,25 @@ class ModelSettings(Settings):
     revision: str | None = None
     """The hub commit; set it for a reproducible run."""
     dtype: DType = "auto"
-    """`auto`: bfloat16 on a GPU, float32 on a CPU; a capture that resumes keeps its dtype."""
+    """`auto`: bfloat16 on a GPU, float32 on a CPU; a capture that resumes keeps its dtype. Sources
+    alone: `float8` (torchao), `int8` and `int4` (bitsandbytes) quantise the weights, not the head,
+    as they are loaded; install the library on all nodes."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models with code that you have read."""
+    adapter: str | None = later_setting(None)
+    """A LoRA adapter of peft, a folder or a hub id, that is merged into the weights as the model is
+    loaded (`pip install 'rayfuse[lora]'`); only from safetensors."""
+    adapter_revision: str | None = later_setting(None)
+    """The hub commit of the adapter."""
+
+    @model_validator(mode="after")
+    def _check_adapter(self) -> "ModelSettings":
+        if self.adapter_revision is not None and self.adapter is None:
+            raise ValueError(
+                f"adapter_revision is {self.adapter_revision!r} without adapter; set it, or remove "
+                "adapter_revision"
+            )
+        return self
 
 
 class TrainedSettings(ModelSettings):
@@ -67,15 +90,20 @@ class SourceSettings(ModelSettings):
     name: str
     """The source's name in folders and tables."""
     backend: BackendName = "transformers"
-    """The engine that runs the model. `vllm` (`pip install rayfuse[vllm]`) spreads a model over all
-    GPUs of an actor; it gives the likeliest tokens only, no draws."""
+    """The engine that runs the model. `vllm` (`pip install rayfuse[vllm]`) gives the likeliest
+    tokens only, no draws; several GPUs of an actor compute at the same time."""
     gpus: NonNegativeFloat | None = result_neutral(None)
-    """GPUs of one actor, fractions allowed; by default 1 if accelerator_type is set or the cluster
-    has or may add GPUs, else 0."""
+    """GPUs of one actor, fractions of one allowed; by default 1 if accelerator_type is set or the
+    cluster has or may add GPUs, else 0. The layers of a model are spread over several GPUs, for a
+    model that one cannot hold: with backend transformers they take turns."""
     accelerator_type: str | None = result_neutral(None)
     """The GPU type by Ray's name: `L4`, `A10G`, `H100`, ..."""
     cpus: PositiveFloat = result_neutral(1.0)
     """CPUs of one actor."""
+    memory_gib: NonNegativeFloat | None = result_neutral(None)
+    """Host memory of one actor, which Ray reserves, in GiB; by default estimated from the model's
+    files, `capture.chunk_positions` and the batch, and not reserved if a node type of the
+    autoscaler has no `memory`. 0: none."""
     min_actors: PositiveInt = result_neutral(1)
     """Actors to start with."""
     max_actors: PositiveInt | None = result_neutral(None)
@@ -97,6 +125,24 @@ class SourceSettings(ModelSettings):
         return name
 
     @model_validator(mode="after")
+    def _check_adapter_backend(self) -> "SourceSettings":
+        if self.adapter is not None and not BACKENDS[self.backend].merges_adapters:
+            raise ValueError(
+                f"adapter is {self.adapter!r}, which backend {self.backend} does not merge; use "
+                "backend transformers, or merge it with peft and name the result as model"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_dtype(self) -> "SourceSettings":
+        if self.dtype in QUANTISED_DTYPES and not BACKENDS[self.backend].quantises:
+            raise ValueError(
+                f"dtype is {self.dtype}, by which backend {self.backend} does not quantise; use "
+                "backend transformers, or a model that is quantised already and dtype auto"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_actors(self) -> "SourceSettings":
         if self.max_actors is not None and self.max_actors < self.min_actors:
             raise ValueError(
@@ -107,14 +153,8 @@ class SourceSettings(ModelSettings):
     @model_validator(mode="after")
     def _check_gpus(self) -> "SourceSettings":
         gpus = self.gpus or 0.0
-        if gpus > 1 and not BACKENDS[self.backend].uses_several_gpus:
-            others = [name for name, backend in BACKENDS.items() if backend.uses_several_gpus]
-            raise ValueError(
-                f"gpus is {self.gpus}; backend {self.backend} uses one GPU or a part of it; use at "
-                f"most 1, or a backend that uses several: {', '.join(others)}"
-            )
         if gpus > 1 and gpus != int(gpus):
             raise ValueError(
-                f"gpus is {self.gpus}; backend {self.backend} uses any whole number of GPUs"
+                f"gpus is {self.gpus}; an actor has a part of one GPU, or a whole number of them"
             )
         return self

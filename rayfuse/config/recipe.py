@@ -16,7 +16,7 @@ from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.corpus import CorpusSettings
 from rayfuse.config.evaluate import EvaluateSettings
 from rayfuse.config.fuse import FuseSettings
-from rayfuse.config.models import BACKENDS, ModelSettings, SourceSettings
+from rayfuse.config.models import BACKENDS, QUANTISED_DTYPES, ModelSettings, SourceSettings
 from rayfuse.config.overrides import shorten
 from rayfuse.config.plan import PlanSettings
 from rayfuse.config.train import TrainSettings
@@ -150,6 +150,10 @@ class Recipe(Settings):
             raise ValueError(
                 "dtype is float16, whose gradients overflow without loss scaling; use bfloat16 or "
                 "float32"
+            )
+        if target.dtype in QUANTISED_DTYPES:
+            raise ValueError(
+                f"dtype is {target.dtype}, in which nothing can be trained; use bfloat16 or float32"
             )
         return target
 

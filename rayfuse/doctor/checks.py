@@ -1,18 +1,17 @@
 """Facts -> findings. Pure functions of a recipe and a cluster's facts."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from rayfuse.config.recipe import Recipe
 from rayfuse.doctor.facts import NodeFacts
 from rayfuse.runtime.autoscaler import HEAD, NodeKind
+from rayfuse.runtime.memory import GIB, MEMORY
 
 EVERYWHERE = ("0.0.0.0", "::")
-
-GIB = 2**30
 
 MIN_SHM_BYTES = 2**28
 """Docker's default is 64 MiB, with which NCCL and PyTorch crash."""
@@ -54,6 +53,11 @@ class ClusterFacts:
     """Node types that the autoscaler may add; None if they are unknown."""
     checkpoint_bytes: float = 0.0
     """Of one checkpoint of the training."""
+    actor_memory: Mapping[str, tuple[float, float]] = field(
+        default_factory=dict[str, tuple[float, float]]
+    )
+    """Host memory of one actor, in bytes, on a CPU and on a GPU, by source; none where a model
+    cannot be read."""
 
 
 def list_findings(recipe: Recipe, cluster: ClusterFacts) -> list[Finding]:
@@ -210,6 +214,7 @@ class ResourceRequest:
     """Of one actor or worker."""
     gpus: float
     count: int
+    memory_bytes: float = 0.0
     accelerator_type: str | None = None
     placement: str = "spread"
     """As `train.placement`: if the actors or workers must share a node, or must not."""
@@ -280,12 +285,15 @@ def list_requests(recipe: Recipe, cluster: ClusterFacts) -> Iterator[ResourceReq
         return 1.0 if has_gpu or accelerator_type is not None else 0.0  # the default of the stages
 
     for source in recipe.sources:
+        gpus = count_gpus(source.gpus, source.accelerator_type)
+        memory = cluster.actor_memory.get(source.name, (0.0, 0.0))
         yield ResourceRequest(
             f"source {source.name}",
             f"sources.{source.name}",
             source.cpus,
-            count_gpus(source.gpus, source.accelerator_type),
+            gpus,
             source.min_actors,
+            memory[1 if gpus else 0],
             source.accelerator_type,
         )
     train = recipe.train
@@ -296,8 +304,8 @@ def list_requests(recipe: Recipe, cluster: ClusterFacts) -> Iterator[ResourceReq
         train.cpus_per_worker,
         count_gpus(train.gpus_per_worker, train.accelerator_type),
         workers,
-        train.accelerator_type,
-        train.placement,
+        accelerator_type=train.accelerator_type,
+        placement=train.placement,
     )
 
 
@@ -318,6 +326,8 @@ def _count_on_node(request: ResourceRequest, resources: dict[str, float]) -> int
         return 0
     rooms = [resources.get("CPU", 0.0) / request.cpus]
     rooms += [resources.get("GPU", 0.0) / request.gpus] if request.gpus else []
+    if request.memory_bytes and MEMORY in resources:  # else it is not requested: `find_room`
+        rooms.append(resources[MEMORY] / request.memory_bytes)
     return int(min(rooms) + 1e-9)  # 0.3 / 0.1 is a little below 3
 
 
@@ -328,14 +338,17 @@ def _describe(request: ResourceRequest) -> str:
     kind = f" of kind {request.accelerator_type}" if request.accelerator_type else ""
     gpus = f"{request.gpus:g} GPUs{kind} and " if request.gpus or kind else ""
     where = PLACEMENTS.get(request.placement, "")
-    return f"{request.count} x {gpus}{request.cpus:g} CPUs{where}"
+    memory = request.memory_bytes / GIB
+    host = f" and {memory:.1f} GiB of host memory" if memory else ""
+    return f"{request.count} x {gpus}{request.cpus:g} CPUs{host}{where}"
 
 
 def _name_remedy(request: ResourceRequest) -> str:
     kind = request.accelerator_type
     # Ray's actors request this resource; a node label of the same name adds no nodes.
     hint = f", with `{ACCELERATOR}{kind}: 1` in the node type's resources" if kind else ""
-    return f"add such nodes (max_workers{hint}), or change {request.setting}"
+    less = ", lower its memory_gib" if request.memory_bytes else ""
+    return f"add such nodes (max_workers{hint}){less}, or change {request.setting}"
 
 
 def _join(names: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import rayfuse
 from rayfuse.config.models import ModelSettings
+from rayfuse.models.adapter import check_peft, read_adapter
 from rayfuse.models.config_file import find_config, read_config
 from rayfuse.models.weight_files import list_weight_files
 from rayfuse.storage.store import check_store, open_store
@@ -141,6 +142,11 @@ def check_models(models: tuple[tuple[str, ModelSettings], ...]) -> dict[str, str
 
 
 def _check_model(settings: ModelSettings) -> None:
+    adapter = read_adapter(settings)
+    if adapter is not None:
+        check_peft()
+        with open(adapter.weights, "rb") as opened:
+            opened.read(8)
     folder = Path(settings.model).expanduser()
     if not folder.is_dir():
         read_config(settings)

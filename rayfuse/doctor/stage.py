@@ -1,13 +1,16 @@
 """Collect the facts of a cluster: a Ray task on each node, and the autoscaler's settings."""
 
 import sys
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rayfuse.capture.actor_memory import estimate_actor_memory
 from rayfuse.config.recipe import Recipe
 from rayfuse.config.text import show_controls
 from rayfuse.doctor.checks import ClusterFacts
@@ -65,7 +68,21 @@ def collect_cluster_facts(recipe: Recipe, marker: str | None) -> ClusterFacts:
         has_autoscaler=has_autoscaler,
         addable=addable,
         checkpoint_bytes=_size_checkpoint(recipe),
+        actor_memory=_size_actors(recipe),
     )
+
+
+def _size_actors(recipe: Recipe) -> dict[str, tuple[float, float]]:
+    """Estimate the memory of one actor of each source whose model can be read, on CPU and GPU."""
+    sizes: dict[str, tuple[float, float]] = {}
+    estimate = partial(estimate_actor_memory, shard_tokens=recipe.corpus.shard_tokens)
+    for source in recipe.sources:
+        with suppress(ValueError, OSError):
+            on_cpu, on_gpu = (
+                estimate(source, recipe.capture, on_gpu=on_gpu) for on_gpu in (False, True)
+            )
+            sizes[source.name] = (on_cpu, on_gpu)
+    return sizes
 
 
 def _size_checkpoint(recipe: Recipe) -> float:

@@ -12,7 +12,7 @@ import torch
 from ray.exceptions import RayTaskError
 
 from rayfuse.config.base import UserError
-from rayfuse.config.models import ModelSettings, SourceSettings
+from rayfuse.config.models import ModelSettings
 from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.evaluate.bits_per_byte import (
     load_scored_model,
@@ -29,19 +29,18 @@ from rayfuse.evaluate.scores import (
     Evaluation,
     find_role,
 )
+from rayfuse.evaluate.task_resources import choose_resources
 from rayfuse.models.config_file import read_context_tokens
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.models.folder import PLAIN_FILES, find_folder, list_files
 from rayfuse.run.layout import Layout, describe_model, find_own_folder
 from rayfuse.run.made_models import DONE_FILE, is_made
+from rayfuse.runtime.heap import trim_heap
 from rayfuse.runtime.logging import log_event
 from rayfuse.runtime.metrics import count_work
 from rayfuse.runtime.progress import Progress, ProgressEvent
 from rayfuse.runtime.resources import (
     TASK_RETRIES,
-    count_actor_gpus,
-    count_default_gpus,
-    gpu_options,
 )
 from rayfuse.runtime.scratch import scratch_folder
 from rayfuse.storage.dataset import DataSet
@@ -143,7 +142,7 @@ def _score_models(
     pending: dict[Any, tuple[str, int]] = {}
     for name, job in jobs.items():
         merge = _start_merge(recipe, layout) if name == MERGED else None
-        remote: Any = ray.remote(**_resource_options(job.model, recipe))(score_shards)
+        remote: Any = ray.remote(**choose_resources(job.model, recipe))(score_shards)
         pending |= {remote.remote(job, group, merge): (name, i) for i, group in enumerate(groups)}
     for name, parts in _gather(pending, groups, progress):
         evaluation = _join_parts(name, jobs[name].model.model, parts, read_inputs(layout, name))
@@ -208,7 +207,7 @@ def _score_tasks(recipe: Recipe, layout: Layout, progress: Progress) -> None:
         if name != ENSEMBLE:
             check_trained(recipe, layout, name)
             model = describe_model(recipe, name, layout)
-            remote: Any = ray.remote(**_resource_options(model, recipe))(run_model_job)
+            remote: Any = ray.remote(**choose_resources(model, recipe))(run_model_job)
             pending[remote.remote(job, model, find_own_folder(name, layout))] = name
     _wait_for_jobs(pending, progress)
     if ENSEMBLE in jobs:
@@ -292,16 +291,6 @@ def _fetch(reference: Any) -> Any:
         raise
 
 
-def _resource_options(model: ModelSettings, recipe: Recipe) -> dict[str, Any]:
-    """Choose a task's resources: a source's are those of its actors, others' of a train worker."""
-    if isinstance(model, SourceSettings):
-        kind, cpus, gpus = model.accelerator_type, model.cpus, count_actor_gpus(model)
-    else:
-        kind, cpus = recipe.train.accelerator_type, 1.0
-        gpus = count_default_gpus(kind)
-    return {"num_cpus": cpus, "max_retries": TASK_RETRIES} | gpu_options(gpus, kind)
-
-
 def score_shards(job: ScoringJob, shards: list[int], merge: object = None) -> ScoredShards:
     """Score held-out shards with one model; a Ray task.
 
@@ -317,6 +306,7 @@ def score_shards(job: ScoringJob, shards: list[int], merge: object = None) -> Sc
     documents: list[DocumentScore] = []
     with local_model(job.model, job.held_out.store, job.own_folder) as model:
         lm, tokenizer = load_scored_model(model), load_recipe_tokenizer(model)
+        trim_heap()
         for shard in shards:
             commit = job.held_out.read_commit(shard)
             rows = job.held_out.read_shard(commit)

@@ -3,21 +3,30 @@
 Imported late: torch and transformers take seconds, and only a model that is built needs them.
 """
 
+import importlib
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    TorchAoConfig,
+)
 from transformers.utils import logging as hf_logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from rayfuse.config.base import UserError, user_error_from
-from rayfuse.config.models import ModelSettings, TrainedSettings
+from rayfuse.config.models import QUANTISED_DTYPES, ModelSettings, TrainedSettings
+from rayfuse.models.adapter import check_peft, read_adapter
 from rayfuse.models.config_file import read_config
 from rayfuse.models.out_of_memory import is_out_of_memory
 from rayfuse.models.parts import find_parts
+from rayfuse.models.placement import Placement
 from rayfuse.models.weight_files import (
     ADAPTER,
     StoredTensor,
@@ -57,15 +66,19 @@ DTYPES = {
 SHOWN_TENSORS = 3
 
 
-def load_model(settings: ModelSettings, dtype: torch.dtype) -> Any:
-    """Load a model from safetensors, on the CPU, if its files hold exactly its tensors.
+def load_model(settings: ModelSettings, dtype: torch.dtype, placement: Placement) -> Any:
+    """Load a model from safetensors, if its files hold exactly its tensors.
+
+    An adapter is merged into it.
 
     Args:
         settings: The model.
         dtype: The dtype of its weights.
+        placement: Its devices.
 
     Raises:
-        UserError: It cannot be loaded, or a tensor is missing, has another shape, or has no use.
+        UserError: It cannot be loaded, does not fit its devices, a tensor is missing, has another
+            shape, or has no use, or its adapter does not fit it.
     """
     config, name = load_config(settings), _expand(settings.model)
     if find_adapter_config_file(name, revision=settings.revision) is not None:
@@ -79,12 +92,48 @@ def load_model(settings: ModelSettings, dtype: torch.dtype) -> Any:
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,
             dtype=dtype,
+            quantization_config=_build_quantization(settings.dtype),
+            device_map=placement.device_map,
+            max_memory=placement.max_memory,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
     model, found = loaded
     _check_complete(found, settings.model)
-    return model
+    placement.check_fits(model, settings.model)
+    adapter = read_adapter(settings)
+    if adapter is None:
+        return model
+    return _import_lora().merge_adapter(model, adapter, settings.adapter)
+
+
+def _build_quantization(dtype: str) -> Any:
+    """Build what transformers quantises weights by as it loads them; None for other dtypes.
+
+    float8: weights alone, e4m3. int8: LLM.int8 (arXiv 2208.07339). int4: NF4 (arXiv 2305.14314).
+    """
+    if dtype not in QUANTISED_DTYPES:
+        return None
+    if dtype == "float8":
+        torchao: Any = importlib.import_module("torchao.quantization")
+        return TorchAoConfig(quant_type=torchao.Float8WeightOnlyConfig())
+    if dtype == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+
+
+def _import_lora() -> Any:
+    """Import what needs peft.
+
+    Raises:
+        UserError: peft is not installed.
+    """
+    check_peft()
+    from rayfuse.models import lora
+
+    return lora
 
 
 def load_config(settings: ModelSettings) -> Any:
@@ -173,6 +222,17 @@ def build_on_meta(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
+def count_parameters(settings: ModelSettings) -> int:
+    """Count the weights of a model from its config alone.
+
+    Raises:
+        UserError: It cannot be built.
+    """
+    with _naming(settings.model):
+        built = build_on_meta(load_config(settings))
+    return sum(parameter.numel() for parameter in built.parameters())
+
+
 def compare_tensors(settings: ModelSettings) -> None:
     """Compare the headers of a folder's weight files with its architecture, which must have a head.
 
@@ -181,7 +241,7 @@ def compare_tensors(settings: ModelSettings) -> None:
 
     Raises:
         UserError: A tensor is missing, has another shape, or has no use, a file is corrupt, or the
-            model has no linear head on top of a body.
+            adapter does not fit the model, or the model has no linear head on top of a body.
     """
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()  # its table of missing tensors; the error lists them
@@ -193,7 +253,7 @@ def compare_tensors(settings: ModelSettings) -> None:
     with _naming(settings.model):
         built = build_on_meta(config)
         find_parts(built, name=settings.model)
-        _, found = type(built).from_pretrained(
+        model, found = type(built).from_pretrained(
             None,
             config=built.config,
             state_dict={name: _describe(tensor) for name, tensor in stored.items()},
@@ -202,6 +262,9 @@ def compare_tensors(settings: ModelSettings) -> None:
             output_loading_info=True,
         )
     _check_complete(found, settings.model)
+    adapter = read_adapter(settings)
+    if adapter is not None:
+        _import_lora().add_empty_adapter(model, adapter, settings.adapter)
 
 
 def check_architecture(settings: ModelSettings) -> None:

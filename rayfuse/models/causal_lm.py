@@ -13,11 +13,12 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from rayfuse.config.base import UserError, first_line, user_error_from
-from rayfuse.config.models import ModelSettings
+from rayfuse.config.models import QUANTISED_DTYPES, ModelSettings
 from rayfuse.models.batching import pad_rows
-from rayfuse.models.head_product import is_plain, multiply_head
+from rayfuse.models.head_product import is_plain, log_normaliser, multiply_head
 from rayfuse.models.out_of_memory import is_out_of_memory
 from rayfuse.models.parts import find_parts
+from rayfuse.models.placement import Placement, find_device, place_model
 
 CAP_KEYS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """Keys of config.json for a cap on the logits: Gemma's, RecurrentGemma's and xLSTM's."""
@@ -106,7 +107,7 @@ class CausalLM:
         token_ids: Int[torch.Tensor, "batch seq_len"],
         position_ids: Int[torch.Tensor, "batch seq_len"] | None = None,
     ) -> Float[torch.Tensor, "batch seq_len width"]:
-        """Compute the head's inputs.
+        """Compute the head's inputs, on `head_device`.
 
         Args:
             token_ids: The sequences, padded on the right: causal attention never reads the padding,
@@ -115,12 +116,14 @@ class CausalLM:
                 see `keeps_rows_apart`. None for one row per sequence.
         """
         if position_ids is None:
-            return self.body(input_ids=token_ids, use_cache=False).last_hidden_state
+            hidden = self.body(input_ids=token_ids, use_cache=False).last_hidden_state
+            return hidden.to(self.head_device)
         shape = token_ids.shape
         if self.joins_sequences:
             token_ids, position_ids = token_ids.reshape(1, -1), position_ids.reshape(1, -1)
         given = {"input_ids": token_ids, "position_ids": position_ids}
-        return self.body(**given, use_cache=False).last_hidden_state.reshape(*shape, -1)
+        hidden = self.body(**given, use_cache=False).last_hidden_state
+        return hidden.to(self.head_device).reshape(*shape, -1)
 
     def logits(
         self, hidden: Float[torch.Tensor, "positions width"]
@@ -135,31 +138,46 @@ class CausalLM:
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
-        return self.head.weight.device
+        """The device that takes token ids: that of the embedding."""
+        model: Any = self.model
+        return find_device(model.get_input_embeddings())
+
+    @property
+    def head_device(self) -> torch.device:
+        """The device of hidden states and logits; another one if a device map spreads the model."""
+        return find_device(self.head)
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:
-    """Look up a recipe's `dtype`; `auto` is float32 on a CPU and bfloat16 on a GPU."""
+    """Look up a recipe's `dtype`; `auto` is float32 on a CPU and bfloat16 on a GPU.
+
+    Quantised weights are computed with in bfloat16.
+    """
+    if dtype in QUANTISED_DTYPES:
+        return torch.bfloat16
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     return cast(torch.dtype, getattr(torch, dtype))
 
 
-def load_causal_lm(settings: ModelSettings, device: str) -> CausalLM:
+def load_causal_lm(
+    settings: ModelSettings, device: str, placement: Placement | None = None
+) -> CausalLM:
     """Load an LLM from safetensors, in evaluation mode.
 
     Args:
         settings: A folder or hub id, its revision and its dtype; see `resolve_dtype`.
         device: A torch device, such as `cuda` or `cpu`.
+        placement: The devices of its parts; by default those of `place_model`.
 
     Raises:
         UserError: The model cannot be loaded, or `split_head` refuses it.
     """
     from rayfuse.models.architecture import load_model  # takes seconds; only loading needs it
 
-    loaded = load_model(settings, resolve_dtype(settings.dtype, device))
-    return split_head(loaded.to(device).eval(), name=settings.model)
+    where = placement or place_model(settings, device)
+    loaded = load_model(settings, resolve_dtype(settings.dtype, device), where)
+    return split_head(loaded.eval(), name=settings.model)
 
 
 def _explain_forward(error: Exception, name: str) -> UserError:
@@ -204,7 +222,7 @@ def _check_logits(lm: CausalLM, name: str) -> None:
     """
     row = torch.arange(1, 9, device=lm.device)[None]
     logits = lm.model(input_ids=row, use_cache=False).logits.float()
-    ours = lm.logits(lm.hidden_states(row)[0])[None]
+    ours = lm.logits(lm.hidden_states(row)[0])[None].to(logits.device)
     if not logits.isfinite().all():
         dtype = str(lm.head.weight.dtype).removeprefix("torch.")
         raise UserError(
@@ -282,10 +300,10 @@ def next_token_logprobs(
     with torch.inference_mode():
         hidden = lm.hidden_states(token_ids)
         for row, hidden_row, result in zip(rows, hidden, results, strict=True):
-            following = torch.from_numpy(row[1:].astype(np.int64)).to(lm.device)
+            following = torch.from_numpy(row[1:].astype(np.int64)).to(lm.head_device)
             for start in range(0, len(row) - 1, chunk_positions):
                 part = following[start : start + chunk_positions]
                 logits = lm.logits(hidden_row[start : start + len(part)])
-                chosen = logits.gather(1, part[:, None])[:, 0] - logits.logsumexp(1)
+                chosen = logits.gather(1, part[:, None])[:, 0] - log_normaliser(logits)[:, 0]
                 result[start : start + len(part)] = chosen.double().cpu().numpy()
     return results

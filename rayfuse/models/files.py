@@ -10,6 +10,7 @@ from typing import Any
 
 from rayfuse.config.base import UserError
 from rayfuse.config.models import BACKENDS, ModelSettings, SourceSettings, TrainedSettings
+from rayfuse.models.adapter import identify_adapter
 from rayfuse.models.config_file import (
     TEXT_KEYS,
     find_config,
@@ -19,6 +20,7 @@ from rayfuse.models.config_file import (
     read_config,
 )
 from rayfuse.models.file_hash import find_cache_folder, hash_file
+from rayfuse.models.quantization import check_quantization
 from rayfuse.models.tokenizer import TextTokenizer, load_tokenizer
 from rayfuse.models.weight_files import list_weight_files
 
@@ -33,7 +35,8 @@ class ModelFiles:
     """The identity and the limits of a model."""
 
     identity: str
-    """Hash of all bytes of a folder that decide its predictions; id and commit of a hub model."""
+    """Hash of all bytes of a folder that decide its predictions; id and commit of a hub model. With
+    an adapter, the hash of both."""
     head_width: int
     """Logits per position; may exceed the tokenizer's vocabulary by padding."""
     context_tokens: int | None
@@ -65,10 +68,12 @@ def check_model(settings: ModelSettings, max_tokens: int, *, role: str) -> Model
 
     Raises:
         UserError: The model is missing, has no safetensors, has fewer logits than its tokenizer
-            has ids, or has a context shorter than `max_tokens`.
+            has ids, has a context shorter than `max_tokens`, or is quantised in a way that cannot
+            be used here.
     """
     try:
         files = read_model_files(settings)
+        check_quantization(settings, files.config)
         _check_ids(settings.model, load_recipe_tokenizer(settings), files.head_width)
     except ValueError as error:
         raise UserError(f"{role}: {error}") from error
@@ -125,15 +130,16 @@ def read_model_files(settings: ModelSettings) -> ModelFiles:
 
     Raises:
         UserError: The folder or the hub id does not exist; a folder has no config.json, no
-            safetensors, not all that its index names, or an adapter; or config.json is not that of
-            a causal LLM.
+            safetensors, not all that its index names, or an adapter; config.json is not that of a
+            causal LLM; or the setting `adapter` cannot be used.
     """
-    return _read_files(settings.model, settings.revision, settings.trust_remote_code)
+    names = ("model", "revision", "trust_remote_code", "adapter", "adapter_revision")
+    return _read_files(tuple((name, getattr(settings, name)) for name in names))
 
 
 @lru_cache(maxsize=16)
-def _read_files(model: str, revision: str | None, trust_remote_code: bool) -> ModelFiles:
-    settings = ModelSettings(model=model, revision=revision, trust_remote_code=trust_remote_code)
+def _read_files(values: tuple[tuple[str, Any], ...]) -> ModelFiles:
+    settings = ModelSettings(**dict(values))
     path = find_config(settings.model, settings.revision)
     config = read_config(settings)
     head_width = _find_head_width(path, config)
@@ -145,6 +151,9 @@ def _read_files(model: str, revision: str | None, trust_remote_code: bool) -> Mo
         # The hub's cache stores files under snapshots/COMMIT/. A branch may move; the commit, which
         # is a hash of all files, is fixed.
         identity, num_bytes = f"{settings.model}@{path.parent.name}", 1
+    adapter = identify_adapter(settings)
+    if adapter is not None:
+        identity = hashlib.sha256(f"{identity}\n{adapter}".encode()).hexdigest()
     return ModelFiles(identity, head_width, find_context(config), num_bytes, config)
 
 
@@ -156,8 +165,9 @@ def forget_model_files() -> None:
 def check_tensors(settings: ModelSettings, *, role: str) -> None:
     """Check that a model folder holds exactly the tensors of its architecture; loads none.
 
-    A model that passed is not checked again with the same version of transformers. Tensors of the
-    hub, of quantised models and of those with their own code are checked as they are loaded.
+    An adapter's tensors must fit it. A model that passed is not checked again with the same version
+    of transformers. Tensors of the hub, of quantised models and of those with their own code are
+    checked as they are loaded.
 
     Args:
         settings: The model.
@@ -175,8 +185,7 @@ def check_tensors(settings: ModelSettings, *, role: str) -> None:
     passed = None if folder is None else folder / "complete" / name
     if passed is not None and passed.exists():
         return
-    from rayfuse.models import architecture  # takes seconds, once per model
-
+    architecture = import_architecture()
     check = architecture.compare_tensors if is_folder else architecture.check_architecture
     try:
         check(settings)
@@ -188,6 +197,13 @@ def check_tensors(settings: ModelSettings, *, role: str) -> None:
             passed.touch()
 
 
+def import_architecture() -> Any:
+    """Import what needs torch and transformers: that takes seconds, and is seldom needed."""
+    from rayfuse.models import architecture
+
+    return architecture
+
+
 def _find_head_width(path: Path, config: dict[str, Any]) -> int:
     """Find the number of logits: as config.json states, or else its family's default.
 
@@ -196,9 +212,7 @@ def _find_head_width(path: Path, config: dict[str, Any]) -> int:
     """
     given = (config | find_text_part(config)).get("vocab_size")
     if given is None:
-        from rayfuse.models.architecture import find_default_width  # takes seconds, rarely needed
-
-        given = find_default_width(config)
+        given = import_architecture().find_default_width(config)
     if not isinstance(given, int) or isinstance(given, bool) or given < 1:
         raise UserError(
             f"{path}: vocab_size is {given!r}, also in its part for text ({', '.join(TEXT_KEYS)}); "

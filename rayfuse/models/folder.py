@@ -29,8 +29,12 @@ MAX_JSON_BYTES = 2**24
 """The largest config.json and index that is read; those of the largest LLMs have 2^23 bytes."""
 
 
-def check_folder(model: str) -> None:
+def check_folder(model: str, *, setting: str = "model") -> None:
     """Check that a model that looks like a path is a folder, as a hub id is NAME or OWNER/NAME.
+
+    Args:
+        model: A folder or a hub id.
+        setting: The setting that names it, for errors.
 
     Raises:
         UserError: The folder does not exist.
@@ -38,25 +42,28 @@ def check_folder(model: str) -> None:
     folder = Path(model).expanduser()
     is_path = folder.is_absolute() or model.startswith(("./", "../", "~")) or model.count("/") > 1
     if is_path and "://" not in model and not folder.is_dir():
-        raise UserError(f"model is {model!r}, a folder that does not exist; check the path")
+        raise UserError(f"{setting} is {model!r}, a folder that does not exist; check the path")
 
 
-def find_folder(model: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+def find_folder(
+    model: str, revision: str | None, patterns: tuple[str, ...], *, setting: str = "model"
+) -> Path:
     """Find the folder of a model's files; downloads those of a hub model first.
 
     Args:
         model: A folder or a hub id.
         revision: A commit, branch or tag of the hub; None for its default branch.
         patterns: The files that are downloaded.
+        setting: The setting that names it, for errors.
 
     Raises:
         UserError: The folder does not exist, or the hub refuses.
     """
-    check_folder(model)
+    check_folder(model, setting=setting)
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
-    with naming_hub_model(model):
+    with naming_hub_model(model, setting=setting):
         return Path(
             huggingface_hub.snapshot_download(
                 model, revision=revision, allow_patterns=list(patterns)
@@ -64,11 +71,11 @@ def find_folder(model: str, revision: str | None, patterns: tuple[str, ...]) -> 
         )
 
 
-def naming_hub_model(model: str) -> AbstractContextManager[None]:
+def naming_hub_model(model: str, *, setting: str = "model") -> AbstractContextManager[None]:
     """Turn any error of the hub's client into a `UserError` that names the model."""
     return user_error_from(
         lambda error: UserError(
-            f"model is {model!r}, which is not a local folder and cannot be read from the hub "
+            f"{setting} is {model!r}, which is not a local folder and cannot be read from the hub "
             f"({first_line(error)}); check the name, or log in if it is gated"
         )
     )

@@ -1,4 +1,4 @@
-"""A head's product with hidden states, in float32 however narrow the two are.
+"""A head's product with hidden states, in float32 however narrow the two are, and its normaliser.
 
 A product in bfloat16 is rounded to 8 bits of mantissa: errors of several hundredths of a nat at
 large logits. The products of two half-precision numbers are exact in float32, so it suffices to add
@@ -9,16 +9,25 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
+from rayfuse.models.placement import only_moves_inputs
+
 CPU_CHUNK_BYTES = 16 << 20
 """Of the head's weights that are converted to float32 at a time."""
+
+CPU_NORMALISED_POSITIONS = 64
+"""Positions that are exponentiated at a time: their exponentials are a copy."""
 
 
 def is_plain(head: nn.Linear) -> bool:
     """Check that a head's output is the product with its weight, as it lies in memory.
 
-    Quantised weights are of other classes; hooks that load or unpack weights replace `forward`.
+    Quantised weights are of other classes; hooks that load or unpack weights replace `forward`. One
+    of a device map that moves the inputs alone does so, too, and counts as plain.
     """
-    is_own = type(head.weight) in (torch.Tensor, nn.Parameter) and "forward" not in vars(head)
+    is_hooked = "forward" in vars(head) and not (
+        hasattr(head, "_hf_hook") and only_moves_inputs(head)
+    )
+    is_own = type(head.weight) in (torch.Tensor, nn.Parameter) and not is_hooked
     return type(head).forward is nn.Linear.forward and is_own
 
 
@@ -36,6 +45,16 @@ def multiply_head(
     else:
         product = _multiply_in_chunks(hidden.to(wide), weight)
     return product if bias is None else product.add_(bias)
+
+
+def log_normaliser(
+    logits: Float[torch.Tensor, "positions vocab"],
+) -> Float[torch.Tensor, "positions 1"]:
+    """Compute log sum exp over the vocabulary, without a second copy of the logits on a CPU."""
+    if logits.is_cuda:
+        return logits.logsumexp(1, keepdim=True)
+    parts = [part.logsumexp(1, keepdim=True) for part in logits.split(CPU_NORMALISED_POSITIONS)]
+    return torch.cat(parts)
 
 
 def _multiply_in_chunks(

@@ -1,7 +1,8 @@
 """The weight files of a model folder: safetensors alone, all of them there, no adapter beside them.
 
 `transformers` would read other formats, load an adapter into the model, or skip it silently where
-peft is missing. A model is exactly its files here, so such folders are refused.
+peft is missing. A model is exactly its files here, so such folders are refused; an adapter has a
+folder and a setting of its own (`rayfuse.models.adapter`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -42,8 +43,8 @@ def check_no_adapter(names: Iterable[str], model: str) -> None:
     """
     if ADAPTER in names:
         raise UserError(
-            f"model is {model!r}, a folder with a PEFT adapter ({ADAPTER}); merge it into the "
-            "weights (peft: merge_and_unload, then save_pretrained), or remove the adapter's files"
+            f"model is {model!r}, a folder with a PEFT adapter ({ADAPTER}); name its base as "
+            "`model` and the adapter as `adapter`, in a folder of its own, or remove its files"
         )
 
 
@@ -70,7 +71,14 @@ def list_weight_files(folder: Path) -> list[Path]:
 
 
 def _describe_missing(folder: Path) -> str:
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    gguf = sorted(path.name for path in folder.glob("*.gguf"))
+    if gguf:
+        return (
+            f"whose weights are GGUF ({gguf[0]}), which rayfuse does not read; convert them: "
+            f"AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file={gguf[0]!r}) of transformers, "
+            "then save_pretrained"
+        )
+    pickles = list_pickles(folder)
     if pickles:
         return (
             f"whose weights are not safetensors ({pickles[0]}); such files may run code when they "
@@ -80,6 +88,11 @@ def _describe_missing(folder: Path) -> str:
         f"a folder without config.json and *.safetensors ({WEIGHTS}, or {INDEX} and its files); "
         "save the model there with save_pretrained"
     )
+
+
+def list_pickles(folder: Path) -> list[str]:
+    """List the names of a folder's files in formats that may hold code."""
+    return sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
 
 
 def _read_shard_names(index: Path) -> set[str]:

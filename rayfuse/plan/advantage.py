@@ -3,6 +3,7 @@
 import numpy as np
 from jaxtyping import Bool, Float
 
+from rayfuse.config.models import ModelSettings
 from rayfuse.config.recipe import Recipe
 from rayfuse.run.layout import Layout
 
@@ -21,8 +22,8 @@ def measure_advantage(recipe: Recipe, layout: Layout) -> float | None:
     Raises:
         ShardError: A shard is missing or corrupt.
     """
-    target = (recipe.target.model, recipe.target.revision)
-    is_own = [(source.model, source.revision) == target for source in recipe.sources]
+    target = _name_files(recipe.target)
+    is_own = [_name_files(source) == target for source in recipe.sources]
     if not any(is_own) or all(is_own):
         return None
     captured = [layout.captured[source.name] for source in recipe.sources]
@@ -45,6 +46,10 @@ def measure_advantage(recipe: Recipe, layout: Layout) -> float | None:
     )
     own = np.array(is_own)
     return _compare(nats, own) if np.isfinite(nats).all(axis=0).any() else None
+
+
+def _name_files(model: ModelSettings) -> tuple[str | None, ...]:
+    return model.model, model.revision, model.adapter, model.adapter_revision
 
 
 def _compare(

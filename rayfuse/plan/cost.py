@@ -120,6 +120,8 @@ def assumed_rate(work: Work, gpu: GpuWork, kind: GpuKind, plan: PlanSettings) ->
         share = kind.train_share or plan.train_share
     else:
         share = (kind.forward_share or plan.forward_share) * plan.pipeline_share
+    if gpu.takes_turns:
+        share /= max(gpu.gpus, 1)
     return kind.peak_tflops * 1e12 * share / max(gpu.flops / max(work.tokens, 1), 1)
 
 
@@ -199,7 +201,7 @@ def _warn_of_gpus(
             "raise train.num_workers or train.zero_stage, or set train.gradient_checkpointing, "
             "train.offload or train.lora"
             if gpu.is_training
-            else "lower batch_tokens, or use backend vllm with several gpus"
+            else "lower batch_tokens, or raise sources[].gpus"
         )
         yield f"{needs}, more than any kind of GPU in plan.gpus has: {remedy}"
 

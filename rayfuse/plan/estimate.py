@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from rayfuse.config.align import METHODS
-from rayfuse.config.models import SourceSettings
+from rayfuse.config.models import BACKENDS, SourceSettings
 from rayfuse.config.plan import PlanSettings
 from rayfuse.config.recipe import Recipe
 from rayfuse.config.train import TrainSettings
@@ -69,6 +69,8 @@ class GpuWork:
     accelerator_type: str | None
     """The kind that the recipe names."""
     needs_bfloat16: bool = True
+    takes_turns: bool = False
+    """Whether its GPUs hold one model's layers and compute one after another."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ def _plan_capture(inputs: PlanInputs, model: PlannedModel, source: SourceSetting
             actors=source.max_actors or source.min_actors,
             accelerator_type=source.accelerator_type,
             needs_bfloat16=source.dtype in ("auto", "bfloat16"),
+            takes_turns=not BACKENDS[source.backend].computes_in_parallel,
         ),
     )
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import yaml
 
 from rayfuse.align.facts import ALIGN_FACTS
+from rayfuse.capture.actor_memory import estimate_actor_memory
 from rayfuse.config.base import UserError, first_line
 from rayfuse.config.corpus import Documents
 from rayfuse.config.load import read_values
@@ -22,6 +23,7 @@ from rayfuse.corpus.documents import Document, read_documents
 from rayfuse.corpus.shards import BYTES_PER_TOKEN, build_rows, group_inputs
 from rayfuse.corpus.split import find_fault
 from rayfuse.models.files import load_recipe_tokenizer
+from rayfuse.models.host_memory import GIB
 from rayfuse.pipeline import is_stage_done
 from rayfuse.plan.advantage import measure_advantage
 from rayfuse.plan.model_size import ModelSize, size_from_files, size_from_settings
@@ -145,6 +147,8 @@ def read_inputs(recipe: Recipe, *, is_example: bool = False) -> PlanInputs:
         _measure_model(recipe, name, settings, sample, notes)
         for name, settings in [(TARGET, recipe.target), *((s.name, s) for s in recipe.sources)]
     ]
+    if not is_example:
+        _try(partial(_note_memory, recipe, notes), warnings, "host memory")
     corpus, held_out = _measure_text(recipe, models[0], files, held_out_files, notes)
     inputs = PlanInputs(
         recipe=recipe,
@@ -244,6 +248,21 @@ def _measure_model(
     bytes_per_token = num_bytes / max(sum(map(len, rows)), 1)
     notes.append(f"{name}: {bytes_per_token:.2f} bytes per token, counted in {num_bytes:,} bytes")
     return PlannedModel(name, size, bytes_per_token)
+
+
+def _note_memory(recipe: Recipe, notes: list[str]) -> None:
+    """Note the host memory that an actor of each source requests from Ray."""
+    estimate = partial(estimate_actor_memory, shard_tokens=recipe.corpus.shard_tokens)
+    for source in recipe.sources:
+        if source.name in recipe.plan.models:
+            continue  # its files may be elsewhere
+        on_cpu, on_gpu = (
+            estimate(source, recipe.capture, on_gpu=gpu) / GIB for gpu in (False, True)
+        )
+        notes.append(
+            f"{source.name}: an actor reserves at most {on_cpu:.1f} GiB of host memory on a CPU, "
+            f"{on_gpu:.1f} with a GPU (sources.{source.name}.memory_gib)"
+        )
 
 
 def _measure_rows(recipe: Recipe, target: PlannedModel, sample: pa.Table | None) -> float:

@@ -2,6 +2,7 @@
 
 import yaml
 
+from rayfuse.config.models import ModelSettings
 from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.config.text import escape_markdown, fence_code, mark_code
 from rayfuse.config.train import describe_curve
@@ -43,7 +44,7 @@ Bits per byte on held-out text, lower is better, the lowest of each column in bo
 {render_tables(findings)}
 ## What it is made from
 
-- Base model (the target): {_name_model(recipe.target.model, recipe.target.revision)}
+- Base model (the target): {_name_model(recipe.target)}
 {_list_sources(recipe)}
 
 The licences and terms of use of the base model, of every source and of the text apply.
@@ -69,10 +70,17 @@ def _count_sources(recipe: Recipe) -> str:
 
 def _list_sources(recipe: Recipe) -> str:
     return "\n".join(
-        f"- Source {escape_markdown(source.name)}: {_name_model(source.model, source.revision)}"
+        f"- Source {escape_markdown(source.name)}: {_name_model(source)}"
         for source in recipe.sources
     )
 
 
-def _name_model(model: str, revision: str | None) -> str:
-    return mark_code(model) if revision is None else f"{mark_code(model)} at {mark_code(revision)}"
+def _name_model(model: ModelSettings) -> str:
+    named = _name_files(model.model, model.revision)
+    if model.adapter is None:
+        return named
+    return f"{named}, with the adapter {_name_files(model.adapter, model.adapter_revision)}"
+
+
+def _name_files(name: str, revision: str | None) -> str:
+    return mark_code(name) if revision is None else f"{mark_code(name)} at {mark_code(revision)}"

@@ -95,7 +95,7 @@ def check_recipe(recipe: Recipe, align: AlignFacts) -> Prepared:
         tokenizers=tokenizers,
         corpus=corpus,
         held_out=held_out,
-        unmergeable=_find_unmergeable(models, tokenizers),
+        unmergeable=_find_unmergeable(recipe, models, tokenizers),
         tasks=None if tasks is None else describe_tasks(tasks),
         align=align,
     )
@@ -181,8 +181,11 @@ def _plan_documents(recipe: Recipe, store: Store) -> list[SplitDocuments]:
     ]
 
 
-def _find_unmergeable(models: dict[str, ModelFiles], tokenizers: dict[str, str]) -> dict[str, str]:
-    """Find the sources that differ from the target in tensors or tokens, each with the reason."""
+def _find_unmergeable(
+    recipe: Recipe, models: dict[str, ModelFiles], tokenizers: dict[str, str]
+) -> dict[str, str]:
+    """Find the sources whose files cannot be averaged with the target's, each with the reason."""
+    adapted = {name for name, settings in _list_models(recipe).items() if settings.adapter}
     target = models[TARGET]
     reasons: dict[str, str] = {}
     for name, files in models.items():
@@ -191,6 +194,9 @@ def _find_unmergeable(models: dict[str, ModelFiles], tokenizers: dict[str, str])
             continue
         if files.identity == target.identity:
             reasons[name] = "it is the target itself"
+        elif adapted & {name, TARGET}:
+            owner = "it" if name in adapted else "the target"
+            reasons[name] = f"{owner} has an adapter, which is not in the weight files"
         elif difference is not None:
             reasons[name] = difference
         elif tokenizers[name] != tokenizers[TARGET]:

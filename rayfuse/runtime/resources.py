@@ -17,6 +17,7 @@ from rayfuse.runtime.autoscaler import (
     limit_cpus,
     read_node_kinds,
 )
+from rayfuse.runtime.memory import GIB, MEMORY, check_room, find_room
 from rayfuse.runtime.ray_internals import has_autoscaler_v2, read_node_groups
 
 Bundle = dict[str, float]
@@ -108,14 +109,49 @@ def gpu_options(gpus: float, accelerator_type: str | None) -> dict[str, Any]:
     return options if accelerator_type is None else options | {"accelerator_type": accelerator_type}
 
 
-def describe_needs(resources: Bundle, accelerator_type: str | None) -> str:
-    """Describe what one actor or worker needs, such as `1 CPU, 1 GPU (L4)`.
+def reserve_memory(
+    needs: Bundle, accelerator_type: str | None, num_bytes: float, setting: str | None = None
+) -> float:
+    """Decide how much memory an actor or a task requests; 0 where Ray could not place it then.
 
     Args:
-        resources: Amounts by resource; those of 0 are skipped.
+        needs: The other resources that it requests.
+        accelerator_type: The kind of GPU.
+        num_bytes: What it needs.
+        setting: The setting to name if no node has as much; None to request what the largest has.
+
+    Raises:
+        UserError: No node has as much.
+    """
+    has_autoscaler, addable = _read_autoscaler_once(ray.get_runtime_context().gcs_address)
+    if accelerator_type is not None:
+        needs = needs | {_name_kind(accelerator_type): 0.001}
+    known = () if addable is None and not has_autoscaler else addable
+    room = find_room(needs, _list_live(), known)
+    if room is None:
+        return 0.0
+    if setting is not None:
+        check_room(num_bytes, room, setting)
+    return float(min(num_bytes, room))
+
+
+def memory_options(num_bytes: float) -> dict[str, Any]:
+    """Return Ray's options that request memory; none for 0 bytes."""
+    return {"memory": int(num_bytes)} if num_bytes >= 1 else {}
+
+
+def describe_needs(resources: Bundle, accelerator_type: str | None) -> str:
+    """Describe what one actor or worker needs, such as `1 CPU, 1 GPU, 3.2 GiB memory (L4)`.
+
+    Args:
+        resources: Amounts by resource, memory in bytes; those of 0 are skipped.
         accelerator_type: The kind of GPU, as Ray names it; None for any.
     """
-    needs = ", ".join(f"{amount:g} {name}" for name, amount in resources.items() if amount)
+    needs = ", ".join(
+        f"{amount / GIB:.1f} GiB {name}" if name == MEMORY else f"{amount:g} {name}"
+        for name, amount in resources.items()
+        if amount
+    )
     return needs if accelerator_type is None else f"{needs} ({accelerator_type})"
 
 

@@ -1,6 +1,7 @@
 """The metrics of a running capture, and the number of actors of each source."""
 
 import json
+import threading
 import time
 import urllib.request
 from dataclasses import replace
@@ -16,7 +17,9 @@ from rayfuse.capture.engines.load import load_recipe_engine
 from rayfuse.capture.scheduling import allocate_actors, plan_work
 from rayfuse.capture.shard import ShardStats
 from rayfuse.capture.stats import StatsAccumulator, to_line
+from rayfuse.config.base import UserError
 from rayfuse.config.load import parse_recipe
+from rayfuse.config.recipe import Recipe
 from rayfuse.pipeline import prepare_run, run_stages
 from rayfuse.runtime.progress import report_nothing
 from rayfuse.runtime.resources import on_driver_node
@@ -97,7 +100,14 @@ def test_a_capture_writes_metrics_jsonl_and_rays_metrics(tmp_path, ray_cluster):
     )
     layout = prepare_run(recipe)
     run_stages(recipe, layout, ("corpus",), report_nothing, lambda _: None)
+    total = ray.cluster_resources()["memory"]
+    recipe = set_memory(recipe, "two", 0.3 * total / 2**30)
     one, two = plan_work(recipe, layout, report_nothing, plan_align_step)
+    assert two.memory_bytes == pytest.approx(0.3 * total)
+    assert 2**29 < one.memory_bytes < 2**30  # of a tiny model: what a process takes
+    too_much = set_memory(recipe, "two", 2 * total / 2**30)
+    with pytest.raises(UserError, match=r"sources.two.memory_gib is .*add a larger node, lower"):
+        plan_work(too_much, layout, report_nothing, plan_align_step)
     assert (one.max_actors, one.settings.batch_tokens) == (3, 256)
     assert 1 <= two.max_actors <= ray.cluster_resources()["CPU"]
     actor = ray.remote(CaptureActor).remote(
@@ -111,7 +121,19 @@ def test_a_capture_writes_metrics_jsonl_and_rays_metrics(tmp_path, ray_cluster):
     (numbers,) = ray.get(actor.__call__.remote(pa.table({"shard": [0]}))).to_pylist()
     wait_for_metrics("one", ["capture_tokens", "capture_busy_seconds", "capture_idle_seconds"])
     assert numbers["tokens"] > 0
+    del actor
+    free, ended = [total], threading.Event()
+
+    def watch_memory() -> None:
+        while not ended.wait(0.05):
+            free.append(ray.available_resources().get("memory", 0.0))
+
+    watch = threading.Thread(target=watch_memory)
+    watch.start()
     run_stages(recipe, layout, ("capture",), report_nothing, lambda _: None)
+    ended.set()
+    watch.join()
+    assert min(free) <= total - two.memory_bytes  # while its actor lived
     for name, data in layout.captured.items():
         last = json.loads(data.store.read(f"{data.folder}/metrics.jsonl").splitlines()[-1])
         commits = data.commits().values()
@@ -122,6 +144,14 @@ def test_a_capture_writes_metrics_jsonl_and_rays_metrics(tmp_path, ray_cluster):
         assert 0 < last["busy_share"] <= 1
         assert last["dollars"] > 0 == last["dollars_left"] == last["seconds_left"]
         assert set(last) - {SEAL} == set(to_line(StatsAccumulator(name, 1, 0, 1).compute_stats()))
+
+
+def set_memory(recipe: Recipe, name: str, gib: float) -> Recipe:
+    sources = [
+        source.model_copy(update={"memory_gib": gib} if source.name == name else {})
+        for source in recipe.sources
+    ]
+    return recipe.model_copy(update={"sources": tuple(sources)})
 
 
 def wait_for_metrics(source: str, names: list[str]) -> None:

@@ -81,8 +81,7 @@ def test_dumped_recipe_reads_back_unchanged():
         ),
         ("fuse", {"tail": "unigram"}, None),
         ("train.sequence_tokens", 100, r"sequence_tokens 100 is below corpus.max_tokens 2048"),
-        ("sources.0.gpus", 2, r"gpus is 2.0; backend transformers uses one GPU or a part of it"),
-        ("sources", [{"name": "a", "model": "m", "backend": "vllm", "gpus": 1.5}], "any whole"),
+        ("sources.0.gpus", 1.5, r"gpus is 1.5; an actor has a part of one GPU, or a whole number"),
         ("corpus.documents", [], r"corpus.documents is empty; give 1 or more"),
     ],
 )

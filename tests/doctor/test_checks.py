@@ -28,6 +28,7 @@ from rayfuse.doctor.facts import (
     collect_facts,
     list_listeners,
 )
+from rayfuse.runtime.memory import GIB
 from rayfuse.storage.store import open_store
 from tests.fakes import save_model
 from tests.s3 import Rule
@@ -75,6 +76,19 @@ def cluster_of(*nodes: NodeFacts, **changes: object) -> ClusterFacts:
     driver = replace(nodes[0], storage_fault=None, model_faults={})
     whole = ClusterFacts(driver, nodes, resources=({"CPU": 8.0},) * len(nodes))
     return replace(whole, **changes)
+
+
+def test_memory_that_no_node_has_is_an_error_and_none_is_asked_of_nodes_without_it(good):
+    recipe, node = good
+    needed = {"a": (5.0 * GIB, 3.0 * GIB)}
+    small = {"CPU": 8.0, "memory": 4.0 * GIB}
+    finding = find(recipe, cluster_of(node, resources=(small,), actor_memory=needed))
+    assert (finding.severity, finding.check) == ("error", "resources")
+    assert "source a needs 1 x 1 CPUs and 5.0 GiB of host memory" in finding.text
+    assert "lower its memory_gib" in finding.remedy
+    for resources in (small | {"memory": 6.0 * GIB}, {"CPU": 8.0}):
+        cluster = cluster_of(node, resources=(resources,), actor_memory=needed)
+        assert list_findings(recipe, cluster) == []
 
 
 def find(recipe: Recipe, cluster: ClusterFacts) -> Finding:

@@ -30,10 +30,10 @@ from rayfuse.evaluate.model_loading import local_model
 from rayfuse.evaluate.scores import bits_per_byte
 from rayfuse.evaluate.stage import (
     _plan_job,
-    _resource_options,
     evaluate_models,
     group_shards,
 )
+from rayfuse.evaluate.task_resources import choose_resources
 from rayfuse.evaluate.task_scores import parse_task_score
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.models.tokenizer import load_tokenizer
@@ -237,7 +237,7 @@ def test_fault_1_a_scoring_task_survives_more_losses_than_ray_retries_by_default
             os.kill(os.getpid(), signal.SIGKILL)
         return lives
 
-    task: Any = ray.remote(**_resource_options(recipe.sources[0], recipe))(die_at_first)
+    task: Any = ray.remote(**choose_resources(recipe.sources[0], recipe))(die_at_first)
     assert ray.get(task.remote(tmp_path)) == KILLS
 
 

@@ -16,7 +16,7 @@ from rayfuse.evaluate.merged_weights import average_weights
 from rayfuse.models.files import ModelFiles, find_difference
 from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.run.layout import Layout, plan_layout
-from tests.fakes import byte_level_tokenizer, save_model, save_tokenizer
+from tests.fakes import byte_level_tokenizer, save_adapter, save_model, save_tokenizer
 
 
 def make_model(folder: Path, seed: int, *, tied: bool = False, vocab_size: int = 260) -> Path:
@@ -103,7 +103,13 @@ def test_why_two_models_cannot_be_merged(theirs: dict[str, Any], reason: str | N
     assert find_difference(ours, other) == reason
 
 
-def plan(tmp_path: Path, sources: dict[str, Path], target: Path, **sections: Any) -> Layout:
+def plan(
+    tmp_path: Path,
+    sources: dict[str, Path],
+    target: Path,
+    adapters: dict[str, Path] | None = None,
+    **sections: Any,
+) -> Layout:
     text = tmp_path / "text.jsonl"
     if not text.exists():  # another one would be another fingerprint
         text.write_text('{"text": "The cat sat."}\n')
@@ -113,6 +119,9 @@ def plan(tmp_path: Path, sources: dict[str, Path], target: Path, **sections: Any
         "target": {"model": str(target)},
         "sources": [{"name": name, "model": str(folder)} for name, folder in sources.items()],
     }
+    for model, name in ((recipe["target"], "target"), *((s, s["name"]) for s in recipe["sources"])):
+        if name in (adapters or {}):
+            model["adapter"] = str(adapters[name])
     return plan_layout(parse_recipe(recipe | sections), ALIGN_FACTS)
 
 
@@ -142,6 +151,20 @@ def test_a_run_plans_to_merge_what_can_be_and_says_why_the_rest_cannot(tmp_path:
         "fused",
         "clm",
     }  # one is no ensemble
+
+
+def test_adapters_keep_a_model_out_of_the_mean_of_files(tmp_path: Path):
+    pytest.importorskip("peft")
+    target, alike = make_model(tmp_path / "target", 0), make_model(tmp_path / "a", 1)
+    save_adapter(alike, tmp_path / "adapter", target_modules="all-linear")
+    adapter = tmp_path / "adapter"
+    layout = plan(tmp_path, {"own": alike, "plain": alike}, target, {"own": adapter})
+    assert layout.evaluation.merge.sources == ("plain",)
+    reason = "it has an adapter, which is not in the weight files"
+    assert layout.evaluation.merge.excluded == {"own": reason}
+    layout = plan(tmp_path, {"plain": alike}, target, {"target": adapter})
+    reason = "the target has an adapter, which is not in the weight files"
+    assert layout.evaluation.merge.excluded == {"plain": reason}
 
 
 def test_sources_that_are_not_heard_are_not_in_the_ensemble(tmp_path: Path):

@@ -143,11 +143,18 @@ def leave_adapter(folder: Path) -> None:
 
 
 FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "an adapter": (add_adapter, r"a folder with a PEFT adapter .*; merge it"),
-    "only an adapter": (leave_adapter, r"a folder with a PEFT adapter .*; merge it"),
+    "an adapter": (add_adapter, r"a folder with a PEFT adapter .*; name its base as `model`"),
+    "only an adapter": (
+        leave_adapter,
+        r"a folder with a PEFT adapter .*; name its base as `model`",
+    ),
     "pickles": (
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
         r"not safetensors \(pytorch_model.bin\).*convert them",
+    ),
+    "GGUF": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "model-q4.gguf"),
+        r"weights are GGUF \(model-q4.gguf\).*convert them",
     ),
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),

@@ -63,6 +63,14 @@ def test_costs_but_for_start_up_are_proportional_to_the_tokens():
     assert any("held-out tokens are scored by every model" in warning for warning in large.warnings)
 
 
+def test_gpus_that_take_turns_cost_as_many_times_the_hours():
+    free, name = "plan.start_minutes=0", "capture llama-2"
+    one, four = plan(free), plan(free, "sources.llama-2.gpus=4")
+    assert four.costs[name]["L4"].hours == pytest.approx(4 * one.costs[name]["L4"].hours)
+    parallel = plan(free, "sources.llama-2.gpus=4", "sources.llama-2.backend=vllm")
+    assert parallel.costs[name]["L4"].hours == pytest.approx(one.costs[name]["L4"].hours)
+
+
 UNUSED_SETTINGS = {
     "unpacked_ratio",  # the example has no files
     "align_tokens_per_core_second",  # its alignment is `min_edit_distance`

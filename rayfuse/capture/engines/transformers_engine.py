@@ -1,4 +1,4 @@
-"""A source LLM in Hugging Face transformers: one process, one GPU or the CPU."""
+"""A source LLM in Hugging Face transformers: one process, all GPUs of its actor or the CPU."""
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from rayfuse.models.files import load_recipe_tokenizer, read_model_files
 
 
 class TransformersEngine:
-    """A Hugging Face model in this process, on its GPU if it has one."""
+    """A Hugging Face model in this process, on its GPUs if it has any."""
 
     def __init__(self, source: ModelSettings, settings: CaptureSettings) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,8 +55,9 @@ def score_with(
         settings: The size of batches, and what is kept of a distribution.
         salt: Seeds the draws, with each row.
     """
-    on_device = torch.from_numpy(known_ids).to(lm.device)
-    stream = torch.cuda.Stream() if lm.device.type == "cuda" else None
+    device = lm.head_device
+    on_device = torch.from_numpy(known_ids).to(device)
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def start_batch(rows: TokenRows) -> HostCopy:
         record = record_batch(lm, on_device, rows, settings, salt)
@@ -75,7 +76,7 @@ def record_batch(
     settings: CaptureSettings,
     salt: str,
 ) -> TopLogprobs:
-    """Compute the records of one batch, flat over its rows, on the LLM's device.
+    """Compute the records of one batch, flat over its rows, on the device of the LLM's head.
 
     Args:
         lm: The LLM.
@@ -87,14 +88,14 @@ def record_batch(
     hidden = lm.hidden_states(_send(pad_rows(list(rows)), lm.device))
     lengths = torch.tensor([len(row) for row in rows])
     is_text = torch.arange(hidden.shape[1])[None] < lengths[:, None]
-    at = _send(is_text.flatten().nonzero()[:, 0], lm.device)
+    at = _send(is_text.flatten().nonzero()[:, 0], lm.head_device)
     next_ids = np.concatenate([np.append(row[1:], -1) for row in rows]).astype(np.int64)
     return keep_top_k(
         hidden.flatten(0, 1)[at],
         lm,
         known_ids,
-        _send(torch.from_numpy(next_ids), lm.device),
-        _send(make_noise(rows, settings.num_draws, salt), lm.device),
+        _send(torch.from_numpy(next_ids), lm.head_device),
+        _send(make_noise(rows, settings.num_draws, salt), lm.head_device),
         top_k=settings.kept_entries,
         chunk_positions=settings.chunk_positions,
     )
@@ -109,7 +110,7 @@ class HostCopy:
         self.record, self.lengths, self.event = record, lengths, None
         if stream is None:  # on a CPU the records are where they belong
             return
-        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
             self.record = record.map(_start_copy)
             self.event = stream.record_event()
