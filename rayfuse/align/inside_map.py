@@ -45,7 +45,7 @@ class InsideMap:
 
 
 def build_inside_map(source: TextTokenizer, target: TextTokenizer) -> InsideMap:
-    """Build the map of a pair of tokenizers, in about two seconds for 50,000 tokens."""
+    """Build the map of a pair of tokenizers, in about a second for 50,000 tokens."""
     tokens = [token or b"" for token in source.token_bytes]
     prefix_ids = number_prefixes(tokens)
     by_token = _find_goals([token for token in tokens if token], source, target)

@@ -299,27 +299,33 @@ def change_what_follows(
 
 
 def capture(
-    corpus: pa.Table, source: TextTokenizer, num_kept: int, likely: bytes, seed: int
-) -> pa.Table:
+    corpus: pa.Table, source: TextTokenizer, num_kept: int, likely: dict[int, bytes], seed: int
+) -> tuple[pa.Table, np.ndarray]:
     """Capture natural records that are the same at the first positions, whatever comes next.
 
-    At the last of these, tokens that begin with `likely` are likely.
+    Tokens that begin with a position's `likely` bytes are likely there.
+
+    Returns:
+        CAPTURED rows, and the distributions in full.
     """
     (ids,) = tokenize_rows(corpus, source)
     parts = []
     for number, size in ((0, num_kept), (seed, len(ids) - num_kept)):
         random = np.random.default_rng(number)
         logits = random.normal(0, 2, (size, source.vocab_size))
-        is_likely = [(token or b"").startswith(likely) for token in source.token_bytes]
-        logits[-1:] += 6 * np.array(is_likely)
-        parts.append(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
-    logprobs = np.concatenate(parts)
+        parts.append(logits)
+    logits = np.concatenate(parts)
+    for at, begun in likely.items():
+        logits[at] += 6 * np.array(
+            [(token or b"").startswith(begun) for token in source.token_bytes]
+        )
+    logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     top_ids = np.argsort(-logprobs, axis=1)[:, :TOP_K].astype(np.int32)
     top = np.take_along_axis(logprobs, top_ids, axis=1)
     next_logprobs = np.append(logprobs[np.arange(len(ids) - 1), ids[1:]], 0.0)
     tails = np.log(1 - np.exp(top).sum(axis=1))
     record = TopLogprobs(top_ids, top, tails, next_logprobs, top_ids[:, :0])
-    return build_captured(corpus, [ids], [record], source.eos_id)[0]
+    return build_captured(corpus, [ids], [record], source.eos_id)[0], np.exp(logprobs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -345,7 +351,8 @@ def test_the_text_after_a_position_never_changes_its_distribution(kind):
             changed_at = changed_ends.index(byte)
             found = []
             for each, where, number in ((corpus, at, 1), (other, changed_at, 2)):
-                captured = capture(each, source, covering[0], text[start:byte], number)
+                likely = {covering[0] - 1: text[start:byte]}
+                captured, _ = capture(each, source, covering[0], likely, number)
                 table, _ = align_shard(each, captured, alignment)
                 flags = [table[name][0].as_py()[where] for name in ("has_signal", "inside_token")]
                 top = slice(where * TOP_K, (where + 1) * TOP_K)
@@ -362,6 +369,35 @@ def test_the_text_after_a_position_never_changes_its_distribution(kind):
             if num_compared > 5 and num_equal_next < num_compared:
                 return
     raise AssertionError(f"{num_compared} positions were compared, too few")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_token_gets_more_than_the_complete_distribution_gives_it(kind, monkeypatch):
+    """The bound of what is outside the record holds: tokens of the record are not overrated."""
+    source, target = make_pair(kind, 0)
+    corpus = make_corpus([CODE], target, max_tokens=100_000)
+    text = corpus["text"][0].as_py().encode()
+    (ids,) = tokenize_rows(corpus, source)
+    ends = place_plainly(ids.tolist(), source, text)
+    likely = {at: text[end : end + 1] for at, end in enumerate(ends)}
+    captured, probs = capture(corpus, source, len(ids), likely, 0)
+    # Flat distributions: much is outside the record, so that few positions would be accepted.
+    monkeypatch.setattr("rayfuse.align.inside_tokens.MIN_KNOWN_SHARE", 0.0)
+    found, result = map_shard(corpus, captured, source, target)
+    assert len(result) > 5
+    for at, source_at, num_bytes in zip(*vars(found).values(), strict=True):
+        if int(at) not in result:
+            continue
+        start = ends[source_at]
+        begun = text[start : start + num_bytes]
+        exact: dict[int | str, float] = {}
+        for token_id, token in enumerate(source.token_bytes):
+            if token and token.startswith(begun):
+                goal = "unknown" if token == begun else goal_of(token, len(begun), source, target)
+                exact[goal] = exact.get(goal, 0.0) + probs[source_at, token_id]
+        total = sum(mass for goal, mass in exact.items() if goal != "ruled out")
+        for token, prob in result[int(at)][0].items():
+            assert prob <= exact[token] / total * 1.1  # the codec rounds probabilities by up to 5 %
 
 
 def test_draws_are_not_used():
