@@ -41,7 +41,8 @@ from rayfuse.align.token_spans import Fault, PlacedTokens, TokenBytes
 from rayfuse.storage.codec import EncodedTopK, TopK, decode_probs
 
 MIN_KNOWN_SHARE = 0.5
-"""Of the mass that is not ruled out at an accepted position, the least share with a known token."""
+"""Of the mass that is not ruled out at an accepted position, the least share with a known token.
+Below a half, the tail outweighs what is known, and part of the tail is a bound, no measurement."""
 
 
 @dataclass(frozen=True)
