@@ -5,7 +5,8 @@
 Real text and tokenizers (gpt-neox-20b to phi-3-mini), top 10; the probabilities are synthetic.
 Timed is `align_shard`, Arrow table to Arrow table: tokens placed and matched, distributions
 decoded, mapped, merged and encoded. Rows of 512, 2,048 and 8,192 tokens, interleaved; each figure
-is the median of several runs. `--profile` shows where the time goes.
+is the median of several runs. `--profile` shows where the time goes. `--source` and `--target` name
+other tokenizers; `inside_tokens` is the speed at 2,048 with `align.inside_tokens`, as a share.
 """
 
 import argparse
@@ -59,13 +60,20 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--top-k", type=int, default=10)
+    parser.add_argument("--source", default="gpt-neox-20b")
+    parser.add_argument("--target", default="phi-3-mini")
+    parser.add_argument("--characters", type=int, default=250_000, help="of each domain")
     parser.add_argument("--uniform", action="store_true", help="entries of any tokens, rare ones")
     arguments = parser.parse_args()
     folder = arguments.data / "tokenizers"
-    source, target = (load_tokenizer(str(folder / n)) for n in ("gpt-neox-20b", "phi-3-mini"))
+    names = (arguments.source, arguments.target)
+    source, target = (load_tokenizer(str(folder / name)) for name in names)
     alignment = build_alignment(source, target)
+    inside = build_alignment(source, target, maps=alignment.maps, inside_tokens=True)
     text = "\n".join(
-        piece for domain in DOMAINS for piece in read_texts(arguments.data, domain, 250_000)
+        piece
+        for domain in DOMAINS
+        for piece in read_texts(arguments.data, domain, arguments.characters)
     )
     shards: dict[int, tuple[pa.Table, pa.Table]] = {}
     for row_tokens in ROW_TOKENS:
@@ -81,9 +89,11 @@ def main() -> None:
         pstats.Stats(profile).sort_stats("tottime").print_stats(15)
         return
     speeds: dict[int, list[float]] = {row_tokens: [] for row_tokens in ROW_TOKENS}
+    ratios: list[float] = []
     for _ in range(RUNS):
         for row_tokens, (corpus, captured) in shards.items():
             speeds[row_tokens].append(time_shard(corpus, captured, alignment))
+        ratios.append(time_shard(*shards[2048], inside) / time_shard(*shards[2048], alignment))
     medians = {row_tokens: float(np.median(rates)) for row_tokens, rates in speeds.items()}
     result = {
         "benchmark": "align",
@@ -95,6 +105,7 @@ def main() -> None:
         "entries": "any tokens" if arguments.uniform else "tokens by their frequency",
         "by_row_tokens": {str(row_tokens): round(median) for row_tokens, median in medians.items()},
         "best": {str(row_tokens): round(max(rates)) for row_tokens, rates in speeds.items()},
+        "inside_tokens": round(float(np.median(ratios)), 3),
         "tokens": len(flatten_column(shards[2048][0], "target_ids")[0]),
         "runs": RUNS,
     }

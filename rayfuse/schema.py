@@ -61,6 +61,11 @@ ALIGNED = pa.schema(
     }
 )
 
+INSIDE_TOKEN = pa.field("inside_token", flags)
+"""A column more of ALIGNED rows with `align.inside_tokens`. T: no source token starts here; the
+position's signal is the distribution at the start of the source token around it, given the text up
+to here. No token has ended here, so weights of sources may not change."""
+
 TOKEN_NLL = pa.schema(
     {
         "row_id": pa.string(),  # as in the held-out rows, same order

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from rayfuse.align.inside_map import InsideMap, build_inside_map
 from rayfuse.align.matches import Matches
 from rayfuse.align.token_spans import PlacedTokens, TokenBytes, list_token_bytes
 from rayfuse.align.vocab_map import VocabMaps, build_maps
@@ -73,6 +74,8 @@ class Alignment:
     target: TokenBytes
     maps: VocabMaps
     method: Method
+    inside: InsideMap | None = None
+    """With `align.inside_tokens`: what source tokens are to target positions inside them."""
 
 
 def load_method(name: str) -> Method:
@@ -87,7 +90,12 @@ def load_method(name: str) -> Method:
 
 
 def build_alignment(
-    source: TextTokenizer, target: TextTokenizer, name: str = "bytes", maps: VocabMaps | None = None
+    source: TextTokenizer,
+    target: TextTokenizer,
+    name: str = "bytes",
+    maps: VocabMaps | None = None,
+    *,
+    inside_tokens: bool = False,
 ) -> Alignment:
     """Build all that a registered method needs to align a source with the target.
 
@@ -96,12 +104,14 @@ def build_alignment(
         target: The target's.
         name: The method.
         maps: The vocabulary maps, for a method that stores its map.
+        inside_tokens: Also align positions inside source tokens (`align.inside_tokens`).
     """
     method = load_method(name)
     if maps is None:
         assert method.build_map is not None, f"{name} stores its map: give it"
         maps = method.build_map(source, target)
-    return Alignment(list_token_bytes(source), list_token_bytes(target), maps, method)
+    inside = build_inside_map(source, target) if inside_tokens else None
+    return Alignment(list_token_bytes(source), list_token_bytes(target), maps, method, inside)
 
 
 def map_for_matching(

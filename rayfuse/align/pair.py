@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rayfuse.align.inside_tokens import find_inside_positions
 from rayfuse.align.matches import Matches
 from rayfuse.align.method import Alignment, load_method, map_for_matching
 from rayfuse.align.token_spans import PlacedTokens, TokenBytes, list_token_bytes, place_tokens
+from rayfuse.config.align import METHODS
 from rayfuse.config.base import UserError
 from rayfuse.models.tokenizer import TextTokenizer
 
@@ -27,6 +29,8 @@ class AlignedTexts:
     source_vocabulary: TokenBytes
     target_vocabulary: TokenBytes
     matches: Matches
+    num_inside: int
+    """Other positions, inside source tokens, where `align.inside_tokens` may give a signal."""
     method: str
     seconds: float
     """To place and match the tokens, without tokenizing."""
@@ -89,6 +93,9 @@ def _align_texts(
     target_tokens = _place_rows(target_rows, encoded, target_vocabulary)
     matches = loaded.match(source_tokens, target_tokens, alignment)
     seconds = time.perf_counter() - began
+    num_inside = 0
+    if METHODS[method].can_look_inside:
+        num_inside = len(find_inside_positions(source_tokens, target_tokens).target_at)
     return AlignedTexts(
         texts=tuple(texts),
         source=source_tokens,
@@ -96,6 +103,7 @@ def _align_texts(
         source_vocabulary=source_vocabulary,
         target_vocabulary=target_vocabulary,
         matches=matches,
+        num_inside=num_inside,
         method=method,
         seconds=seconds,
     )

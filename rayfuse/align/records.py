@@ -30,6 +30,8 @@ class SourceRecords:
     """Sums of next_logprobs before each token: differences are chain log-probabilities."""
     has_draws: bool
     """Entries are unbiased samples; selecting by values that were not sampled would bias them."""
+    head: EncodedTopK
+    """The natural top k without draws: nothing of it is random or depends on what follows."""
 
 
 def read_records(captured: pa.Table) -> SourceRecords:
@@ -39,16 +41,16 @@ def read_records(captured: pa.Table) -> SourceRecords:
         flatten_positions(captured, name, tokens)
         for name in ("top_ids", "top_logprobs", "draw_ids", "draw_counts")
     )
-    top = EncodedTopK(top_ids, top_codes, flatten_column(captured, "tail_logprobs")[0])
+    head = EncodedTopK(top_ids, top_codes, flatten_column(captured, "tail_logprobs")[0])
     has_draws = draw_ids.shape[1] > 0
-    if has_draws:
-        top = _weigh_draws(top, draw_ids, draw_counts)
+    top = _weigh_draws(head, draw_ids, draw_counts) if has_draws else head
     next_logprobs = flatten_column(captured, "next_logprobs")[0].astype(np.float32)
     return SourceRecords(
         top=top,
         next_logprobs=next_logprobs,
         log_totals=np.concatenate([[0.0], np.cumsum(next_logprobs, dtype=np.float64)]),
         has_draws=has_draws,
+        head=head,
     )
 
 

@@ -8,12 +8,17 @@ from jaxtyping import Float, Int
 
 from rayfuse.align.byte_nll import count_text_tokens, spread_nll
 from rayfuse.align.distributions import find_renamed, map_entries, merge_entries, put_true_token
-from rayfuse.align.matches import Matches, keep_one_to_one
+from rayfuse.align.inside_tokens import (
+    InsidePositions,
+    find_inside_positions,
+    map_inside_tokens,
+)
+from rayfuse.align.matches import NO_SHARED_BOUNDARY, Matches, keep_one_to_one
 from rayfuse.align.method import Alignment
 from rayfuse.align.records import SLICE_POSITIONS, SourceRecords, check_entries, read_records
 from rayfuse.align.token_spans import PlacedTokens, place_tokens
 from rayfuse.align.vocab_map import UNCHANGED, VocabMaps
-from rayfuse.schema import ALIGNED, codes, flags, halfs, ints
+from rayfuse.schema import ALIGNED, INSIDE_TOKEN, codes, flags, halfs, ints
 from rayfuse.storage.codec import (
     LOWEST_LOGPROB,
     EncodedTopK,
@@ -48,8 +53,9 @@ def align_shard(
     """Align the rows of a shard, and sum up what reports need.
 
     The sums: `positions` (target positions that a token follows), `with_signal`, `one_to_one` (of
-    these, the next token is one source token), `unmatched: REASON`, and over the positions with a
-    signal the mass outside the head, in the target's vocabulary (`tail_mass`) and before mapping
+    these, the next token is one source token), `unmatched: REASON`, with `align.inside_tokens` also
+    `inside_tokens` (of `with_signal`, inside a source token), and over the positions with a signal
+    the mass outside the head, in the target's vocabulary (`tail_mass`) and before mapping
     (`captured_tail_mass`); the source's tokens in rows that it has scored (`scored_tokens`), and in
     those of them that it predicts better than chance (`known_tokens`).
 
@@ -69,6 +75,9 @@ def align_shard(
     check_entries(records.top.ids, source_offsets, len(alignment.source.lengths))
     matches = alignment.method.match(source, target, alignment)
     aligned = map_distributions(source, target, records, matches, alignment)
+    inside = map_inside(source, target, records, alignment, aligned)
+    target_at = np.concatenate([matches.target_at, inside.target_at])
+    source_at = np.concatenate([matches.source_at, inside.source_at])
     columns = {
         "row_id": corpus["row_id"],
         "nats_per_byte": build_list_column(
@@ -76,27 +85,48 @@ def align_shard(
         ),
         "nats": captured["nats"],
         "num_tokens": count_text_tokens(source),
-    } | _build_columns(aligned, matches, target_offsets)
-    table = pa.Table.from_pydict({name: columns[name] for name in ALIGNED.names}, schema=ALIGNED)
+    } | _build_columns(aligned, target_at, target_offsets)
+    schema = ALIGNED
+    if alignment.inside is not None:
+        columns[INSIDE_TOKEN.name] = _build_flags(inside.target_at, target_offsets)
+        schema = ALIGNED.append(INSIDE_TOKEN)
+    table = pa.Table.from_pydict({name: columns[name] for name in schema.names}, schema=schema)
     return table, {
         "positions": float(target.has_next.sum()),
-        "with_signal": float(len(matches.target_at)),
+        "with_signal": float(len(target_at)),
         "one_to_one": float(len(keep_one_to_one(matches, source, target).target_at)),
-        "tail_mass": _sum_mass(aligned.tail_logprobs[matches.target_at]),
-        "captured_tail_mass": _sum_mass(records.top.tail_logprobs[matches.source_at]),
-    } | _count_known(table, len(alignment.source.lengths)) | {
-        f"unmatched: {reason}": float(count) for reason, count in matches.unmatched.items()
-    }
+        "tail_mass": _sum_mass(aligned.tail_logprobs[target_at]),
+        "captured_tail_mass": _sum_mass(records.top.tail_logprobs[source_at]),
+    } | _count_known(table, len(alignment.source.lengths)) | _count_inside(
+        alignment, len(inside.target_at), matches
+    )
+
+
+def _count_inside(alignment: Alignment, num_inside: int, matches: Matches) -> dict[str, float]:
+    """Count the positions without a match by reason; with `align.inside_tokens`, those inside."""
+    unmatched = dict(matches.unmatched)
+    if num_inside:
+        unmatched[NO_SHARED_BOUNDARY] -= num_inside
+    counts = {f"unmatched: {reason}": float(count) for reason, count in unmatched.items() if count}
+    return counts if alignment.inside is None else counts | {"inside_tokens": float(num_inside)}
+
+
+def _build_flags(
+    at: Int[np.ndarray, " positions"], offsets: Int[np.ndarray, " rows_plus_1"]
+) -> pa.ListArray:
+    is_set = np.zeros(offsets[-1], dtype=bool)
+    is_set[at] = True
+    return build_list_column(is_set, offsets, flags)
 
 
 def _build_columns(
-    aligned: EncodedTopK, matches: Matches, offsets: Int[np.ndarray, " rows_plus_1"]
+    aligned: EncodedTopK,
+    target_at: Int[np.ndarray, " signals"],
+    offsets: Int[np.ndarray, " rows_plus_1"],
 ) -> dict[str, pa.ListArray]:
-    has_signal = np.zeros(len(aligned.ids), dtype=bool)
-    has_signal[matches.target_at] = True
     top_offsets = offsets * aligned.ids.shape[1]
     return {
-        "has_signal": build_list_column(has_signal, offsets, flags),
+        "has_signal": _build_flags(target_at, offsets),
         "top_ids": build_list_column(aligned.ids.reshape(-1), top_offsets, ints),
         "top_logprobs": build_list_column(aligned.codes.reshape(-1), top_offsets, codes),
         "tail_logprobs": build_list_column(aligned.tail_logprobs, offsets, halfs),
@@ -184,11 +214,44 @@ def _map_slice(
         continuation_probs=np.exp(np.minimum(chain - first_logprobs, 0.0)).astype(np.float32),
         true_ids=true_ids,
     )
-    merged = merge_entries(mapped, true_ids)
-    out.ids[target_at] = merged.ids
-    out.codes[target_at] = encode_probs(merged.probs).reshape(merged.probs.shape)
+    _write_top(merge_entries(mapped, true_ids), target_at, out)
+
+
+def map_inside(
+    source: PlacedTokens,
+    target: PlacedTokens,
+    records: SourceRecords,
+    alignment: Alignment,
+    out: EncodedTopK,
+) -> InsidePositions:
+    """Compute the distributions of positions inside source tokens into `out`.
+
+    Returns:
+        The positions that have one; none without `align.inside_tokens`.
+    """
+    none = InsidePositions(*np.zeros((3, 0), dtype=np.int64))
+    if alignment.inside is None or not records.head.ids.size:
+        return none
+    kept = [none]
+    for part, top in map_inside_tokens(
+        find_inside_positions(source, target),
+        source.ids,
+        records.head,
+        alignment.source,
+        alignment.inside,
+        num_entries=out.ids.shape[1],
+    ):
+        _write_top(top, part.target_at, out)
+        kept.append(part)
+    columns = zip(*(vars(part).values() for part in kept), strict=True)
+    return InsidePositions(*(np.concatenate(arrays) for arrays in columns))
+
+
+def _write_top(top: TopK, at: Int[np.ndarray, " positions"], out: EncodedTopK) -> None:
+    out.ids[at] = top.ids
+    out.codes[at] = encode_probs(top.probs).reshape(top.probs.shape)
     lowest = np.exp(np.float32(LOWEST_LOGPROB))
-    out.tail_logprobs[target_at] = np.log(np.maximum(merged.tail, lowest))
+    out.tail_logprobs[at] = np.log(np.maximum(top.tail, lowest))
 
 
 def _map_ids(

@@ -41,6 +41,8 @@ class AlignTask:
     """A registered name."""
     map_file: str | None
     """The stored vocabulary map, for methods that store one."""
+    inside_tokens: bool = False
+    """`align.inside_tokens`."""
 
     @property
     def name(self) -> str:
@@ -58,6 +60,7 @@ def plan_task(recipe: Recipe, layout: Layout, source: SourceSettings) -> AlignTa
         aligned=layout.aligned[source.name],
         method=recipe.align.method,
         map_file=layout.map_files.get(source.name),
+        inside_tokens=recipe.align.inside_tokens,
     )
 
 
@@ -133,11 +136,12 @@ def load_alignment(task: AlignTask) -> tuple[Alignment, str]:
         ShardError: It is corrupt.
     """
     source, target = load_recipe_tokenizer(task.source), load_recipe_tokenizer(task.target)
+    build = partial(build_alignment, source, target, task.method, inside_tokens=task.inside_tokens)
     if task.map_file is None:
-        return build_alignment(source, target, task.method, None), ""
+        return build(), ""
     content = read_map(task.aligned.store, task.map_file)
     maps = decode_map(content, task.map_file, source, target)
-    return build_alignment(source, target, task.method, maps), hash_bytes(content)["sha256"]
+    return build(maps=maps), hash_bytes(content)["sha256"]
 
 
 def record_of_map(map_file: str) -> str:

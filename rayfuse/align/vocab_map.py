@@ -145,11 +145,11 @@ def _first_tokens(
     A token that does not begin the text is the target's own if its normalizer changes these
     characters. Bytes that are no complete characters are spelled by byte tokens instead.
     """
-    anchor, anchor_ids = _find_anchor(target)
+    anchor, anchor_ids = find_anchor(target)
     rows = target.encode([anchor + text.decode("utf-8", errors="replace") for text in texts])
     firsts: list[int] = []
     for text, ids in zip(texts, rows, strict=True):
-        found = _token_after(anchor_ids, ids.tolist())
+        found = next(iter(take_tokens_after(anchor_ids, ids.tolist())), None)
         token = b"" if found is None else target.token_bytes[found] or b""
         may_change = _is_text(text) and not target.implies_prefix_space
         is_own = bool(token) and (text.startswith(token) or may_change)
@@ -157,7 +157,7 @@ def _first_tokens(
     return firsts
 
 
-def _find_anchor(target: TextTokenizer) -> tuple[str, list[int]]:
+def find_anchor(target: TextTokenizer) -> tuple[str, list[int]]:
     """Find a text that the target keeps as it is, with its tokens; nothing if it adds no space."""
     if not target.adds_prefix_space:
         return "", []
@@ -176,10 +176,9 @@ def _is_text(data: bytes) -> bool:
     return True
 
 
-def _token_after(before: list[int], ids: list[int]) -> int | None:
-    """Find the token after these, None if others stand there."""
-    at = len(before)
-    return ids[at] if ids[:at] == before and len(ids) > at else None
+def take_tokens_after(before: list[int], ids: list[int]) -> list[int]:
+    """Take the tokens after these, none if the ids begin otherwise."""
+    return ids[len(before) :] if ids[: len(before)] == before else []
 
 
 def _longest_prefix(text: bytes, by_bytes: dict[bytes, int]) -> int:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
-from rayfuse.config.base import Settings, check_known
+from rayfuse.config.base import Settings, check_known, later_setting
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,12 @@ class AlignMethod:
     once per pair and corpus. None: the map is computed wherever it is needed."""
     has_signal_at_boundaries: bool = True
     """Positions have a signal exactly where tokens of source and target start at one byte."""
+    can_look_inside: bool = False
+    """`align.inside_tokens` follows from the method's rule, equal bytes or their first token."""
 
 
 METHODS = {
-    "bytes": AlignMethod("rayfuse.align.methods.same_bytes"),
+    "bytes": AlignMethod("rayfuse.align.methods.same_bytes", can_look_inside=True),
     "exact": AlignMethod("rayfuse.align.methods.exact", has_signal_at_boundaries=False),
     "min_edit_distance": AlignMethod(
         "rayfuse.align.methods.min_edit_distance", "per_pair", has_signal_at_boundaries=False
@@ -48,3 +50,19 @@ class AlignSettings(Settings):
     token for one target token of the same bytes; all other mass goes to the tail.
     `min_edit_distance`: FuseLLM's minimum edit distance. `cooccurrence`: FuseChat's, the target
     token that the source token meets most often in the corpus."""
+    inside_tokens: bool = later_setting(False)
+    """Give a signal also to target positions that start inside a source token, for method `bytes`:
+    of the source's distribution at the token's start, the tokens that begin with the text up to the
+    position, divided by their sum. A position is skipped if less than half of that sum has a known
+    target token. It matters most for code, where sources often have longer tokens than the target.
+    """
+
+    @model_validator(mode="after")
+    def _check_inside(self) -> "AlignSettings":
+        if self.inside_tokens and not METHODS[self.method].can_look_inside:
+            fitting = [name for name, facts in METHODS.items() if facts.can_look_inside]
+            raise ValueError(
+                f"inside_tokens is true, but method {self.method} has no rule for positions inside "
+                f"source tokens; use method {' or '.join(fitting)}, or inside_tokens false"
+            )
+        return self

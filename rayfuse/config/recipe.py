@@ -134,6 +134,16 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _check_inside(self) -> "Recipe":
+        if self.align.inside_tokens and not self.capture.kept_entries:
+            raise ValueError(
+                "align.inside_tokens is true, which needs the likeliest tokens, but capture.signal "
+                f"{self.capture.signal} stores random draws alone; use signal top_k or "
+                "top_k_and_sampled_tail, or inside_tokens false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_sequence(self) -> "Recipe":
         tokens = self.train.sequence_tokens
         if tokens is not None and tokens < self.corpus.max_tokens:

@@ -14,6 +14,7 @@ from rayfuse.fuse.posterior import weigh_by_posterior
 from rayfuse.fuse.rules import OpenSource, give_tail_to, load_rule, make_empty, select_lowest
 from rayfuse.fuse.source_filter import select_active_sources
 from rayfuse.fuse.unigram import count_unigram
+from rayfuse.schema import INSIDE_TOKEN
 from rayfuse.storage.codec import EncodedTopK, TopK, flatten_column, number_documents
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.manifest import check_inputs
@@ -114,9 +115,12 @@ class ShardOpener:
         for data, commits in zip(self.data[1:], self.commits[1:], strict=True):
             check_inputs(commits[shard], inputs, data.folder)
         corpus, *aligned = (
-            data.read_shard(commits[shard], columns)
-            for data, commits, columns in zip(
-                self.data, self.commits, self._list_columns(), strict=True
+            data.read_shard(commit, columns)
+            for data, commit, columns in zip(
+                self.data,
+                [commits[shard] for commits in self.commits],
+                self._list_columns(shard),
+                strict=True,
             )
         )
         for data, table in zip(self.data[1:], aligned, strict=True):
@@ -141,8 +145,8 @@ class ShardOpener:
             selected = select_lowest(np.stack([source.nll for source in sources]))
         return OpenShard(target_ids, offsets, sources, selected.astype(np.int16), corpus["row_id"])
 
-    def _list_columns(self) -> list[list[str]]:
-        """List the columns that fusion needs of the corpus, and then of each source."""
+    def _list_columns(self, shard: int) -> list[list[str]]:
+        """List the columns that fusion needs of a shard of the corpus, and then of each source."""
         corpus_columns = ["row_id", "num_bytes", "target_ids"]
         aligned_columns = ["row_id", "has_signal", "top_ids", "top_logprobs", "tail_logprobs"]
         aligned_columns.append("nats")
@@ -152,7 +156,12 @@ class ShardOpener:
             aligned_columns.append("num_tokens")
         if self.fuse.unit in ("span", "token") or self.fuse.uses_posterior:
             aligned_columns.append("nats_per_byte")
-        return [corpus_columns, *[aligned_columns] * len(self.weights)]
+        # A source's records count the positions inside its tokens if the setting was on.
+        inside = [INSIDE_TOKEN.name] if self.fuse.uses_posterior else []
+        return [corpus_columns] + [
+            aligned_columns + inside * ("inside_tokens" in commits[shard].stats)
+            for commits in self.commits[1:]
+        ]
 
     def _rate_rows(
         self, corpus: pa.Table, aligned: Sequence[pa.Table]
@@ -187,10 +196,11 @@ class ShardOpener:
         Infinite in rows that the source rejected.
         """
         has_row = np.stack([np.isfinite(table["nats"].to_numpy()) for table in aligned])
+        starts_token = np.stack([_find_token_starts(table) for table in aligned])
         per_byte = [flatten_column(table, "nats_per_byte")[0] for table in aligned]
         weights = weigh_by_posterior(
             np.stack(per_byte).astype(np.float32) * num_bytes.astype(np.float32),
-            np.stack([flatten_column(table, "has_signal")[0] for table in aligned]),
+            starts_token,
             has_row,
             offsets,
             number_documents(corpus),
@@ -245,6 +255,14 @@ class ShardReader:
             opened = self.open[shard].result()
             parts.append(opened.read_rows(rows[rows[:, 0] == shard, 1], self.fuse))
         return join_rows(parts)
+
+
+def _find_token_starts(table: pa.Table) -> Bool[np.ndarray, " tokens"]:
+    """Find the positions where a token of the source starts: all before have ended."""
+    has_signal = flatten_column(table, "has_signal")[0]
+    if INSIDE_TOKEN.name not in table.column_names:
+        return has_signal
+    return has_signal & ~flatten_column(table, INSIDE_TOKEN.name)[0]
 
 
 def _nats_per_byte(table: pa.Table) -> Float[np.ndarray, " tokens"] | None:

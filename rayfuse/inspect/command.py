@@ -199,7 +199,12 @@ def _measure_mass(recipe: Recipe, layout: Layout, name: str) -> dict[str, Any]:
     signals = max(stats["with_signal"], 1.0)
     captured = 1 - stats["captured_tail_mass"] / signals
     kept = 1 - stats["tail_mass"] / signals
-    return {
+    shares: dict[str, float] = {}
+    if "inside_tokens" in stats:
+        positions = max(stats["positions"], 1.0)
+        shares["captured_with_signal"] = stats["with_signal"] / positions
+        shares["captured_at_start"] = (stats["with_signal"] - stats["inside_tokens"]) / positions
+    return shares | {
         "captured_shard": shard,
         "captured_mass": captured,
         "kept_mass": kept,
@@ -220,6 +225,9 @@ def print_report(numbers: dict[str, Any], console: Console) -> None:
     line(f"  target tokens          {numbers['target_tokens']:>12,}")
     line(f"  source tokens          {numbers['source_tokens']:>12,}")
     line(f"  with a signal          {numbers['share_with_signal']:>12.1%}")
+    if numbers["share_inside"]:
+        share = numbers["share_inside"]
+        line(f"  inside a token, at most{share:>12.1%}  (with align.inside_tokens)")
     line(f"  one token to one       {numbers['share_one_to_one']:>12.1%}")
     line(f"  inside a source token  {numbers['no_shared_boundary']:>12,}")
     for reason, count in numbers["unplaced"].items():
@@ -235,6 +243,9 @@ def print_report(numbers: dict[str, Any], console: Console) -> None:
             f"  captured mass          {numbers['captured_mass']:>12.2%}  (head, shard "
             f"{numbers['captured_shard']})"
         )
+        if "captured_with_signal" in numbers:
+            line(f"  with a signal          {numbers['captured_with_signal']:>12.1%}  (this shard)")
+            line(f"  at a token's start     {numbers['captured_at_start']:>12.1%}")
         line(f"  kept after mapping     {numbers['kept_mass']:>12.2%}")
         line(f"  lost to the tail       {numbers['lost_mass']:>12.2%}")
     line(f"  placed and matched     {numbers['tokens_per_second']:>12,.0f} tokens/s/core")

@@ -104,6 +104,7 @@ def _table_of_numbers(report: PairReport) -> str:
         ("target tokens", f"{report.target_tokens:,}"),
         ("source tokens", f"{report.source_tokens:,}"),
         ("with a signal", f"{report.share_with_signal:.1%}"),
+        ("inside a token, at most", f"{report.share_inside:.1%}"),
         ("one token to one", f"{report.share_one_to_one:.1%}"),
         ("inside a source token", f"{report.no_shared_boundary:,}"),
         *((f"unplaced, {reason}", f"{count:,}") for reason, count in report.unplaced.items()),

@@ -45,6 +45,9 @@ class PairReport:
     source_tokens: int
     share_with_signal: float
     """Of target positions: the method finds a source position that they can learn from."""
+    share_inside: float
+    """Of target positions: inside a source token, where `align.inside_tokens` gives a signal if the
+    source's distribution at the token's start has enough mass there."""
     share_one_to_one: float
     """Of target positions: the next token is exactly one source token."""
     unplaced: dict[str, int]
@@ -73,6 +76,7 @@ def report_pair(aligned: AlignedTexts) -> PairReport:
         target_tokens=positions,
         source_tokens=int(aligned.source.has_next.sum()),
         share_with_signal=len(matches.target_at) / max(positions, 1),
+        share_inside=aligned.num_inside / max(positions, 1),
         share_one_to_one=len(one_to_one.target_at) / max(positions, 1),
         unplaced=unplaced,
         no_shared_boundary=matches.unmatched.get(NO_SHARED_BOUNDARY, 0),

@@ -9,6 +9,7 @@ import posixpath
 from collections.abc import Iterable
 from typing import Any
 
+from rayfuse.config.align import AlignSettings
 from rayfuse.config.models import SourceSettings
 from rayfuse.config.recipe import Recipe
 from rayfuse.models.files import ModelFiles
@@ -82,20 +83,21 @@ def fingerprint_captured(
     )
 
 
-def fingerprint_aligned(captured: str, *, target_tokenizer: str, method: str, version: int) -> str:
+def fingerprint_aligned(
+    captured: str, settings: AlignSettings, *, target_tokenizer: str, version: int
+) -> str:
     """Hash what decides the aligned rows of one source.
 
     Args:
         captured: The source's captured rows, by their fingerprint.
+        settings: How it is aligned.
         target_tokenizer: The target's tokenizer, by its hash.
-        method: `align.method`.
         version: Of the alignment's code.
     """
+    values = settings.dump_result_settings()
+    method = _FIRST_NAMES.get(settings.method, settings.method)
     return fingerprint_of(
-        of=captured,
-        target=target_tokenizer,
-        method=_FIRST_NAMES.get(method, method),
-        rules=version,
+        **values | {"method": method}, of=captured, target=target_tokenizer, rules=version
     )
 
 

@@ -158,8 +158,8 @@ def _name_aligned(
     fingerprints = {
         name: fingerprint_aligned(
             data.fingerprint,
+            recipe.align,
             target_tokenizer=found.tokenizers[TARGET],
-            method=recipe.align.method,
             version=found.align.version,
         )
         for name, data in captured.items()

@@ -118,6 +118,25 @@ def test_a_posterior_is_refused_without_the_ends_of_tokens(method):
         parse_recipe(values)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_inside_tokens_is_refused_for_methods_without_a_rule_for_it(method):
+    values = MINIMAL | {"align": {"method": method, "inside_tokens": True}}
+    if METHODS[method].can_look_inside:
+        assert parse_recipe(values).align.inside_tokens
+        return
+    with pytest.raises(RecipeError, match=rf"method {method} has no rule .* use method bytes"):
+        parse_recipe(values)
+
+
+def test_inside_tokens_is_refused_where_random_draws_are_all_that_is_stored():
+    values = MINIMAL | {"align": {"inside_tokens": True}}
+    assert not parse_recipe(MINIMAL).align.inside_tokens
+    for signal in ("top_k", "top_k_and_sampled_tail"):
+        assert parse_recipe(values | {"capture": {"signal": signal}}).align.inside_tokens
+    with pytest.raises(RecipeError, match=r"capture.signal sampled stores random draws alone; use"):
+        parse_recipe(values | {"capture": {"signal": "sampled"}})
+
+
 def test_duplicate_source_names_are_refused():
     values = with_setting("sources", [{"name": "a", "model": "m"}, {"name": "a", "model": "n"}])
     with pytest.raises(RecipeError, match="two sources have the name 'a'"):

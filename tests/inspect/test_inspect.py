@@ -211,6 +211,38 @@ def test_of_what_is_captured_the_mass_is_told(tmp_path, capsys):
     print_report(numbers, open_console(to_stderr=False))
     printed = capsys.readouterr().out
     assert "kept after mapping" in printed and "lost to the tail" in printed
+    assert "at a token's start" not in printed
+
+
+def test_positions_inside_tokens_are_counted_and_those_of_a_captured_shard_measured(
+    tmp_path, capsys
+):
+    models = tmp_path / "models"
+    save_model("llama", 330, models / "target")
+    save_tokenizer(byte_level_tokenizer(270), models / "target", bos="<|end|>", eos="<|end|>")
+    save_model("gpt2", 500, models / "source")
+    save_tokenizer(byte_level_tokenizer(500), models / "source", bos="<|end|>", eos="<|end|>")
+    path = write_recipe(tmp_path, models, align={"inside_tokens": True})
+    layout = plan_layout(read_recipe(path), ALIGN_FACTS)
+    source, target = (load_tokenizer(str(models / each)) for each in ("source", "target"))
+    corpus = make_corpus(SAMPLE, target, max_tokens=512)
+    captured = make_captured(corpus, source, top_k=16)
+    for data, table in ((layout.corpus, corpus), (layout.captured["a"], captured)):
+        data.claim({})
+        data.write_shard(0, table, tokens=1)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(SAMPLE))
+    (numbers,) = inspect_pairs(str(path), None, text, None)
+    alignment = build_alignment(source, target, inside_tokens=True)
+    stats = align_shard(corpus, captured, alignment)[1]
+    assert stats["inside_tokens"] > 20
+    assert numbers["captured_with_signal"] == stats["with_signal"] / stats["positions"]
+    gained = numbers["captured_with_signal"] - numbers["captured_at_start"]
+    assert gained == pytest.approx(stats["inside_tokens"] / stats["positions"])
+    assert 0 < gained < numbers["share_inside"] < 1 - numbers["share_with_signal"] + 1e-9
+    print_report(numbers, open_console(to_stderr=False))
+    printed = capsys.readouterr().out
+    assert "inside a token, at most" in printed and "at a token's start" in printed
 
 
 def list_bands(page: str) -> list[str]:
