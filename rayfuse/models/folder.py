@@ -25,6 +25,14 @@ TOKENIZER_FILES = (
 PLAIN_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*")
 """Patterns of a model's files besides its weights."""
 
+HUB_REMEDIES = {
+    "GatedRepoError": "accept its terms on the hub, with the account of the token in HF_TOKEN",
+    "RevisionNotFoundError": "check revision",
+    "RepositoryNotFoundError": "check the name; if the model is private, set HF_TOKEN",
+    "LocalEntryNotFoundError": "give a local folder, or connect to the hub without HF_HUB_OFFLINE",
+}
+"""By the name of the hub client's error, which is imported only if it is raised."""
+
 MAX_JSON_BYTES = 2**24
 """The largest config.json and index that is read; those of the largest LLMs have 2^23 bytes."""
 
@@ -76,9 +84,21 @@ def naming_hub_model(model: str, *, setting: str = "model") -> AbstractContextMa
     return user_error_from(
         lambda error: UserError(
             f"{setting} is {model!r}, which is not a local folder and cannot be read from the hub "
-            f"({first_line(error)}); check the name, or log in if it is gated"
+            f"({first_line(error)}); {_find_hub_remedy(error)}"
         )
     )
+
+
+def _find_hub_remedy(error: BaseException | None) -> str:
+    """Find the remedy of an error of the hub's client, by its class or by that of its cause."""
+    while error is not None:
+        for kind in type(error).__mro__:
+            if kind.__name__ in HUB_REMEDIES:
+                return HUB_REMEDIES[kind.__name__]
+        if getattr(getattr(error, "response", None), "status_code", None) == 401:
+            return "renew HF_TOKEN, which the hub refuses, or unset it"
+        error = error.__cause__ or error.__context__
+    return "check the name and the connection to the hub"
 
 
 def list_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:

@@ -56,9 +56,17 @@ def hub() -> Iterator[HTTPServer]:
     server.server_close()
 
 
-@pytest.mark.parametrize("name", ["gated", "private", "missing", "offline"])
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("gated", "accept its terms on the hub, with the account of the token in HF_TOKEN"),
+        ("private", "renew HF_TOKEN, which the hub refuses, or unset it"),
+        ("missing", "check the name; if the model is private, set HF_TOKEN"),
+        ("offline", "give a local folder, or connect to the hub without HF_HUB_OFFLINE"),
+    ],
+)
 def test_fault_16_an_inaccessible_model_is_reported_before_anything_starts(
-    name, hub, model, tmp_path
+    name, remedy, hub, model, tmp_path
 ):
     (tmp_path / "docs.jsonl").write_text(json.dumps({"text": "some text"}))
     recipe = {
@@ -88,7 +96,7 @@ def test_fault_16_an_inaccessible_model_is_reported_before_anything_starts(
     message = [line for line in done.stderr.splitlines() if line.startswith("rayfuse: error")]
     assert len(message) == 1
     assert "source s" in message[0] and f"'lab/{name}'" in message[0]
-    assert "log in if it is gated" in message[0]
+    assert message[0].endswith(remedy)
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
     assert time.monotonic() - began < 60
