@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from benchmarks.fusion.plan import UNFINISHED, WHOLE_CHARACTERS
+from benchmarks.fusion.plan import INSIDE_TOKENS, UNFINISHED, WHOLE_CHARACTERS
 from benchmarks.fusion.stored import tokenizer_of
 from benchmarks.fusion.units import Unit
 from rayfuse.align.method import Alignment, build_alignment
@@ -24,7 +24,7 @@ def align_tokenizers(unit: Unit, out: Path, corpus: pa.Table) -> Alignment:
     method = unit.settings["method"]
     source = tokenizer_of(unit.needs["captured"].needs["model"].needs["tokenizer"], out)
     target = tokenizer_of(unit.needs["corpus"].needs["target"], out)
-    name = "bytes" if method in (WHOLE_CHARACTERS, UNFINISHED) else method
+    name = "bytes" if method in (WHOLE_CHARACTERS, UNFINISHED, INSIDE_TOKENS) else method
     maps = None
     if name == "min_edit_distance":
         maps = build_maps(map_to_nearest(range(source.vocab_size), source, target), source, target)
@@ -32,7 +32,8 @@ def align_tokenizers(unit: Unit, out: Path, corpus: pa.Table) -> Alignment:
         unseen = map_vocabulary(source, target)[UNCHANGED, :-1]
         counted = count_pairs(corpus, list_token_bytes(source), list_token_bytes(target))
         maps = build_maps(choose_most_matched(counted, unseen), source, target)
-    alignment = build_alignment(source, target, name, maps)
+    inside = method == INSIDE_TOKENS
+    alignment = build_alignment(source, target, name, maps, inside_tokens=inside)
     if method == WHOLE_CHARACTERS:
         alignment.maps[:, :-1][
             :, [_ends_inside_character(token) for token in source.token_bytes]

@@ -21,6 +21,9 @@ UNFINISHED = "bytes, certain or not"
 """As `bytes`, but a token that ends inside a character maps to the token of its first bytes, as
 before ALIGN_VERSION 4. The name is part of the keys of stored units."""
 
+INSIDE_TOKENS = "bytes, and inside tokens"
+"""As `bytes`, with `align.inside_tokens`."""
+
 TUNING = "tuning"
 """Key beside the questions: learning rates, compared on the selection half."""
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.fusion.plan import CLM
+from benchmarks.fusion.plan import CLM, INSIDE_TOKENS
 from benchmarks.fusion.planner import Planner
 from benchmarks.fusion.regime_grids import (
     GRIDS,
@@ -245,6 +245,9 @@ def _plan_trials(planner: Planner, grid: Grid) -> Role:
         "lambda 0.5": {"clm_weight": 0.5},
         "rate 0.012": {"rate": 3 * RATE},
         "decay 1": {"weight_decay": 1.0},
+        "signals inside source tokens": {
+            "align": {"record": "sampled-8+8", "method": INSIDE_TOKENS}
+        },
         "rows cut anew": {"trial": {"views": True}},
         "moving average of the weights": {"trial": {"average": 0.98}},
         "a tenth of the input is noise": {"trial": {"noise": 0.1}},
