@@ -97,7 +97,8 @@ def advise_steps(num_rows: int, rows_per_step: int, epochs: int, *, least: int =
         enough = -(-ENOUGH_STEPS // count_steps(num_rows, chosen, 1))
         remedies.append(f"raise train.epochs to {enough}")
     remedy = " and ".join(remedies)
-    return f"training has {steps} steps of {rows_per_step} rows, which is few; {remedy}"
+    number = "1 step" if steps == 1 else f"{steps} steps"
+    return f"training has {number} of {rows_per_step} rows, which is few; {remedy}"
 
 
 def count_steps(num_rows: int, rows_per_step: int, epochs: int) -> int:
