@@ -101,9 +101,9 @@ MISTAKES = {
         "rows_per_step 3 is below num_workers 4",
         arguments=("train.rows_per_step=3", "train.num_workers=4"),
     ),
-    "many GPUs for the small backend": Mistake(
-        "gpus is 2.0; backend transformers uses one GPU or a part of it",
-        arguments=("sources.a.gpus=2",),
+    "a GPU and a half": Mistake(
+        "gpus is 1.5; an actor has a part of one GPU, or a whole number",
+        arguments=("sources.a.gpus=1.5",),
     ),
     "draws from vLLM": Mistake(
         "source a has backend vllm, which makes no draws, but capture.signal is sampled",
