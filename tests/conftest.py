@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import socket
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -97,3 +98,20 @@ def small_disk(tmp_path) -> Iterator[Path]:
         pytest.skip(f"no file system may be mounted here: {mounted.stderr.strip()}")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def process_group() -> Iterator[None]:
+    """One group for all tests of a process: DeepSpeed keeps the first one that it meets."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (names | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items():
+            patch.setenv(name, value)
+        import torch
+
+        torch.distributed.init_process_group("gloo")
+        yield
+        torch.distributed.destroy_process_group()

@@ -278,7 +278,7 @@ def test_an_unknown_task_is_named_with_the_nearest(tmp_path: Path, monkeypatch: 
     [
         (["a", "a"], "the task 'a' is listed twice"),
         (["../a.yaml"], "is not a task name; give a folder"),
-        ([], "at least 1 item"),
+        ([], "names is empty; give 1 or more"),
     ],
 )
 def test_names_of_tasks_are_checked_with_the_recipe(names: list[str], message: str):

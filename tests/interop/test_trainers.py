@@ -25,9 +25,6 @@ from rayfuse.train.model import FusionModel
 from tests.docs.blocks import read_blocks
 from tests.fakes import tiny_config
 from tests.stored_run import write_run
-from tests.train.conftest import process_group
-
-__all__ = ["process_group"]  # a fixture
 
 pytestmark = pytest.mark.xdist_group("trainers")
 

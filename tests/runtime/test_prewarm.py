@@ -6,10 +6,11 @@ from contextlib import contextmanager
 
 import pytest
 
+from rayfuse import pipeline
 from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.pipeline import _prewarm_if_next
 from rayfuse.run.layout import plan_layout
-from rayfuse.runtime import connect, prewarm, resources
+from rayfuse.runtime import prewarm, resources
 from rayfuse.runtime.prewarm import PREWARM_SECONDS
 from rayfuse.runtime.progress import CorpusPart, Progress, ProgressEvent, report_nothing
 from tests.plan.test_plan import recipe_of, root
@@ -30,7 +31,7 @@ def requests(monkeypatch) -> list[str]:
         yield
         events.append("release")
 
-    monkeypatch.setattr(connect, "join_cluster", lambda: None)
+    monkeypatch.setattr(pipeline, "join_cluster", lambda: None)
     monkeypatch.setattr(resources, "count_reachable", lambda resource: 4.0)
     monkeypatch.setattr(prewarm, "prewarm_nodes", prewarm_nodes)
     monkeypatch.setattr(prewarm, "list_bundles", lambda source: [{"GPU": 1.0}])
