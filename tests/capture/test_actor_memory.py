@@ -17,7 +17,7 @@ VOCAB, TOKENS = 150_000, 2048
 CAPTURE = CaptureSettings(chunk_positions=512, batch_tokens=TOKENS)
 
 SCRIPT = f"""
-import resource, sys
+import re, sys
 import numpy as np, ray
 from rayfuse.capture.actor import CaptureActor
 from rayfuse.capture.engines.load import load_recipe_engine
@@ -26,7 +26,8 @@ from rayfuse.config.models import SourceSettings
 settings = CaptureSettings(chunk_positions=512, batch_tokens={TOKENS})
 engine = load_recipe_engine(SourceSettings(name="s", model=sys.argv[1]), settings)
 engine.score_rows([np.arange(256)] * {TOKENS // 256})
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+# Not ru_maxrss: that is at least the size of the process that has started this one.
+print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024)
 """
 
 
