@@ -159,7 +159,8 @@ def test_a_listener_on_ipv6_is_seen():
     except OSError as error:
         pytest.skip(f"no IPv6 here: {error}")
     with server:
-        assert list_listeners(server.getsockname()[1]) == ("::",)
+        # Another process may have the same port on IPv4.
+        assert "::" in list_listeners(server.getsockname()[1])
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o600])
