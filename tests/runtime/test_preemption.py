@@ -248,6 +248,7 @@ def start(cluster) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(300)
 def test_ray_drains_a_node_with_a_notice_until_its_deadline(start, cluster, metadata):
     work = start("-c", WORK)
     address, node = json.loads(work.stdout.readline())
