@@ -115,3 +115,14 @@ def process_group() -> Iterator[None]:
         torch.distributed.init_process_group("gloo")
         yield
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def fresh_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test read the folders of models anew."""
+    from rayfuse.models.files import forget_model_files
+    from rayfuse.models.tokenizer import load_tokenizer
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    forget_model_files()
+    load_tokenizer.cache_clear()

@@ -1,6 +1,7 @@
 """The regimes: their models and text, and the epochs and learning rates that are tried in each."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from benchmarks.fusion.scales import SCALES, Scale, Size
 
@@ -58,3 +59,33 @@ GRIDS = {
     "tiny": Grid(2, (1,), (RATE / 2,), (RATE / 2,)),
 }
 GRIDS["R3"] = GRIDS["R1"]
+
+BASE: dict[str, Any] = {
+    "clm_weight": 0.3,
+    "rate": RATE,
+    "fuse": {"method": "fixed_share"},
+    "align": {"record": "sampled-8+8"},
+}
+"""The variants of fusion change one of these at a time."""
+
+FAST: dict[str, Any] = {"rate": 2 * RATE, "weight_decay": 0.4}
+TOP_16: dict[str, Any] = {"align": {"record": "top-16"}}
+FILLED: dict[str, Any] = {"fuse": {"method": "fixed_share", "tail": "unigram"}}
+WITH_COPY: dict[str, dict[str, Any]] = {
+    "": {},
+    ", rate 0.008": {"rate": 2 * RATE},
+    ", rate 0.008, decay 0.4": FAST,
+    ", rate 0.008, sampled 16+16": {"rate": 2 * RATE, "align": {"record": "sampled-16+16"}},
+    **{
+        f", rate 0.008, decay 0.4, {epochs} epochs": FAST | {"epochs": epochs}
+        for epochs in (16, 24)
+    },
+    **{
+        f", rate 0.008, decay 0.4, lambda {weight:g}, {epochs} epochs": FAST
+        | {"clm_weight": weight, "epochs": epochs}
+        for weight, epochs in ((0.2, 24), (0.1, 32), (0.2, 40))
+    },
+}
+"""What helped the sources alone, tried with the target's own copy among them."""
+
+FALLING = {"start": 0.5, "end": 0.1, "shape": "linear"}

@@ -19,7 +19,6 @@ from rayfuse.models.files import (
     forget_model_files,
     read_model_files,
 )
-from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.plan.model_size import size_from_files
 from tests.fakes import byte_level_tokenizer, save_adapter, save_model, save_tokenizer
 
@@ -36,12 +35,7 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def caches(tmp_path, monkeypatch):
-    """Let every test read its folders anew."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    forget_model_files()
-    load_tokenizer.cache_clear()
+pytestmark = pytest.mark.usefixtures("fresh_caches")
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ from rayfuse.models.files import (
     read_model_files,
 )
 from rayfuse.models.folder import TOKENIZER_FILES, copy_files
-from rayfuse.models.tokenizer import load_tokenizer
 from tests.fakes import byte_level_tokenizer, save_model, save_tokenizer
 
 Tensors = dict[str, torch.Tensor]
@@ -42,12 +41,7 @@ def valid(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def caches(tmp_path, monkeypatch):
-    """Let every test read its folders anew."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    forget_model_files()
-    load_tokenizer.cache_clear()
+pytestmark = pytest.mark.usefixtures("fresh_caches")
 
 
 @pytest.fixture

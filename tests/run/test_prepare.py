@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 
 from rayfuse.config.base import UserError
 from rayfuse.config.load import read_recipe
-from rayfuse.models.files import forget_model_files
 from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.pipeline import prepare_run
 from rayfuse.run.prepare import list_tokenizer_notes
@@ -30,11 +29,7 @@ def reshape_last(tensors: Tensors) -> Tensors:
     return tensors | {max(tensors): tensors[max(tensors)][None]}
 
 
-@pytest.fixture(autouse=True)
-def caches(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    forget_model_files()
-    load_tokenizer.cache_clear()
+pytestmark = pytest.mark.usefixtures("fresh_caches")
 
 
 @pytest.mark.parametrize(("folder", "role"), [("neox", "source neox"), ("target", "target")])
