@@ -103,14 +103,14 @@ class LocalCluster:
     ) -> None:
         self.port, self.dashboard = free_port(), free_port()
         self.folder = tempfile.TemporaryDirectory(prefix="rc", dir="/tmp")
-        self.env = os.environ | {
+        # Ray's own settings of this process, which may run another cluster, are not this one's.
+        given = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self.env = given | {
             "HOME": str(home),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "RAY_AUTH_MODE": "disabled",
             "DS_ACCELERATOR": "cpu",
         }
-        for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
-            self.env.pop(name, None)
         if token is not None:
             file = home / "ray-token"
             file.touch(mode=0o600)

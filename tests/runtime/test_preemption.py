@@ -222,7 +222,8 @@ while True:
 
 
 @pytest.fixture
-def cluster(tmp_path) -> Iterator[LocalCluster]:
+def cluster(tmp_path, monkeypatch) -> Iterator[LocalCluster]:
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # as a private cluster leaves it
     cluster = LocalCluster(tmp_path, num_cpus=0, token=secrets.token_hex(32))
     cluster.add_node(num_cpus=1)
     yield cluster
