@@ -34,6 +34,15 @@ CORPUS = pa.schema(
     }
 )
 
+MESSAGES = pa.field("messages", pa.string())
+"""A column more of CORPUS rows of conversations: the messages, as JSON. The text is the answers end
+to end, without anything between them, and `num_bytes` counts these alone."""
+
+ANSWERS = pa.field("answers", ints)
+"""A column more of CORPUS and CAPTURED rows of conversations. 3*A, flat, of the A answers of a row:
+the first token of the answer, the token after its last one, and the one after the end of the turn;
+the last two are equal if none is predicted. Only positions before these tokens have a signal."""
+
 CAPTURED = pa.schema(
     {
         "row_id": pa.string(),  # as in the corpus, same order

@@ -41,8 +41,13 @@ def byte_level_tokenizer(vocab_size: int, texts: list[str] | None = None) -> Tok
     return tokenizer
 
 
-def sentencepiece_tokenizer(vocab_size: int, texts: list[str] | None = None) -> Tokenizer:
-    """Train a Llama-style tokenizer: blanks as U+2581, one put before the text, byte fallback."""
+def sentencepiece_tokenizer(
+    vocab_size: int, texts: list[str] | None = None, *, splits_words: bool = False
+) -> Tokenizer:
+    """Train a Llama-style tokenizer: blanks as U+2581, one put before the text, byte fallback.
+
+    With `splits_words`, as in real ones, a blank is nowhere but at a token's start.
+    """
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
@@ -59,7 +64,10 @@ def sentencepiece_tokenizer(vocab_size: int, texts: list[str] | None = None) -> 
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, show_progress=False
     )
+    if splits_words:
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
     tokenizer.train_from_iterator(texts or SAMPLE, trainer)
+    tokenizer.pre_tokenizer = None
     return _without_special_bytes(tokenizer)
 
 

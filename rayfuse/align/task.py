@@ -8,11 +8,13 @@ from functools import lru_cache, partial
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rayfuse.align.answers import align_answers, tokenize_answers
 from rayfuse.align.method import Alignment, IdMap, build_alignment
 from rayfuse.align.shard import align_shard
 from rayfuse.align.vocab_map import VocabMaps, build_maps
 from rayfuse.config.models import ModelSettings, SourceSettings
 from rayfuse.config.recipe import Recipe
+from rayfuse.models.chat import load_chat_format
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.models.tokenizer import TextTokenizer
 from rayfuse.run.layout import Layout
@@ -43,6 +45,8 @@ class AlignTask:
     """The stored vocabulary map, for methods that store one."""
     inside_tokens: bool = False
     """`align.inside_tokens`."""
+    is_chat: bool = False
+    """The rows are conversations."""
 
     @property
     def name(self) -> str:
@@ -61,6 +65,7 @@ def plan_task(recipe: Recipe, layout: Layout, source: SourceSettings) -> AlignTa
         method=recipe.align.method,
         map_file=layout.map_files.get(source.name),
         inside_tokens=recipe.align.inside_tokens,
+        is_chat=recipe.corpus.is_chat,
     )
 
 
@@ -118,7 +123,8 @@ def align_captured(
     inputs = {"corpus": corpus_commit.identity, "captured": commit.identity}
     inputs |= {MAP: map_sha256} if map_sha256 else {}
     try:
-        return (*align_shard(corpus, captured, alignment), inputs)
+        align = align_answers if task.is_chat else align_shard
+        return (*align(corpus, captured, alignment), inputs)
     except ValueError as error:
         name = f"{task.captured.folder}/{commit.file}"
         raise ShardError(f"{name}: {error}; remove it and capture the shard again") from error
@@ -135,7 +141,10 @@ def load_alignment(task: AlignTask) -> tuple[Alignment, str]:
         FileNotFoundError: The method's vocabulary map is not stored yet.
         ShardError: It is corrupt.
     """
-    source, target = load_recipe_tokenizer(task.source), load_recipe_tokenizer(task.target)
+    source, target = (
+        tokenize_answers(load_chat_format(model)) if task.is_chat else load_recipe_tokenizer(model)
+        for model in (task.source, task.target)
+    )
     build = partial(build_alignment, source, target, task.method, inside_tokens=task.inside_tokens)
     if task.map_file is None:
         return build(), ""

@@ -17,7 +17,6 @@ from rayfuse.capture.engines.base import LoadEngine
 from rayfuse.capture.shard import ShardCapturer
 from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.models import SourceSettings
-from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.runtime.heap import trim_heap
 from rayfuse.runtime.ray_internals import list_draining_nodes
 from rayfuse.storage.dataset import DataSet
@@ -134,7 +133,7 @@ class CaptureActor:
         if crashes > MAX_CRASHES:
             raise CrashLoopError(describe_crashes(source, crashes))
         engine = load_engine(source, settings)
-        capturer = ShardCapturer(engine, load_recipe_tokenizer(source), corpus, captured)
+        capturer = ShardCapturer(engine, source, corpus, captured)
         trim_heap()
         return capturer
 

@@ -7,9 +7,14 @@ import time
 import uuid
 from dataclasses import dataclass
 
+from rayfuse.capture.chat_rows import build_chat_captured, score_conversations
 from rayfuse.capture.engines.base import Engine
 from rayfuse.capture.rows import build_captured, tokenize_rows
-from rayfuse.models.tokenizer import TextTokenizer
+from rayfuse.config.models import ModelSettings
+from rayfuse.models.chat import load_chat_format
+from rayfuse.models.files import load_recipe_tokenizer
+from rayfuse.storage.chat_columns import has_answers, read_messages
+from rayfuse.storage.codec import flatten_column
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.manifest import Commit
 from rayfuse.storage.retry import NUM_RETRIES
@@ -44,9 +49,10 @@ class ShardCapturer:
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: TextTokenizer, corpus: DataSet, captured: DataSet
+        self, engine: Engine, source: ModelSettings, corpus: DataSet, captured: DataSet
     ) -> None:
-        self.engine, self.tokenizer = engine, tokenizer
+        self.engine, self.source = engine, source
+        self.tokenizer = load_recipe_tokenizer(source)
         self.corpus, self.captured = corpus, captured
         self.worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self.model_lock = threading.Lock()
@@ -62,19 +68,28 @@ class ShardCapturer:
             return self._describe(self.captured.read_commit(shard))
         corpus_commit = self.corpus.read_commit(shard)
         corpus = self.corpus.read_shard(corpus_commit)
-        rows = tokenize_rows(corpus, self.tokenizer)
+        is_chat = has_answers(corpus)
+        encoded = load_chat_format(self.source).encode(read_messages(corpus)) if is_chat else []
+        rows = [] if is_chat else tokenize_rows(corpus, self.tokenizer)
         with self.model_lock:
             began = time.monotonic()
             idle_seconds = began - self.idle_since
             began_at = time.time()
-            results = self.engine.score_rows(rows)
+            results = (
+                score_conversations(encoded, self.engine.score_rows)
+                if is_chat
+                else self.engine.score_rows(rows)
+            )
             self.idle_since = time.monotonic()
             busy_seconds = self.idle_since - began
-        table, rejects = build_captured(corpus, rows, results, self.tokenizer.eos_id)
+        if is_chat:
+            table, rejects = build_chat_captured(corpus, encoded, results)
+        else:
+            table, rejects = build_captured(corpus, rows, results, self.tokenizer.eos_id)
         commit = self.captured.write_shard(
             shard,
             table,
-            tokens=sum(len(row) for row in rows),
+            tokens=len(flatten_column(table, "token_ids")[0]) if is_chat else sum(map(len, rows)),
             rejects=rejects,
             stats={
                 "began": began_at,

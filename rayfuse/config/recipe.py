@@ -144,6 +144,23 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _check_chat(self) -> "Recipe":
+        held_out, is_chat = self.evaluate.documents, self.corpus.is_chat
+        if held_out is not None and (held_out[0].messages is not None) != is_chat:
+            kinds = ("conversations (messages)", "plain text")
+            own, other = kinds if is_chat else kinds[::-1]
+            raise ValueError(
+                f"corpus.documents are {own}, but evaluate.documents are {other}; hold out "
+                "documents of the same kind"
+            )
+        if is_chat and self.align.method == "cooccurrence":
+            raise ValueError(
+                "align.method is cooccurrence, which counts in plain text, but the documents are "
+                "conversations; use align.method bytes"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_sequence(self) -> "Recipe":
         tokens = self.train.sequence_tokens
         if tokens is not None and tokens < self.corpus.max_tokens:

@@ -149,6 +149,9 @@ class TrainSettings(Settings):
     """Recompute activations in the backward pass instead of storing them."""
     lora: LoraSettings | None = None
     """Train adapters instead of all weights; needs `pip install 'rayfuse[lora]'`."""
+    loss_on: Literal["answers", "all"] = later_setting("answers")
+    """The tokens of conversations that are learned: those of answers and of the ends of their
+    turns, or all, also of the template and of the user. Only answers have signals."""
     publish: Literal["last", "best"] = later_setting("last")
     """The weights that become the model. `last`: those after the last step. `best`: those with the
     lowest bits per byte in a validation, whose rows are drawn from half of the held-out documents;

@@ -10,8 +10,11 @@ from typing import Any, cast
 import pyarrow as pa
 
 from rayfuse.config.base import UserError, user_error_from
+from rayfuse.config.corpus import DocumentsSettings
+from rayfuse.corpus.conversations import parse_messages
 from rayfuse.corpus.json_array import read_array
 from rayfuse.corpus.parquet_guard import find_largest_page, list_chunks
+from rayfuse.models.chat import Message
 from rayfuse.run.inputs import InputFile, check_unchanged, is_saved_dataset
 from rayfuse.run.open_input import (
     BUFFER_BYTES,
@@ -66,12 +69,15 @@ class Document:
     doc_id: str
     domain: str
     text: str
+    """Of a conversation, all answers end to end."""
     fault: str | None = None
     """The kind of the fault, and after a colon its details."""
     file: str = ""
     """The name of its file, where there is a fault."""
     num_documents: int = 1
     """How many documents are lost by the fault, where this is known."""
+    messages: tuple[Message, ...] = ()
+    """Of a conversation."""
 
 
 def read_documents(file: InputFile, max_document_bytes: int) -> Iterator[Document]:
@@ -203,12 +209,32 @@ def _make_document(file: InputFile, place: str, record: object) -> Document:
         domain = _domain_of(file, _read_name(record, "domain"))
     except ValueError as error:
         return Document(place, _domain_of(file), "", str(error))
+    if file.settings.messages is not None:
+        return _make_conversation(doc_id, domain, record, file.settings)
     text = record.get(file.settings.text)
     if isinstance(text, bytes):
         return _decode(doc_id, domain, text)
     if not isinstance(text, str):
         return Document(doc_id, domain, "", f"field {file.settings.text!r} holds no text")
     return Document(doc_id, domain, text)
+
+
+def _make_conversation(
+    doc_id: str, domain: str, record: dict[str, Any], settings: DocumentsSettings
+) -> Document:
+    names = settings.list_fields()
+    missing = [name for name in names if record.get(name) is None]
+    if missing:
+        return Document(doc_id, domain, "", f"field {missing[0]!r} holds no messages")
+    value = [record[name] for name in names] if len(names) > 1 else record[names[0]]
+    try:
+        messages = parse_messages(value, settings.thinking)
+    except UnicodeDecodeError as error:
+        return Document(doc_id, domain, "", f"invalid UTF-8: {error.reason}")
+    except ValueError as error:
+        return Document(doc_id, domain, "", str(error))
+    text = "".join(message.content for message in messages if message.role == "assistant")
+    return Document(doc_id, domain, text, messages=messages)
 
 
 def _read_name(record: dict[str, Any], field: str) -> str:
@@ -244,15 +270,16 @@ def _read_parquet(file: InputFile, max_document_bytes: int) -> Iterator[Document
     number, num_bytes = 0, 0
     with open_input(file.path, file.num_bytes) as stream:
         parquet = open_parquet(stream, buffer_size=BUFFER_BYTES, pre_buffer=False)
-        columns = _choose_columns(parquet.schema_arrow, file.settings.text)
+        columns = _choose_columns(parquet.schema_arrow, file.settings)
         schema = parquet.schema
         paths = [schema.column(number).path for number in range(len(schema))]
+        leaves = [path for path in paths if path in columns or path.split(".")[0] in columns]
         groups = list_chunks(read_footer(stream), paths, parquet.metadata.created_by)
         if len(groups) != parquet.num_row_groups:
             raise ValueError("it has no valid footer")
         for group, chunks in enumerate(groups):
             num_rows = parquet.metadata.row_group(group).num_rows
-            page_bytes = find_largest_page(stream, chunks, columns)
+            page_bytes = find_largest_page(stream, chunks, leaves)
             if page_bytes > max_page_bytes:
                 place = f"{name}:{number + 1}-{number + num_rows}"
                 what = f"{num_rows} rows not read, a page has {page_bytes} bytes"
@@ -271,19 +298,21 @@ def _read_parquet(file: InputFile, max_document_bytes: int) -> Iterator[Document
                     yield _make_document(file, f"{name}:{number}", record)
 
 
-def _choose_columns(schema: pa.Schema, text: str) -> list[str]:
+def _choose_columns(schema: pa.Schema, settings: DocumentsSettings) -> list[str]:
     """Choose the columns to read: text, and id and domain if they hold text or integers."""
-    if text not in schema.names:
-        raise ValueError(f"it has no column {text!r}, only {', '.join(schema.names)}")
-    if not _holds_text(schema.field(text).type):
-        raise ValueError(f"its column {text!r} holds {schema.field(text).type}, not text")
+    wanted = settings.list_fields()
+    for name in wanted:
+        if name not in schema.names:
+            raise ValueError(f"it has no column {name!r}, only {', '.join(schema.names)}")
+        if settings.messages is None and not _holds_text(schema.field(name).type):
+            raise ValueError(f"its column {name!r} holds {schema.field(name).type}, not text")
     names = {
         name
         for name in ("id", "domain")
         if name in schema.names
         and (_holds_text(kind := schema.field(name).type) or pa.types.is_integer(kind))
     }
-    return sorted(names | {text})
+    return sorted(names | set(wanted))
 
 
 def _holds_text(kind: pa.DataType) -> bool:
@@ -303,6 +332,9 @@ def _to_records(batch: pa.RecordBatch) -> list[dict[str, Any]]:
 
 
 def _read_text(file: InputFile, max_document_bytes: int) -> Iterator[Document]:
+    if file.settings.messages is not None:
+        yield Document(file.name, _domain_of(file), "", "no messages: a text file has no fields")
+        return
     with open_input(file.path, file.num_bytes) as stream:
         data = stream.read(max_document_bytes + 1)
     if len(data) > max_document_bytes:

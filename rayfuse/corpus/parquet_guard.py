@@ -118,7 +118,7 @@ def find_largest_page(stream: BinaryIO, chunks: Collection[Chunk], columns: Coll
     Args:
         stream: The Parquet file.
         chunks: The row group's.
-        columns: The columns to be read, none of them nested.
+        columns: The columns to be read; of nested ones, the paths of their leaves.
 
     Raises:
         ValueError: A page has no valid header.

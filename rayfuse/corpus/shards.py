@@ -3,13 +3,18 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
+from jaxtyping import Int
 
 from rayfuse.corpus.documents import Document
 from rayfuse.corpus.split import Row, find_fault, is_held_out, split_document
+from rayfuse.corpus.turns import split_conversation
+from rayfuse.models.chat import ChatError, ChatFormat, ChatTokens
 from rayfuse.models.tokenizer import TextTokenizer
 from rayfuse.run.inputs import InputFile
-from rayfuse.schema import CORPUS
+from rayfuse.schema import CORPUS, MESSAGES
+from rayfuse.storage.chat_columns import append_answers, encode_messages
 from rayfuse.storage.rejects import Reject
 
 BYTES_PER_TOKEN = 4
@@ -93,6 +98,44 @@ def batch_documents(
         yield batch
 
 
+def build_chat_rows(
+    documents: Sequence[Document],
+    target: ChatFormat,
+    formats: Sequence[ChatFormat],
+    *,
+    max_tokens: int,
+) -> tuple[pa.Table, list[Document], list[Reject]]:
+    """Divide conversations into CORPUS rows; reject those that a template cannot represent.
+
+    Args:
+        documents: Conversations without a fault.
+        target: The target's template and tokenizer; its ids are stored.
+        formats: Each row fits all of them.
+        max_tokens: Maximum tokens of a row.
+
+    Returns:
+        The rows, the conversations that they are made of, and the rejects.
+    """
+    rows: list[Row] = []
+    kept: list[Document] = []
+    rejects: list[Reject] = []
+    tokens: list[ChatTokens] = []
+    for document in documents:
+        try:
+            own = split_conversation(document, formats, max_tokens)
+            tokens += [target.encode_one(row.messages) for row in own]
+        except ChatError as error:
+            rejects.append(Reject(document.doc_id, f"unusable messages: {error}", document.file))
+        else:
+            rows += own
+            kept.append(document)
+    table = _build_table(rows, [row.ids for row in tokens])
+    table = table.append_column(
+        MESSAGES, pa.array([encode_messages(row.messages) for row in rows], MESSAGES.type)
+    )
+    return append_answers(table, tokens), kept, rejects
+
+
 def build_rows(
     documents: Sequence[Document],
     target: TextTokenizer,
@@ -112,13 +155,18 @@ def build_rows(
     for document in documents:
         rows += split_document(document, tokenizers, max_tokens)
     texts, ends = [row.text for row in rows], [row.ends_document for row in rows]
+    return _build_table(rows, target.encode_rows(texts, ends))
+
+
+def _build_table(rows: Sequence[Row], target_ids: Sequence[Int[np.ndarray, " _"]]) -> pa.Table:
+    texts = [row.text for row in rows]
     columns = {
         "row_id": [f"{row.document.doc_id}#{row.place}" for row in rows],
         "doc_id": [row.document.doc_id for row in rows],
         "domain": [row.document.domain for row in rows],
         "text": texts,
         "num_bytes": [len(text.encode()) for text in texts],
-        "ends_document": ends,
-        "target_ids": target.encode_rows(texts, ends),
+        "ends_document": [row.ends_document for row in rows],
+        "target_ids": target_ids,
     }
     return pa.Table.from_pydict(columns, schema=CORPUS)

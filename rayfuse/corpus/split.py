@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rayfuse.corpus.documents import Document
+from rayfuse.models.chat import Message
 from rayfuse.models.tokenizer import TextTokenizer
 
 CUT_SEARCH_SHARE = 0.2
@@ -27,7 +28,10 @@ class Row:
     document: Document
     place: int
     text: str
+    """Of a conversation, its answers end to end."""
     ends_document: bool
+    messages: tuple[Message, ...] = ()
+    """Of a conversation."""
 
 
 def find_fault(document: Document, max_bytes: int) -> str | None:
@@ -116,7 +120,7 @@ def _find_cut(
         window = text[start : min(stop, start + num_chars)]
         cut = min(_count_chars_that_fit(window, tokenizer, max_tokens) for tokenizer in tokenizers)
         if cut < len(window):
-            return _move_to_space(window, cut)
+            return move_to_space(window, cut)
         if start + cut == stop:
             return cut
         num_chars *= 2
@@ -131,7 +135,7 @@ def _count_chars_that_fit(text: str, tokenizer: TextTokenizer, max_tokens: int) 
     return max(1, min(int(chars[room, 0]), len(text) - 1))
 
 
-def _move_to_space(text: str, cut: int) -> int:
+def move_to_space(text: str, cut: int) -> int:
     """Move a cut back to the nearest line end, else to the nearest space, else leave it."""
     start = max(1, int(cut * (1 - CUT_SEARCH_SHARE)))
     for separator in ("\n", " "):

@@ -1,7 +1,7 @@
 """The corpus stage: Ray Data reads documents, splits them into rows and commits shards."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -22,6 +22,7 @@ from rayfuse.corpus.shards import (
     DocumentBatch,
     Part,
     batch_documents,
+    build_chat_rows,
     build_rows,
     group_inputs,
     has_one_shard,
@@ -34,6 +35,7 @@ from rayfuse.corpus.summary import (
     count_documents,
     summarize,
 )
+from rayfuse.models.chat import load_chat_format
 from rayfuse.models.config_file import read_context_tokens
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.run.inputs import InputFile, check_unchanged
@@ -42,6 +44,8 @@ from rayfuse.run.segmentation import Segmentation
 from rayfuse.runtime.metrics import count_work
 from rayfuse.runtime.progress import CorpusPart, Progress, ProgressEvent
 from rayfuse.runtime.resources import limit_cpu_tasks
+from rayfuse.schema import ANSWERS
+from rayfuse.storage.chat_columns import has_answers, read_answers
 from rayfuse.storage.codec import flatten_column
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.manifest import Commit
@@ -208,8 +212,7 @@ def _count_batches(batch: pa.Table, task: SplitTask) -> pa.Table:
 
 def _split_groups(batch: pa.Table, task: SplitTask) -> Iterator[pa.Table]:
     """Cut and commit the shards of groups, and yield a row of numbers for each new one."""
-    target = load_recipe_tokenizer(task.target)
-    tokenizers = [load_recipe_tokenizer(model) for model in task.segmentation.split_for]
+    build = _prepare_chat(task) if task.settings.is_chat else _prepare_text(task)
     for record in batch.to_pylist():
         start, stop, began = record["start"], record["start"] + record["count"], time.monotonic()
         for shard, documents in enumerate(task.batches(record["group"]), start):
@@ -220,15 +223,39 @@ def _split_groups(batch: pa.Table, task: SplitTask) -> Iterator[pa.Table]:
                 )
             if task.data.is_committed(shard):
                 continue
-            rows = build_rows(
-                documents.documents, target, tokenizers, max_tokens=task.settings.max_tokens
-            )
+            rows = build(documents)
             _check_lengths(rows, task)
             commit = _commit_rows(task.data, shard, rows, documents)
             seconds, began = time.monotonic() - began, time.monotonic()
             name = task.data.name or "corpus"
             count_work("corpus", name, rows=commit.rows, tokens=commit.tokens, seconds=seconds)
             yield _numbers_of(commit)
+
+
+def _prepare_text(task: SplitTask) -> Callable[[DocumentBatch], pa.Table]:
+    """Load the tokenizers, and return what divides a batch of texts into rows."""
+    target = load_recipe_tokenizer(task.target)
+    tokenizers = [load_recipe_tokenizer(model) for model in task.segmentation.split_for]
+    most = task.settings.max_tokens
+    return lambda batch: build_rows(batch.documents, target, tokenizers, max_tokens=most)
+
+
+def _prepare_chat(task: SplitTask) -> Callable[[DocumentBatch], pa.Table]:
+    """Load the chat templates, and return what divides conversations into rows.
+
+    Conversations that a template cannot represent are moved to the batch's rejects.
+    """
+    target = load_chat_format(task.target)
+    formats = [load_chat_format(model) for model in task.segmentation.split_for]
+
+    def build(batch: DocumentBatch) -> pa.Table:
+        rows, batch.documents, rejects = build_chat_rows(
+            batch.documents, target, formats, max_tokens=task.settings.max_tokens
+        )
+        batch.rejects += rejects
+        return rows
+
+    return build
 
 
 def _check_lengths(rows: pa.Table, task: SplitTask) -> None:
@@ -245,6 +272,7 @@ def _check_lengths(rows: pa.Table, task: SplitTask) -> None:
 
 def _commit_rows(data: DataSet, shard: int, rows: pa.Table, batch: DocumentBatch) -> Commit:
     tokens = len(flatten_column(rows, "target_ids")[0])
+    counts = {ANSWERS.name: float(len(read_answers(rows)[0]))} if has_answers(rows) else {}
     return data.write_shard(
         shard,
         rows,
@@ -252,7 +280,8 @@ def _commit_rows(data: DataSet, shard: int, rows: pa.Table, batch: DocumentBatch
         rejects=batch.rejects,
         stats=count_documents(
             len(batch.documents), sum(rows["num_bytes"].to_pylist()), batch.rejects
-        ),
+        )
+        | counts,
     )
 
 

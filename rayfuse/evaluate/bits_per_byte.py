@@ -78,18 +78,32 @@ def score_tokens(
         )
     texts: list[str] = rows["text"].to_pylist()
     token_rows = tokenizer.encode_rows(texts, [False] * len(texts))
-    nats = _score_in_windows(lm, token_rows, batch_tokens, context_tokens)
-    broken = [row for row, row_nats in enumerate(nats) if not np.isfinite(row_nats).all()]
-    if broken:
-        raise UserError(
-            f"model {name} gives row {rows['row_id'][broken[0]].as_py()!r} a log-probability "
-            f"that is not finite ({len(broken)} of {len(texts)} rows); try dtype float32"
-        )
+    nats = score_in_windows(lm, token_rows, batch_tokens, context_tokens)
+    check_finite(name, rows["row_id"].to_pylist(), nats)
     ends = _find_ends(token_rows, texts, tokenizer)
     return [TokenNLL(*row) for row in zip(ends, nats, strict=True)]
 
 
-def _score_in_windows(
+def check_finite(name: str, row_ids: list[str], nats: Sequence[Float[np.ndarray, " _"]]) -> None:
+    """Check the log-probabilities of each row's tokens.
+
+    Args:
+        name: The model's name, for the error.
+        row_ids: Of the rows.
+        nats: The NLL of each row's tokens.
+
+    Raises:
+        UserError: One is not finite.
+    """
+    broken = [row for row, row_nats in enumerate(nats) if not np.isfinite(row_nats).all()]
+    if broken:
+        raise UserError(
+            f"model {name} gives row {row_ids[broken[0]]!r} a log-probability that is not finite "
+            f"({len(broken)} of {len(row_ids)} rows); try dtype float32"
+        )
+
+
+def score_in_windows(
     lm: CausalLM,
     token_rows: list[Int[np.ndarray, " _"]],
     batch_tokens: int,

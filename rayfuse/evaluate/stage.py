@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ray.exceptions import RayTaskError
 from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
 from rayfuse.config.recipe import Recipe, dump_recipe
+from rayfuse.evaluate.answer_nll import score_answers
 from rayfuse.evaluate.bits_per_byte import (
     load_scored_model,
     score_documents,
@@ -30,6 +32,7 @@ from rayfuse.evaluate.scores import (
     find_role,
 )
 from rayfuse.evaluate.task_resources import choose_resources
+from rayfuse.models.chat import load_chat_format
 from rayfuse.models.config_file import read_context_tokens
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.models.folder import PLAIN_FILES, find_folder, list_files
@@ -43,6 +46,7 @@ from rayfuse.runtime.resources import (
     TASK_RETRIES,
 )
 from rayfuse.runtime.scratch import scratch_folder
+from rayfuse.storage.chat_columns import has_answers
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.files import upload_files, write_record
 from rayfuse.storage.manifest import Commit, check_inputs
@@ -313,9 +317,12 @@ def score_shards(job: ScoringJob, shards: list[int], merge: object = None) -> Sc
             if job.token_nll is not None and job.token_nll.is_committed(shard):
                 token_nll = read_nll_table(_read_same_rows(job.token_nll, commit, rows))
             else:
-                token_nll = score_tokens(
-                    lm,
-                    tokenizer,
+                score = (
+                    partial(score_answers, lm, load_chat_format(model))
+                    if has_answers(rows)
+                    else partial(score_tokens, lm, tokenizer)
+                )
+                token_nll = score(
                     rows,
                     name=job.name,
                     batch_tokens=job.batch_tokens,

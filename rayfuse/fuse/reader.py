@@ -14,8 +14,9 @@ from rayfuse.fuse.posterior import weigh_by_posterior
 from rayfuse.fuse.rules import OpenSource, give_tail_to, load_rule, make_empty, select_lowest
 from rayfuse.fuse.source_filter import select_active_sources
 from rayfuse.fuse.unigram import count_unigram
-from rayfuse.schema import INSIDE_TOKEN
-from rayfuse.storage.codec import EncodedTopK, TopK, flatten_column, number_documents
+from rayfuse.schema import ANSWERS, INSIDE_TOKEN
+from rayfuse.storage.chat_columns import has_answers, mask_learned
+from rayfuse.storage.codec import EncodedTopK, TopK, flatten_column, join_ranges, number_documents
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.manifest import check_inputs
 from rayfuse.storage.seal import ShardError
@@ -35,6 +36,8 @@ class FusedRows:
     position has no next token; its distribution is never used."""
     selected: Int[np.ndarray, " tokens"]
     """The number of the active source with the lowest NLL; -1 where none is active."""
+    is_learned: Bool[np.ndarray, " tokens"] | None = None
+    """Of conversations: positions whose next token is learned; None for all."""
 
     @property
     def has_signal(self) -> Bool[np.ndarray, " tokens"]:
@@ -53,13 +56,14 @@ class OpenShard:
     """The source with the lowest NLL at each position; -1 where none is active."""
     row_ids: pa.ChunkedArray | None = None
     """The name of each row."""
+    is_learned: Bool[np.ndarray, " tokens"] | None = None
+    """As in `FusedRows`."""
 
     def read_rows(self, rows: Int[np.ndarray, " rows"], settings: FuseSettings) -> FusedRows:
         """Fuse some rows."""
         starts = self.offsets[rows]
         lengths = self.offsets[rows + 1] - starts
-        ends = np.cumsum(lengths)
-        at = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
+        at = join_ranges(starts, lengths)
         selected = self.selected[at]
         top = make_empty(len(at))
         if self.sources:
@@ -67,7 +71,8 @@ class OpenShard:
         if settings.tail == "truth":
             next_ids = self.target_ids[np.minimum(at + 1, len(self.target_ids) - 1)]
             top = give_tail_to(next_ids, top, selected >= 0)
-        return FusedRows(self.target_ids[at], lengths, top, selected)
+        is_learned = None if self.is_learned is None else self.is_learned[at]
+        return FusedRows(self.target_ids[at], lengths, top, selected, is_learned)
 
 
 class ShardOpener:
@@ -79,6 +84,8 @@ class ShardOpener:
         aligned: Mapping[str, DataSet],
         fuse: FuseSettings,
         token_bytes: Int[np.ndarray, " vocab"],
+        *,
+        learns_context: bool = False,
     ) -> None:
         """List the shards' commits; no shard is opened yet.
 
@@ -88,7 +95,9 @@ class ShardOpener:
                 are not active are not read: see `select_active_sources`.
             fuse: How sources become one distribution.
             token_bytes: The number of bytes of each target token.
+            learns_context: In conversations, learn all tokens, not only those of answers.
         """
+        self.learns_context = learns_context
         active, _ = select_active_sources(aligned, fuse)
         self.fuse, self.token_bytes, self.names = fuse, token_bytes, tuple(active)
         self.data = [corpus, *(aligned[name] for name in active)]
@@ -143,11 +152,17 @@ class ShardOpener:
         selected = np.full(len(target_ids), -1)
         if sources:
             selected = select_lowest(np.stack([source.nll for source in sources]))
-        return OpenShard(target_ids, offsets, sources, selected.astype(np.int16), corpus["row_id"])
+        is_learned = None
+        if has_answers(corpus) and not self.learns_context:
+            is_learned = mask_learned(corpus, offsets)
+        selected = selected.astype(np.int16)
+        return OpenShard(target_ids, offsets, sources, selected, corpus["row_id"], is_learned)
 
     def _list_columns(self, shard: int) -> list[list[str]]:
         """List the columns that fusion needs of a shard of the corpus, and then of each source."""
         corpus_columns = ["row_id", "num_bytes", "target_ids"]
+        if ANSWERS.name in self.commits[0][shard].stats:
+            corpus_columns.append(ANSWERS.name)
         aligned_columns = ["row_id", "has_signal", "top_ids", "top_logprobs", "tail_logprobs"]
         aligned_columns.append("nats")
         if self.fuse.unit == "document" or self.fuse.uses_posterior:
@@ -226,9 +241,11 @@ class ShardReader:
         aligned: Mapping[str, DataSet],
         fuse: FuseSettings,
         token_bytes: Int[np.ndarray, " vocab"],
+        *,
+        learns_context: bool = False,
     ) -> None:
         """List the shards' commits as `ShardOpener` does; no shard is opened yet."""
-        self.opener = ShardOpener(corpus, aligned, fuse, token_bytes)
+        self.opener = ShardOpener(corpus, aligned, fuse, token_bytes, learns_context=learns_context)
         self.fuse, self.names, self.unigram = fuse, self.opener.names, self.opener.unigram
         self.rows_per_shard = self.opener.rows_per_shard
         self.open: dict[int, Future[OpenShard]] = {}
@@ -305,7 +322,16 @@ def join_rows(parts: Sequence[FusedRows]) -> FusedRows:
             tail=np.concatenate([top.tail for top in tops]),
         ),
         selected=np.concatenate([np.zeros(0, np.int16), *(part.selected for part in parts)]),
+        is_learned=_join_masks([part.is_learned for part in parts]),
     )
+
+
+def _join_masks(
+    parts: Sequence[Bool[np.ndarray, " tokens"] | None],
+) -> Bool[np.ndarray, " tokens"] | None:
+    """Join masks: all or none of the rows of a corpus are conversations."""
+    masks = [part for part in parts if part is not None]
+    return np.concatenate(masks) if masks else None
 
 
 def _widen(top: TopK, entries: int) -> TopK:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from rayfuse.config.base import UserError
+from rayfuse.interop.block import LEARNED
 
 IGNORED = -100
 """The label of a token that is not learned, as in `transformers`."""
@@ -23,7 +24,8 @@ def collate(rows: Sequence[Mapping[str, Any]], *, pad_id: int = 0) -> dict[str, 
 
     Returns:
         `input_ids`, `attention_mask` and `labels` [batch, seq_len], as models of `transformers`
-        take them (a label is the token itself; -100 for padding and for the first token of a row),
+        take them (a label is the token itself; -100 for padding, for the first token of a row, and
+        for what is not learned of a conversation),
         and for `rayfuse.fusion_loss` the fused distribution of the token that follows each:
         `top_ids` and `top_probs` [batch, seq_len, k], `tail_probs` and `sources` [batch, seq_len].
 
@@ -50,6 +52,8 @@ def collate(rows: Sequence[Mapping[str, Any]], *, pad_id: int = 0) -> dict[str, 
     input_ids = stack("token_ids", pad_id).long()
     labels = input_ids.masked_fill(~is_token, IGNORED)
     labels[:, :1] = IGNORED
+    if LEARNED in rows[0]:
+        labels[:, 1:] = labels[:, 1:].masked_fill(~stack(LEARNED, False)[:, :-1], IGNORED)
     return {
         "input_ids": input_ids,
         "attention_mask": is_token.long(),

@@ -8,6 +8,9 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
+LEARNED = "is_learned"
+"""A column more of conversations: whether the token after each is learned."""
+
 
 @dataclass(frozen=True)
 class RowBlock:

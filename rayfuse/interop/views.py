@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from rayfuse.config.base import UserError
 from rayfuse.config.fuse import FuseSettings
 from rayfuse.fuse.reader import OpenShard, ShardOpener
-from rayfuse.interop.block import RowBlock
+from rayfuse.interop.block import LEARNED, RowBlock
 from rayfuse.storage.codec import decode_probs, flatten_column, flatten_positions
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.manifest import Commit, check_inputs
@@ -218,5 +218,6 @@ class _Fused:
                 "top_probs": fused.top.probs,
                 "tail_probs": fused.top.tail,
                 "sources": fused.selected,
+                **({} if fused.is_learned is None else {LEARNED: fused.is_learned}),
             },
         )

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -109,9 +110,13 @@ class TextTokenizer:
 
     def count_control_names(self, texts: Iterable[str]) -> int:
         """Count the names of control tokens in texts, which are encoded as plain characters."""
+        return sum(len(self.control_pattern.findall(text)) for text in texts)
+
+    @cached_property
+    def control_pattern(self) -> re.Pattern[str]:
+        """What matches the names of control tokens, the longest first."""
         names = sorted(self.control_names, key=len, reverse=True)
-        pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        return sum(len(pattern.findall(text)) for text in texts)
+        return re.compile("|".join(map(re.escape, names)) or "(?!)")
 
     def count_specials(self) -> int:
         """Count the special tokens that `encode_rows` adds to a row at most."""
@@ -218,10 +223,15 @@ def _mark_control_tokens(content: dict[str, Any], roles: Set[str]) -> dict[str, 
     return content | {"added_tokens": sorted(added, key=lambda token: token["id"])}
 
 
+def hide_name(name: str) -> str:
+    """Choose the name under which a control token is hidden from text."""
+    return f"control token {name}"
+
+
 def _name_control_tokens(content: dict[str, Any]) -> dict[str, str]:
     """Choose the names under which control tokens are hidden, by their own names."""
     return {
-        token["content"]: f"control token {token['content']}"
+        token["content"]: hide_name(token["content"])
         for token in content["added_tokens"]
         if token["special"]
     }

@@ -20,8 +20,9 @@ from rayfuse.config.overrides import RecipeError
 from rayfuse.config.plan import PlanSettings
 from rayfuse.config.recipe import Recipe
 from rayfuse.corpus.documents import Document, read_documents
-from rayfuse.corpus.shards import BYTES_PER_TOKEN, build_rows, group_inputs
+from rayfuse.corpus.shards import BYTES_PER_TOKEN, build_chat_rows, build_rows, group_inputs
 from rayfuse.corpus.split import find_fault
+from rayfuse.models.chat import ChatTokens, load_chat_format
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.models.host_memory import GIB
 from rayfuse.pipeline import is_stage_done
@@ -30,6 +31,7 @@ from rayfuse.plan.model_size import ModelSize, size_from_files, size_from_settin
 from rayfuse.run.inputs import InputFile, list_documents
 from rayfuse.run.layout import Layout, plan_layout
 from rayfuse.status import list_data_sets
+from rayfuse.storage.chat_columns import has_answers, read_messages
 from rayfuse.storage.manifest import Manifest
 
 TARGET = "target"
@@ -214,9 +216,12 @@ def sample_rows(recipe: Recipe, files: Sequence[InputFile]) -> pa.Table | None:
     documents = [document for _, part in parts for document in part]
     if not documents:
         return None
-    target = load_recipe_tokenizer(recipe.target)
-    others = [load_recipe_tokenizer(source) for source in recipe.sources]
-    return build_rows(documents, target, [target, *others], max_tokens=recipe.corpus.max_tokens)
+    models, most = (recipe.target, *recipe.sources), recipe.corpus.max_tokens
+    if recipe.corpus.is_chat:
+        formats = [load_chat_format(model) for model in models]
+        return build_chat_rows(documents, formats[0], formats, max_tokens=most)[0]
+    tokenizers = [load_recipe_tokenizer(model) for model in models]
+    return build_rows(documents, tokenizers[0], tokenizers, max_tokens=most)
 
 
 def _measure_model(
@@ -241,13 +246,20 @@ def _measure_model(
     own = None if given is None else given.bytes_per_token
     if sample is None or own is not None:
         return PlannedModel(name, size, own or recipe.plan.bytes_per_token)
-    rows = load_recipe_tokenizer(settings).encode_rows(
-        sample["text"].to_pylist(), sample["ends_document"].to_pylist()
-    )
+    num_tokens = _count_tokens(settings, sample)
     num_bytes = sum(sample["num_bytes"].to_pylist())
-    bytes_per_token = num_bytes / max(sum(map(len, rows)), 1)
+    bytes_per_token = num_bytes / max(num_tokens, 1)
     notes.append(f"{name}: {bytes_per_token:.2f} bytes per token, counted in {num_bytes:,} bytes")
     return PlannedModel(name, size, bytes_per_token)
+
+
+def _count_tokens(settings: ModelSettings, rows: pa.Table) -> int:
+    """Count a model's tokens in rows; in conversations also those of the template and the user."""
+    if has_answers(rows):
+        encoded = load_chat_format(settings).encode(read_messages(rows))
+        return sum(len(row.ids) for row in encoded if isinstance(row, ChatTokens))
+    texts, ends = rows["text"].to_pylist(), rows["ends_document"].to_pylist()
+    return sum(map(len, load_recipe_tokenizer(settings).encode_rows(texts, ends)))
 
 
 def _note_memory(recipe: Recipe, notes: list[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rayfuse.config.base import UserError
 from rayfuse.config.recipe import Recipe
+from rayfuse.models.chat import identify_format, load_chat_format
 from rayfuse.models.files import (
     ModelFiles,
     check_model,
@@ -85,7 +86,7 @@ def check_recipe(recipe: Recipe, align: AlignFacts) -> Prepared:
     store = open_store(recipe.storage, recipe.storage_retry_seconds)
     corpus, held_out = _plan_documents(recipe, store)
     tokenizers = {
-        name: load_recipe_tokenizer(settings).content_hash
+        name: identify_format(settings, is_chat=recipe.corpus.is_chat)
         for name, settings in _list_models(recipe).items()
     }
     tasks = recipe.evaluate.tasks
@@ -95,7 +96,7 @@ def check_recipe(recipe: Recipe, align: AlignFacts) -> Prepared:
         tokenizers=tokenizers,
         corpus=corpus,
         held_out=held_out,
-        unmergeable=_find_unmergeable(recipe, models, tokenizers),
+        unmergeable=_find_unmergeable(recipe, models),
         tasks=None if tasks is None else describe_tasks(tasks),
         align=align,
     )
@@ -131,6 +132,10 @@ def list_tokenizer_notes(recipe: Recipe) -> list[str]:
             found.append(
                 f"no file of its tokenizer names {' and '.join(missing)}, so its rows have none; "
                 "if the model was trained with them, name them in tokenizer_config.json"
+            )
+        if recipe.corpus.is_chat and not load_chat_format(settings).takes_system:
+            found.append(
+                "its chat template has no system messages: they are put before the user's first"
             )
         notes += [f"{_describe_role(name)}: {note}" for note in found]
     return notes
@@ -174,6 +179,7 @@ def _plan_documents(recipe: Recipe, store: Store) -> list[SplitDocuments]:
                 describe_split(recipe, [found.files for found in lists], share),
                 (recipe.target, *recipe.sources),
                 resplit=recipe.corpus.resplit,
+                is_chat=recipe.corpus.is_chat,
             ),
             skipped=sum((Counter(found.skipped) for found in lists), Counter[str]()),
         )
@@ -181,10 +187,12 @@ def _plan_documents(recipe: Recipe, store: Store) -> list[SplitDocuments]:
     ]
 
 
-def _find_unmergeable(
-    recipe: Recipe, models: dict[str, ModelFiles], tokenizers: dict[str, str]
-) -> dict[str, str]:
+def _find_unmergeable(recipe: Recipe, models: dict[str, ModelFiles]) -> dict[str, str]:
     """Find the sources whose files cannot be averaged with the target's, each with the reason."""
+    tokenizers = {
+        name: load_recipe_tokenizer(settings).content_hash
+        for name, settings in _list_models(recipe).items()
+    }
     adapted = {name for name, settings in _list_models(recipe).items() if settings.adapter}
     target = models[TARGET]
     reasons: dict[str, str] = {}

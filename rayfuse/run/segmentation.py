@@ -13,7 +13,7 @@ from typing import Any
 
 from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
-from rayfuse.models.files import load_recipe_tokenizer
+from rayfuse.models.chat import identify_format
 from rayfuse.run.fingerprint import fingerprint_of
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.manifest import decode_run
@@ -37,6 +37,8 @@ class Segmentation:
     """Hashes of these tokenizers."""
     is_reused: bool
     """Whether the rows were split for another recipe's models."""
+    is_chat: bool = False
+    """Whether the documents are conversations, so that chat templates count."""
 
     def check_tokenizers(self) -> None:
         """Check that the tokenizers are still those that the rows were first split for.
@@ -47,7 +49,7 @@ class Segmentation:
         remedy = "restore it, or set corpus.resplit: true, which captures every source again"
         for model, recorded in zip(self.split_for, self.tokenizers, strict=True):
             try:
-                found = load_recipe_tokenizer(model).content_hash
+                found = identify_format(model, is_chat=self.is_chat)
             except UserError as error:
                 raise UserError(
                     f"the rows were first split for another model: {error}; {remedy}"
@@ -66,6 +68,7 @@ def plan_segmentation(
     models: tuple[ModelSettings, ...],
     *,
     resplit: bool,
+    is_chat: bool = False,
 ) -> Segmentation:
     """Choose how documents are split: as first recorded, else to fit the models of this recipe.
 
@@ -75,22 +78,23 @@ def plan_segmentation(
         documents: The documents and all settings of the split, apart from the tokenizers.
         models: The models of the recipe, the target first.
         resplit: Split them for these models even if another segmentation is recorded.
+        is_chat: The documents are conversations.
 
     Raises:
         ShardError: The record of an earlier segmentation is corrupt.
         UserError: A stored corpus has another schema version.
     """
-    target = load_recipe_tokenizer(models[0]).content_hash
+    target = identify_format(models[0], is_chat=is_chat)
     prefix = f"{name}-" if name else ""
     record_file = f"corpus/{prefix}segmentation-{fingerprint_of(**documents)}.json"
-    own = _split_for(models, documents, record_file)
+    own = _split_for(models, documents, record_file, is_chat=is_chat)
     if store.sizes(place_rows(store, name, own.fingerprint, target).folder, "run.json"):
         return own
     if not store.sizes("corpus", record_file.removeprefix("corpus/")):
         _check_versions(store)
     if resplit:
         return own
-    recorded = _read_record(store, record_file)
+    recorded = _read_record(store, record_file, is_chat=is_chat)
     if recorded is None or recorded.fingerprint == own.fingerprint:
         return own
     return recorded
@@ -123,9 +127,9 @@ def write_segmentation(store: Store, segmentation: Segmentation) -> None:
 
 
 def _split_for(
-    models: tuple[ModelSettings, ...], documents: dict[str, Any], record_file: str
+    models: tuple[ModelSettings, ...], documents: dict[str, Any], record_file: str, *, is_chat: bool
 ) -> Segmentation:
-    by_hash = {load_recipe_tokenizer(model).content_hash: model for model in models}
+    by_hash = {identify_format(model, is_chat=is_chat): model for model in models}
     tokenizers = sorted(by_hash)
     return Segmentation(
         fingerprint=fingerprint_of(**documents, tokenizers=tokenizers),
@@ -133,6 +137,7 @@ def _split_for(
         split_for=tuple(by_hash[tokenizer] for tokenizer in tokenizers),
         tokenizers=tuple(tokenizers),
         is_reused=False,
+        is_chat=is_chat,
     )
 
 
@@ -151,7 +156,7 @@ def _check_versions(store: Store) -> None:
             decode_run(store.read(path), f"{store.root}/{path}", store.root)
 
 
-def _read_record(store: Store, record_file: str) -> Segmentation | None:
+def _read_record(store: Store, record_file: str, *, is_chat: bool = False) -> Segmentation | None:
     try:
         record = unseal(store.read(record_file), f"{store.root}/{record_file}")
         return Segmentation(
@@ -162,6 +167,7 @@ def _read_record(store: Store, record_file: str) -> Segmentation | None:
             split_for=tuple(ModelSettings.model_validate(model) for model in record["cut_for"]),
             tokenizers=tuple(record["tokenizers"]),
             is_reused=True,
+            is_chat=is_chat,
         )
     except FileNotFoundError:
         return None

@@ -142,3 +142,11 @@ def build_list_column(
     """Build a list column from flat values and row offsets."""
     flat = pa.array(values, type=list_type.value_type)
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), flat, type=list_type)
+
+
+def join_ranges(
+    starts: Int[np.ndarray, " ranges"], lengths: Int[np.ndarray, " ranges"]
+) -> Int[np.ndarray, " total"]:
+    """Concatenate the ranges start, start + 1, ..., start + length - 1."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)

@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from rayfuse.fuse.reader import FusedRows, ShardReader
 from rayfuse.fuse.rules import make_empty
-from rayfuse.storage.codec import TopK
+from rayfuse.storage.codec import TopK, join_ranges
 from rayfuse.train.order import count_steps, order_rows
 
 PREFETCH_STEPS = 2
@@ -148,19 +148,23 @@ def _stack(
     ]
     numbers = np.concatenate(sequences)
     row_lengths, row_offsets = rows.lengths[numbers], np.concatenate(offsets)
-    source = _ranges(starts[numbers], row_lengths)
-    destination = _ranges(row_offsets, row_lengths)
+    source = join_ranges(starts[numbers], row_lengths)
+    destination = join_ranges(row_offsets, row_lengths)
     token_ids = np.zeros((len(sequences), seq_len), dtype=np.int32)
     token_ids.reshape(-1)[destination] = rows.token_ids[source]
     position_ids = np.zeros_like(token_ids) if packing.is_packed else None
     if position_ids is not None:
-        position_ids.reshape(-1)[destination] = _ranges(np.zeros_like(row_offsets), row_lengths)
+        position_ids.reshape(-1)[destination] = join_ranges(np.zeros_like(row_offsets), row_lengths)
     # The last token of a row has no next one: what follows is another row.
-    at = _ranges(starts[numbers], row_lengths - 1)
+    at = join_ranges(starts[numbers], row_lengths - 1)
+    positions = join_ranges(row_offsets, row_lengths - 1)
+    if rows.is_learned is not None:
+        is_learned = rows.is_learned[at]
+        at, positions = at[is_learned], positions[is_learned]
     return MicroBatch(
         token_ids=token_ids,
         position_ids=position_ids,
-        positions=_ranges(row_offsets, row_lengths - 1),
+        positions=positions,
         next_ids=rows.token_ids.take(at + 1),
         sources=rows.selected.take(at),
         top=TopK(
@@ -169,14 +173,6 @@ def _stack(
             tail=rows.top.tail.take(at),
         ),
     )
-
-
-def _ranges(
-    starts: Int[np.ndarray, " ranges"], lengths: Int[np.ndarray, " ranges"]
-) -> Int[np.ndarray, " total"]:
-    """Concatenate the ranges start, start + 1, ..., start + length - 1."""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
 
 
 def iterate_steps(

@@ -261,7 +261,15 @@ class Trainer:
         return engine
 
     def _open_reader(self, corpus: DataSet, aligned: dict[str, DataSet]) -> ShardReader:
-        return ShardReader(corpus, aligned, self.task.recipe.fuse, self._token_bytes)
+        # What is measured are answers, whatever is learned.
+        learns_context = self.settings.loss_on == "all" and corpus is self.task.corpus
+        return ShardReader(
+            corpus,
+            aligned,
+            self.task.recipe.fuse,
+            self._token_bytes,
+            learns_context=learns_context,
+        )
 
     @cached_property
     def _token_bytes(self) -> np.ndarray:

@@ -66,7 +66,7 @@ def make_capturer(model: ModelSettings, corpus: DataSet, name: str = "a") -> Sha
     engine = TransformersEngine(model, CaptureSettings(top_k=4))
     captured = DataSet(corpus.store, "captured", name, "1")
     captured.claim({})
-    return ShardCapturer(engine, load_recipe_tokenizer(model), corpus, captured)
+    return ShardCapturer(engine, model, corpus, captured)
 
 
 def capture_and_stop_before_the_commit(model: ModelSettings, corpus: DataSet, pipe) -> None:

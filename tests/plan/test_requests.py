@@ -13,7 +13,6 @@ from rayfuse.capture.engines.load import load_recipe_engine
 from rayfuse.capture.shard import ShardCapturer
 from rayfuse.config.load import parse_recipe
 from rayfuse.config.recipe import Recipe
-from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.plan.estimate import (
     ALIGN_SHARD,
     CAPTURE_SHARD,
@@ -111,7 +110,7 @@ def test_corpus_capture_alignment_and_training_make_the_requests_that_are_planne
     assert list_missing(data, shards, print) == list(range(shards))
     capturer = ShardCapturer(
         load_recipe_engine(source, recipe.capture),
-        load_recipe_tokenizer(source),
+        source,
         layout.corpus,
         data,
     )

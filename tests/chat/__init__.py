@@ -1,0 +1,1 @@
+"""Conversations: templates, rows, capture, alignment, training and scores."""
