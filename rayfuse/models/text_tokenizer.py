@@ -57,6 +57,11 @@ class TextTokenizer:
     added_names: frozenset[str] = frozenset()
     """The tokens that were added to the vocabulary, control tokens among them."""
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy; `tokenizers` pickles a backend without this flag."""
+        vars(self).update(state)
+        self.backend.encode_special_tokens = True
+
     @property
     def vocab_size(self) -> int:
         """The number of ids, those that do not exist included."""

@@ -1,7 +1,9 @@
 """A tokenizer.json built from its parts, and control tokens hidden without building it again."""
 
+import copy
 import gc
 import json
+import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +133,14 @@ def check_same_tokens(written: str, names: list[str], monkeypatch: pytest.Monkey
     unknown = kept.token_names.index("<unk>") if "<unk>" in kept.token_names else None
     used = {token_id for row in kept.encode(texts) for token_id in row.tolist()}
     assert not used & (control_ids - {unknown})
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
+def test_copy_reads_control_tokens_as_text_too(copy_of):
+    tokenizer = build_tokenizer(byte_level_tokenizer(300).to_str(), start_id=0, eos_id=0)
+    texts = ["a<|end|>b"]
+    assert copy_of(tokenizer).encode(texts)[0].tolist() == tokenizer.encode(texts)[0].tolist()
+    assert 0 not in copy_of(tokenizer).encode(texts)[0]
 
 
 ADDED = {
