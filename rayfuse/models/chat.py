@@ -31,7 +31,7 @@ from rayfuse.config.base import UserError, first_line
 from rayfuse.config.models import ModelSettings, TrainedSettings
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.models.folder import TOKENIZER_FILES, find_folder, read_json_object
-from rayfuse.models.text_tokenizer import TextTokenizer, hide_name
+from rayfuse.models.text_tokenizer import TextTokenizer, hide_name, rename_control_tokens
 from rayfuse.models.tokenizer import load_tokenizer
 
 Role = Literal["system", "user", "assistant"]
@@ -188,7 +188,7 @@ class ChatFormat:
 
     def _hide(self, part: str) -> str:
         """Write control tokens of the template by the names that no other text has."""
-        pattern = self.tokenizer.control_pattern
+        pattern = _compile_names(self.tokenizer.control_names)
         return pattern.sub(lambda match: hide_name(match.group()), part)
 
     def _run_template(self, messages: list[dict[str, str]]) -> str:
@@ -241,6 +241,13 @@ def merge_system(messages: Sequence[Message]) -> Sequence[Message]:
         return messages
     system, first, *rest = messages
     return [replace(first, content=system.content + SYSTEM_BREAK + first.content), *rest]
+
+
+@lru_cache(maxsize=16)
+def _compile_names(names: frozenset[str]) -> re.Pattern[str]:
+    """Compile what matches names of control tokens, the longest first."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 class _GenerationTag(Extension):
@@ -330,11 +337,19 @@ def _load(
         for name, token in config.items()
         if name in SPECIAL_VARIABLES and token
     }
-    backend = Tokenizer.from_str(tokenizer.backend.to_str())
-    backend.encode_special_tokens = False
     template = _read_template(folder, config, chat_template, model)
-    plain = ChatFormat(template, tokenizer, special, backend)
+    plain = ChatFormat(template, tokenizer, special, _build_backend(tokenizer))
     return _try_out(plain, model)
+
+
+def _build_backend(tokenizer: TextTokenizer) -> Tokenizer:
+    """Build a tokenizer that reads control tokens, each by its hidden name."""
+    content = json.loads(tokenizer.backend.to_str())
+    present = {token["content"] for token in content["added_tokens"]}
+    content = rename_control_tokens(content, tokenizer.control_names & present)
+    backend = Tokenizer.from_str(json.dumps(content))
+    backend.encode_special_tokens = False
+    return backend
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -27,19 +27,15 @@ def list_token_bytes(
         roles: The ids of start token and EOS, which have no bytes.
     """
     decode = _choose_decoding(content)
-    added = {token["id"]: token for token in content["added_tokens"]}
+    token_bytes = [decode(name) if name else None for name in names]
+    for token in content["added_tokens"]:
+        own = token["content"].replace(SPACE_MARK, " ").encode()
+        token_bytes[token["id"]] = b"" if token["special"] else own
     unknown = content["model"].get("unk_token")
-    token_bytes: list[bytes | None] = []
-    for token_id, name in enumerate(names):
-        if not name:
-            token_bytes.append(None)
-        elif name == unknown or token_id in roles:
-            token_bytes.append(b"")
-        elif token_id in added:
-            special = added[token_id]["special"]
-            token_bytes.append(b"" if special else name.replace(SPACE_MARK, " ").encode())
-        else:
-            token_bytes.append(decode(name))
+    spell_nothing = roles | ({names.index(unknown)} if unknown and unknown in names else set())
+    for token_id in spell_nothing:
+        if token_id is not None:
+            token_bytes[token_id] = b""
     return tuple(token_bytes)
 
 
@@ -110,7 +106,7 @@ def _decode_byte_level(token: str) -> bytes:
 
 
 def _decode_sentencepiece(token: str) -> bytes:
-    byte = BYTE_PATTERN.fullmatch(token)
+    byte = BYTE_PATTERN.fullmatch(token) if token.startswith("<") else None
     return bytes([int(byte[1], 16)]) if byte else _decode_metaspace(token)
 
 

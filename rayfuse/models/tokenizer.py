@@ -2,7 +2,8 @@
 
 `transformers` builds many tokenizers again from a class of its own, which may drop parts of
 tokenizer.json, such as the pre-tokenizer. The file is what the model was trained with, so it alone
-decides how text is encoded; the class decides only which tokens start and end a text.
+decides how text is encoded; the class decides only which tokens start and end a text. Loading the
+class takes seconds, so it is skipped where the folder's files name all roles that it knows.
 """
 
 import json
@@ -18,10 +19,13 @@ from tokenizers import Tokenizer
 from rayfuse.config.base import UserError, first_line, user_error_from
 from rayfuse.models.config_file import check_code_places
 from rayfuse.models.folder import TOKENIZER_FILES, find_folder
-from rayfuse.models.text_tokenizer import ADDED_FLAGS, TextTokenizer, build_tokenizer
+from rayfuse.models.text_tokenizer import ADDED_FLAGS, TextTokenizer, wrap_tokenizer
+from rayfuse.models.tokenizer_json import ParsedTokenizer, parse_tokenizer
 
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes of transformers that use tokenizer.json unchanged."""
+
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 
 ROLES = (
     "bos_token",
@@ -36,6 +40,16 @@ ROLES = (
 
 ROLE_LISTS = ("additional_special_tokens", "extra_special_tokens")
 """Keys there that name several."""
+
+DEFAULT_ROLES = {
+    "CohereTokenizer": ROLES,
+    "GPT2Tokenizer": ("bos_token", "eos_token", "unk_token"),
+    "GPTNeoXTokenizer": ("bos_token", "eos_token", "unk_token", "pad_token"),
+    "GemmaTokenizer": ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token"),
+    "LlamaTokenizer": ("bos_token", "eos_token", "unk_token"),
+    "Qwen2Tokenizer": ("eos_token", "unk_token", "pad_token"),
+}
+"""The roles to which classes of transformers give a token of their own if no file does."""
 
 PROBE = "On 30 Nov 2026,  naïve\tusers typed 1,234.50 + x_1\n\n  漢字!"
 """A text on which tokenizers differ: digits, runs of spaces, a tab, empty lines, accents."""
@@ -72,15 +86,61 @@ def load_tokenizer(
     if trust_remote_code:
         check_code_places(config, folder / "tokenizer_config.json")
     own = _read_own(folder, config) if path.is_file() else None
-    if own is not None and config.get("tokenizer_class") in PLAIN_CLASSES:
-        return _build(path, own, _read_special_tokens(folder, config), note=None)
-    place = str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
-    loaded = _load_class(place, revision, trust_remote_code, folder)
+    if own is not None and _names_all_roles(folder, config):
+        return _build(path, own, _read_special_tokens(folder, config))
+    loaded = _load_class(model, revision, trust_remote_code, folder)
     if own is None:
-        own = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
+        own = parse_tokenizer(loaded.backend_tokenizer.to_str())
     names = frozenset(map(str, loaded.all_special_tokens))
-    special = SpecialTokens(loaded.bos_token, loaded.eos_token, names)
-    return _build(path, own, special, note=_compare(own, loaded))
+    return _build(path, own, SpecialTokens(loaded.bos_token, loaded.eos_token, names))
+
+
+def describe_class_difference(
+    model: str, revision: str | None = None, trust_remote_code: bool = False
+) -> str | None:
+    """Describe how a tokenizer's class in transformers differs from its tokenizer.json.
+
+    Loads the class, which takes seconds.
+
+    Args:
+        model: As for `load_tokenizer`.
+        revision: As for `load_tokenizer`.
+        trust_remote_code: As for `load_tokenizer`.
+
+    Returns:
+        None if the two give the same tokens of a probe text, or the class is the file alone.
+
+    Raises:
+        UserError: As for `load_tokenizer`.
+    """
+    folder = find_folder(model, revision, TOKENIZER_FILES)
+    own = load_tokenizer(model, revision, trust_remote_code)
+    config = _read_object(folder / "tokenizer_config.json")
+    has_own = (folder / "tokenizer.json").is_file()
+    if not has_own or config.get("tokenizer_class") in PLAIN_CLASSES:
+        return None
+    return _compare(own.backend, _load_class(model, revision, trust_remote_code, folder))
+
+
+def _names_all_roles(folder: Path, config: dict[str, Any]) -> bool:
+    """Check that the folder's files name the roles just as the tokenizer's class would.
+
+    That is certain for plain classes; for those of `DEFAULT_ROLES` where tokenizer_config.json
+    gives each of these roles, or null, and no other key or file adds control tokens.
+    """
+    name = config.get("tokenizer_class")
+    if name in PLAIN_CLASSES:
+        return True
+    defaults = DEFAULT_ROLES.get(str(name).removesuffix("Fast"))
+    others = {key for key in config if key.endswith("_token") and key not in ROLES}
+    return (
+        defaults is not None
+        and config.keys() >= set(defaults)
+        and not any(isinstance(config[key], str | dict) for key in others)
+        and not all(config.get(key) for key in ROLE_LISTS)
+        and config.keys().isdisjoint(["auto_map", "model_specific_special_tokens"])
+        and ("added_tokens_decoder" in config or not (folder / SPECIAL_TOKENS_FILE).is_file())
+    )
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -120,14 +180,14 @@ def _check_object(value: object) -> dict[str, Any]:
     return value
 
 
-def _read_own(folder: Path, config: dict[str, Any]) -> Tokenizer:
+def _read_own(folder: Path, config: dict[str, Any]) -> ParsedTokenizer:
     """Read tokenizer.json, and add the tokens that other files append to its vocabulary.
 
     Raises:
         UserError: A file is corrupt.
     """
     path = folder / "tokenizer.json"
-    own = _read_checked(path, lambda data: Tokenizer.from_str(data.decode()))
+    own = _read_checked(path, lambda data: parse_tokenizer(data.decode()))
     added = (
         _read_checked(folder / "tokenizer_config.json", lambda _: _list_added(config))
         if config
@@ -137,16 +197,16 @@ def _read_own(folder: Path, config: dict[str, Any]) -> Tokenizer:
     if "added_tokens_decoder" not in config and legacy.is_file():
         added = _read_checked(legacy, lambda data: _list_legacy(_check_object(json.loads(data))))
     appended: dict[str, dict[str, Any]] = {}
+    find_id, num_ids = own.backend.token_to_id, own.backend.get_vocab_size()
     for token in sorted(added, key=lambda token: token["id"]):
-        name, next_id = token["content"], own.get_vocab_size() + len(appended)
+        name, next_id = token["content"], num_ids + len(appended)
         # Others are in the vocabulary already, or have an id that tokenizers would not give them.
-        if name not in appended and own.token_to_id(name) is None and token["id"] == next_id:
+        if name not in appended and find_id(name) is None and token["id"] == next_id:
             appended[name] = token
     if not appended:
         return own
-    content = json.loads(own.to_str())
-    content["added_tokens"] += appended.values()
-    return Tokenizer.from_str(json.dumps(content))
+    added_tokens = own.content["added_tokens"] + list(appended.values())
+    return parse_tokenizer(json.dumps(own.content | {"added_tokens": added_tokens}))
 
 
 def _list_added(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -173,7 +233,7 @@ def _read_special_tokens(folder: Path, config: dict[str, Any]) -> SpecialTokens:
     Raises:
         UserError: A file is corrupt.
     """
-    path = folder / "special_tokens_map.json"
+    path = folder / SPECIAL_TOKENS_FILE
     given = config
     if "added_tokens_decoder" not in config:
         given = config | _read_object(path)
@@ -217,6 +277,7 @@ def _load_class(model: str, revision: str | None, trust_remote_code: bool, folde
     """
     from transformers import AutoTokenizer  # takes 5 seconds; plain folders do not need it
 
+    place = str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
     is_sentencepiece = not (folder / "tokenizer.json").is_file() and any(folder.glob("*.model"))
     remedy = (
         "it has a SentencePiece model but no tokenizer.json: convert it where sentencepiece is "
@@ -230,7 +291,7 @@ def _load_class(model: str, revision: str | None, trust_remote_code: bool, folde
         )
     ):
         loaded: Any = AutoTokenizer.from_pretrained(
-            model, revision=revision, trust_remote_code=trust_remote_code, use_fast=True
+            place, revision=revision, trust_remote_code=trust_remote_code, use_fast=True
         )
     if not loaded.is_fast:
         raise UserError(f"model is {model!r}, which has no fast tokenizer (tokenizer.json)")
@@ -254,28 +315,26 @@ def _compare(own: Tokenizer, loaded: Any) -> str | None:
     )
 
 
-def _build(
-    path: Path, own: Tokenizer, special: SpecialTokens, *, note: str | None
-) -> TextTokenizer:
+def _build(path: Path, own: ParsedTokenizer, special: SpecialTokens) -> TextTokenizer:
     """Build the tokenizer of a folder.
 
     Raises:
         UserError: tokenizer.json has an unexpected structure, or marks the ends of words.
     """
-    suffix = getattr(own.model, "end_of_word_suffix", None)
+    suffix = own.content["model"].get("end_of_word_suffix")
     if suffix:
         raise UserError(
             f"{path}: model.end_of_word_suffix is {suffix!r}; tokens that mark the ends of words "
             "do not spell the spaces of a text, so they cannot be aligned: use another model"
         )
     bos, eos = (
-        None if name is None else own.token_to_id(name) for name in (special.bos, special.eos)
+        None if name is None else own.backend.token_to_id(name)
+        for name in (special.bos, special.eos)
     )
     with _naming_file(path):
-        return build_tokenizer(
-            own.to_str(),
+        return wrap_tokenizer(
+            own,
             start_id=eos if bos is None else bos,
             eos_id=eos,
             control_names=special.names,
-            note=note,
         )

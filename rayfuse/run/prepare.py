@@ -18,7 +18,7 @@ from rayfuse.models.files import (
     find_difference,
     load_recipe_tokenizer,
 )
-from rayfuse.models.tokenizer import TextTokenizer
+from rayfuse.models.tokenizer import TextTokenizer, describe_class_difference
 from rayfuse.run.fingerprint import describe_split
 from rayfuse.run.inputs import InputFile, list_documents
 from rayfuse.run.segmentation import Segmentation, plan_segmentation
@@ -122,7 +122,10 @@ def list_tokenizer_notes(recipe: Recipe) -> list[str]:
     notes: list[str] = []
     for name, settings in _list_models(recipe).items():
         tokenizer = load_recipe_tokenizer(settings)
-        found = [] if tokenizer.note is None else [tokenizer.note]
+        difference = describe_class_difference(
+            settings.model, settings.revision, settings.trust_remote_code
+        )
+        found = [] if difference is None else [difference]
         missing = [
             role
             for role, token_id in (("BOS", tokenizer.start_id), ("EOS", tokenizer.eos_id))

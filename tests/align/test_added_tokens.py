@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rayfuse.align.pair import align_texts
-from rayfuse.models.tokenizer import TextTokenizer, build_tokenizer
+from rayfuse.models.text_tokenizer import TextTokenizer, build_tokenizer
 from tests.fakes import byte_level_tokenizer, sentencepiece_tokenizer
 
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}

@@ -8,7 +8,7 @@ from rayfuse.align.methods.cooccurrence import (
     count_pairs,
 )
 from rayfuse.align.token_spans import list_token_bytes
-from rayfuse.models.tokenizer import build_tokenizer
+from rayfuse.models.text_tokenizer import build_tokenizer
 from tests.fakes import SAMPLE, byte_level_tokenizer, sentencepiece_tokenizer
 
 SOURCE = build_tokenizer(byte_level_tokenizer(320).to_str(), start_id=0, eos_id=0)

@@ -32,7 +32,7 @@ from rayfuse.align.vocab_map import (
     WITHOUT_SPACE,
     map_vocabulary,
 )
-from rayfuse.models.tokenizer import TextTokenizer, build_tokenizer
+from rayfuse.models.text_tokenizer import TextTokenizer, build_tokenizer
 from tests.fakes import SAMPLE, byte_level_tokenizer, sentencepiece_tokenizer
 
 TEXTS = [

@@ -20,7 +20,7 @@ from rayfuse.align.shard import align_shard
 from rayfuse.align.token_spans import list_token_bytes, place_tokens
 from rayfuse.capture.rows import build_captured, tokenize_rows
 from rayfuse.capture.top_k import TopLogprobs
-from rayfuse.models.tokenizer import TextTokenizer, build_tokenizer
+from rayfuse.models.text_tokenizer import TextTokenizer, build_tokenizer
 from rayfuse.schema import ALIGNED
 from rayfuse.storage.codec import decode_probs, flatten_column
 from tests.align.inside_oracle import expect_row, goal_of, place_plainly

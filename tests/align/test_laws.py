@@ -15,7 +15,7 @@ from rayfuse.align.shard import align_shard
 from rayfuse.align.token_spans import list_token_bytes
 from rayfuse.align.vocab_map import UNCHANGED, build_maps
 from rayfuse.config.align import METHODS
-from rayfuse.models.tokenizer import TextTokenizer, build_tokenizer
+from rayfuse.models.text_tokenizer import TextTokenizer, build_tokenizer
 from rayfuse.storage.codec import decode_probs, flatten_column
 from tests.align.conftest import NAMES, map_tokens
 

@@ -21,7 +21,8 @@ from rayfuse.align.methods.min_edit_distance import (
 from rayfuse.align.token_spans import list_token_bytes, place_tokens
 from rayfuse.align.vocab_map import UNCHANGED, build_maps
 from rayfuse.config.models import ModelSettings
-from rayfuse.models.tokenizer import TextTokenizer, build_tokenizer, load_tokenizer
+from rayfuse.models.text_tokenizer import TextTokenizer, build_tokenizer
+from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.storage.codec import flatten_column
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import LocalStore

@@ -14,7 +14,7 @@ from rayfuse.corpus.shards import (
     batch_documents,
     build_rows,
 )
-from rayfuse.models.tokenizer import TextTokenizer, build_tokenizer
+from rayfuse.models.text_tokenizer import TextTokenizer, build_tokenizer
 from rayfuse.run.inputs import InputFile, list_inputs
 from tests.fakes import byte_level_tokenizer, sentencepiece_tokenizer
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from rayfuse.corpus.documents import Document
 from rayfuse.corpus.shards import Part, batch_documents, build_rows
 from rayfuse.corpus.split import find_fault, is_held_out, split_document
-from rayfuse.models.tokenizer import build_tokenizer
+from rayfuse.models.text_tokenizer import build_tokenizer
 from rayfuse.storage.codec import flatten_column
 from tests.fakes import SAMPLE, byte_level_tokenizer, sentencepiece_tokenizer
 

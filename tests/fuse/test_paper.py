@@ -20,7 +20,7 @@ from rayfuse.config.load import parse_recipe
 from rayfuse.config.overrides import RecipeError
 from rayfuse.fuse.nll import nll_of_rows
 from rayfuse.fuse.reader import ShardReader
-from rayfuse.models.tokenizer import TextTokenizer, build_tokenizer
+from rayfuse.models.text_tokenizer import TextTokenizer, build_tokenizer
 from rayfuse.storage.codec import TopK, decode_probs, flatten_column
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import open_store

@@ -23,7 +23,8 @@ from rayfuse.config.load import read_recipe
 from rayfuse.inspect.command import _read_pieces, inspect_pairs, print_report
 from rayfuse.inspect.html import KINDS, build_page
 from rayfuse.inspect.report import flag_token, report_pair
-from rayfuse.models.tokenizer import build_tokenizer, load_tokenizer
+from rayfuse.models.text_tokenizer import build_tokenizer
+from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.run.layout import plan_layout
 from rayfuse.runtime.console import open_console
 from tests.align.test_families import LOSSY, wordpiece

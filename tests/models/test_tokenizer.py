@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from rayfuse.config.base import UserError
-from rayfuse.models.tokenizer import PROBE, build_tokenizer, load_tokenizer
+from rayfuse.models.text_tokenizer import build_tokenizer
+from rayfuse.models.tokenizer import PROBE, describe_class_difference, load_tokenizer
 from tests.fakes import byte_level_tokenizer, save_tokenizer, sentencepiece_tokenizer
 
 
@@ -145,9 +146,11 @@ def test_tokenizer_json_decides_whatever_class_transformers_would_build(name, fo
     tokenizer = load_tokenizer(str(folder))
     assert tokenizer.encode([PROBE])[0].tolist() == own.encode(PROBE).ids
     if name == "GPT2Tokenizer":  # the others keep the digits apart, too
-        assert "class GPT2Tokenizer of transformers gives other tokens" in str(tokenizer.note)
+        note = str(describe_class_difference(str(folder)))
+        assert "class GPT2Tokenizer of transformers gives other tokens" in note
     edit(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     load_tokenizer.cache_clear()
+    assert describe_class_difference(str(folder)) is None
     assert load_tokenizer(str(folder)).content_hash == tokenizer.content_hash
 
 

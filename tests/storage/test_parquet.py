@@ -20,7 +20,7 @@ from ray.data._internal.tensor_extensions import arrow as ray_tensors
 from rayfuse.align.task import decode_map
 from rayfuse.config.corpus import DocumentsSettings
 from rayfuse.corpus.documents import Document, read_documents
-from rayfuse.models.tokenizer import build_tokenizer
+from rayfuse.models.text_tokenizer import build_tokenizer
 from rayfuse.run.inputs import list_inputs
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.manifest import ShardError
