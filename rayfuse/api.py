@@ -11,9 +11,10 @@ from typing import Any
 from rich.console import Console
 
 from rayfuse.align.facts import ALIGN_FACTS
+from rayfuse.clean.command import clean_storage
 from rayfuse.config.base import UserError
 from rayfuse.config.load import change_values, read_file
-from rayfuse.config.overrides import list_changes, to_plain
+from rayfuse.config.overrides import list_changes, parse_override, to_plain
 from rayfuse.config.recipe import Recipe
 from rayfuse.doctor.command import run_doctor
 from rayfuse.interop.dataset import RowDataset, build_dataset
@@ -168,6 +169,44 @@ def load_run(
         file = os.fspath(recipe)
         values = read_file(file)
     return Run(change_values(values, changes), file, console)
+
+
+def load_run_with(
+    recipe: "str | os.PathLike[str]", overrides: Sequence[str], console: Console | None = None
+) -> Run:
+    """Open the run of a recipe file with `section.key=value` overrides, as `load_run` does.
+
+    Raises:
+        UserError: As for `open_run`.
+    """
+    return load_run(recipe, [parse_override(override) for override in overrides], console)
+
+
+def clean_runs(
+    arguments: Sequence[str], console: Console, *, delete: bool, idle_hours: float
+) -> dict[str, Any]:
+    """List, and with `delete` remove, what no recipe uses in the storage that the recipes share.
+
+    Args:
+        arguments: Recipe files; each may be followed by `section.key=value` overrides.
+        console: Where the list is printed.
+        delete: As for `clean_storage`, and so is `idle_hours`.
+        idle_hours: Of an incomplete data set that no job is at work on.
+
+    Raises:
+        UserError: As for `clean_storage`, or an override has no recipe before it.
+    """
+    given: list[tuple[str, list[str]]] = []
+    for argument in arguments:
+        is_override = "=" in argument and not os.path.exists(argument)
+        if not is_override:
+            given.append((argument, []))
+        elif given:
+            given[-1][1].append(argument)
+        else:
+            raise UserError(f"{argument} is an override without a recipe before it; give one")
+    recipes = [load_run_with(file, overrides).recipe for file, overrides in given]
+    return clean_storage(recipes, console, delete=delete, idle_hours=idle_hours)
 
 
 def _order_stages(stages: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -196,10 +196,8 @@ def _run_stages(
 def _load_run(recipe: str | Path, overrides: list[str] | None, output: CommandOutput) -> "Run":
     """Open the run of a recipe file, which prints to the command's output."""
     from rayfuse import api
-    from rayfuse.config.overrides import parse_override
 
-    changes = [parse_override(override) for override in overrides or []]
-    return api.load_run(recipe, changes, output.console)
+    return api.load_run_with(recipe, overrides or [], output.console)
 
 
 @app.command()
@@ -263,6 +261,28 @@ def verify(
     if is_corrupt and not repair:
         remedy = f"rayfuse verify {recipe} --repair"
         sys.exit(_print_error(f"shards are corrupt; to fix them: {remedy}", FAILED))
+
+
+@app.command()
+def clean(
+    recipes: Annotated[
+        list[str],
+        typer.Argument(help="All recipes of one storage; an override changes the one before."),
+    ],
+    delete: Annotated[bool, typer.Option("--delete", help="Remove what is marked unused.")] = False,
+    idle_hours: Annotated[
+        float,
+        typer.Option(help="Incomplete data written more recently may belong to a running job."),
+    ] = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """List what no recipe uses, with bytes and cost; needs no cluster. --delete removes it."""
+    with command_output(as_json) as output:
+        from rayfuse import api
+
+        output.values |= api.clean_runs(
+            recipes, output.console, delete=delete, idle_hours=idle_hours
+        )
 
 
 @app.command()
