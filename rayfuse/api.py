@@ -22,6 +22,7 @@ from rayfuse.interop.find import RunData
 from rayfuse.interop.views import View
 from rayfuse.pipeline import STAGES, print_results, run_recipe
 from rayfuse.plan.command import plan_recipe
+from rayfuse.run.budget import Limits
 from rayfuse.run.layout import plan_layout
 from rayfuse.runtime.console import PlainConsole, open_console
 from rayfuse.runtime.environment import prepare_environment
@@ -40,7 +41,12 @@ class Run:
     """Where all methods print; without it only `execute` and `verify` print, to stderr."""
 
     def execute(
-        self, stages: str | Sequence[str] | None = None, *, quiet: bool = False
+        self,
+        stages: str | Sequence[str] | None = None,
+        *,
+        quiet: bool = False,
+        max_hours: float | None = None,
+        max_dollars: float | None = None,
     ) -> dict[str, Any]:
         """Run stages: complete ones are skipped, incomplete ones resume.
 
@@ -48,17 +54,23 @@ class Run:
             stages: A stage or several, in any order: `corpus`, `capture`, `align`, `train`,
                 `evaluate`, `report`; all of them by default.
             quiet: Print no progress.
+            max_hours: Stop after these hours of this call, between shards of capture or at a
+                checkpoint of training. The process should then end: it may still hold nodes.
+            max_dollars: Stop likewise once this call's workers have cost as much.
 
         Returns:
-            What `rayfuse run --json` prints: which stages are complete, rows and tokens, scores.
+            What `rayfuse run --json` prints: which stages are complete, rows and tokens, scores;
+            or, at a limit, `stopped` with the cost and what is left.
 
         Raises:
-            UserError: A stage is unknown or its input is missing, or the recipe, a model, the
-                documents or the storage cannot be used.
+            UserError: A stage is unknown or its input is missing, a limit is not above 0 or has no
+                price, or the recipe, a model, the documents or the storage cannot be used.
             ShardError: A shard that is read is missing or corrupt.
         """
         chosen = _order_stages(stages)
-        return run_recipe(self.recipe, chosen, self._console(quiet), file=self.file)
+        limits = Limits(max_hours, max_dollars)
+        console = self._console(quiet)
+        return run_recipe(self.recipe, chosen, console, file=self.file, limits=limits)
 
     def plan(self, *, probe: bool = False) -> dict[str, Any]:
         """Estimate tokens, bytes, requests, GPU-hours and dollars; starts nothing.
