@@ -20,8 +20,8 @@ Every command prints its arguments with `--help`. Most commands have these:
 | `OVERRIDES` | Settings of the recipe that are changed for this command: `section.key=value`. |
 | `--json` | Print one JSON object to stdout at the end; everything else goes to stderr. |
 
-Exit codes: 0 done, 1 failed, 2 bad input (the recipe, a file, an argument), 130 stopped by SIGINT
-or SIGTERM.
+Exit codes: 0 done, 1 failed, 2 bad input (the recipe, a file, an argument), 3 stopped at a limit of
+`rayfuse run`, 130 stopped by SIGINT or SIGTERM.
 """
 COMMON = {"overrides", "as_json"}
 

@@ -11,9 +11,10 @@ from typing import Any
 from rich.console import Console
 
 from rayfuse.align.facts import ALIGN_FACTS
+from rayfuse.clean.command import clean_storage
 from rayfuse.config.base import UserError
 from rayfuse.config.load import change_values, read_file
-from rayfuse.config.overrides import list_changes, to_plain
+from rayfuse.config.overrides import list_changes, parse_override, to_plain
 from rayfuse.config.recipe import Recipe
 from rayfuse.doctor.command import run_doctor
 from rayfuse.interop.dataset import RowDataset, build_dataset
@@ -21,6 +22,7 @@ from rayfuse.interop.find import RunData
 from rayfuse.interop.views import View
 from rayfuse.pipeline import STAGES, print_results, run_recipe
 from rayfuse.plan.command import plan_recipe
+from rayfuse.run.budget import Limits
 from rayfuse.run.layout import plan_layout
 from rayfuse.runtime.console import PlainConsole, open_console
 from rayfuse.runtime.environment import prepare_environment
@@ -39,7 +41,12 @@ class Run:
     """Where all methods print; without it only `execute` and `verify` print, to stderr."""
 
     def execute(
-        self, stages: str | Sequence[str] | None = None, *, quiet: bool = False
+        self,
+        stages: str | Sequence[str] | None = None,
+        *,
+        quiet: bool = False,
+        max_hours: float | None = None,
+        max_dollars: float | None = None,
     ) -> dict[str, Any]:
         """Run stages: complete ones are skipped, incomplete ones resume.
 
@@ -47,17 +54,23 @@ class Run:
             stages: A stage or several, in any order: `corpus`, `capture`, `align`, `train`,
                 `evaluate`, `report`; all of them by default.
             quiet: Print no progress.
+            max_hours: Stop after these hours of this call, between shards of capture or at a
+                checkpoint of training. The process should then end: it may still hold nodes.
+            max_dollars: Stop likewise once this call's workers have cost as much.
 
         Returns:
-            What `rayfuse run --json` prints: which stages are complete, rows and tokens, scores.
+            What `rayfuse run --json` prints: which stages are complete, rows and tokens, scores;
+            or, at a limit, `stopped` with the cost and what is left.
 
         Raises:
-            UserError: A stage is unknown or its input is missing, or the recipe, a model, the
-                documents or the storage cannot be used.
+            UserError: A stage is unknown or its input is missing, a limit is not above 0 or has no
+                price, or the recipe, a model, the documents or the storage cannot be used.
             ShardError: A shard that is read is missing or corrupt.
         """
         chosen = _order_stages(stages)
-        return run_recipe(self.recipe, chosen, self._console(quiet), file=self.file)
+        limits = Limits(max_hours, max_dollars)
+        console = self._console(quiet)
+        return run_recipe(self.recipe, chosen, console, file=self.file, limits=limits)
 
     def plan(self, *, probe: bool = False) -> dict[str, Any]:
         """Estimate tokens, bytes, requests, GPU-hours and dollars; starts nothing.
@@ -168,6 +181,44 @@ def load_run(
         file = os.fspath(recipe)
         values = read_file(file)
     return Run(change_values(values, changes), file, console)
+
+
+def load_run_with(
+    recipe: "str | os.PathLike[str]", overrides: Sequence[str], console: Console | None = None
+) -> Run:
+    """Open the run of a recipe file with `section.key=value` overrides, as `load_run` does.
+
+    Raises:
+        UserError: As for `open_run`.
+    """
+    return load_run(recipe, [parse_override(override) for override in overrides], console)
+
+
+def clean_runs(
+    arguments: Sequence[str], console: Console, *, delete: bool, idle_hours: float
+) -> dict[str, Any]:
+    """List, and with `delete` remove, what no recipe uses in the storage that the recipes share.
+
+    Args:
+        arguments: Recipe files; each may be followed by `section.key=value` overrides.
+        console: Where the list is printed.
+        delete: As for `clean_storage`, and so is `idle_hours`.
+        idle_hours: Of an incomplete data set that no job is at work on.
+
+    Raises:
+        UserError: As for `clean_storage`, or an override has no recipe before it.
+    """
+    given: list[tuple[str, list[str]]] = []
+    for argument in arguments:
+        is_override = "=" in argument and not os.path.exists(argument)
+        if not is_override:
+            given.append((argument, []))
+        elif given:
+            given[-1][1].append(argument)
+        else:
+            raise UserError(f"{argument} is an override without a recipe before it; give one")
+    recipes = [load_run_with(file, overrides).recipe for file, overrides in given]
+    return clean_storage(recipes, console, delete=delete, idle_hours=idle_hours)
 
 
 def _order_stages(stages: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout at the end.")]
 
-FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
+FAILED, USER_ERROR, STOPPED, INTERRUPTED = 1, 2, 3, 130
 """Exit codes; 0 if all went well."""
 
 
@@ -102,12 +102,17 @@ def _is_interrupt(error: BaseException | None) -> bool:
 
 def _exit_interrupted() -> NoReturn:
     """Exit without waiting for threads: every result that counts is committed already."""
-    from rayfuse.runtime.connect import shutdown_now
-
     print("rayfuse: interrupted; run the same command to resume", file=sys.stderr, flush=True)
-    shutdown_now()
+    _shut_down()
     sys.stdout.flush()
     os._exit(INTERRUPTED)
+
+
+def _shut_down() -> None:
+    """Leave the cluster, while threads of a stage may still use it."""
+    from rayfuse.runtime.connect import shutdown_now
+
+    shutdown_now()
 
 
 def _print_error(message: str, code: int) -> int:
@@ -144,9 +149,33 @@ def command_output(as_json: bool) -> Iterator[CommandOutput]:
 
 
 @app.command()
-def run(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Run all stages: complete ones are skipped, incomplete ones resume."""
-    _run_stages(recipe, overrides, None, as_json)
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    max_hours: Annotated[
+        float | None,
+        typer.Option(help="Stop after these hours of this command; earlier ones do not count."),
+    ] = None,
+    max_dollars: Annotated[
+        float | None,
+        typer.Option(
+            help="Stop once this command's workers have cost this, at sources[].dollars_per_hour "
+            "or the on-demand prices of plan.gpus; earlier commands do not count."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run all stages: complete ones are skipped, incomplete ones resume.
+
+    At a limit it stops between shards or at a checkpoint, with exit code 3; to resume, run it
+    again.
+    """
+    with command_output(as_json) as output:
+        opened = _load_run(recipe, overrides, output)
+        output.values |= opened.execute(max_hours=max_hours, max_dollars=max_dollars)
+    if "stopped" in output.values:
+        _shut_down()
+        sys.exit(STOPPED)
 
 
 @app.command()
@@ -196,10 +225,8 @@ def _run_stages(
 def _load_run(recipe: str | Path, overrides: list[str] | None, output: CommandOutput) -> "Run":
     """Open the run of a recipe file, which prints to the command's output."""
     from rayfuse import api
-    from rayfuse.config.overrides import parse_override
 
-    changes = [parse_override(override) for override in overrides or []]
-    return api.load_run(recipe, changes, output.console)
+    return api.load_run_with(recipe, overrides or [], output.console)
 
 
 @app.command()
@@ -263,6 +290,28 @@ def verify(
     if is_corrupt and not repair:
         remedy = f"rayfuse verify {recipe} --repair"
         sys.exit(_print_error(f"shards are corrupt; to fix them: {remedy}", FAILED))
+
+
+@app.command()
+def clean(
+    recipes: Annotated[
+        list[str],
+        typer.Argument(help="All recipes of one storage; an override changes the one before."),
+    ],
+    delete: Annotated[bool, typer.Option("--delete", help="Remove what is marked unused.")] = False,
+    idle_hours: Annotated[
+        float,
+        typer.Option(help="Incomplete data written more recently may belong to a running job."),
+    ] = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """List what no recipe uses, with bytes and cost; needs no cluster. --delete removes it."""
+    with command_output(as_json) as output:
+        from rayfuse import api
+
+        output.values |= api.clean_runs(
+            recipes, output.console, delete=delete, idle_hours=idle_hours
+        )
 
 
 @app.command()

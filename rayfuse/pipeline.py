@@ -19,14 +19,16 @@ from rayfuse.config.base import UserError
 from rayfuse.config.recipe import Recipe
 from rayfuse.corpus.summary import summarize
 from rayfuse.evaluate.results import is_evaluated
+from rayfuse.remaining import list_remaining
 from rayfuse.report.results import print_scores
 from rayfuse.report.stage import is_report_current, write_report
+from rayfuse.run.budget import NO_LIMITS, STOP_STAGES, Budget, Limits, open_budget
 from rayfuse.run.layout import Layout, plan_layout
 from rayfuse.run.made_models import is_made, read_inputs
 from rayfuse.run.prepare import check_weights, list_tokenizer_notes
 from rayfuse.runtime.connect import join_cluster
 from rayfuse.runtime.console import ProgressBars
-from rayfuse.runtime.progress import Progress
+from rayfuse.runtime.progress import Progress, ShouldStop, StoppedEarly, never_stop
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.store import check_store
 
@@ -84,10 +86,22 @@ def run_stages(
     stages: tuple[str, ...],
     progress: Progress,
     report_result: Callable[[StageResult], None],
+    *,
+    should_stop: ShouldStop = never_stop,
 ) -> None:
     """Run stages in order, skipping those that are complete, and report the result of each.
 
+    Args:
+        recipe: The recipe.
+        layout: Its run.
+        stages: Some of `STAGES`.
+        progress: Receives the events of all stages.
+        report_result: Called after each stage.
+        should_stop: Once it returns True, no further stage starts; capture and training stop where
+            nothing is lost.
+
     Raises:
+        StoppedEarly: It has stopped, as it was to.
         UserError: The input of a stage is missing or cannot be used.
         ShardError: A shard that is read is missing or corrupt.
     """
@@ -96,8 +110,10 @@ def run_stages(
         was_done = is_stage_done(stage, layout)
         if not was_done:
             _check_input(stage, layout)
+            if should_stop():
+                raise StoppedEarly
             with _prewarm_if_next(stage, stages, recipe, layout, progress) as report:
-                _run_stage(stage, recipe, layout, report)
+                _run_stage(stage, recipe, layout, report, should_stop)
         report_result(StageResult(stage, was_done, time.monotonic() - began))
 
 
@@ -115,7 +131,12 @@ def _check_input(stage: str, layout: Layout) -> None:
 
 
 def run_recipe(
-    recipe: Recipe, stages: tuple[str, ...], console: Console, *, file: str | None = None
+    recipe: Recipe,
+    stages: tuple[str, ...],
+    console: Console,
+    *,
+    file: str | None = None,
+    limits: Limits = NO_LIMITS,
 ) -> dict[str, Any]:
     """Run stages of a recipe, print their results, and return them as plain values.
 
@@ -124,13 +145,17 @@ def run_recipe(
         stages: Some of `STAGES`.
         console: Where progress and results are printed.
         file: The recipe's file, for hints.
+        limits: What this call may cost. `stopped` of the result describes that one was reached.
 
     Raises:
-        UserError: A model, the documents or the storage cannot be used.
+        UserError: A model, the documents or the storage cannot be used, a limit is not above 0, or
+            a worker has no price.
         ShardError: A shard that is read is missing or corrupt.
     """
     began = time.monotonic()
     layout = prepare_run(recipe)
+    is_priced = limits.max_dollars is not None
+    budget = open_budget(recipe, layout, _list_open(stages, layout) if is_priced else (), limits)
     title = "recipe" if file is None else f"recipe {file}"
     console.print(f"{title}: {', '.join(stages)} in {layout.store.root}")
     _print_reuse(layout, console)
@@ -144,13 +169,45 @@ def run_recipe(
     if all(is_stage_done(stage, layout) for stage in stages):
         console.print("nothing to do: everything is complete", highlight=False)
     else:
-        with ProgressBars(console) as bars:
-            run_stages(recipe, layout, stages, bars, report_result)
+        try:
+            with ProgressBars(console) as bars:
+                watched = budget.watch(bars) if budget.is_limited else bars
+                stop = budget.is_reached if budget.is_limited else never_stop
+                run_stages(recipe, layout, stages, watched, report_result, should_stop=stop)
+        except StoppedEarly:
+            return {"stopped": _report_stop(recipe, layout, stages, budget, console)}
     values = print_results(layout, stages, console)
     remaining = [stage for stage in STAGES if not is_stage_done(stage, layout)]
     if remaining and file is not None:
         console.print(f"next: rayfuse {remaining[0]} {file}", highlight=False)
     return values | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def _list_open(stages: tuple[str, ...], layout: Layout) -> tuple[str, ...]:
+    return tuple(stage for stage in stages if not is_stage_done(stage, layout))
+
+
+def _report_stop(
+    recipe: Recipe, layout: Layout, stages: tuple[str, ...], budget: Budget, console: Console
+) -> dict[str, Any]:
+    """Print what a command has cost until its limit and what is left, and return both."""
+    remaining = list_remaining(recipe, layout)
+    open_stages = _list_open(stages, layout)
+    left = ", ".join(part.describe() for part in remaining) or f"stages {', '.join(open_stages)}"
+    dollars = None if budget.max_dollars is None else round(budget.dollars, 4)
+    cost = f"{budget.hours:.2f} hours" + ("" if dollars is None else f", ${dollars:,.2f}")
+    console.print(
+        f"stopped at {budget.describe_reached()}: {cost} in this command; everything that is "
+        f"committed is kept; left: {left}; to resume, run the same command",
+        highlight=False,
+    )
+    return {
+        "limit": budget.describe_reached(),
+        "hours": round(budget.hours, 4),
+        "dollars": dollars,
+        "stages": list(open_stages),
+        "left": {part.part: {part.unit: part.left, "of": part.total} for part in remaining},
+    }
 
 
 def _print_reuse(layout: Layout, console: Console) -> None:
@@ -259,10 +316,14 @@ def _estimate_corpus_seconds(recipe: Recipe, layout: Layout, cpus: float) -> flo
     return sum(sizes) * tokenizers / recipe.plan.tokenize_bytes_per_core_second / parallel_tasks
 
 
-def _run_stage(stage: str, recipe: Recipe, layout: Layout, progress: Progress) -> None:
+def _run_stage(
+    stage: str, recipe: Recipe, layout: Layout, progress: Progress, should_stop: ShouldStop
+) -> None:
     if stage == "report":
         write_report(recipe, layout)
         return
     join_cluster()
     module, function = STAGE_FUNCTIONS[stage].split(":")
-    getattr(importlib.import_module(module), function)(recipe, layout, progress)
+    run = getattr(importlib.import_module(module), function)
+    stop = {"should_stop": should_stop} if stage in STOP_STAGES else {}
+    run(recipe, layout, progress, **stop)

@@ -5,10 +5,12 @@ from rayfuse.align.task import plan_align_step
 from rayfuse.capture.stage import capture_sources
 from rayfuse.config.recipe import Recipe
 from rayfuse.run.layout import Layout
-from rayfuse.runtime.progress import Progress
+from rayfuse.runtime.progress import Progress, ShouldStop, never_stop
 
 
-def capture_and_align(recipe: Recipe, layout: Layout, progress: Progress) -> None:
+def capture_and_align(
+    recipe: Recipe, layout: Layout, progress: Progress, should_stop: ShouldStop = never_stop
+) -> None:
     """Capture every source, and align each shard as soon as it is captured."""
     build_vocab_maps(recipe, layout, progress)
-    capture_sources(recipe, layout, progress, then=plan_align_step)
+    capture_sources(recipe, layout, progress, then=plan_align_step, should_stop=should_stop)

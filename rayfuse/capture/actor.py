@@ -14,7 +14,7 @@ from ray.util import metrics
 
 from rayfuse.capture.actor_memory import CALLS_PER_ACTOR
 from rayfuse.capture.engines.base import LoadEngine
-from rayfuse.capture.shard import ShardCapturer
+from rayfuse.capture.shard import SHARD_STATS, ShardCapturer
 from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.models import SourceSettings
 from rayfuse.runtime.heap import trim_heap
@@ -32,8 +32,8 @@ class CrashLoopError(RuntimeError):
     """An actor crashes repeatedly before it has finished a shard."""
 
 
-class CrashCounter:
-    """Counts crashes for all actors, in an actor of its own.
+class CaptureControl:
+    """Counts crashes of all actors, and stops them between shards; an actor of its own.
 
     Ray Data restarts a crashed actor without limit and reports nothing, so that a model that does
     not fit its node would be loaded forever.
@@ -44,6 +44,9 @@ class CrashCounter:
         """Actors that have started and not yet finished a shard."""
         self.crashes: Counter[str] = Counter()
         self.sources: set[str] = set()
+        self.running: Counter[str] = Counter()
+        """Shards in progress by actor."""
+        self.is_stopping = False
 
     def record_start(self, actor_id: str, source: str) -> int:
         """Record that an actor starts, and return its crashes in a row since its last shard.
@@ -55,6 +58,7 @@ class CrashCounter:
             source: The name of its source.
         """
         self.sources.add(source)
+        self.running.pop(actor_id, None)
         if actor_id in self.unproven:
             self.crashes[actor_id] += 1
         self.unproven.add(actor_id)
@@ -64,6 +68,28 @@ class CrashCounter:
         """Record that an actor has finished a shard."""
         self.unproven.discard(actor_id)
         self.crashes[actor_id] = 0
+
+    def start_shard(self, actor_id: str) -> bool:
+        """Record that an actor starts a shard, and return True, unless capture is to stop."""
+        if not self.is_stopping:
+            self.running[actor_id] += 1
+        return not self.is_stopping
+
+    def end_shard(self, actor_id: str) -> None:
+        """Record that an actor has ended a shard, or failed at it."""
+        self.running[actor_id] -= 1
+
+    def request_stop(self) -> None:
+        """Let no actor start another shard."""
+        self.is_stopping = True
+
+    def has_stopped(self) -> bool:
+        """Check whether capture is to stop."""
+        return self.is_stopping
+
+    def count_running(self) -> int:
+        """Count the shards in progress."""
+        return sum(self.running.values())
 
     def has_started(self, source: str) -> bool:
         """Check whether any actor of a source has been placed on a node."""
@@ -93,9 +119,9 @@ class CaptureActor:
         corpus: DataSet,
         captured: DataSet,
         load_engine: LoadEngine,
-        crashes: Any,
+        control: Any,
     ) -> None:
-        self.actor_id, self.crashes = ray.get_runtime_context().get_actor_id(), crashes
+        self.actor_id, self.control = ray.get_runtime_context().get_actor_id(), control
         self.is_proven = False
         self.calls = threading.Semaphore(CALLS_PER_ACTOR)
         self.tags = {"source": source.name}
@@ -129,7 +155,7 @@ class CaptureActor:
             CrashLoopError: The actor has crashed more than `MAX_CRASHES` times in a row.
             ValueError: The model cannot be loaded.
         """
-        crashes: int = ray.get(self.crashes.record_start.remote(self.actor_id, source.name))  # pyright: ignore[reportAssignmentType]
+        crashes: int = ray.get(self.control.record_start.remote(self.actor_id, source.name))  # pyright: ignore[reportAssignmentType]
         if crashes > MAX_CRASHES:
             raise CrashLoopError(describe_crashes(source, crashes))
         engine = load_engine(source, settings)
@@ -138,19 +164,29 @@ class CaptureActor:
         return capturer
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Capture the shards named in a batch, and return one row of `ShardStats` per shard."""
+        """Capture the shards named in a batch, and return one row of `ShardStats` per shard.
+
+        Once capture is to stop, shards have no row: they are not started.
+        """
         if self.capturer is None:
             assert self.fault is not None, "an actor has a capturer or a fault"
             raise self.fault
         with self.calls:
             shards: list[int] = batch["shard"].to_pylist()
-            return pa.Table.from_pylist([self._capture(self.capturer, shard) for shard in shards])
+            stats = [self._capture(self.capturer, shard) for shard in shards]
+            return pa.Table.from_pylist([row for row in stats if row], schema=SHARD_STATS)
 
-    def _capture(self, capturer: ShardCapturer, shard: int) -> dict[str, Any]:
-        stats = capturer.capture(shard)
+    def _capture(self, capturer: ShardCapturer, shard: int) -> dict[str, Any] | None:
+        """Capture a shard and return its `ShardStats`; None if capture is to stop."""
+        if not ray.get(self.control.start_shard.remote(self.actor_id)):
+            return None
+        try:
+            stats = capturer.capture(shard)
+        finally:
+            self.control.end_shard.remote(self.actor_id)
         if not self.is_proven:
             self.is_proven = True
-            self.crashes.record_shard.remote(self.actor_id)
+            self.control.record_shard.remote(self.actor_id)
         if stats.is_ours:
             if stats.tokens:  # Ray refuses to count none
                 self.tokens.inc(stats.tokens, self.tags)

@@ -7,6 +7,8 @@ import time
 import uuid
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from rayfuse.capture.chat_rows import build_chat_captured, score_conversations
 from rayfuse.capture.engines.base import Engine
 from rayfuse.capture.rows import build_captured, tokenize_rows
@@ -39,6 +41,23 @@ class ShardStats:
     """Of a batch at present: fewer than the recipe's after running out of memory."""
     storage_retries: int
     """Requests to the storage that this worker has retried so far."""
+
+
+SHARD_STATS = pa.schema(
+    {
+        "shard": pa.int64(),
+        "tokens": pa.int64(),
+        "rows": pa.int64(),
+        "rejects": pa.int64(),
+        "is_ours": pa.bool_(),
+        "worker": pa.string(),
+        "busy_seconds": pa.float64(),
+        "idle_seconds": pa.float64(),
+        "batch_tokens": pa.int64(),
+        "storage_retries": pa.int64(),
+    }
+)
+"""`ShardStats` as rows of the Ray Data stream, which may be empty."""
 
 
 class ShardCapturer:

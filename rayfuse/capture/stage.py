@@ -5,10 +5,11 @@ the captured shard; a CPU task right behind it aligns it.
 """
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import pyarrow as pa
@@ -19,7 +20,7 @@ from ray.exceptions import RayActorError
 from rayfuse.capture.actor import (
     MAX_CRASHES,
     CaptureActor,
-    CrashCounter,
+    CaptureControl,
     describe_crashes,
 )
 from rayfuse.capture.actor_memory import CALLS_PER_ACTOR
@@ -33,7 +34,13 @@ from rayfuse.config.recipe import Recipe
 from rayfuse.run.layout import Layout
 from rayfuse.run.segmentation import write_segmentation
 from rayfuse.runtime.connect import find_root_cause
-from rayfuse.runtime.progress import Progress, ProgressEvent
+from rayfuse.runtime.progress import (
+    Progress,
+    ProgressEvent,
+    ShouldStop,
+    StoppedEarly,
+    never_stop,
+)
 from rayfuse.runtime.resources import (
     REPORT_WAIT_SECONDS,
     describe_needs,
@@ -42,6 +49,15 @@ from rayfuse.runtime.resources import (
     on_driver_node,
 )
 from rayfuse.storage.todo import split_shards
+
+POLL_SECONDS = 1.0
+"""Between two checks whether capture is to stop."""
+
+MAX_STOP_SECONDS = 1800.0
+"""How long shards in progress are waited for when capture stops; what takes longer is lost."""
+
+ALIGN_SECONDS = 30.0
+"""Time for the last captured shards to be aligned; the align stage does the others."""
 
 NO_PROGRESS_SECONDS = 86_400
 """A day: the autoscaler may wait long for nodes with the right GPU."""
@@ -54,6 +70,7 @@ def capture_sources(
     load_engine: LoadEngine = load_recipe_engine,
     *,
     then: PlanStep,
+    should_stop: ShouldStop = never_stop,
 ) -> None:
     """Capture what is missing of every source, all sources at once, and align it behind.
 
@@ -63,8 +80,10 @@ def capture_sources(
         progress: Receives the shards done of each source, and notes.
         load_engine: Loads a source's model in an actor; tests replace it.
         then: Plans what happens to each captured shard; in a run, `align.task.plan_align_step`.
+        should_stop: Once it returns True, no further shard is started.
 
     Raises:
+        StoppedEarly: It has stopped between shards, as it was to.
         UserError: The corpus is incomplete, a model cannot be used, or too many rows are rejected.
         StorageUnavailableError: The storage has been unavailable for too long.
         RuntimeError: Actors crash repeatedly before they have finished a shard.
@@ -78,15 +97,63 @@ def capture_sources(
     context.max_consecutive_actor_init_deaths = MAX_CRASHES
     context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
     work = plan_work(recipe, layout, progress, then)
-    crashes: Any = ray.remote(**on_driver_node())(CrashCounter).remote()
+    control: Any = ray.remote(**on_driver_node())(CaptureControl).remote()
     ended: SimpleQueue[BaseException | None] = SimpleQueue()
     for item in work:
-        capture = SourceCapture(item, progress, load_engine, crashes)
+        capture = SourceCapture(item, progress, load_engine, control)
         # Daemons: on SIGINT or SIGTERM the main thread must not wait for the sources to end.
-        threading.Thread(target=capture.run, args=(ended,), daemon=True).start()
-    errors = [error for error in (ended.get() for _ in work) if error is not None]
-    if errors:
-        raise errors[0]
+        name = f"capture {item.source.name}"
+        threading.Thread(target=capture.run, args=(ended,), name=name, daemon=True).start()
+    errors = [error for error in _wait_for_sources(len(work), ended, control, should_stop) if error]
+    for error in sorted(errors, key=lambda error: isinstance(error, StoppedEarly)):
+        raise error
+
+
+def _wait_for_sources(
+    num_sources: int,
+    ended: SimpleQueue[BaseException | None],
+    control: Any,
+    should_stop: ShouldStop,
+) -> list[BaseException | None]:
+    """Wait until all sources have ended, and return the error, or None, of each.
+
+    Sources that still wait for a node when capture is to stop are not waited for.
+    """
+    outcomes: list[BaseException | None] = []
+    stop = CaptureStop(control, should_stop)
+    while len(outcomes) < num_sources:
+        try:
+            outcomes.append(ended.get(timeout=POLL_SECONDS))
+        except Empty:
+            if stop.is_over():
+                return [*outcomes, StoppedEarly()]
+    return outcomes
+
+
+class CaptureStop:
+    """Stops the actors once that is wanted, and detects that no shard is in progress any more."""
+
+    def __init__(self, control: Any, should_stop: ShouldStop) -> None:
+        """Request nothing yet.
+
+        Args:
+            control: The handle of the `CaptureControl` actor.
+            should_stop: Whether capture is to stop.
+        """
+        self.control, self.should_stop = control, should_stop
+        self.deadline: float | None = None
+        """Monotonic time until which shards in progress are waited for."""
+
+    def is_over(self) -> bool:
+        """Check whether capture is to stop, and its shards are committed or take too long."""
+        now = time.monotonic()
+        if self.deadline is None:
+            if self.should_stop():
+                ray.get(self.control.request_stop.remote())
+                self.deadline = now + MAX_STOP_SECONDS
+        elif now < self.deadline and ray.get(self.control.count_running.remote()) == 0:
+            self.deadline = min(self.deadline, now + ALIGN_SECONDS)
+        return self.deadline is not None and now >= self.deadline
 
 
 @dataclass(frozen=True)
@@ -96,8 +163,8 @@ class SourceCapture:
     work: SourceWork
     progress: Progress
     load_engine: LoadEngine
-    crashes: Any
-    """The handle of the `CrashCounter` actor."""
+    control: Any
+    """The handle of the `CaptureControl` actor."""
 
     def run(self, ended: SimpleQueue[BaseException | None]) -> None:
         """Capture and align the source's shards, and put the error, or None, into a queue."""
@@ -109,7 +176,8 @@ class SourceCapture:
             self._capture()
         except BaseException as error:  # the main thread raises it
             outcome = error
-            self._note(f"stopped: {first_line(find_root_cause(error))}")
+            if not isinstance(error, StoppedEarly):
+                self._note(f"stopped: {first_line(find_root_cause(error))}")
         finally:
             timer.cancel()
             ended.put(outcome)  # whatever failed above: the main thread waits for it
@@ -120,7 +188,7 @@ class SourceCapture:
     def _report_wait(self) -> None:
         """Report which resources an actor needs, if the source has none yet."""
         source = self.work.source
-        if not ray.get(self.crashes.has_started.remote(source.name)):
+        if not ray.get(self.control.has_started.remote(source.name)):
             resources = {"CPU": source.cpus, "GPU": self.work.gpus}
             resources["memory"] = self.work.memory_bytes
             needs = describe_needs(resources, source.accelerator_type)
@@ -144,9 +212,15 @@ class SourceCapture:
                 stats = total.compute_stats()
                 note = stats.describe(work.settings.batch_tokens)
                 done = stats.shards_done, stats.num_shards
-                self.progress(ProgressEvent("capture", work.source.name, *done, "shards", note))
+                self.progress(
+                    ProgressEvent(
+                        "capture", work.source.name, *done, "shards", note, total.worker_seconds
+                    )
+                )
                 log.write(to_line(stats), is_last=stats.shards_done == stats.num_shards)
                 total.check_rejects(work.settings.max_rejected_share)
+            if total.shards < len(work.shards) and ray.get(self.control.has_stopped.remote()):
+                raise StoppedEarly
         work.captured.finish(work.num_shards)
         # Shards captured by an earlier job may not be aligned yet; the align stage does those.
         if len(work.aligned.list_committed(work.num_shards)) == work.num_shards:
@@ -176,7 +250,7 @@ class SourceCapture:
                     work.corpus,
                     work.captured,
                     self.load_engine,
-                    self.crashes,
+                    self.control,
                 ),
                 batch_size=1,
                 batch_format="pyarrow",

@@ -110,6 +110,11 @@ class StatsAccumulator:
         while now - self.recent[0][0] > RATE_SECONDS:
             self.recent.popleft()
 
+    @property
+    def worker_seconds(self) -> float:
+        """Busy and idle time of this job's workers, for the shards that they have committed."""
+        return self.busy_seconds + self.idle_seconds
+
     def compute_stats(self) -> CaptureStats:
         """Compute throughput, cost and counts at this moment."""
         now = time.monotonic()
@@ -120,7 +125,7 @@ class StatsAccumulator:
         busy = sum(shard.busy_seconds for shard in recent)
         idle = sum(shard.idle_seconds for shard in recent)
         left = self.num_shards - self.done_before - self.shards
-        worker_seconds = self.busy_seconds + self.idle_seconds
+        worker_seconds = self.worker_seconds
         seconds_per_shard = worker_seconds / max(self.shards - self.from_others, 1)
         price = None if self.dollars_per_hour is None else self.dollars_per_hour / 3600
         return CaptureStats(

@@ -179,7 +179,10 @@ def _gather(
             found[name][index] = _fetch(ready)
             del pending[ready]
             done = sum(len(groups[i]) for i in found[name])
-            progress(ProgressEvent("evaluate", name, done, num_shards, "shards"))
+            seconds = sum(part.seconds for part in found[name].values())
+            progress(
+                ProgressEvent("evaluate", name, done, num_shards, "shards", worker_seconds=seconds)
+            )
             if done == num_shards:
                 yield name, [found[name][i] for i in range(len(groups))]
     finally:

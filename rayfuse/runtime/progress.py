@@ -25,6 +25,8 @@ class ProgressEvent:
     """Of `done` and `total`, in the plural: shards, steps."""
     note: str = ""
     """Free text: the notice, or numbers to show beside a progress bar."""
+    worker_seconds: float = 0.0
+    """Time of all workers on this part so far, in this command; 0 where it is not known."""
 
     @property
     def title(self) -> str:
@@ -38,6 +40,19 @@ Progress = Callable[[ProgressEvent], None]
 
 def report_nothing(event: ProgressEvent) -> None:
     """Ignore an event: for scripts and tests."""
+
+
+ShouldStop = Callable[[], bool]
+"""Whether a stage is to stop at the next place where nothing is lost."""
+
+
+class StoppedEarly(RuntimeError):  # noqa: N818 (no error: a limit of the command is reached)
+    """A stage has stopped as it was to; all that is committed is kept, and a new start resumes."""
+
+
+def never_stop() -> bool:
+    """Let a stage run to its end."""
+    return False
 
 
 class PaceEstimator:

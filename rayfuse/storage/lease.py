@@ -55,6 +55,17 @@ class Lease:
             self.store.remove(self.file)
             self.is_held = False
 
+    def find_holder(self) -> str | None:
+        """Describe the process that holds the lease, or None; nothing is written.
+
+        A process that has died on another node counts as a holder until its lease is acquired.
+        """
+        try:
+            self.last_record = self.store.read(self.file)
+        except FileNotFoundError:
+            return None
+        return None if _has_died_here(self.last_record) else self.holder
+
     @property
     def holder(self) -> str:
         """Describe the other process that holds the lease."""

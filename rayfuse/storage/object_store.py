@@ -11,6 +11,7 @@ import fsspec
 
 from rayfuse.storage.retry import RETRY_SECONDS, retry_transient
 from rayfuse.storage.seal import ShardError
+from rayfuse.storage.tree import Tree, build_tree
 
 S3 = ("s3", "s3a")
 
@@ -154,9 +155,18 @@ class ObjectStore:
         return sorted(posixpath.basename(name) for name in names)
 
     @retry_transient
+    def walk(self, folder: str) -> Tree:
+        path = self._path(folder)
+        found: dict[str, Any] = self._fs.find(path, detail=True)
+        return build_tree(self._fs._strip_protocol(path), found)
+
+    @retry_transient
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(name))
+
+    def remove_empty(self, folder: str) -> None:
+        check_name(folder, self.root)  # there are no folders: a prefix ends with its last object
 
     def _path(self, name: str) -> str:
         check_name(name, self.root)

@@ -16,6 +16,7 @@ from rayfuse.config.base import UserError, first_line
 from rayfuse.storage.object_store import ObjectStore, check_name, hash_stream
 from rayfuse.storage.retry import RETRY_SECONDS
 from rayfuse.storage.seal import ShardError
+from rayfuse.storage.tree import Tree, walk_local
 
 TEMPORARY_PREFIX = ".aside-"
 """Begins the names of files that are being written; listings omit them."""
@@ -105,8 +106,19 @@ class Store(Protocol):
         """List the folders directly in a folder, sorted; one that does not exist has none."""
         ...
 
+    def walk(self, folder: str) -> Tree:
+        """List all files below a folder, at any depth; one that does not exist has none.
+
+        No link is followed.
+        """
+        ...
+
     def remove(self, name: str) -> None:
         """Delete a file; a missing one is no error."""
+        ...
+
+    def remove_empty(self, folder: str) -> None:
+        """Delete a folder and those below it, as far as they hold no files."""
         ...
 
 
@@ -168,8 +180,17 @@ class LocalStore:
         except FileNotFoundError:
             return []
 
+    def walk(self, folder: str) -> Tree:
+        return walk_local(self._path(folder))
+
     def remove(self, name: str) -> None:
         self._path(name).unlink(missing_ok=True)
+
+    def remove_empty(self, folder: str) -> None:
+        top = self._path(folder)
+        for path, _, _ in os.walk(top, topdown=False) if not top.is_symlink() else ():
+            with suppress(OSError):  # it is not empty, or is gone already
+                os.rmdir(path)
 
     def _path(self, name: str) -> Path:
         """Build a file's path, whose folder is below the root; the file itself may be a link."""

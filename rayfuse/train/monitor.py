@@ -23,6 +23,8 @@ class RunState:
     """Each is shown once."""
     validations: dict[int, float] = field(default_factory=dict[int, float])
     """Bits per byte by step."""
+    worker_seconds: float = 0.0
+    """Of all workers and attempts, from the start of a worker to its last step."""
 
 
 class RunStatus:
@@ -35,10 +37,21 @@ class RunStatus:
         """Record that a run has workers."""
         self.runs.setdefault(name, RunState())
 
-    def record_step(self, name: str, step: int, num_steps: int, note: str = "") -> None:
-        """Record the last finished step of a run."""
+    def record_step(
+        self, name: str, step: int, num_steps: int, note: str = "", worker_seconds: float = 0.0
+    ) -> None:
+        """Record the last finished step of a run, and the time of all workers since the one before.
+
+        Args:
+            name: The run's.
+            step: The number of the step.
+            num_steps: Steps of the entire run.
+            note: What is shown beside it.
+            worker_seconds: Since the step before, or since the start of the workers.
+        """
         run = self.runs.setdefault(name, RunState())
         run.step, run.num_steps, run.note = step, num_steps, note
+        run.worker_seconds += worker_seconds
 
     def log(self, name: str, message: str) -> None:
         """Add a message that the driver shows once."""
@@ -54,11 +67,21 @@ class RunStatus:
 
 
 class RunControl:
-    """An actor through which a failed attempt decides whether and how its run is retried."""
+    """An actor through which a failed attempt decides whether and how its run is retried, and the
+    driver stops all runs."""
 
     def __init__(self) -> None:
+        self.is_stopping = False
         self.max_sequences: dict[str, int] = {}
         self.errors: dict[str, Exception] = {}
+
+    def request_stop(self) -> None:
+        """Let all runs stop at a checkpoint after their current step."""
+        self.is_stopping = True
+
+    def has_stopped(self) -> bool:
+        """Check whether all runs are to stop."""
+        return self.is_stopping
 
     def set_max_sequences(self, name: str, max_sequences: int) -> None:
         """Limit the sequences of a micro-batch in the next attempts of a run."""
@@ -104,8 +127,9 @@ class RunMonitor:
                 self._notify(name, message)
             self.num_reported[name] = len(state.messages)
             if state.num_steps:
+                done = state.step, state.num_steps
                 self.progress(
-                    ProgressEvent("train", name, state.step, state.num_steps, "steps", state.note)
+                    ProgressEvent("train", name, *done, "steps", state.note, state.worker_seconds)
                 )
         if {"fused", "clm"} <= set(states):
             self._compare(states["fused"], states["clm"])

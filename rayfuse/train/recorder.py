@@ -1,6 +1,7 @@
 """The metrics of a run, from each step to metrics.jsonl, the driver and the trackers."""
 
 import json
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +38,8 @@ class MetricsRecorder:
         self.bits_per_byte: float | None = None
         self.validations: dict[int, float] = {}
         """Held-out bits per byte by step; apart from the records, since each step asks for them."""
+        self.counted_at = time.monotonic()
+        """Monotonic time up to which worker time is reported, in seconds."""
 
     @property
     def num_skipped(self) -> int:
@@ -86,9 +89,16 @@ class MetricsRecorder:
                 f"{metrics.batch_id}); the weights are unchanged"
             )
         note = self._describe_step(metrics)
-        self.status.record_step.remote(self.run.name, metrics.step, num_steps, note)
+        self.status.record_step.remote(
+            self.run.name, metrics.step, num_steps, note, self._count_worker_seconds()
+        )
         self.trackers.log(self.records[-1])
         count_work("train", self.run.name, tokens=metrics.tokens, seconds=metrics.seconds)
+
+    def _count_worker_seconds(self) -> float:
+        """Count the time of all workers since the last call, loading of the model included."""
+        before, self.counted_at = self.counted_at, time.monotonic()
+        return (self.counted_at - before) * self.group.num_workers
 
     def record_validation(self, step: int, bits_per_byte: float) -> None:
         """Add the held-out bits per byte to the last step, and report them."""

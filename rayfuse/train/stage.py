@@ -3,6 +3,7 @@
 import os
 import time
 import uuid
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -16,7 +17,13 @@ from rayfuse.config.recipe import Recipe
 from rayfuse.fuse.source_filter import select_active_sources
 from rayfuse.run.layout import Layout, TrainRun
 from rayfuse.run.made_models import DONE_FILE, is_current, is_made, read_done, read_inputs
-from rayfuse.runtime.progress import Progress, ProgressEvent
+from rayfuse.runtime.progress import (
+    Progress,
+    ProgressEvent,
+    ShouldStop,
+    StoppedEarly,
+    never_stop,
+)
 from rayfuse.runtime.resources import (
     count_default_gpus,
     count_reachable,
@@ -29,10 +36,14 @@ from rayfuse.storage.lease import Lease
 from rayfuse.storage.store import Store
 from rayfuse.train.checkpoint import Checkpoints
 from rayfuse.train.monitor import RunControl, RunMonitor, RunStatus
+from rayfuse.train.task import WorkerTask
 from rayfuse.train.trackers import check_trackers
-from rayfuse.train.worker import WorkerTask, run_worker
+from rayfuse.train.worker import run_worker
 
 POLL_SECONDS = 0.5
+
+MAX_STOP_SECONDS = 1800.0
+"""How long checkpoints are waited for when training stops; then the one before is the last."""
 
 NOISE = (
     "skipped: it predicts no row better than chance; check that its weights and tokenizer "
@@ -66,10 +77,19 @@ def check_data(*data_sets: DataSet) -> None:
             )
 
 
-def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
+def train_runs(
+    recipe: Recipe, layout: Layout, progress: Progress, should_stop: ShouldStop = never_stop
+) -> None:
     """Train every run that is not trained yet, in parallel if the cluster has room.
 
+    Args:
+        recipe: The run's recipe.
+        layout: Its folders.
+        progress: Receives the steps of each run, and notes.
+        should_stop: Once it returns True, all runs stop at a checkpoint after their current step.
+
     Raises:
+        StoppedEarly: They have stopped, as they were to.
         UserError: A data set is incomplete or has no rows, every source is noise, a tracker is not
             installed, or one sequence does not fit the memory.
         ShardError: A shard is missing or corrupt.
@@ -91,25 +111,69 @@ def train_runs(recipe: Recipe, layout: Layout, progress: Progress) -> None:
     # The controller of Ray Train sets signal handlers, so each run has a process of its own.
     fit: Any = ray.remote(**on_driver_node(), max_retries=0)(_fit)
     job = uuid.uuid4().hex
-    tasks = [_plan_run(recipe, layout, run, status, control, job) for run in runs]
+    can_stop = should_stop is not never_stop
+    tasks = [
+        replace(_plan_run(recipe, layout, run, status, control, job), can_stop=can_stop)
+        for run in runs
+    ]
     max_running = _count_runs_at_once(tasks)
     monitor = RunMonitor(progress)
     scheduler = RunScheduler(tasks, job, monitor)
-    running: list[Any] = []
+    running: dict[Any, str] = {}
+    stop = TrainStop(control, should_stop)
     try:
         while scheduler.waiting or running:
-            started = scheduler.take(max_running - len(running))
+            started = scheduler.take(max_running - len(running)) if not stop.is_wanted else []
             monitor.expect({task.run.name: _describe_needs(task) for task in started})
-            running += [fit.remote(task) for task in started]
-            ended, running = _wait(running)
-            monitor.report(ray.get(status.read.remote()))
+            running |= {fit.remote(task): task.run.name for task in started}
+            ended = _wait([*running])
+            running = {run: name for run, name in running.items() if run not in ended}
+            states: Any = ray.get(status.read.remote())
+            monitor.report(states)
             _raise_recorded(control)
             scheduler.renew()
             _check_ended(ended, control)
+            if stop.is_over(num_working=len({*running.values()} & {*states})):
+                break
     finally:
         for run in running:
             ray.cancel(run, force=True)
         scheduler.release()
+    if stop.is_wanted and not all(is_made(layout.store, r.folder, inputs[r.name]) for r in runs):
+        raise StoppedEarly
+
+
+class TrainStop:
+    """Stops all runs at a checkpoint once that is wanted, and bounds how long that may take."""
+
+    def __init__(self, control: Any, should_stop: ShouldStop) -> None:
+        """Request nothing yet.
+
+        Args:
+            control: The handle of the `RunControl` actor.
+            should_stop: Whether the runs are to stop.
+        """
+        self.control, self.should_stop = control, should_stop
+        self.deadline: float | None = None
+        """Monotonic time until which checkpoints are waited for."""
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether the stop is requested."""
+        return self.deadline is not None
+
+    def is_over(self, *, num_working: int) -> bool:
+        """Request a stop if it is wanted; check whether its end has come, or it takes too long.
+
+        Args:
+            num_working: Runs with workers that have not ended; others have nothing to save.
+        """
+        if self.deadline is None and self.should_stop():
+            ray.get(self.control.request_stop.remote())
+            self.deadline = time.monotonic() + MAX_STOP_SECONDS
+        if self.deadline is None:
+            return False
+        return num_working == 0 or time.monotonic() >= self.deadline
 
 
 def _drop_stale(run: TrainRun, store: Store, inputs: dict[str, str], progress: Progress) -> None:
@@ -135,12 +199,12 @@ def _check_sources(recipe: Recipe, layout: Layout, progress: Progress) -> None:
         progress(ProgressEvent("train", f"source {name}", note=NOISE))
 
 
-def _wait(running: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Wait for `POLL_SECONDS` at most; return the runs that have ended, and the others."""
+def _wait(running: list[Any]) -> list[Any]:
+    """Wait for `POLL_SECONDS` at most, and return the runs that have ended."""
     if not running:
         time.sleep(POLL_SECONDS)
-        return [], []
-    return ray.wait(running, timeout=POLL_SECONDS)
+        return []
+    return ray.wait(running, timeout=POLL_SECONDS)[0]
 
 
 def _raise_recorded(control: Any) -> None:

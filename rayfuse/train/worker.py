@@ -4,7 +4,6 @@ import errno
 import tempfile
 import time
 import uuid
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -15,14 +14,13 @@ import ray.train
 import torch
 
 from rayfuse.config.base import UserError
-from rayfuse.config.recipe import Recipe, dump_recipe
+from rayfuse.config.recipe import dump_recipe
 from rayfuse.fuse.reader import ShardReader
 from rayfuse.models.attention import prepare_packing
 from rayfuse.models.causal_lm import load_causal_lm
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.models.folder import TOKENIZER_FILES, copy_files, find_folder, list_files
 from rayfuse.models.out_of_memory import is_out_of_memory
-from rayfuse.run.layout import TrainRun
 from rayfuse.run.made_models import DONE_FILE
 from rayfuse.runtime.logging import log_event
 from rayfuse.runtime.scratch import name_scratch
@@ -31,7 +29,6 @@ from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.files import hash_bytes, upload_files, write_record
 from rayfuse.storage.retry import StorageUnavailableError
 from rayfuse.storage.seal import ShardError
-from rayfuse.storage.store import Store
 from rayfuse.train.batches import (
     MicroBatch,
     Packing,
@@ -47,33 +44,12 @@ from rayfuse.train.order import advise_steps, count_steps
 from rayfuse.train.process_group import ProcessGroup
 from rayfuse.train.recorder import MetricsRecorder
 from rayfuse.train.resume import TAG, fetch_newest
+from rayfuse.train.task import WorkerTask
 from rayfuse.train.trackers import Trackers
 from rayfuse.train.validation import choose_validation_rows
 
 NON_RETRYABLE_ERRORS = (ShardError, StorageUnavailableError, FloatingPointError, ValueError)
 FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
-
-
-@dataclass(frozen=True)
-class WorkerTask:
-    """Everything that a worker needs to train its share of a run."""
-
-    recipe: Recipe
-    run: TrainRun
-    store: Store
-    corpus: DataSet
-    aligned: dict[str, DataSet]
-    """By source; empty for the run without fusion."""
-    held_out: DataSet
-    use_gpu: bool
-    status: Any
-    """The `RunStatus` actor."""
-    control: Any
-    """The `RunControl` actor."""
-    inputs: dict[str, str]
-    """What the run is trained on: see `made_models.read_inputs`."""
-    job: str
-    """An id of this call of `train_runs`; it keeps the local folders of two jobs apart."""
 
 
 def run_worker(config: dict[str, Any]) -> None:
@@ -130,7 +106,7 @@ class Trainer:
         self.settings = task.recipe.train.for_run(is_fused=task.run.is_fused)
         self.device = "cuda" if task.use_gpu else "cpu"
         self.sequences = self.settings.micro_batch_sequences
-        self.is_preempted = False
+        self.is_preempted = self.is_stopped = False
         self.checkpoints = Checkpoints(task.store, task.run.folder)
         self.trackers = Trackers(task.recipe, task.run, is_on=group.is_rank_zero)
         self.recorder = MetricsRecorder(task.run, task.store, task.status, self.trackers, group)
@@ -200,7 +176,7 @@ class Trainer:
         )
         train_steps(
             engine,
-            takewhile(lambda _: not self._is_finished, steps),
+            takewhile(lambda _: not (self._is_finished or self.is_stopped), steps),
             objective,
             first_step=first_step,
             num_workers=self.group.num_workers,
@@ -209,6 +185,8 @@ class Trainer:
             seed=task.recipe.seed,
         )
         self.checkpoints.wait()
+        if self.is_stopped:  # at the checkpoint from which the next start resumes
+            return
         best = self._find_published_step()
         if best != len(self.recorder.records):
             del engine  # or two would be in memory
@@ -230,6 +208,7 @@ class Trainer:
             self.recorder.record_validation(step, bits)
         is_due = step % self.settings.checkpoint_every_steps == 0
         is_due |= self._keeps_best and step == self.recorder.best_step
+        is_due |= not is_last and self._is_stop_requested()
         if (self._is_newly_preempted() or is_due) and not is_last:
             self._save(engine, step)
 
@@ -333,6 +312,16 @@ class Trainer:
         rows = reader.read_rows(share)
         reader.keep(set())
         return build_micro_batches(rows, packing)
+
+    def _is_stop_requested(self) -> bool:
+        """Check whether the run is to stop; all workers get the same answer."""
+        if not self.task.can_stop:
+            return False
+        is_requested = self.group.is_rank_zero and ray.get(self.task.control.has_stopped.remote())
+        self.is_stopped = self.group.broadcast(is_requested)
+        if self.is_stopped:
+            self.recorder.log("stopping as requested: saving a checkpoint")
+        return self.is_stopped
 
     def _is_newly_preempted(self) -> bool:
         """Report, once, that a node is about to be preempted; all workers get the same answer."""

@@ -21,7 +21,9 @@ CALLS: dict[str, Callable[[Store, str], object]] = {
     "create": lambda store, name: store.create(name, b"1"),
     "sizes": lambda store, name: store.sizes(name),
     "folders": lambda store, name: store.folders(name),
+    "walk": lambda store, name: store.walk(name),
     "remove": lambda store, name: store.remove(name),
+    "remove_empty": lambda store, name: store.remove_empty(name),
 }
 
 

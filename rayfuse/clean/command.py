@@ -1,0 +1,217 @@
+"""`rayfuse clean`: list what no recipe uses, with bytes and cost, and remove it if wanted."""
+
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from rayfuse.align.facts import ALIGN_FACTS
+from rayfuse.clean.cost import ItemCost, read_cost
+from rayfuse.clean.used import list_used
+from rayfuse.config.base import UserError
+from rayfuse.config.recipe import Recipe
+from rayfuse.run.layout import plan_layout
+from rayfuse.storage.items import LEASE_FILE, StoredItem, list_stored, remove_item
+from rayfuse.storage.lease import RENEW_SECONDS, TIMEOUT_SECONDS, Lease
+from rayfuse.storage.migrate import LEASE_FILE as MIGRATION_LEASE
+from rayfuse.storage.store import Store
+
+POLL_SECONDS = 1.0
+"""Between two attempts to acquire the lease of a training."""
+
+
+@dataclass(frozen=True)
+class UnusedItem:
+    """An item that no recipe uses."""
+
+    item: StoredItem
+    cost: ItemCost
+    writer: str = ""
+    """Why a job of another recipe may be at work on it; empty if none is."""
+
+
+def clean_storage(
+    recipes: Sequence[Recipe], console: Console, *, delete: bool, idle_hours: float
+) -> dict[str, Any]:
+    """List what none of the recipes uses in their storage, and remove it if wanted.
+
+    Args:
+        recipes: All recipes whose results are kept; they have one storage.
+        console: Where the list is printed.
+        delete: Remove the items.
+        idle_hours: An incomplete data set that was written to more recently may be the work of a
+            job.
+
+    Returns:
+        The items as plain values, and the bytes that were removed.
+
+    Raises:
+        UserError: `idle_hours` is negative, a recipe cannot be used, the storages differ, the
+            storage has another schema version, or, with `delete`, a job of another recipe may be
+            at work.
+        ShardError: A record that names folders is corrupt.
+    """
+    if not idle_hours >= 0:  # NaN is neither
+        raise UserError(f"--idle-hours is {idle_hours}; give 0 or more")
+    layouts = [plan_layout(recipe, ALIGN_FACTS) for recipe in recipes]
+    roots = sorted({layout.store.root for layout in layouts})
+    if len(roots) > 1:
+        raise UserError(
+            f"the recipes have different storages, {', '.join(roots)}; clean one at a time"
+        )
+    used: set[str] = set()
+    for recipe, layout in zip(recipes, layouts, strict=True):
+        used |= list_used(recipe, layout)
+    store, plan = layouts[0].store, recipes[0].plan
+    unused = [
+        UnusedItem(item, read_cost(store, item, plan), _find_writer(store, item, idle_hours))
+        for item in list_stored(store, lambda name: name in used)
+    ]
+    print_unused(store, unused, console)
+    removed = _remove_unused(store, unused, console) if delete else []
+    if unused and not delete:
+        console.print("nothing was removed; --delete removes what is marked unused")
+    return {
+        "storage": store.root,
+        "items": [_to_values(found) for found in unused],
+        "removed": [item.name for item in removed],
+        "removed_bytes": sum(item.num_bytes for item in removed),
+    }
+
+
+def _find_writer(store: Store, item: StoredItem, idle_hours: float) -> str:
+    """Describe why a job may be at work on an item; nothing if none is."""
+    if item.is_training:
+        holder = Lease(store, f"{item.name}/{LEASE_FILE}", "").find_holder()
+        return f"{holder} holds its lease" if holder else ""
+    if item.is_complete or not item.files:
+        return ""
+    if item.changed_at is None:
+        return "it is incomplete, and its storage does not record when it was written"
+    minutes = max(time.time() - item.changed_at, 0.0) / 60
+    return f"it was written {minutes:.0f} minutes ago" if minutes < idle_hours * 60 else ""
+
+
+def _remove_unused(store: Store, unused: list[UnusedItem], console: Console) -> list[StoredItem]:
+    """Remove the items that can be removed, and return them.
+
+    Raises:
+        UserError: A job of another recipe may be at work; then nothing is removed.
+    """
+    items = [found.item for found in unused if not found.item.kept]
+    _check_writers(store, unused)
+    with _hold_leases(store, [item for item in items if item.is_training]) as leases:
+        for item in items:
+
+            def renew() -> None:
+                for lease in leases.values():
+                    lease.renew()
+
+            remove_item(store, item, renew)
+            if item.is_training:
+                leases.pop(item.name).release()
+                store.remove_empty(item.name)
+            console.print(f"removed {item.name} ({_format_bytes(item.num_bytes)})")
+    freed = _format_bytes(sum(item.num_bytes for item in items))
+    console.print(f"removed {len(items)} items, {freed}")
+    return items
+
+
+def _check_writers(store: Store, unused: list[UnusedItem]) -> None:
+    """Check that no job of another recipe is known to be at work; leases are checked later.
+
+    Its inputs are complete, and may be among what is to be removed, so nothing is removed then.
+
+    Raises:
+        UserError: One may be.
+    """
+    migration = Lease(store, MIGRATION_LEASE, "").find_holder()
+    if migration is not None:
+        raise UserError(f"{migration} migrates {store.root}; wait for its end")
+    for found in unused:
+        if found.writer and not found.item.is_training:
+            raise UserError(
+                f"{found.item.name}: {found.writer}, so that a job of a recipe that is not given "
+                "may be at work; nothing was removed: give its recipe too, or wait; if no job "
+                "runs, set --idle-hours 0"
+            )
+
+
+@contextmanager
+def _hold_leases(store: Store, trainings: list[StoredItem]) -> Iterator[dict[str, Lease]]:
+    """Hold the leases of trainings, so that no job starts one while it is removed.
+
+    A lease that is not renewed for its timeout belongs to a process that has died.
+
+    Raises:
+        UserError: Another process holds one.
+    """
+    job = uuid.uuid4().hex
+    leases = {item.name: Lease(store, f"{item.name}/{LEASE_FILE}", job) for item in trainings}
+    until = time.monotonic() + TIMEOUT_SECONDS + RENEW_SECONDS
+    try:
+        while missing := [lease for lease in leases.values() if not lease.acquire()]:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"{missing[0].holder} trains {missing[0].file.rpartition('/')[0]}, which no "
+                    "given recipe names; nothing was removed: give its recipe too, or wait"
+                )
+            for lease in leases.values():
+                lease.renew()
+            time.sleep(POLL_SECONDS)
+        yield leases
+    finally:
+        for lease in leases.values():
+            lease.release()
+
+
+def print_unused(store: Store, unused: list[UnusedItem], console: Console) -> None:
+    """Print a table of the items, with their bytes and what they cost to make."""
+    if not unused:
+        console.print(f"{store.root} holds nothing that the recipes do not use")
+        return
+    longest = max(len(found.item.name) for found in unused)  # names are never shortened
+    table = Table(Column("item", min_width=longest), title=store.root)
+    for name in ("bytes", "worker hours", "dollars", "state"):
+        table.add_column(name)
+    for found in unused:
+        seconds, dollars = found.cost.worker_seconds, found.cost.dollars
+        table.add_row(
+            found.item.name,
+            _format_bytes(found.item.num_bytes),
+            "unknown" if seconds is None else f"{seconds / 3600:,.3f}",
+            "unknown" if dollars is None else f"${dollars:,.2f}",
+            _describe_state(found),
+        )
+    console.print(table)
+    removable = sum(found.item.num_bytes for found in unused if not found.item.kept)
+    console.print(f"unused: {_format_bytes(removable)}", highlight=False)
+
+
+def _describe_state(found: UnusedItem) -> str:
+    if found.item.kept:
+        return f"kept: {found.item.kept}"
+    if found.writer:
+        return f"perhaps in use: {found.writer}"
+    return "unused" if found.item.is_complete else "unused, incomplete"
+
+
+def _format_bytes(number: int) -> str:
+    return f"{number:,} B" if number < 10**6 else f"{number / 10**6:,.1f} MB"
+
+
+def _to_values(found: UnusedItem) -> dict[str, Any]:
+    item = found.item
+    return {
+        "name": item.name,
+        "bytes": item.num_bytes,
+        "is_complete": item.is_complete,
+        **asdict(found.cost),
+        "kept": item.kept,
+        "perhaps_in_use": found.writer,
+    }
