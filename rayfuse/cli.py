@@ -266,6 +266,29 @@ def verify(
 
 
 @app.command()
+def push(
+    recipe: RecipePath,
+    repository: Annotated[str, typer.Argument(help="The model's name on the hub: USER/NAME.")],
+    overrides: Overrides = None,
+    *,
+    upload: Annotated[bool, typer.Option("--upload", help="Upload it; else list it.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make it public; else it is private.")
+    ] = False,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="Add a GGUF file, by llama.cpp's converter.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Publish the fused model on a hub; without --upload, list files, bytes and the model card."""
+    with command_output(as_json) as output:
+        values = _load_run(recipe, overrides, output).push(
+            repository, upload=upload, public=public, gguf=gguf
+        )
+        output.values |= values
+
+
+@app.command()
 def migrate(
     storage: Annotated[str, typer.Argument(help="A run's storage: a folder or a URI.")],
     as_json: AsJson = False,
