@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from rayfuse.config.models import ModelSettings
+from rayfuse.config.models import ModelSettings, SourceSettings
 from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.config.text import escape_markdown, fence_code, mark_code
 from rayfuse.config.train import describe_curve
@@ -214,9 +214,14 @@ def _count_sources(recipe: Recipe) -> str:
 
 def _list_sources(recipe: Recipe) -> str:
     return "\n".join(
-        f"- Source {escape_markdown(source.name)}: {_name_model(source)}"
+        f"- Source {escape_markdown(source.name)}: {_name_model(source)}{_name_store(source)}"
         for source in recipe.sources
     )
+
+
+def _name_store(source: SourceSettings) -> str:
+    store = source.captured_from
+    return "" if store is None else f", imported from {mark_code(store)} and not evaluated"
 
 
 def _name_model(model: ModelSettings) -> str:
