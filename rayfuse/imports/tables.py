@@ -83,7 +83,9 @@ def read_table(path: str) -> pa.Table:
         if path.endswith(".parquet"):
             with pq.ParquetFile(path) as file:
                 return file.read().combine_chunks()
-        return pa.ipc.open_stream(pa.memory_map(path)).read_all()
+        table = pa.ipc.open_stream(pa.memory_map(path)).read_all()
+        table.validate(full=True)  # offsets beyond the file would end the process
+        return table
 
 
 def identify(files: Sequence[TableFile], folder: Path) -> str:

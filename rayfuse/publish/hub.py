@@ -67,8 +67,8 @@ def open_hub() -> huggingface_hub.HfApi:
     return huggingface_hub.HfApi(token=token)
 
 
-def check_access(hub: huggingface_hub.HfApi, repository: str, *, is_public: bool) -> bool:
-    """Check that a model can be uploaded under a name, and return True if it exists already.
+def check_access(hub: huggingface_hub.HfApi, repository: str, *, is_public: bool) -> None:
+    """Check that a model can be uploaded under a name.
 
     Raises:
         UserError: The token is refused, the name belongs to others, or the model exists with
@@ -87,13 +87,12 @@ def check_access(hub: huggingface_hub.HfApi, repository: str, *, is_public: bool
         try:
             is_private = hub.model_info(repository).private
         except huggingface_hub.errors.RepositoryNotFoundError:
-            return False
+            return  # it will be created
     if bool(is_private) == is_public:
         found, remedy = ("private", "omit --public") if is_private else ("public", "add --public")
         raise UserError(
             f"{repository} exists and is {found}; {remedy}, or change it in the hub's settings"
         )
-    return True
 
 
 def upload_model(

@@ -221,3 +221,12 @@ def test_aligned_rows_of_fusellm_have_no_signal_where_it_repeats_the_current_tok
     assert found[1].tolist() == [tokens[1], 7, 8]
     first = table["next_logprobs"][0].as_py()[1]
     assert first == pytest.approx(2 - np.log(np.exp([2.0, 1.0, -1.0]).sum()), abs=2e-3)
+
+
+def test_a_corrupt_arrow_file_is_refused(scored: Scored, tmp_path):
+    (tokens,) = scored.score([], [])[:1]
+    write_fusellm(tmp_path / "store", [(TEXTS[0], *tokens)] * 2, length=600, with_losses=True)
+    (file,) = (tmp_path / "store/train").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:-5000])
+    with pytest.raises(UserError, match=r"data-00000-of-00001\.arrow is corrupt"):
+        open_foreign_store(str(tmp_path / "store"))
