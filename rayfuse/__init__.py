@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rayfuse.api import Run, open_run
     from rayfuse.config.base import UserError
+    from rayfuse.imports.command import import_store
     from rayfuse.inspect.command import inspect_tokenizers
     from rayfuse.interop.batch import collate
     from rayfuse.interop.dataset import RowDataset, open_dataset
@@ -25,6 +26,7 @@ __all__ = [
     "UserError",
     "collate",
     "fusion_loss",
+    "import_store",
     "inspect_tokenizers",
     "migrate_storage",
     "open_dataset",
@@ -37,6 +39,7 @@ MODULES = {
     "UserError": "rayfuse.config.base",
     "collate": "rayfuse.interop.batch",
     "fusion_loss": "rayfuse.interop.loss",
+    "import_store": "rayfuse.imports.command",
     "inspect_tokenizers": "rayfuse.inspect.command",
     "migrate_storage": "rayfuse.status",
     "open_dataset": "rayfuse.interop.dataset",

@@ -22,6 +22,7 @@ from rayfuse.interop.find import RunData
 from rayfuse.interop.views import View
 from rayfuse.pipeline import STAGES, print_results, run_recipe
 from rayfuse.plan.command import plan_recipe
+from rayfuse.publish.command import push_model
 from rayfuse.run.budget import Limits
 from rayfuse.run.layout import plan_layout
 from rayfuse.runtime.console import PlainConsole, open_console
@@ -107,6 +108,25 @@ class Run:
             UserError: The recipe cannot be used, or the storage has another schema version.
         """
         return verify_recipe(self.recipe, self._console(quiet), repair=repair, file=self.file)
+
+    def push(
+        self, repository: str, *, upload: bool = False, public: bool = False, gguf: bool = False
+    ) -> dict[str, Any]:
+        """List what is published of the fused model: files, bytes and card; upload it if wanted.
+
+        Args:
+            repository: The model's name on the hub, USER/NAME.
+            upload: Upload it, with the token of HF_TOKEN; else nothing is sent.
+            public: The repository is public; else it is private.
+            gguf: Publish a GGUF file, too, which llama.cpp's `convert_hf_to_gguf.py` writes.
+
+        Raises:
+            UserError: The name is not valid, the model is not trained and evaluated, there is no
+                token or no right, the hub is unavailable, or the converter is missing or fails.
+            ShardError: A record or a file of the model is corrupt.
+        """
+        console = self._console(quiet=True)
+        return push_model(self.recipe, repository, console, upload=upload, public=public, gguf=gguf)
 
     def results(self) -> dict[str, Any]:
         """Read the results that are there: rows and tokens, bits per byte by model, task scores.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+import rayfuse
 from rayfuse.config.addresses import mask_secrets
 from rayfuse.config.text import show_controls
 
@@ -290,6 +291,47 @@ def verify(
     if is_corrupt and not repair:
         remedy = f"rayfuse verify {recipe} --repair"
         sys.exit(_print_error(f"shards are corrupt; to fix them: {remedy}", FAILED))
+
+
+@app.command("import")
+def import_(
+    store: Annotated[str, typer.Argument(help="A folder that DistillKit or FuseLLM wrote.")],
+    documents: Annotated[str, typer.Argument(help="The file of texts to write: NAME.jsonl.")],
+    model: Annotated[str, typer.Option(help="The model that the store is of: its tokenizer.")],
+    revision: Annotated[str | None, typer.Option(help="The model's hub commit.")] = None,
+    aligned: Annotated[
+        int | None, typer.Option(help="Of FuseLLM's alignment stage, the number of the source.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Describe another tool's store of distributions, and write its texts as documents."""
+    with command_output(as_json) as output:
+        output.values |= rayfuse.import_store(
+            store, documents, model, revision=revision, aligned=aligned, console=output.console
+        )
+
+
+@app.command()
+def push(
+    recipe: RecipePath,
+    repository: Annotated[str, typer.Argument(help="The model's name on the hub: USER/NAME.")],
+    overrides: Overrides = None,
+    *,
+    upload: Annotated[bool, typer.Option("--upload", help="Upload it; else list it.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make it public; else it is private.")
+    ] = False,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="Add a GGUF file, by llama.cpp's converter.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Publish the fused model on a hub; without --upload, list files, bytes and the model card."""
+    with command_output(as_json) as output:
+        values = _load_run(recipe, overrides, output).push(
+            repository, upload=upload, public=public, gguf=gguf
+        )
+        output.values |= values
 
 
 @app.command()

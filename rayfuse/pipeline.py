@@ -19,6 +19,7 @@ from rayfuse.config.base import UserError
 from rayfuse.config.recipe import Recipe
 from rayfuse.corpus.summary import summarize
 from rayfuse.evaluate.results import is_evaluated
+from rayfuse.imports.capture import check_imports
 from rayfuse.remaining import list_remaining
 from rayfuse.report.results import print_scores
 from rayfuse.report.stage import is_report_current, write_report
@@ -71,6 +72,7 @@ def prepare_run(recipe: Recipe) -> Layout:
     """
     layout = plan_layout(recipe, ALIGN_FACTS)
     check_store(layout.store)
+    check_imports(recipe, layout)
     if not all(is_stage_done(stage, layout) for stage in MODEL_STAGES):
         check_weights(recipe)
     if recipe.evaluate.tasks is not None and not is_stage_done("evaluate", layout):
@@ -297,7 +299,9 @@ def _prewarm_if_next(
     join_cluster()
     from rayfuse.runtime import prewarm, resources  # they import ray, which must join first
 
-    todo = [source for source in recipe.sources if not layout.captured[source.name].is_complete()]
+    todo = [
+        source for source in recipe.run_sources if not layout.captured[source.name].is_complete()
+    ]
     seconds = _estimate_corpus_seconds(recipe, layout, resources.count_reachable("CPU"))
     with prewarm.prewarm_sources(todo, seconds, progress) as report:
         yield report

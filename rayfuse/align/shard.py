@@ -41,6 +41,9 @@ target's.
 follow an added token; characters that the target's normalizer changes go to its own token.
 """
 
+NOT_RECORDED = "source: not recorded"
+"""The reason of positions without a match of which an imported store has no distribution."""
+
 KNOWN_SHARE = 0.9
 """A row counts as known if the source's NLL of it is below this share of chance, ln V nats per
 token. Random weights have 0.97 and more of it; knowing no more than token frequencies, about 0.7.
@@ -73,7 +76,7 @@ def align_shard(
     source = place_tokens(source_ids, source_offsets, texts, alignment.source, ends_document)
     records = read_records(captured)
     check_entries(records.top.ids, source_offsets, len(alignment.source.lengths))
-    matches = alignment.method.match(source, target, alignment)
+    matches = drop_unrecorded(alignment.method.match(source, target, alignment), records)
     aligned = map_distributions(source, target, records, matches, alignment)
     inside = map_inside(source, target, records, alignment, aligned)
     target_at = np.concatenate([matches.target_at, inside.target_at])
@@ -100,6 +103,14 @@ def align_shard(
     } | _count_known(table, len(alignment.source.lengths)) | _count_inside(
         alignment, len(inside.target_at), matches
     )
+
+
+def drop_unrecorded(matches: Matches, records: SourceRecords) -> Matches:
+    """Drop the matches without any entry: only sources that are imported have such positions."""
+    if not records.head.ids.shape[1]:  # draws alone
+        return matches
+    has_entry = records.head.ids[matches.source_at, 0] >= 0
+    return matches if has_entry.all() else matches.select(has_entry, NOT_RECORDED)
 
 
 def _count_inside(alignment: Alignment, num_inside: int, matches: Matches) -> dict[str, float]:

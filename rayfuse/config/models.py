@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import (
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     field_validator,
@@ -114,6 +115,13 @@ class SourceSettings(ModelSettings):
     finish together."""
     batch_tokens: PositiveInt | None = result_neutral(None)
     """Tokens in one forward pass of this source, instead of capture.batch_tokens."""
+    captured_from: str | None = later_setting(None)
+    """The local folder of a store of DistillKit or FuseLLM (`rayfuse import`) that has what this
+    source predicts: it is imported, and the model is neither run nor evaluated. `model` needs no
+    more than the tokenizer. Entries of a position beyond `capture.top_k` join its tail."""
+    captured_aligned: NonNegativeInt | None = later_setting(None)
+    """With a store of FuseLLM's alignment stage, the number of the source there; `model` is then
+    the target, in whose tokens the store is."""
     dollars_per_hour: NonNegativeFloat | None = result_neutral(None)
     """Price of one actor's share of its node, in dollars; the cost so far and the remaining
     cost are then shown."""
@@ -133,6 +141,20 @@ class SourceSettings(ModelSettings):
             raise ValueError(
                 f"adapter is {self.adapter!r}, which backend {self.backend} does not merge; use "
                 "backend transformers, or merge it with peft and name the result as model"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_import(self) -> "SourceSettings":
+        if self.captured_from is None and self.captured_aligned is not None:
+            raise ValueError(
+                f"captured_aligned is {self.captured_aligned} without captured_from; set it, or "
+                "remove captured_aligned"
+            )
+        if self.captured_from is not None and self.adapter is not None:
+            raise ValueError(
+                f"adapter is {self.adapter!r}, but the source is imported from "
+                f"{self.captured_from!r} and its model is not run; remove one of the two"
             )
         return self
 

@@ -63,6 +63,11 @@ class Recipe(Settings):
     0.9, train.divergence forward_kl at temperature 1, one choice per row, one epoch, the last
     weights. The optimizer's settings are left to the recipe."""
 
+    @property
+    def run_sources(self) -> tuple[SourceSettings, ...]:
+        """The sources whose models are run; the others are imported."""
+        return tuple(source for source in self.sources if source.captured_from is None)
+
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, values: Any) -> Any:
@@ -103,6 +108,16 @@ class Recipe(Settings):
                     f"source {source.name} has backend {source.backend}, which makes no draws, but "
                     f"capture.signal is {self.capture.signal}; use backend transformers, or signal "
                     "top_k"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_imports(self) -> "Recipe":
+        for source in self.sources:
+            if source.captured_from is not None and not self.capture.kept_entries:
+                raise ValueError(
+                    f"source {source.name} is imported, and stores of other tools have no draws, "
+                    f"but capture.signal is {self.capture.signal}; use signal top_k"
                 )
         return self
 

@@ -196,7 +196,7 @@ def compute_needed_bytes(
     # Each worker leaves its share of a checkpoint there until it is uploaded.
     share = workers / recipe.train.num_workers
     needed = {"temp": MIN_TEMP_BYTES + cluster.checkpoint_bytes * share}
-    models = (recipe.target, *recipe.sources)
+    models = (recipe.target, *recipe.run_sources)
     is_from_hub = any(not Path(model.model).expanduser().is_dir() for model in models)
     if is_from_hub and node.resources.get("CPU"):
         needed["HF_HOME"] = MIN_HUB_BYTES
@@ -256,7 +256,7 @@ def check_defaults(recipe: Recipe, cluster: ClusterFacts) -> Iterator[Finding]:
         return
     unset = [
         f"sources.{source.name}.gpus"
-        for source in recipe.sources
+        for source in recipe.run_sources
         if source.gpus is None and source.accelerator_type is None
     ]
     if recipe.train.gpus_per_worker is None and recipe.train.accelerator_type is None:
@@ -284,7 +284,7 @@ def list_requests(recipe: Recipe, cluster: ClusterFacts) -> Iterator[ResourceReq
             return given
         return 1.0 if has_gpu or accelerator_type is not None else 0.0  # the default of the stages
 
-    for source in recipe.sources:
+    for source in recipe.run_sources:
         gpus = count_gpus(source.gpus, source.accelerator_type)
         memory = cluster.actor_memory.get(source.name, (0.0, 0.0))
         yield ResourceRequest(

@@ -39,7 +39,7 @@ def collect_cluster_facts(recipe: Recipe, marker: str | None) -> ClusterFacts:
         recipe: The recipe that will run there.
         marker: A file that was written to its storage; None if that failed.
     """
-    models = (("target", recipe.target), *((f"source {s.name}", s) for s in recipe.sources))
+    models = (("target", recipe.target), *((f"source {s.name}", s) for s in recipe.run_sources))
     request = FactsRequest(
         storage=open_store(recipe.storage).root,  # nodes have other working folders
         retry_seconds=recipe.storage_retry_seconds,
@@ -76,7 +76,7 @@ def _size_actors(recipe: Recipe) -> dict[str, tuple[float, float]]:
     """Estimate the memory of one actor of each source whose model can be read, on CPU and GPU."""
     sizes: dict[str, tuple[float, float]] = {}
     estimate = partial(estimate_actor_memory, shard_tokens=recipe.corpus.shard_tokens)
-    for source in recipe.sources:
+    for source in recipe.run_sources:
         with suppress(ValueError, OSError):
             on_cpu, on_gpu = (
                 estimate(source, recipe.capture, on_gpu=on_gpu) for on_gpu in (False, True)

@@ -23,7 +23,11 @@ def measure_advantage(recipe: Recipe, layout: Layout) -> float | None:
         ShardError: A shard is missing or corrupt.
     """
     target = _name_files(recipe.target)
-    is_own = [_name_files(source) == target for source in recipe.sources]
+    # A source that was aligned elsewhere names the target for its tokens alone.
+    is_own = [
+        source.captured_aligned is None and _name_files(source) == target
+        for source in recipe.sources
+    ]
     if not any(is_own) or all(is_own):
         return None
     captured = [layout.captured[source.name] for source in recipe.sources]

@@ -158,7 +158,7 @@ def list_warnings(
     for item in work:
         if item.gpu is not None and item.done < 1:
             yield from _warn_of_gpus(item, item.gpu, costs[item.title], recipe.plan)
-    for source in recipe.sources:
+    for source in recipe.run_sources:
         if source.gpus == 0:
             yield (
                 f"source {source.name} has gpus: 0 and will run on CPUs; its figures are those of "

@@ -98,7 +98,7 @@ def list_work(inputs: PlanInputs) -> Iterator[Work]:
     """Yield the rows of a plan, in the order of the stages."""
     recipe, corpus = inputs.recipe, inputs.corpus
     yield _plan_corpus(inputs)
-    for model, source in zip(inputs.sources, recipe.sources, strict=True):
+    for model, source in zip(inputs.sources, recipe.run_sources, strict=True):
         yield _plan_capture(inputs, model, source)
     for source in recipe.sources:
         yield _plan_align(inputs, source.name)
@@ -112,7 +112,7 @@ def _plan_corpus(inputs: PlanInputs) -> Work:
     plan, text = inputs.recipe.plan, inputs.corpus.num_bytes + inputs.held_out.num_bytes
     shards = inputs.corpus.shards + inputs.held_out.shards
     done = inputs.done.get(("corpus", ""), 0) + inputs.done.get(("corpus", "held-out"), 0)
-    tokenizers = 1 + len(inputs.sources)
+    tokenizers = 1 + len(inputs.recipe.sources)
     return Work(
         stage="corpus",
         name="",
@@ -183,7 +183,7 @@ def _plan_train(inputs: PlanInputs, name: str) -> Work:
     checkpoint = size_checkpoint(size, train, plan)
     num_checkpoints = max(estimate_steps(inputs) - 1, 0) // train.checkpoint_every_steps
     parts = math.ceil(checkpoint / plan.upload_part_bytes) + 3 * train.num_workers
-    sources = len(inputs.sources) if is_fused else 0
+    sources = len(inputs.recipe.sources) if is_fused else 0
     return Work(
         stage="train",
         name=name,
@@ -224,7 +224,7 @@ def _plan_evaluate(inputs: PlanInputs) -> Work:
         for model_tokens, model in zip(tokens, models, strict=True)
     ]
     batch, chunk = recipe.evaluate.batch_tokens, recipe.capture.chunk_positions
-    ensemble = len(inputs.sources) if len(inputs.sources) > 1 else 0
+    ensemble = len(inputs.sources) if 1 < len(inputs.sources) == len(recipe.sources) else 0
     return Work(
         stage="evaluate",
         name="",

@@ -147,7 +147,7 @@ def read_inputs(recipe: Recipe, *, is_example: bool = False) -> PlanInputs:
     notes: list[str] = []
     models = [
         _measure_model(recipe, name, settings, sample, notes)
-        for name, settings in [(TARGET, recipe.target), *((s.name, s) for s in recipe.sources)]
+        for name, settings in [(TARGET, recipe.target), *((s.name, s) for s in recipe.run_sources)]
     ]
     if not is_example:
         _try(partial(_note_memory, recipe, notes), warnings, "host memory")
@@ -265,7 +265,7 @@ def _count_tokens(settings: ModelSettings, rows: pa.Table) -> int:
 def _note_memory(recipe: Recipe, notes: list[str]) -> None:
     """Note the host memory that an actor of each source requests from Ray."""
     estimate = partial(estimate_actor_memory, shard_tokens=recipe.corpus.shard_tokens)
-    for source in recipe.sources:
+    for source in recipe.run_sources:
         if source.name in recipe.plan.models:
             continue  # its files may be elsewhere
         on_cpu, on_gpu = (

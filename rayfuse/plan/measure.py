@@ -174,7 +174,7 @@ def measure_item(
         measurements = (
             measure_training(recipe, request, deadline)
             if title == PROBED_TRAINING
-            else measure_source(recipe, recipe.sources[number], request, deadline)
+            else measure_source(recipe, recipe.run_sources[number], request, deadline)
         )
         for measurement in measurements:
             report(measurement)

@@ -111,7 +111,7 @@ def run_probe(
 
 def list_titles(recipe: Recipe) -> list[str]:
     """List the titles of the work items that a probe measures."""
-    return [*(f"capture {source.name}" for source in recipe.sources), PROBED_TRAINING]
+    return [*(f"capture {source.name}" for source in recipe.run_sources), PROBED_TRAINING]
 
 
 def _make_request(inputs: PlanInputs, seconds: float) -> ProbeRequest:

@@ -18,7 +18,7 @@ def probe_on_cluster(recipe: Recipe, request: ProbeRequest) -> list[Measurement]
     join_cluster()
     options: list[dict[str, Any]] = [
         gpu_options(count_actor_gpus(source), source.accelerator_type) | {"num_cpus": source.cpus}
-        for source in recipe.sources
+        for source in recipe.run_sources
     ]
     kind, gpus = recipe.train.accelerator_type, recipe.train.gpus_per_worker
     gpus = count_default_gpus(kind) if gpus is None else gpus

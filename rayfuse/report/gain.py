@@ -52,8 +52,9 @@ def find_reasons(findings: Findings, recipe: Recipe) -> Iterator[str]:
         name: bits_per_byte(model.documents)[ALL] for name, model in findings.evaluations.items()
     }
     sources = [name for name, model in findings.evaluations.items() if model.role == "source"]
-    best = min(sources, key=lambda name: scores[name])
-    if scores[best] >= scores["clm"]:
+    best = min(sources, key=lambda name: scores[name], default="clm")
+    are_all = len(sources) == len(recipe.sources)  # imported ones are not evaluated
+    if are_all and scores[best] >= scores["clm"]:
         yield (
             f"no source knows this text better than CLM ({best}, the best, has "
             f"{scores[best]:.4f} bits per byte, CLM {scores['clm']:.4f})"

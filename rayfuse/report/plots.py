@@ -35,7 +35,6 @@ MAX_VALUES = 24
 def draw_plots(findings: Findings) -> dict[str, bytes]:
     """Draw the report's plots, by name; those without data are missing."""
     evaluations = findings.evaluations
-    sources = [name for name, model in evaluations.items() if model.role == "source"]
     plots = {
         "bits_per_byte": draw_bits_per_byte(evaluations),
         "differences": draw_differences(findings.differences),
@@ -45,6 +44,7 @@ def draw_plots(findings: Findings) -> dict[str, bytes]:
     if findings.curves:
         plots["training_curves"] = draw_training_curves(findings.curves)
     if findings.selection.counts:
+        sources = list(next(iter(findings.selection.counts.values())))
         plots["source_selection"] = draw_source_selection(findings.selection, sources)
     if findings.signals:
         plots["alignment"] = draw_alignment(findings.signals)

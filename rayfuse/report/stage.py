@@ -12,6 +12,7 @@ from rayfuse.config.recipe import Recipe
 from rayfuse.evaluate.bootstrap import Difference
 from rayfuse.evaluate.scores import bits_per_byte
 from rayfuse.report.gather import Curve, Findings, gather_findings
+from rayfuse.report.licences import read_licences
 from rayfuse.report.model_card import build_model_card
 from rayfuse.report.page import build_page
 from rayfuse.report.spans import share_waited, sum_busy
@@ -46,7 +47,9 @@ def write_report(recipe: Recipe, layout: Layout) -> str:
     texts = {
         PAGE_FILE: build_page(findings, verdict, recipe, plots),
         "report/table.md": render_tables(findings),
-        f"{run.folder}/model/README.md": build_model_card(findings, verdict, recipe),
+        f"{run.folder}/model/README.md": build_model_card(
+            findings, verdict, recipe, read_licences(recipe, is_online=False)
+        ),
     }
     files = {f"report/{name}.png": png for name, png in plots.items()}
     files |= {name: text.encode() for name, text in texts.items()}

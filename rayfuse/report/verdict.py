@@ -63,6 +63,7 @@ def judge(findings: Findings, recipe: Recipe) -> Verdict:
     notes += note_tasks(findings.task_differences)
     notes += note_merge(findings.merge)
     notes += note_noise(findings.signals)
+    notes += _note_imports(recipe)
     notes += note_overlap(findings.overlap, "held-out documents")
     for task, overlap in findings.task_overlap.items():
         notes += note_overlap(overlap, f"questions of {show_on_one_line(task)}")
@@ -170,6 +171,17 @@ def note_merge(merge: Merge) -> list[str]:
     if merge.sources:
         return [f"Excluded from the merged weights: {reasons}."]
     return [f"No source's weights can be averaged with the target's ({reasons})."]
+
+
+def _note_imports(recipe: Recipe) -> list[str]:
+    """Note the sources that are not evaluated, as there may be nothing but their predictions."""
+    names = [source.name for source in recipe.sources if source.captured_from is not None]
+    if not names:
+        return []
+    return [
+        f"Imported and not evaluated, so compared with nothing: {', '.join(names)}; without them, "
+        "there is no ensemble."
+    ]
 
 
 def note_noise(signals: dict[str, SourceSignal]) -> list[str]:

@@ -19,6 +19,9 @@ FINGERPRINT_VERSION = 4
 """Increased when the same settings compute another result. A renamed setting or column is no
 reason: it would make every captured data set useless (`rayfuse migrate` renames in place)."""
 
+IMPORT_VERSION = 1
+"""Increased when a store of another tool is imported as other rows than before."""
+
 _FIRST_NAMES = {"min_edit_distance": "mined", "cooccurrence": "statistics"}
 """Renamed values of settings, with the names that fingerprints were first computed from."""
 
@@ -80,6 +83,28 @@ def fingerprint_captured(
         tokenizer=tokenizer,
         top_k=recipe.capture.kept_entries,
         draws=recipe.capture.num_draws,
+    )
+
+
+def fingerprint_imported(
+    recipe: Recipe, source: SourceSettings, *, tokenizer: str, rows: str
+) -> str:
+    """Hash what decides the captured rows of a source that is imported: its model does not.
+
+    The store counts by its path: once it is imported, it is not needed any more.
+
+    Args:
+        recipe: Its capture settings count.
+        source: The source.
+        tokenizer: The source's tokenizer, by its hash.
+        rows: The segmentation of the corpus, by its fingerprint.
+    """
+    return fingerprint_of(
+        rows=rows,
+        imported=[source.captured_from, source.captured_aligned],
+        rules=IMPORT_VERSION,
+        tokenizer=tokenizer,
+        top_k=recipe.capture.kept_entries,
     )
 
 

@@ -9,6 +9,7 @@ from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.run.fingerprint import (
     fingerprint_aligned,
     fingerprint_captured,
+    fingerprint_imported,
     fingerprint_map,
     fingerprint_of,
     fingerprint_training,
@@ -136,13 +137,18 @@ def name_folders(recipe: Recipe, found: Prepared) -> Layout:
 
 
 def _name_captured(recipe: Recipe, found: Prepared, corpus: DataSet) -> dict[str, DataSet]:
+    rows = found.corpus.segmentation.fingerprint
     fingerprints = {
         source.name: fingerprint_captured(
             recipe,
             source,
             found.models[source.name],
             tokenizer=found.tokenizers[source.name],
-            rows=found.corpus.segmentation.fingerprint,
+            rows=rows,
+        )
+        if source.captured_from is None
+        else fingerprint_imported(
+            recipe, source, tokenizer=found.tokenizers[source.name], rows=rows
         )
         for source in recipe.sources
     }
@@ -216,8 +222,9 @@ def _name_evaluation(
     ensemble = [
         source.name for source in recipe.sources if recipe.fuse.weights.get(source.name, 1.0) > 0
     ]
-    if len(ensemble) == 1:
-        ensemble = []  # an ensemble of one source is that source
+    are_run = {source.name for source in recipe.run_sources}
+    if len(ensemble) == 1 or not are_run.issuperset(ensemble):
+        ensemble = []  # of one source it is that source; of imported ones it cannot be computed
     models = _identify_scored(recipe, found, ensemble, merge, runs)
     fingerprints = {
         name: fingerprint_of(model=model, text=held_out.fingerprint)
@@ -250,7 +257,8 @@ def _identify_scored(
 ) -> dict[str, Any]:
     """Identify each scored model, by its name in tables, for fingerprints."""
     models: dict[str, Any] = {
-        source.name: [found.models[source.name].identity, source.dtype] for source in recipe.sources
+        source.name: [found.models[source.name].identity, source.dtype]
+        for source in recipe.run_sources
     }
     models[TARGET] = [found.models[TARGET].identity, recipe.target.dtype]
     models |= {run.name: run.fingerprint for run in runs}

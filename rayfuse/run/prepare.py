@@ -57,7 +57,7 @@ class Prepared:
 
     store: Store
     models: dict[str, ModelFiles]
-    """The files of each source, by its name, and of `target`."""
+    """The files of each source that is not imported, by its name, and of `target`."""
     tokenizers: dict[str, str]
     """Hashes of their tokenizers, by the same names."""
     corpus: SplitDocuments
@@ -106,6 +106,10 @@ def _list_models(recipe: Recipe) -> dict[str, Any]:
     return {TARGET: recipe.target} | {source.name: source for source in recipe.sources}
 
 
+def _list_run_models(recipe: Recipe) -> dict[str, Any]:
+    return {TARGET: recipe.target} | {source.name: source for source in recipe.run_sources}
+
+
 def _check_models(recipe: Recipe) -> dict[str, ModelFiles]:
     return {
         name: check_model(
@@ -113,7 +117,7 @@ def _check_models(recipe: Recipe) -> dict[str, ModelFiles]:
             recipe.corpus.max_tokens,
             role=_describe_role(name),
         )
-        for name, settings in _list_models(recipe).items()
+        for name, settings in _list_run_models(recipe).items()
     }
 
 
@@ -154,7 +158,7 @@ def check_weights(recipe: Recipe) -> None:
     Raises:
         UserError: A tensor is missing, has another shape, or has no use.
     """
-    for name, settings in _list_models(recipe).items():
+    for name, settings in _list_run_models(recipe).items():
         check_tensors(settings, role=_describe_role(name))
 
 
@@ -198,7 +202,8 @@ def _find_unmergeable(recipe: Recipe, models: dict[str, ModelFiles]) -> dict[str
     }
     adapted = {name for name, settings in _list_models(recipe).items() if settings.adapter}
     target = models[TARGET]
-    reasons: dict[str, str] = {}
+    imported = {source.name for source in recipe.sources}.difference(models)
+    reasons = dict.fromkeys(sorted(imported), "it is imported, and its weights are not read")
     for name, files in models.items():
         difference = find_difference(target, files)
         if name == TARGET:

@@ -50,7 +50,7 @@ def test_times_are_formatted_in_fitting_units():
 
 
 def test_the_model_card_holds_the_recipe_and_the_verdict(winning: Findings, recipe: Recipe):
-    card = build_model_card(winning, judge(winning, recipe), recipe)
+    card = build_model_card(winning, judge(winning, recipe), recipe, {})
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front)["base_model"] == "some/target"
     assert "The fused model wins: it is better than CLM" in body

@@ -118,6 +118,9 @@ WITHOUT_DRAWS = {"sources.0.backend"}
 """Settings with a value that requires a signal without draws."""
 
 
+WITH_STORE = {"sources.0.captured_from", "sources.0.captured_aligned"}
+"""Settings of sources that are imported."""
+
 WITH_BEST = {"train.patience"}
 """Settings with a value that requires `train.publish: best`."""
 
@@ -127,6 +130,10 @@ def test_folder_names_depend_on_exactly_the_settings_that_affect_the_result(path
     values: dict[str, Any] = VALUES | ({"capture": {}} if path in WITHOUT_DRAWS else {})
     if path in WITH_BEST:
         values |= {"train": VALUES["train"] | {"publish": "best"}}
+    if path in WITH_STORE:
+        first, *others = VALUES["sources"]
+        kept = {key: value for key, value in first.items() if not key.startswith("adapter")}
+        values |= {"sources": [kept | {"captured_from": "logits"}, *others]}
     plain = parse_recipe(values)
     changed = change(plain, path)
     names, new_names = (list_names(name_folders(r, prepare(r))) for r in (plain, changed))

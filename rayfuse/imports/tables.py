@@ -1,0 +1,151 @@
+"""The files of a store: Parquet, or the Arrow files of a saved Hugging Face data set."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayfuse.config.base import UserError, first_line, user_error_from
+
+KEPT_TABLES = 4
+"""Tables in memory: rows of one shard come from neighbouring files."""
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """One file of a store."""
+
+    path: str
+    columns: frozenset[str]
+    num_rows: int
+
+
+def list_tables(folder: Path, setting: str) -> list[TableFile]:
+    """List the files of a store, sorted by name, folders below it included.
+
+    Raises:
+        UserError: The folder does not exist, has no such files, or one is corrupt.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"{setting} is {str(folder)!r}, a folder that does not exist; give a local folder: one "
+            "of a hub or of object storage must be downloaded first"
+        )
+    found = [path for suffix in ("parquet", "arrow") for path in folder.rglob(f"*.{suffix}")]
+    # `datasets` caches beside the data set that it saves: those files are not part of it.
+    saved = {file for state in folder.rglob("state.json") for file in _list_saved(state)}
+    paths = sorted(path for path in found if path.suffix == ".parquet" or path in saved)
+    if not paths:
+        raise UserError(
+            f"{setting} is {str(folder)!r}, which has no Parquet file and no data set that "
+            "`save_to_disk` wrote; give the folder that DistillKit or FuseLLM wrote"
+        )
+    return [_describe(path) for path in paths]
+
+
+def _list_saved(state: Path) -> list[Path]:
+    with user_error_from(lambda error: UserError(f"{state} is corrupt ({first_line(error)})")):
+        return [
+            state.parent / file["filename"] for file in json.loads(state.read_text())["_data_files"]
+        ]
+
+
+def _describe(path: Path) -> TableFile:
+    with user_error_from(lambda error: UserError(f"{path} is corrupt ({first_line(error)})")):
+        if path.suffix == ".parquet":
+            with pq.ParquetFile(path) as file:
+                return TableFile(
+                    str(path), frozenset(file.schema_arrow.names), file.metadata.num_rows
+                )
+        table = read_table(str(path))
+        return TableFile(str(path), frozenset(table.column_names), table.num_rows)
+
+
+def read_columns(path: str, columns: Sequence[str]) -> pa.Table:
+    """Read some columns of a file."""
+    with user_error_from(lambda error: UserError(f"{path} is corrupt ({first_line(error)})")):
+        if path.endswith(".parquet"):
+            with pq.ParquetFile(path) as file:
+                return file.read(columns=list(columns))
+        return read_table(path).select(list(columns))
+
+
+@lru_cache(maxsize=KEPT_TABLES)
+def read_table(path: str) -> pa.Table:
+    """Read a file; Arrow files are mapped, not read."""
+    with user_error_from(lambda error: UserError(f"{path} is corrupt ({first_line(error)})")):
+        if path.endswith(".parquet"):
+            with pq.ParquetFile(path) as file:
+                return file.read().combine_chunks()
+        table = pa.ipc.open_stream(pa.memory_map(path)).read_all()
+        table.validate(full=True)  # offsets beyond the file would end the process
+        return table
+
+
+def identify(files: Sequence[TableFile], folder: Path) -> str:
+    """Hash the names and sizes of a store's files."""
+    lines = [
+        f"{Path(file.path).relative_to(folder)} {Path(file.path).stat().st_size} {file.num_rows}"
+        for file in files
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def count_entries(table: pa.Table, column: str) -> int:
+    """Count the most entries of a position in the first row of a file; 1 without any."""
+    if not table.num_rows or table[column][0].values is None:
+        return 1
+    return max(int(flatten_lists(table[column][0])[1].max(initial=1)), 1)
+
+
+def check_types(table: pa.Table, lists: Sequence[str], nested: Sequence[str], path: str) -> None:
+    """Check that columns hold lists of numbers, or lists of lists of numbers.
+
+    Raises:
+        UserError: One does not.
+    """
+    for names, depth in ((lists, 1), (nested, 2)):
+        for name in names:
+            kind = table.schema.field(name).type
+            for _ in range(depth):
+                kind = kind.value_type if _is_list(kind) else pa.null()
+            if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+                raise UserError(
+                    f"{path}: column {name} is {table.schema.field(name).type}, not lists of "
+                    "numbers; give the store as DistillKit or FuseLLM wrote it"
+                )
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def flatten_list(scalar: pa.Scalar) -> np.ndarray:
+    """Convert a list to an array.
+
+    Raises:
+        ValueError: It is null, or holds nulls.
+    """
+    values = scalar.values
+    if values is None or values.null_count:
+        raise ValueError("a list is null")
+    return values.to_numpy(zero_copy_only=False)
+
+
+def flatten_lists(scalar: pa.Scalar) -> tuple[np.ndarray, np.ndarray]:
+    """Flatten a list of lists to its values, and the length of each inner list.
+
+    Raises:
+        ValueError: It is null, or holds nulls.
+    """
+    inner = scalar.values
+    if inner is None or inner.null_count or inner.flatten().null_count:
+        raise ValueError("a list is null")
+    lengths = np.diff(inner.offsets.to_numpy())
+    return inner.flatten().to_numpy(zero_copy_only=False), lengths

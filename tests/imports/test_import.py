@@ -1,0 +1,232 @@
+"""Imported rows are those that capture stores of the same model and text."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import rayfuse
+from rayfuse.config.base import UserError
+from rayfuse.imports.capture import Importer, index_rows
+from rayfuse.imports.store import ForeignStore, list_vocabulary, open_foreign_store
+from rayfuse.storage.codec import decode_probs, flatten_column, flatten_positions
+from tests.imports.conftest import TEXTS, Scored
+from tests.imports.stores import take_top, write_distillkit, write_fusellm
+
+
+def import_rows(store: ForeignStore, scored: Scored, *, top_k: int = 12):
+    vocabulary = list_vocabulary(scored.tokenizer)
+    index = index_rows(store, vocabulary)
+    return Importer(store, scored.tokenizer, vocabulary, top_k, index).import_rows(scored.corpus)
+
+
+def decode(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Decode a table: tokens, dense probabilities, tails, and log-probabilities of next tokens."""
+    tokens, offsets = flatten_column(table, "token_ids")
+    ids = flatten_positions(table, "top_ids", len(tokens))
+    tails = flatten_column(table, "tail_logprobs")[0].astype(np.float32)
+    probs = decode_probs(flatten_column(table, "top_logprobs")[0], ids, tails)
+    dense = np.zeros((len(tokens), 331))
+    np.put_along_axis(dense, ids.astype(np.int64), probs, 1)  # -1: the last column, which is 0
+    is_last = np.zeros(len(tokens), dtype=bool)
+    is_last[offsets[1:] - 1] = True
+    keep = ~is_last
+    next_logprobs = flatten_column(table, "next_logprobs")[0].astype(np.float32)
+    return tokens, dense[keep], np.exp(tails)[keep], next_logprobs[keep]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_distillkit_rows_are_what_capture_stores(scored: Scored, tmp_path, plain):
+    start, eos = scored.tokenizer.start_id, scored.tokenizer.eos_id
+    write_distillkit(tmp_path / "store", scored.score([start], [eos]), plain=plain)
+    table, rejects, counts, _ = import_rows(open_foreign_store(str(tmp_path / "store")), scored)
+    assert not rejects
+    assert counts["unrecorded"] == 0
+    tokens, probs, tails, next_logprobs = decode(table)
+    own_tokens, own_probs, own_tails, own_next = decode(scored.captured)
+    np.testing.assert_array_equal(tokens, own_tokens)
+    np.testing.assert_allclose(probs, own_probs, atol=2e-3 if plain else 1e-2)
+    np.testing.assert_allclose(tails, own_tails, atol=2e-3 if plain else 1e-2)
+    is_entry = np.take_along_axis(own_probs, _next_ids(scored)[:, None], 1)[:, 0] > 0
+    assert 0.02 < is_entry.mean() < 0.98
+    np.testing.assert_allclose(next_logprobs[is_entry], own_next[is_entry], atol=0.02)
+    assert counts["estimated"] == (~is_entry).sum()
+    share = np.log(tails[~is_entry] / (scored.tokenizer.vocab_size - 12))
+    np.testing.assert_allclose(next_logprobs[~is_entry], share, atol=0.02)
+
+
+def _next_ids(scored: Scored) -> np.ndarray:
+    rows = scored.captured["token_ids"].to_pylist()
+    return np.concatenate([row[1:] for row in rows]).astype(np.int64)
+
+
+def test_entries_beyond_top_k_join_the_tail(scored: Scored, tmp_path):
+    start, eos = scored.tokenizer.start_id, scored.tokenizer.eos_id
+    write_distillkit(tmp_path / "store", scored.score([start], [eos]), plain=True)
+    table, *_ = import_rows(open_foreign_store(str(tmp_path / "store")), scored, top_k=3)
+    _, probs, tails, _ = decode(table)
+    _, own, own_tails, _ = decode(scored.captured)
+    np.testing.assert_allclose(probs.sum(1) + tails, 1, atol=1e-3)
+    top = -np.sort(-own, axis=1)[:, :3]
+    # One byte a probability: neighbouring codes are 2 % apart, and both sides are rounded.
+    np.testing.assert_allclose(-np.sort(-probs, axis=1)[:, :3], top, rtol=0.04, atol=1e-6)
+    np.testing.assert_allclose(tails, own_tails + own.sum(1) - top.sum(1), atol=5e-3)
+
+
+def test_positions_without_a_record_have_no_signal_and_the_mean_nll(scored: Scored, tmp_path):
+    write_distillkit(tmp_path / "store", scored.score([], []), plain=True)
+    table, rejects, counts, _ = import_rows(open_foreign_store(str(tmp_path / "store")), scored)
+    assert not rejects
+    # Of each text the first token, after the start token, and the EOS after the last.
+    assert counts["unrecorded"] == 2 * len(TEXTS)
+    for row in range(len(TEXTS)):
+        ids = np.array(table["top_ids"][row].as_py()).reshape(-1, 12)
+        nlls = np.array(table["next_logprobs"][row].as_py(), dtype=np.float64)
+        assert (ids[[0, -2, -1]] == -1).all()
+        assert (ids[1:-2] >= 0).all()
+        np.testing.assert_allclose(nlls[[0, -2]], nlls[1:-2].mean(), atol=0.02)
+        assert nlls[-1] == 0
+
+
+@pytest.mark.parametrize("with_losses", [True, False])
+def test_fusellm_rows_follow_from_logits_and_losses(scored: Scored, tmp_path, with_losses):
+    eos = scored.tokenizer.eos_id
+    rows = scored.score([], [eos])
+    length = max(len(tokens) for tokens, _ in rows) + 3
+    texts = [(text, *row) for text, row in zip(TEXTS, rows, strict=True)]
+    write_fusellm(tmp_path / "store", texts, length=length, with_losses=with_losses)
+    table, rejects, counts, _ = import_rows(open_foreign_store(str(tmp_path / "store")), scored)
+    assert not rejects
+    assert counts["unrecorded"] == len(TEXTS)  # the first token of each
+    for row, (tokens, logits) in enumerate(rows):
+        ids, values = take_top(logits.astype(np.float64), 10)
+        inside = np.exp(values - values.max(1, keepdims=True))
+        inside /= inside.sum(1, keepdims=True)
+        lps = logits - np.log(np.exp(logits.astype(np.float64)).sum(1, keepdims=True))
+        truth = -lps[np.arange(len(tokens) - 1), tokens[1:]]
+        part = table.slice(row, 1)
+        found = flatten_positions(part, "top_ids", len(tokens) + 1)[1:-1]
+        tails = np.exp(flatten_column(part, "tail_logprobs")[0].astype(np.float64))[1:-1]
+        codes = flatten_column(part, "top_logprobs")[0].reshape(-1, 10)[1:-1]
+        probs = decode_probs(codes.reshape(-1), found, np.log(tails).astype(np.float32))
+        nlls = -flatten_column(part, "next_logprobs")[0].astype(np.float64)[1:-1]
+        np.testing.assert_array_equal(np.sort(found), np.sort(ids[:-1]))
+        np.testing.assert_allclose(probs / probs.sum(1, keepdims=True), inside[:-1], atol=1e-2)
+        is_entry = (ids[:-1] == np.array(tokens[1:])[:, None]).any(1)
+        if with_losses:
+            np.testing.assert_allclose(nlls, truth, rtol=2e-3)
+            mass = np.exp(np.take_along_axis(lps, ids, 1)).sum(1)[:-1]
+            np.testing.assert_allclose(tails[is_entry], 1 - mass[is_entry], atol=0.03)
+            assert (tails[~is_entry] >= np.exp(-truth[~is_entry]) - 1e-3).all()
+        else:
+            np.testing.assert_allclose(tails, 0, atol=1e-6)
+            assert nlls.sum() == pytest.approx(truth.sum(), rel=5e-3)
+
+
+def test_the_texts_of_a_store_become_documents(scored: Scored, tmp_path):
+    start, eos = scored.tokenizer.start_id, scored.tokenizer.eos_id
+    rows = scored.score([start], [eos])
+    chat = [start, *rows[0][0][1:4], eos, *rows[0][0][4:]]
+    twice = [*rows, rows[1], (chat, np.zeros((len(chat), 331), np.float32))]
+    write_distillkit(tmp_path / "store", twice, plain=True)
+    documents = tmp_path / "texts.jsonl"
+    found = rayfuse.import_store(str(tmp_path / "store"), str(documents), str(scored.model))
+    lines = [json.loads(line) for line in documents.read_text().splitlines()]
+    assert [line["text"] for line in lines] == TEXTS
+    assert found["texts"] == len(TEXTS)
+    assert found["longest"] == max(len(tokens) for tokens, _ in rows) - 2
+    assert found["skipped"] == {
+        "its text is there twice": 1,
+        "has special tokens, or ids that the tokenizer lacks, inside the text": 1,
+    }
+    with pytest.raises(UserError, match="a file that exists; give another name"):
+        rayfuse.import_store(str(tmp_path / "store"), str(documents), str(scored.model))
+
+
+def write_columns(folder, **columns) -> str:
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), folder / "data.parquet")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": ["a"]}, r"no column input_ids; their columns: text"),
+        ({"input_ids": [[1]], "logits": [[1]]}, "not a known layout; its columns: input_ids, logi"),
+        (
+            {"input_ids": [[1]], "packed_indices": [[[1]]], "exact_values": [[[1.0]]]}
+            | {"coeffs": [[[1.0]]]},
+            "DistillKit's earlier layout .* centred logits without their normaliser",
+        ),
+        (
+            {"input_ids": [[1]], "compressed_logprobs": [[[1]]], "bytepacked_indices": [[[1]]]},
+            r"compression_config\.yaml is missing; copy it there",
+        ),
+        ({"input_ids": ["a"], "token_ids": [[[1]]]}, "column input_ids is string, not lists of"),
+    ],
+)
+def test_a_store_that_cannot_be_imported_is_refused(tmp_path, columns, message):
+    with pytest.raises(UserError, match=message):
+        open_foreign_store(write_columns(tmp_path / "store", **columns))
+
+
+def test_a_packed_store_is_refused(scored: Scored, tmp_path):
+    columns = {"input_ids": [[5, 6]], "token_ids": [[[1]]], "top_values": [[[-1.0]]]}
+    path = write_columns(tmp_path / "store", **columns, attention_mask=[[1, 2]])
+    with pytest.raises(UserError, match="packs several texts; give the store from before"):
+        index_rows(open_foreign_store(path), list_vocabulary(scored.tokenizer))
+
+
+def test_logits_in_place_of_log_probabilities_are_rejected_row_by_row(scored: Scored, tmp_path):
+    start, eos = scored.tokenizer.start_id, scored.tokenizer.eos_id
+    rows = scored.score([start], [eos])
+    columns = {
+        "input_ids": [tokens for tokens, _ in rows],
+        "token_ids": [take_top(logits, 12)[0].tolist() for _, logits in rows],
+        "top_values": [take_top(logits + 9, 12)[1].tolist() for _, logits in rows],
+    }
+    store = open_foreign_store(write_columns(tmp_path / "store", **columns))
+    table, rejects, _, _ = import_rows(store, scored)
+    assert len(rejects) == len(TEXTS)
+    assert all("these are logits" in reject.reason for reject in rejects)
+    assert np.isinf(table["nats"].to_numpy()).all()
+
+
+def test_aligned_rows_of_fusellm_have_no_signal_where_it_repeats_the_current_token(
+    scored: Scored, tmp_path
+):
+    (tokens,) = scored.tokenizer.encode([TEXTS[0]])
+    tokens = [*tokens.tolist(), scored.tokenizer.eos_id]
+    logits = [[2.0, 1.0, -1.0] for _ in tokens]
+    ids = [[token, 7, 8] for token in [*tokens[1:], 9]]
+    logits[3], ids[3] = [1.0], [tokens[3]]  # FuseLLM's fallback
+    logits[4], ids[4] = [5.5], [tokens[5]]  # one entry, of an aligned position
+    logits[5], ids[5] = [], []
+    columns = {"input_ids": [tokens], "per_step_aligned_logits_1": [logits]}
+    path = write_columns(tmp_path / "store", **columns, per_step_aligned_indices_1=[ids])
+    with pytest.raises(UserError, match="not a known layout"):
+        open_foreign_store(path)
+    with pytest.raises(UserError, match="not aligned source 0 of FuseLLM"):
+        open_foreign_store(path, 0)
+    store = open_foreign_store(path, 1)
+    table, rejects, counts, _ = import_rows(store, scored)
+    assert len(rejects) == len(TEXTS) - 1  # the store has one text
+    assert counts["unrecorded"] == 3  # the start token's, the fallback and the empty one
+    found = np.array(table["top_ids"][0].as_py()).reshape(len(tokens) + 1, 3)
+    assert (found[[0, 4, 6]] == -1).all()
+    assert found[5].tolist() == [tokens[5], -1, -1]
+    assert found[1].tolist() == [tokens[1], 7, 8]
+    first = table["next_logprobs"][0].as_py()[1]
+    assert first == pytest.approx(2 - np.log(np.exp([2.0, 1.0, -1.0]).sum()), abs=2e-3)
+
+
+def test_a_corrupt_arrow_file_is_refused(scored: Scored, tmp_path):
+    (tokens,) = scored.score([], [])[:1]
+    write_fusellm(tmp_path / "store", [(TEXTS[0], *tokens)] * 2, length=600, with_losses=True)
+    (file,) = (tmp_path / "store/train").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:-5000])
+    with pytest.raises(UserError, match=r"data-00000-of-00001\.arrow is corrupt"):
+        open_foreign_store(str(tmp_path / "store"))

@@ -1,0 +1,85 @@
+"""A run whose source is another tool's store: the model's weights are nowhere."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+import rayfuse
+from rayfuse.align.facts import ALIGN_FACTS
+from rayfuse.config.base import UserError
+from rayfuse.models.tokenizer import load_tokenizer
+from rayfuse.pipeline import STAGES, is_stage_done, prepare_run
+from rayfuse.run.layout import plan_layout
+from tests.imports.stores import write_distillkit
+from tests.small_run import write_recipe
+
+
+def write_imported_run(folder: Path) -> Path:
+    """Write a store of a source, its texts as documents, and a recipe that uses both."""
+    path = write_recipe(folder)
+    lines = (folder / "docs.jsonl").read_text().splitlines()
+    texts = [f"{number}. {json.loads(line)['text']}"[:160] for number, line in enumerate(lines)]
+    tokenizer = load_tokenizer(str(folder / "neox"))
+    lm = AutoModelForCausalLM.from_pretrained(folder / "neox").eval()
+    rows = [[tokenizer.start_id, *row.tolist()] for row in tokenizer.encode(texts)]
+    with torch.inference_mode():
+        logits = [lm(torch.tensor([row])).logits[0, :, : tokenizer.vocab_size] for row in rows]
+    scored = [(row, part.numpy()) for row, part in zip(rows, logits, strict=True)]
+    write_distillkit(folder / "logits", scored)
+    for file in ("config.json", "model.safetensors"):
+        (folder / "neox" / file).unlink()
+    arguments = [str(folder / name) for name in ("logits", "texts.jsonl", "neox")]
+    rayfuse.import_store(*arguments)
+    recipe = yaml.safe_load(path.read_text())
+    recipe["corpus"] |= {"documents": arguments[1], "max_tokens": 256}
+    recipe["sources"] = [{"name": "neox", "model": arguments[2], "captured_from": arguments[0]}]
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.mark.ray
+def test_an_imported_source_is_aligned_fused_and_trained_on(tmp_path, ray_cluster):
+    path = write_imported_run(tmp_path)
+    run = rayfuse.open_run(path, train={"num_workers": 1})
+    values = run.execute(quiet=True)
+    assert values["stages"] == dict.fromkeys(STAGES, True)
+    assert values["neox"]["rejects"] == 0
+    layout = plan_layout(run.recipe, ALIGN_FACTS)
+    stats = [commit.stats for commit in layout.aligned["neox"].commits().values()]
+    # Each text ends without a record of EOS.
+    documents = sum(layout.corpus.read_shard(c)["ends_document"].to_pylist().count(True)
+                    for c in layout.corpus.commits().values())  # fmt: skip
+    assert sum(stat["unmatched: source: not recorded"] for stat in stats) == documents
+    assert sum(stat["with_signal"] for stat in stats) > 10 * documents
+    assert set(layout.evaluation.scores) == {"target", "clm", "fused"}
+    metrics = layout.store.read(f"{layout.runs[0].folder}/metrics.jsonl").decode().splitlines()
+    assert all(json.loads(line)["fusion_loss"] > 0 for line in metrics)
+    card = layout.store.read(f"{layout.runs[0].folder}/model/README.md").decode()
+    assert f"- Source neox: `{tmp_path}/neox`, imported from `{tmp_path}/logits`" in card
+    shutil.rmtree(tmp_path / "logits")  # once it is imported, it is not needed
+    assert all(is_stage_done(stage, prepare_run(run.recipe)) for stage in STAGES)
+    assert "capture neox" not in str(run.plan())
+
+
+def test_a_store_that_is_missing_is_refused_before_a_cluster_is_joined(tmp_path):
+    path = write_imported_run(tmp_path)
+    shutil.rmtree(tmp_path / "logits")
+    with pytest.raises(UserError, match=r"sources\.neox\.captured_from is .* does not exist"):
+        prepare_run(rayfuse.open_run(path).recipe)
+
+
+def test_settings_of_an_import_that_do_not_fit_are_refused(tmp_path):
+    path = write_recipe(tmp_path)
+    source = yaml.safe_load(path.read_text())["sources"][0]
+    with pytest.raises(UserError, match="captured_aligned is 0 without captured_from"):
+        rayfuse.open_run(path, sources=[source | {"captured_aligned": 0}])
+    imported = source | {"captured_from": "logits"}
+    with pytest.raises(UserError, match=r"have no draws, but capture\.signal is sampled"):
+        rayfuse.open_run(path, sources=[imported], capture={"signal": "sampled"})
+    with pytest.raises(UserError, match="adapter is 'a', but the source is imported"):
+        rayfuse.open_run(path, sources=[imported | {"adapter": "a"}])
