@@ -30,7 +30,7 @@ class DocumentsSettings(Settings):
     `value`), in place of a text; or two fields, of prompts and of responses. Only answers are
     learned, each model sees its own chat template."""
     thinking: Literal["keep", "drop", "context"] = later_setting("keep")
-    """The `<think>` parts of answers: learned, left out, or shown to the models and not learned."""
+    """The `<think>` parts of answers: learned, removed, or shown to the models and not learned."""
     domain: str | None = None
     """The domain of all these documents; without it, each document's own field `domain`."""
     split: str = "train"

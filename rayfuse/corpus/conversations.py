@@ -31,7 +31,7 @@ def parse_messages(value: object, thinking: Thinking) -> tuple[Message, ...]:
     """Parse the messages of a document: a list of them, or a pair of prompt and response.
 
     Contents are stripped, as many templates strip them. Messages of one role in a row are joined,
-    calls of tools and their results become text, and messages after the last answer are left out.
+    calls of tools and their results become text, and messages after the last answer are removed.
 
     Args:
         value: Dictionaries with `role` and `content`, or `from` and `value`; or two texts.

@@ -233,7 +233,7 @@ def _split_groups(batch: pa.Table, task: SplitTask) -> Iterator[pa.Table]:
 
 
 def _prepare_text(task: SplitTask) -> Callable[[DocumentBatch], pa.Table]:
-    """Load the tokenizers, and return what divides a batch of texts into rows."""
+    """Load the tokenizers for dividing batches of texts into rows."""
     target = load_recipe_tokenizer(task.target)
     tokenizers = [load_recipe_tokenizer(model) for model in task.segmentation.split_for]
     most = task.settings.max_tokens
@@ -241,7 +241,7 @@ def _prepare_text(task: SplitTask) -> Callable[[DocumentBatch], pa.Table]:
 
 
 def _prepare_chat(task: SplitTask) -> Callable[[DocumentBatch], pa.Table]:
-    """Load the chat templates, and return what divides conversations into rows.
+    """Load the chat templates for dividing batches of conversations into rows.
 
     Conversations that a template cannot represent are moved to the batch's rejects.
     """

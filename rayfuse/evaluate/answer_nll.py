@@ -45,7 +45,7 @@ def score_answers(
         if isinstance(encoded, ChatError):
             raise UserError(
                 f"model {name} cannot be scored on row {row_id!r}: {encoded}; set "
-                "corpus.resplit: true, which leaves out what a template of the recipe refuses"
+                "corpus.resplit: true, which rejects what a template of the recipe refuses"
             )
         tokens.append(encoded)
     nats = score_in_windows(lm, [row.ids for row in tokens], batch_tokens, context_tokens)

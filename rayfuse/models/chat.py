@@ -13,22 +13,17 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int
-from jinja2 import Template, TemplateError
-from jinja2.ext import Extension
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from rayfuse.config.base import UserError, first_line
 from rayfuse.config.models import ModelSettings, TrainedSettings
+from rayfuse.models.chat_template import FIXED_DATE, compile_template
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.models.folder import TOKENIZER_FILES, find_folder, read_json_object
 from rayfuse.models.text_tokenizer import TextTokenizer, hide_name, rename_control_tokens
@@ -41,9 +36,6 @@ SPECIAL_VARIABLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_to
 
 PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
 """What stands for message number N: characters for private use, which no template treats."""
-
-FIXED_DATE = datetime(2024, 7, 26, tzinfo=timezone.utc)
-"""The date that templates may write: with today's, tokens would depend on the day."""
 
 MAX_END_TOKENS = 3
 """The most tokens between an answer and the end of its turn, that one included."""
@@ -68,7 +60,7 @@ class Message:
     context: str = ""
     """What an answer begins with that is not learned, such as its thoughts; precedes `content`."""
     is_cut: bool = False
-    """The end of the answer was left out: nothing follows it, and no end of turn."""
+    """The end of the answer is missing: nothing follows it, and no end of turn."""
 
     @property
     def text(self) -> str:
@@ -147,7 +139,7 @@ class ChatFormat:
         return result
 
     def _render(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-        """Render messages, control tokens by their hidden names; return where the answers are.
+        """Render messages, control tokens by their hidden names, and find the answers.
 
         Raises:
             ChatError: The template refuses or changes the messages.
@@ -250,47 +242,11 @@ def _compile_names(names: frozenset[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-class _GenerationTag(Extension):
-    """`{% generation %}`, by which some templates mark answers; it changes nothing."""
-
-    tags: ClassVar[set[str]] = {"generation"}
-
-    def parse(self, parser: Parser) -> list[Node]:
-        """Parse the block as what is in it."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@lru_cache(maxsize=64)
-def compile_template(template: str) -> Template:
-    """Compile a chat template in a sandbox, with the functions that `transformers` gives them.
-
-    Raises:
-        jinja2.TemplateError: It is no template.
-    """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = FIXED_DATE.strftime
-    return environment.from_string(template)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    """Write JSON without escapes of HTML, which Jinja's own filter makes."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
-
-
 def _explain_order(numbers: list[int], num_messages: int) -> str:
     """Explain that the template does not write every message one time, in order."""
     missing = sorted(set(range(num_messages)) - set(numbers))
     if missing:
-        return f"its template leaves out message {missing[0] + 1}"
+        return f"its template omits message {missing[0] + 1}"
     return "its template repeats messages or changes their order"
 
 

@@ -80,7 +80,7 @@ CHANGES = {
     "{{ m['content'] | upper }}": "changes the text",
     "{{ m['content'] | replace('seven', '7') }}": "changes the text",
     "{{ m['content'].split('7')[0] }}{{ m['content'] }}": "repeats messages",
-    "{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}": "leaves out message 2",
+    "{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}": "omits message 2",
     "{{ m['content'] + m.missing.name }}": "refuses",
     "{{ raise_exception('not for you') }}": "not for you",
 }
