@@ -1,11 +1,12 @@
-"""The Ray actor that holds one source LLM, and the count of its crashes."""
+"""The Ray actor that holds one source LLM, and the registry of all such actors."""
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ from ray.util import metrics
 from rayfuse.capture.actor_memory import CALLS_PER_ACTOR
 from rayfuse.capture.engines.base import LoadEngine
 from rayfuse.capture.shard import ShardCapturer
+from rayfuse.capture.workers import WorkerState
 from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.models import SourceSettings
 from rayfuse.models.files import load_recipe_tokenizer
@@ -33,8 +35,8 @@ class CrashLoopError(RuntimeError):
     """An actor crashes repeatedly before it has finished a shard."""
 
 
-class CrashCounter:
-    """Counts crashes for all actors, in an actor of its own.
+class ActorRegistry:
+    """Counts crashes for all actors, and knows what they work on, in an actor of its own.
 
     Ray Data restarts a crashed actor without limit and reports nothing, so that a model that does
     not fit its node would be loaded forever.
@@ -44,9 +46,10 @@ class CrashCounter:
         self.unproven: set[str] = set()
         """Actors that have started and not yet finished a shard."""
         self.crashes: Counter[str] = Counter()
-        self.sources: set[str] = set()
+        self.workers: dict[str, dict[str, WorkerState]] = {}
+        """By source and actor."""
 
-    def record_start(self, actor_id: str, source: str) -> int:
+    def record_start(self, actor_id: str, source: str, worker: WorkerState) -> int:
         """Record that an actor starts, and return its crashes in a row since its last shard.
 
         Crashes are counted per actor, since the loss of a node takes all its actors at once.
@@ -54,21 +57,31 @@ class CrashCounter:
         Args:
             actor_id: The actor's id, which a restart does not change.
             source: The name of its source.
+            worker: Its process, which loads the model now.
         """
-        self.sources.add(source)
+        self.workers.setdefault(source, {})[actor_id] = worker
         if actor_id in self.unproven:
             self.crashes[actor_id] += 1
         self.unproven.add(actor_id)
         return self.crashes[actor_id]
 
-    def record_shard(self, actor_id: str) -> None:
+    def record_taken(self, actor_id: str, source: str, shard: int) -> None:
+        """Record that an actor begins with a shard."""
+        worker = self.workers[source][actor_id]
+        shards = worker.shards | {str(shard): time.time()}
+        self.workers[source][actor_id] = replace(worker, is_loaded=True, shards=shards)
+
+    def record_shard(self, actor_id: str, source: str, shard: int) -> None:
         """Record that an actor has finished a shard."""
         self.unproven.discard(actor_id)
         self.crashes[actor_id] = 0
+        worker = self.workers[source][actor_id]
+        shards = {name: began for name, began in worker.shards.items() if name != str(shard)}
+        self.workers[source][actor_id] = replace(worker, shards=shards)
 
-    def has_started(self, source: str) -> bool:
-        """Check whether any actor of a source has been placed on a node."""
-        return source in self.sources
+    def list_workers(self, source: str) -> list[WorkerState]:
+        """List the actors of a source that have been placed on a node."""
+        return [*self.workers.get(source, {}).values()]
 
 
 def describe_crashes(source: SourceSettings, crashes: int) -> str:
@@ -94,10 +107,10 @@ class CaptureActor:
         corpus: DataSet,
         captured: DataSet,
         load_engine: LoadEngine,
-        crashes: Any,
+        registry: Any,
     ) -> None:
-        self.actor_id, self.crashes = ray.get_runtime_context().get_actor_id(), crashes
-        self.is_proven = False
+        self.actor_id, self.registry = ray.get_runtime_context().get_actor_id(), registry
+        self.source = source.name
         self.calls = threading.Semaphore(CALLS_PER_ACTOR)
         self.tags = {"source": source.name}
         self.tokens = metrics.Counter("rayfuse_capture_tokens", "Tokens scored", ("source",))
@@ -130,7 +143,10 @@ class CaptureActor:
             CrashLoopError: The actor has crashed more than `MAX_CRASHES` times in a row.
             ValueError: The model cannot be loaded.
         """
-        crashes: int = ray.get(self.crashes.record_start.remote(self.actor_id, source.name))  # pyright: ignore[reportAssignmentType]
+        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        worker = WorkerState(socket.gethostname(), os.getpid(), [*gpus], time.time())
+        start = self.registry.record_start.remote(self.actor_id, source.name, worker)
+        crashes: int = ray.get(start)  # pyright: ignore[reportAssignmentType]
         if crashes > MAX_CRASHES:
             raise CrashLoopError(describe_crashes(source, crashes))
         engine = load_engine(source, settings)
@@ -148,10 +164,9 @@ class CaptureActor:
             return pa.Table.from_pylist([self._capture(self.capturer, shard) for shard in shards])
 
     def _capture(self, capturer: ShardCapturer, shard: int) -> dict[str, Any]:
+        self.registry.record_taken.remote(self.actor_id, self.source, shard)
         stats = capturer.capture(shard)
-        if not self.is_proven:
-            self.is_proven = True
-            self.crashes.record_shard.remote(self.actor_id)
+        self.registry.record_shard.remote(self.actor_id, self.source, shard)
         if stats.is_ours:
             if stats.tokens:  # Ray refuses to count none
                 self.tokens.inc(stats.tokens, self.tags)

@@ -5,6 +5,7 @@ the captured shard; a CPU task right behind it aligns it.
 """
 
 import threading
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +19,8 @@ from ray.exceptions import RayActorError
 
 from rayfuse.capture.actor import (
     MAX_CRASHES,
+    ActorRegistry,
     CaptureActor,
-    CrashCounter,
     describe_crashes,
 )
 from rayfuse.capture.actor_memory import CALLS_PER_ACTOR
@@ -28,6 +29,7 @@ from rayfuse.capture.engines.load import load_recipe_engine
 from rayfuse.capture.scheduling import NEXT_STEP_CPUS, NextStep, PlanStep, SourceWork, plan_work
 from rayfuse.capture.shard import ShardStats
 from rayfuse.capture.stats import MetricsLog, StatsAccumulator, to_line
+from rayfuse.capture.workers import WorkerReporter, WorkerState, drop_reports
 from rayfuse.config.base import UserError, first_line
 from rayfuse.config.recipe import Recipe
 from rayfuse.run.layout import Layout
@@ -78,10 +80,11 @@ def capture_sources(
     context.max_consecutive_actor_init_deaths = MAX_CRASHES
     context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
     work = plan_work(recipe, layout, progress, then)
-    crashes: Any = ray.remote(**on_driver_node())(CrashCounter).remote()
+    registry: Any = ray.remote(**on_driver_node())(ActorRegistry).remote()
+    job = uuid.uuid4().hex[:12]
     ended: SimpleQueue[BaseException | None] = SimpleQueue()
     for item in work:
-        capture = SourceCapture(item, progress, load_engine, crashes)
+        capture = SourceCapture(item, progress, load_engine, registry, job)
         # Daemons: on SIGINT or SIGTERM the main thread must not wait for the sources to end.
         threading.Thread(target=capture.run, args=(ended,), daemon=True).start()
     errors = [error for error in (ended.get() for _ in work) if error is not None]
@@ -96,8 +99,10 @@ class SourceCapture:
     work: SourceWork
     progress: Progress
     load_engine: LoadEngine
-    crashes: Any
-    """The handle of the `CrashCounter` actor."""
+    registry: Any
+    """The handle of the `ActorRegistry` actor."""
+    job: str
+    """An id of this call of `capture_sources`."""
 
     def run(self, ended: SimpleQueue[BaseException | None]) -> None:
         """Capture and align the source's shards, and put the error, or None, into a queue."""
@@ -117,10 +122,13 @@ class SourceCapture:
     def _note(self, text: str) -> None:
         self.progress(ProgressEvent("capture", self.work.source.name, note=text))
 
+    def _list_workers(self) -> list[WorkerState]:
+        return ray.get(self.registry.list_workers.remote(self.work.source.name))
+
     def _report_wait(self) -> None:
         """Report which resources an actor needs, if the source has none yet."""
         source = self.work.source
-        if not ray.get(self.crashes.has_started.remote(source.name)):
+        if not self._list_workers():
             resources = {"CPU": source.cpus, "GPU": self.work.gpus}
             resources["memory"] = self.work.memory_bytes
             needs = describe_needs(resources, source.accelerator_type)
@@ -129,6 +137,19 @@ class SourceCapture:
     def _capture(self) -> None:
         work = self.work
         if work.shards:
+            self._capture_shards()
+        work.captured.finish(work.num_shards)
+        # Shards captured by an earlier job may not be aligned yet; the align stage does those.
+        if len(work.aligned.list_committed(work.num_shards)) == work.num_shards:
+            work.aligned.finish(work.num_shards)
+
+    def _capture_shards(self) -> None:
+        work = self.work
+        drop_reports(work.captured)
+        reporter = WorkerReporter(work.captured, self.job, self._list_workers)
+        thread = threading.Thread(target=reporter.run, daemon=True)
+        thread.start()
+        try:
             total = StatsAccumulator(
                 source=work.source.name,
                 num_shards=work.num_shards,
@@ -147,10 +168,10 @@ class SourceCapture:
                 self.progress(ProgressEvent("capture", work.source.name, *done, "shards", note))
                 log.write(to_line(stats), is_last=stats.shards_done == stats.num_shards)
                 total.check_rejects(work.settings.max_rejected_share)
-        work.captured.finish(work.num_shards)
-        # Shards captured by an earlier job may not be aligned yet; the align stage does those.
-        if len(work.aligned.list_committed(work.num_shards)) == work.num_shards:
-            work.aligned.finish(work.num_shards)
+        finally:
+            reporter.stop()
+        thread.join()
+        drop_reports(work.captured)
 
     def _stream_stats(self) -> Iterator[ShardStats]:
         """Capture and align the source's shards, and yield the counts and times of each.
@@ -176,7 +197,7 @@ class SourceCapture:
                     work.corpus,
                     work.captured,
                     self.load_engine,
-                    self.crashes,
+                    self.registry,
                 ),
                 batch_size=1,
                 batch_format="pyarrow",

@@ -12,7 +12,7 @@ import ray
 
 from rayfuse.align.task import plan_align_step
 from rayfuse.capture import stats as stats_module
-from rayfuse.capture.actor import CaptureActor, CrashCounter
+from rayfuse.capture.actor import ActorRegistry, CaptureActor
 from rayfuse.capture.engines.load import load_recipe_engine
 from rayfuse.capture.scheduling import allocate_actors, plan_work
 from rayfuse.capture.shard import ShardStats
@@ -116,7 +116,7 @@ def test_a_capture_writes_metrics_jsonl_and_rays_metrics(tmp_path, ray_cluster):
         layout.corpus,
         layout.captured["one"],
         load_recipe_engine,
-        ray.remote(**on_driver_node())(CrashCounter).remote(),
+        ray.remote(**on_driver_node())(ActorRegistry).remote(),
     )
     (numbers,) = ray.get(actor.__call__.remote(pa.table({"shard": [0]}))).to_pylist()
     wait_for_metrics("one", ["capture_tokens", "capture_busy_seconds", "capture_idle_seconds"])
