@@ -139,6 +139,8 @@ class Trainer:
         """Prepare the node's scratch folder, the trackers and the micro-batch size."""
         self.group.reset_scratch()
         self.trackers.open()
+        accelerators = ray.get_runtime_context().get_accelerator_ids()
+        self.recorder.publish_workers(accelerators.get("GPU", []))
         limit = ray.get(self.task.control.read_max_sequences.remote(self.task.run.name))
         # Rank 0 decides: another worker may already have read a newer limit.
         self.sequences = self.group.broadcast(limit or self.sequences)
@@ -160,8 +162,7 @@ class Trainer:
                 "corpus.max_tokens, or set train.gradient_checkpointing, train.offload, "
                 "train.zero_stage=3 or more train.num_workers"
             )
-        half = self.sequences // 2
-        name = self.task.run.name
+        half, name = self.sequences // 2, self.task.run.name
         ray.get(self.task.control.set_max_sequences.remote(name, half))
         message = (
             f"out of memory with {self.sequences} sequences per micro-batch; retrying with {half}"
