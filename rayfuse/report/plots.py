@@ -10,10 +10,10 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from rayfuse.evaluate.bootstrap import Difference
 from rayfuse.evaluate.scores import ALL, Evaluation, bits_per_byte, count_bytes
+from rayfuse.report.colours import OWN_COLOURS
 from rayfuse.report.gather import Curve, Findings, SourceSelection, SourceSignal
 from rayfuse.report.style import (
     INK,
-    OWN_COLOURS,
     new_figure,
     plain,
     put_legend_below,
