@@ -210,6 +210,21 @@ def status(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fa
 
 
 @app.command()
+def watch(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    port: Annotated[int, typer.Option(help="Port on this computer; 0 for any free one.")] = 0,
+    no_browser: Annotated[
+        bool, typer.Option("--no-browser", help="Only print the page's address.")
+    ] = False,
+) -> None:
+    """Show a run's progress on a local web page that updates by itself; needs no cluster."""
+    with command_output(as_json=False) as output, suppress(Interrupt):
+        run = _load_run(recipe, overrides, output)
+        run.watch(port=port, open_browser=not no_browser)
+
+
+@app.command()
 def plan(
     recipe: Annotated[str | None, typer.Argument(help="A recipe file (YAML).")] = None,
     overrides: Overrides = None,
