@@ -96,7 +96,8 @@ def _render_tasks(findings: Findings) -> str:
     return (
         f'<h2>Tasks</h2>\n{wrap_wide(table, "Tasks")}\n<p class="note">{TASK_NOTE} The best of '
         "each column is underlined; a group is the mean of its tasks.</p>\n<details><summary>Fused "
-        f"minus other, with 95 % intervals</summary>\n{render_plain_table(header, rows)}</details>"
+        f"minus other, with 95 % intervals</summary>\n"
+        f"{render_plain_table('Differences at tasks', header, rows)}</details>"
     )
 
 
@@ -148,7 +149,7 @@ def _render_differences(differences: dict[str, dict[str, Difference]]) -> str:
         for group, difference in differences[name].items()
     ]
     header = ["other model", "text", "difference", "from", "to", "documents", "fused is"]
-    return render_plain_table(header, rows)
+    return render_plain_table("Differences", header, rows)
 
 
 def _format_interval(difference: Difference) -> list[str]:
@@ -174,7 +175,7 @@ def _render_selection(selection: SourceSelection) -> str:
         notes.append(
             f"Only the first {selection.shards_read} of {selection.num_shards:,} shards were read."
         )
-    table = render_plain_table(["domain", *sources], rows)
+    table = render_plain_table("Best source by domain", ["domain", *sources], rows)
     return f'{table}<p class="note">{escape_html(" ".join(notes))}</p>'
 
 
@@ -189,7 +190,8 @@ def _render_models(findings: Findings) -> str:
         ]
         for name, evaluation in findings.evaluations.items()
     ]
-    return render_plain_table(["model", "folder or hub id", "training", "evaluation"], rows)
+    header = ["model", "folder or hub id", "training", "evaluation"]
+    return render_plain_table("Models and time", header, rows)
 
 
 def _render_spans(spans: dict[str, list[ShardSpan]]) -> str:
@@ -206,21 +208,21 @@ def _render_spans(spans: dict[str, list[ShardSpan]]) -> str:
         if shards
     ]
     header = ["source", "workers", "tokens", "tokens/s per device", "busy", "idle"]
-    return render_plain_table(header, rows)
+    return render_plain_table("Capture", header, rows)
 
 
 def _render_counts(counts: list[StageCount]) -> str:
     rows = [[c.stage, f"{c.rows:,}", f"{c.tokens:,}", f"{c.rejects:,}"] for c in counts]
-    return render_plain_table(["stage", "rows", "tokens", "rejects"], rows)
+    return render_plain_table("Stages", ["stage", "rows", "tokens", "rejects"], rows)
 
 
-def render_plain_table(header: list[str], rows: list[list[str]], title: str = "Numbers") -> str:
+def render_plain_table(title: str, header: list[str], rows: list[list[str]]) -> str:
     """Render a table whose first column names the rows; it scrolls by itself where it is too wide.
 
     Args:
+        title: Names the scrolling region for screen readers; no other on the page has it.
         header: A cell for each column.
         rows: As many cells each.
-        title: Names the scrolling region for screen readers.
     """
     head = "".join(f'<th scope="col">{escape_html(cell)}</th>' for cell in header)
     lines = [
