@@ -50,7 +50,7 @@ class DataSetState:
     rejects: dict[str, int]
     """By reason."""
     unread: int
-    """Records that are not read yet: rows, tokens and rejects are without theirs."""
+    """Records that are to be read: rows, tokens and rejects are without theirs."""
     workers: dict[str, WorkerSums] = field(default_factory=dict[str, WorkerSums])
     log: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     """Lines of a capture's metrics.jsonl, in order of time."""
@@ -65,6 +65,8 @@ class DataSetCounter:
         self.part, self.data = part, part.data
         self.log_size = -1
         self.log: list[dict[str, Any]] = []
+        self.num_failed = 0
+        """Records that could not be read in the last refresh; the next one reads them again."""
         self._forget()
 
     def _forget(self) -> None:
@@ -89,6 +91,7 @@ class DataSetCounter:
             UserError: It has another schema version.
         """
         faults: list[str] = []
+        self.num_failed = 0
         try:
             manifest = self.data.read_manifest()
             if manifest is not None:
@@ -129,6 +132,7 @@ class DataSetCounter:
                     if isinstance(found, Commit):
                         self._add(found)
                     elif found is not None:
+                        self.num_failed += 1
                         yield found
 
     def _read_commit(self, shard: int) -> Commit | str | None:
@@ -165,6 +169,7 @@ class DataSetCounter:
                 self.reasons.update(reject.reason for reject in self.data.read_rejects(commit))
             except (ShardError, ValueError) as error:
                 self.with_rejects.append(commit)
+                self.num_failed += 1
                 yield str(error)
 
     def _read_log(self) -> Iterator[str]:
@@ -192,7 +197,8 @@ class DataSetCounter:
 
     def _describe(self, num_shards: int | None, faults: list[str]) -> DataSetState:
         manifest = self.manifest
-        unread = len(self.committed) - len(self.counted)
+        is_unchecked = manifest is not None and not self.checked_at
+        waiting = len(self.committed) - len(self.counted) + len(self.with_rejects) + is_unchecked
         return DataSetState(
             label=self.part.label,
             stage=self.part.stage,
@@ -202,7 +208,7 @@ class DataSetCounter:
             rows=self.rows if manifest is None else manifest.rows,
             tokens=self.tokens if manifest is None else manifest.tokens,
             rejects=dict(self.reasons.most_common()),
-            unread=unread + len(self.with_rejects) + (manifest is not None and not self.checked_at),
+            unread=waiting - self.num_failed,
             workers={name: replace(sums) for name, sums in self.workers.items()},
             log=self.log,
             faults=faults,

@@ -103,7 +103,7 @@ def draw_lines(title: str, lines: list[Line], axis: Axis, caption: str) -> str:
     last = max((line.points[-1][0] for line in lines), default=1.0)
     outside = sum(not axis.low <= y <= axis.high for line in lines for _, y in line.points)
     notes = [caption, "Logarithmic axis." if axis.is_log else ""]
-    notes += [f"{outside} outlying points lie on its edge."] if outside else []
+    notes += [f"Outlying points, drawn on its edge: {outside}."] if outside else []
     drawn = "".join(
         _draw_line(line, number, axis, first, last) for number, line in enumerate(lines)
     )

@@ -80,8 +80,8 @@ def render_data_sets(snapshot: Snapshot) -> str:
     if not snapshot.unread:
         return table
     return (
-        f'{table}<p class="note">{snapshot.unread:,} records are still to be read: rows, tokens '
-        "and rejects are without theirs.</p>\n"
+        f'{table}<p class="note">Records still to be read: {snapshot.unread:,}. Rows, tokens and '
+        "rejects are without theirs.</p>\n"
     )
 
 

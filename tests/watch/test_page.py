@@ -135,7 +135,7 @@ def test_the_announcement_changes_by_tenths_of_a_stage(snapshot: Snapshot):
 
 def test_an_outlier_does_not_rule_the_axis_and_is_counted(snapshot: Snapshot):
     text = render_page(snapshot, FRESH)
-    assert "outlying points lie on its edge" in text or "outlying point" in text
+    assert "Logarithmic axis. Outlying points, drawn on its edge: 2." in text
     values = [2.0 + 0.01 * step for step in range(200)]
     plain = choose_axis(values, is_log=True)
     spoiled = choose_axis([*values, 1e12, math.ulp(0.0)], is_log=True)
