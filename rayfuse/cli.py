@@ -20,6 +20,7 @@ import typer
 
 from rayfuse.config.addresses import mask_secrets
 from rayfuse.config.text import show_controls
+from rayfuse.runtime.native_log import NATIVE_LOG
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,6 +59,7 @@ def main() -> NoReturn:
         atexit._run_exitfuncs()  # Ray's among them
     except Interrupt:
         _exit_interrupted()
+    NATIVE_LOG.report()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # the reader of a pipe has gone
             stream.flush()
@@ -106,6 +108,7 @@ def _exit_interrupted() -> NoReturn:
 
     print("rayfuse: interrupted; run the same command to resume", file=sys.stderr, flush=True)
     shutdown_now()
+    NATIVE_LOG.report()
     sys.stdout.flush()
     os._exit(INTERRUPTED)
 
@@ -125,15 +128,18 @@ class CommandOutput:
 
 
 @contextmanager
-def command_output(as_json: bool) -> Iterator[CommandOutput]:
+def command_output(as_json: bool, *, starts_ray: bool = False) -> Iterator[CommandOutput]:
     """Open a command's output; with `--json`, stdout gets its values as one JSON object at the end.
 
     Everything else that is printed then goes to stderr, also by other libraries. That is never
-    undone: Ray prints warnings even after the command has ended.
+    undone: Ray prints warnings even after the command has ended. What compiled libraries print goes
+    to a file if the command starts Ray.
     """
     from rayfuse.runtime import console, environment  # rich is not needed for --help
 
     environment.prepare_environment()
+    if starts_ray and sys.stderr is sys.__stderr__:  # a process of its own, as `main` starts it
+        NATIVE_LOG.open(environment.open_private_folder())
     stdout = sys.stdout
     if as_json:
         sys.stdout = sys.stderr
@@ -189,7 +195,7 @@ def _run_stages(
     recipe: Path, overrides: list[str] | None, stage: str | None, as_json: bool
 ) -> None:
     """Run one stage, or all if it is None."""
-    with command_output(as_json) as output:
+    with command_output(as_json, starts_ray=True) as output:
         output.values |= _load_run(recipe, overrides, output).execute(stage)
 
 
@@ -272,7 +278,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Read and check every shard; only --repair needs a cluster. Exit code 1 if any is corrupt."""
-    with command_output(as_json) as output:
+    with command_output(as_json, starts_ray=repair) as output:
         output.values |= _load_run(recipe, overrides, output).verify(repair=repair)
     is_corrupt = any(values["corrupt"] for values in output.values["data_sets"].values())
     if is_corrupt and not repair:
@@ -335,7 +341,7 @@ def demo(
 ) -> None:
     """Run a complete fusion of tiny models on this machine, offline."""
     began = time.monotonic()
-    with command_output(as_json) as output:
+    with command_output(as_json, starts_ray=True) as output:
         from rayfuse.demo.command import create_demo
 
         recipe = create_demo(storage.absolute(), seed, output.console, train_models=train_models)
