@@ -126,13 +126,16 @@ class SourceCapture:
         return ray.get(self.registry.list_workers.remote(self.work.source.name))
 
     def _report_wait(self) -> None:
-        """Report which resources an actor needs, if the source has none yet."""
-        source = self.work.source
-        if not self._list_workers():
+        """Report what the source waits for, if it has done no shard yet: a node, or its model."""
+        source, workers = self.work.source, self._list_workers()
+        if not workers:
             resources = {"CPU": source.cpus, "GPU": self.work.gpus}
             resources["memory"] = self.work.memory_bytes
             needs = describe_needs(resources, source.accelerator_type)
             self._note(f"no actor has started yet; one needs a node with {needs} free")
+        elif not any(worker.is_loaded for worker in workers):
+            number = "an actor loads" if len(workers) == 1 else f"{len(workers)} actors load"
+            self._note(f"{number} the model {source.model}")
 
     def _capture(self) -> None:
         work = self.work
