@@ -30,6 +30,9 @@ POLICY = (
 MAX_READING_SHARE = 0.1
 """Of the time, for reading the store: listings of very many shards take long."""
 
+MAX_WAIT_SECONDS = 10.0
+"""How long a page waits for the storage, whose requests may be retried for minutes."""
+
 REQUEST_SECONDS = 30.0
 """A connection that sends nothing for so long is closed."""
 
@@ -41,43 +44,57 @@ class LiveRun:
         self.read, self.refresh_seconds = read, refresh_seconds
         self.lock = threading.Lock()
         self.snapshot: Snapshot | None = None
-        self.read_at = 0.0
-        """Monotonic time in seconds; likewise the next one, of the last read, also a failed one."""
-        self.tried_at = 0.0
+        self.reading: threading.Thread | None = None
+        self.began_at = self.read_at = self.ended_at = 0.0
+        """When the last read began, the last one that succeeded ended, the last one ended:
+        monotonic time in seconds."""
         self.pause_seconds = refresh_seconds
         self.fault: str | None = None
 
     def refresh(self) -> tuple[Snapshot, Freshness]:
-        """Return the newest snapshot; while another thread reads the store, the one before."""
-        if self.lock.acquire(blocking=self.snapshot is None):
-            try:
-                if self.snapshot is None or self._is_old():
-                    self._read()
-            finally:
-                self.lock.release()
+        """Return the newest snapshot; the one before if the storage is slow.
+
+        Raises:
+            UserError: The first read failed; likewise below.
+            ShardError: A record is corrupt.
+            OSError: The storage cannot be read.
+        """
+        with self.lock:
+            if self.snapshot is None:
+                self._read()
+            elif self.reading is None and time.monotonic() - self.ended_at >= self._pause():
+                self.reading = threading.Thread(target=self._read_again, daemon=True)
+                self.reading.start()
+            reading = self.reading
+        if reading is not None:
+            reading.join(MAX_WAIT_SECONDS)
         assert self.snapshot is not None, "the first read raises its error"
         age = time.monotonic() - self.read_at
-        return self.snapshot, Freshness(age, self.pause_seconds, self.fault)
+        return self.snapshot, Freshness(age, self.pause_seconds, self._describe_fault())
 
-    def _is_old(self) -> bool:
-        assert self.snapshot is not None, "there is a snapshot"
-        seconds = 0.0 if self.snapshot.unread else self.pause_seconds
-        return time.monotonic() - self.tried_at >= seconds
+    def _pause(self) -> float:
+        return 0.0 if self.snapshot is not None and self.snapshot.unread else self.pause_seconds
+
+    def _describe_fault(self) -> str | None:
+        waited = time.monotonic() - self.began_at
+        if self.reading is not None and waited > MAX_WAIT_SECONDS:
+            return f"the storage has not answered for {waited:.0f} s"
+        return self.fault
 
     def _read(self) -> None:
-        began = time.monotonic()
+        self.began_at = time.monotonic()
+        self.snapshot = self.read()
+        self.read_at = self.ended_at = time.monotonic()
+        seconds = (self.ended_at - self.began_at) / MAX_READING_SHARE
+        self.pause_seconds, self.fault = max(self.refresh_seconds, seconds), None
+
+    def _read_again(self) -> None:
         try:
-            self.snapshot = self.read()
-            self.read_at, self.fault = time.monotonic(), None
+            self._read()
         except (OSError, UserError, ShardError) as error:
-            if self.snapshot is None:
-                raise
             self.fault = f"the storage cannot be read: {mask_secrets(first_line(error))}"
         finally:
-            self.tried_at = time.monotonic()
-            self.pause_seconds = max(
-                self.refresh_seconds, (self.tried_at - began) / MAX_READING_SHARE
-            )
+            self.ended_at, self.reading = time.monotonic(), None
 
 
 class WatchServer(ThreadingHTTPServer):

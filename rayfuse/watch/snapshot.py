@@ -24,9 +24,6 @@ READ_SECONDS = 0.8
 RESULT_SECONDS = 30.0
 """Between two checks of the stages after train, which read all results."""
 
-RETRY_SECONDS = 20.0
-"""How long a request to object storage is retried; then the page shows the last numbers."""
-
 
 @dataclass(frozen=True)
 class SourceCost:
@@ -95,9 +92,8 @@ class RunReader:
         Raises:
             UserError: The recipe cannot be used.
         """
-        seconds = min(recipe.storage_retry_seconds, RETRY_SECONDS)
-        self.recipe = recipe.model_copy(update={"storage_retry_seconds": seconds})
-        self.layout = plan_layout(self.recipe, ALIGN_FACTS)
+        self.recipe = recipe
+        self.layout = plan_layout(recipe, ALIGN_FACTS)
         self.counters = [DataSetCounter(part) for part in list_data_sets(self.layout)]
         self.trainings = [TrainingReader(self.layout.store, run) for run in self.layout.runs]
         self.pace = PaceEstimator()

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -110,6 +111,29 @@ def test_a_storage_that_fails_leaves_the_last_numbers_and_says_so(stored: Recipe
     assert freshness.fault.startswith("the storage cannot be read: no route to s3://***@host")
 
 
+def test_a_storage_that_does_not_answer_leaves_the_last_numbers(stored: Recipe, monkeypatch):
+    monkeypatch.setattr(server_module, "MAX_WAIT_SECONDS", 0.05)
+    live = LiveRun(RunReader(stored).read, 0.0)
+    first, _ = live.refresh()
+    is_released, read = threading.Event(), live.read
+    live.pause_seconds = 0.0
+
+    def stall() -> Snapshot:
+        assert is_released.wait(30)
+        return read()
+
+    live.read = stall
+    second, freshness = live.refresh()
+    assert second is first
+    assert freshness.fault == "the storage has not answered for 0 s"
+    is_released.set()
+    reading = live.reading
+    if reading is not None:
+        reading.join()
+    assert live.fault is None
+    assert live.snapshot is not first
+
+
 def test_a_slow_read_is_not_repeated_at_once(stored: Recipe, monkeypatch):
     reader = RunReader(stored)
     monkeypatch.setattr(server_module, "MAX_READING_SHARE", 1e-6)
@@ -118,7 +142,7 @@ def test_a_slow_read_is_not_repeated_at_once(stored: Recipe, monkeypatch):
         pass
     first, freshness = live.refresh()
     assert freshness.refresh_seconds > 60
-    live.tried_at -= 30
+    live.ended_at -= 30
     assert live.refresh()[0] is first
 
 
