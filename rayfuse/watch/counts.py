@@ -1,5 +1,6 @@
 """Sums over the records of a data set; each record is read once, within a time limit."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from rayfuse.storage.verify import METRICS_FILE
 
 RECORDS_AT_ONCE = 256
 """Records between two looks at the clock."""
+
+LIST_SECONDS = 10.0
+"""How long a listing counts while records of it are still to be read."""
 
 CHECK_SECONDS = 60.0
 """Between two checks that a complete data set still has all its files."""
@@ -74,6 +78,8 @@ class DataSetCounter:
         self.is_intact = True
         self.checked_at = 0.0
         self.committed: set[int] = set()
+        self.listed_at = -math.inf
+        """When the records were listed: monotonic time in seconds."""
         self.counted: set[int] = set()
         self.rows = self.tokens = 0
         self.reasons: Counter[str] = Counter()
@@ -118,11 +124,15 @@ class DataSetCounter:
 
     def _count_incomplete(self, num_shards: int, deadline: float) -> Iterator[str]:
         """Count the records that are there, and yield the faults of those that cannot be read."""
-        committed = self.data.list_committed(num_shards)
-        if self.manifest is not None or not self.counted <= committed:  # shards were removed
+        if self.manifest is not None:  # it was removed, with the records of some shards
             self._forget()
-        self.committed = committed
-        missing = sorted(committed - self.counted)
+        missing = sorted(self.committed - self.counted)
+        if not missing or time.monotonic() - self.listed_at > LIST_SECONDS:
+            committed = self.data.list_committed(num_shards)
+            if not self.counted <= committed:  # shards were removed
+                self._forget()
+            self.committed, self.listed_at = committed, time.monotonic()
+            missing = sorted(committed - self.counted)
         with ThreadPoolExecutor(NUM_READERS) as readers:
             for start in range(0, len(missing), RECORDS_AT_ONCE):
                 if time.monotonic() >= deadline:
