@@ -28,6 +28,7 @@ from rayfuse.run.layout import plan_layout
 from rayfuse.runtime.console import PlainConsole, open_console
 from rayfuse.runtime.environment import prepare_environment
 from rayfuse.status import show_status, verify_recipe
+from rayfuse.watch.command import watch_recipe
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,19 @@ class Run:
             ShardError: A record is corrupt.
         """
         return show_status(self.recipe, self._console(quiet=True))
+
+    def watch(self, *, port: int = 0, open_browser: bool = True) -> None:
+        """Serve a local page of the run's progress until the process is interrupted.
+
+        Args:
+            port: The page's port on the loopback interface; 0 for any free one.
+            open_browser: Open the page in a browser, where there is a desktop.
+
+        Raises:
+            UserError: The recipe or the port cannot be used, or the storage has another schema
+                version.
+        """
+        watch_recipe(self.recipe, self._console(quiet=False), port=port, open_browser=open_browser)
 
     def verify(self, *, repair: bool = False, quiet: bool = False) -> dict[str, Any]:
         """Read and check every shard, and return the corrupt ones by data set.

@@ -21,6 +21,7 @@ import typer
 import rayfuse
 from rayfuse.config.addresses import mask_secrets
 from rayfuse.config.text import show_controls
+from rayfuse.runtime.native_log import NATIVE_LOG
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,6 +60,7 @@ def main() -> NoReturn:
         atexit._run_exitfuncs()  # Ray's among them
     except Interrupt:
         _exit_interrupted()
+    NATIVE_LOG.report()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # the reader of a pipe has gone
             stream.flush()
@@ -105,6 +107,7 @@ def _exit_interrupted() -> NoReturn:
     """Exit without waiting for threads: every result that counts is committed already."""
     print("rayfuse: interrupted; run the same command to resume", file=sys.stderr, flush=True)
     _shut_down()
+    NATIVE_LOG.report()
     sys.stdout.flush()
     os._exit(INTERRUPTED)
 
@@ -131,15 +134,18 @@ class CommandOutput:
 
 
 @contextmanager
-def command_output(as_json: bool) -> Iterator[CommandOutput]:
+def command_output(as_json: bool, *, starts_ray: bool = False) -> Iterator[CommandOutput]:
     """Open a command's output; with `--json`, stdout gets its values as one JSON object at the end.
 
     Everything else that is printed then goes to stderr, also by other libraries. That is never
-    undone: Ray prints warnings even after the command has ended.
+    undone: Ray prints warnings even after the command has ended. What compiled libraries print goes
+    to a file if the command starts Ray.
     """
     from rayfuse.runtime import console, environment  # rich is not needed for --help
 
     environment.prepare_environment()
+    if starts_ray and sys.stderr is sys.__stderr__:  # a process of its own, as `main` starts it
+        NATIVE_LOG.open(environment.open_private_folder())
     stdout = sys.stdout
     if as_json:
         sys.stdout = sys.stderr
@@ -219,7 +225,7 @@ def _run_stages(
     recipe: Path, overrides: list[str] | None, stage: str | None, as_json: bool
 ) -> None:
     """Run one stage, or all if it is None."""
-    with command_output(as_json) as output:
+    with command_output(as_json, starts_ray=True) as output:
         output.values |= _load_run(recipe, overrides, output).execute(stage)
 
 
@@ -235,6 +241,21 @@ def status(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fa
     """Show what is complete, missing and rejected; needs no cluster."""
     with command_output(as_json) as output:
         output.values |= _load_run(recipe, overrides, output).status()
+
+
+@app.command()
+def watch(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    port: Annotated[int, typer.Option(help="Port on this computer; 0 for any free one.")] = 0,
+    no_browser: Annotated[
+        bool, typer.Option("--no-browser", help="Only print the page's address.")
+    ] = False,
+) -> None:
+    """Show a run's progress on a local web page that updates by itself; needs no cluster."""
+    with command_output(as_json=False) as output, suppress(Interrupt):
+        run = _load_run(recipe, overrides, output)
+        run.watch(port=port, open_browser=not no_browser)
 
 
 @app.command()
@@ -285,7 +306,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Read and check every shard; only --repair needs a cluster. Exit code 1 if any is corrupt."""
-    with command_output(as_json) as output:
+    with command_output(as_json, starts_ray=repair) as output:
         output.values |= _load_run(recipe, overrides, output).verify(repair=repair)
     is_corrupt = any(values["corrupt"] for values in output.values["data_sets"].values())
     if is_corrupt and not repair:
@@ -411,7 +432,7 @@ def demo(
 ) -> None:
     """Run a complete fusion of tiny models on this machine, offline."""
     began = time.monotonic()
-    with command_output(as_json) as output:
+    with command_output(as_json, starts_ray=True) as output:
         from rayfuse.demo.command import create_demo
 
         recipe = create_demo(storage.absolute(), seed, output.console, train_models=train_models)

@@ -1,6 +1,7 @@
 """The command as a user types it: quick help, one clear message for bad input, exit codes."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -103,6 +104,39 @@ def test_the_process_ends_with_its_code_whatever_threads_still_run(ending: str, 
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (code, "done\ncleared up\n")
+
+
+@pytest.mark.parametrize(("ending", "code"), [("pass", 0), ("raise ValueError('x')", 1)])
+def test_what_compiled_libraries_print_is_in_a_file_that_is_named_at_the_end(
+    ending: str, code: int, tmp_path: Path
+):
+    program = (
+        "import os, sys, rayfuse.cli\n"
+        "def work():\n"
+        "    with rayfuse.cli.command_output(False, starts_ray=True) as output:\n"
+        "        os.write(2, b'core_worker.cc: an error\\n') if sys.argv[1] else None\n"
+        "        output.console.print('done'); print('ours', file=sys.stderr)\n"
+        f"        {ending}\n"
+        "rayfuse.cli.app = work\n"
+        "rayfuse.cli.main()\n"
+    )
+    environment = os.environ | {"RAY_TMPDIR": str(tmp_path)}
+    for noise in ("", "yes"):
+        command = [sys.executable, "-c", program, noise]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=False, env=environment
+        )
+        assert (done.returncode, done.stdout) == (code, "done\n")
+        *lines, last = done.stderr.splitlines()
+        logs = [*tmp_path.rglob("*.log")]
+        if noise:
+            (log,) = logs
+            assert log.read_text() == "core_worker.cc: an error\n"
+            assert last == f"rayfuse: messages of libraries are in {log}"
+            assert lines[0] == "ours"
+        else:
+            assert logs == []
+            assert [*lines, last][0] == "ours"
 
 
 def test_an_error_shows_no_control_characters_and_no_credentials():

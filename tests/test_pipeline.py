@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+import rayfuse
 from benchmarks.plain_score import compare
 from rayfuse.config.load import parse_recipe
 from rayfuse.config.recipe import Recipe, dump_recipe
@@ -21,6 +23,8 @@ from rayfuse.pipeline import STAGES, StageResult, prepare_run, run_stages
 from rayfuse.run.layout import Layout
 from rayfuse.runtime.progress import report_nothing
 from rayfuse.storage.codec import decode_probs, flatten_column
+from rayfuse.train.live import read_workers
+from rayfuse.watch.snapshot import RunReader, to_values
 from tests.fakes import copy_tokenizer, save_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -108,6 +112,26 @@ def test_every_stage_ran_and_its_results_are_whole(finished_run):
         stats = [commit.stats for commit in data.commits().values()]
         positions = sum(each["positions"] for each in stats)
         assert sum(each["with_signal"] for each in stats) > 0.5 * positions
+    for run in layout.runs:
+        (worker,) = read_workers(layout.store, run.folder)
+        assert (worker.rank, worker.host) == (0, socket.gethostname())
+
+
+def test_the_watched_numbers_of_a_finished_run_are_those_of_status(finished_run):
+    reader = RunReader(finished_run.recipe)
+    snapshot = reader.read()
+    while snapshot.unread:
+        snapshot = reader.read()
+    values, status = to_values(snapshot), rayfuse.open_run(finished_run.recipe).status()
+    assert values["stages"] == status["stages"]
+    assert all(values["stages"].values())
+    for label, numbers in values["data_sets"].items():
+        assert numbers == {key: status["data_sets"][label][key] for key in numbers}
+    for run in snapshot.trainings:
+        assert (run.steps, run.is_complete, run.holder) == (run.num_steps, True, None)
+        shares = run.records[-1]["source_shares"]
+        assert sum(shares.values()) == pytest.approx(1 if run.name == "fused" else 0)
+    assert snapshot.faults == []
 
 
 def test_random_weights_know_nothing_and_who_has_read_stories_alone_knows_little(finished_run):

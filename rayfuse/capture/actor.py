@@ -1,10 +1,10 @@
-"""The Ray actor that holds one source LLM, and the count of its crashes."""
+"""The Ray actor that holds one source LLM."""
 
 import os
 import signal
+import socket
 import threading
 import time
-from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +15,7 @@ from ray.util import metrics
 from rayfuse.capture.actor_memory import CALLS_PER_ACTOR
 from rayfuse.capture.engines.base import LoadEngine
 from rayfuse.capture.shard import SHARD_STATS, ShardCapturer
+from rayfuse.capture.workers import WorkerState
 from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.models import SourceSettings
 from rayfuse.runtime.heap import trim_heap
@@ -30,70 +31,6 @@ DRAIN_POLL_SECONDS = 5.0
 
 class CrashLoopError(RuntimeError):
     """An actor crashes repeatedly before it has finished a shard."""
-
-
-class CaptureControl:
-    """Counts crashes of all actors, and stops them between shards; an actor of its own.
-
-    Ray Data restarts a crashed actor without limit and reports nothing, so that a model that does
-    not fit its node would be loaded forever.
-    """
-
-    def __init__(self) -> None:
-        self.unproven: set[str] = set()
-        """Actors that have started and not yet finished a shard."""
-        self.crashes: Counter[str] = Counter()
-        self.sources: set[str] = set()
-        self.running: Counter[str] = Counter()
-        """Shards in progress by actor."""
-        self.is_stopping = False
-
-    def record_start(self, actor_id: str, source: str) -> int:
-        """Record that an actor starts, and return its crashes in a row since its last shard.
-
-        Crashes are counted per actor, since the loss of a node takes all its actors at once.
-
-        Args:
-            actor_id: The actor's id, which a restart does not change.
-            source: The name of its source.
-        """
-        self.sources.add(source)
-        self.running.pop(actor_id, None)
-        if actor_id in self.unproven:
-            self.crashes[actor_id] += 1
-        self.unproven.add(actor_id)
-        return self.crashes[actor_id]
-
-    def record_shard(self, actor_id: str) -> None:
-        """Record that an actor has finished a shard."""
-        self.unproven.discard(actor_id)
-        self.crashes[actor_id] = 0
-
-    def start_shard(self, actor_id: str) -> bool:
-        """Record that an actor starts a shard, and return True, unless capture is to stop."""
-        if not self.is_stopping:
-            self.running[actor_id] += 1
-        return not self.is_stopping
-
-    def end_shard(self, actor_id: str) -> None:
-        """Record that an actor has ended a shard, or failed at it."""
-        self.running[actor_id] -= 1
-
-    def request_stop(self) -> None:
-        """Let no actor start another shard."""
-        self.is_stopping = True
-
-    def has_stopped(self) -> bool:
-        """Check whether capture is to stop."""
-        return self.is_stopping
-
-    def count_running(self) -> int:
-        """Count the shards in progress."""
-        return sum(self.running.values())
-
-    def has_started(self, source: str) -> bool:
-        """Check whether any actor of a source has been placed on a node."""
-        return source in self.sources
 
 
 def describe_crashes(source: SourceSettings, crashes: int) -> str:
@@ -122,7 +59,7 @@ class CaptureActor:
         control: Any,
     ) -> None:
         self.actor_id, self.control = ray.get_runtime_context().get_actor_id(), control
-        self.is_proven = False
+        self.source = source.name
         self.calls = threading.Semaphore(CALLS_PER_ACTOR)
         self.tags = {"source": source.name}
         self.tokens = metrics.Counter("rayfuse_capture_tokens", "Tokens scored", ("source",))
@@ -155,7 +92,10 @@ class CaptureActor:
             CrashLoopError: The actor has crashed more than `MAX_CRASHES` times in a row.
             ValueError: The model cannot be loaded.
         """
-        crashes: int = ray.get(self.control.record_start.remote(self.actor_id, source.name))  # pyright: ignore[reportAssignmentType]
+        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        worker = WorkerState(socket.gethostname(), os.getpid(), [*gpus], time.time())
+        start = self.control.record_start.remote(self.actor_id, source.name, worker)
+        crashes: int = ray.get(start)  # pyright: ignore[reportAssignmentType]
         if crashes > MAX_CRASHES:
             raise CrashLoopError(describe_crashes(source, crashes))
         engine = load_engine(source, settings)
@@ -178,15 +118,15 @@ class CaptureActor:
 
     def _capture(self, capturer: ShardCapturer, shard: int) -> dict[str, Any] | None:
         """Capture a shard and return its `ShardStats`; None if capture is to stop."""
-        if not ray.get(self.control.start_shard.remote(self.actor_id)):
+        place = (self.actor_id, self.source, shard)
+        if not ray.get(self.control.start_shard.remote(*place)):
             return None
+        is_done = False
         try:
             stats = capturer.capture(shard)
+            is_done = True
         finally:
-            self.control.end_shard.remote(self.actor_id)
-        if not self.is_proven:
-            self.is_proven = True
-            self.control.record_shard.remote(self.actor_id)
+            self.control.end_shard.remote(*place, is_done=is_done)
         if stats.is_ours:
             if stats.tokens:  # Ray refuses to count none
                 self.tokens.inc(stats.tokens, self.tags)

@@ -6,6 +6,7 @@ the captured shard; a CPU task right behind it aligns it.
 
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,15 +21,16 @@ from ray.exceptions import RayActorError
 from rayfuse.capture.actor import (
     MAX_CRASHES,
     CaptureActor,
-    CaptureControl,
     describe_crashes,
 )
 from rayfuse.capture.actor_memory import CALLS_PER_ACTOR
+from rayfuse.capture.control import CaptureControl
 from rayfuse.capture.engines.base import LoadEngine
 from rayfuse.capture.engines.load import load_recipe_engine
 from rayfuse.capture.scheduling import NEXT_STEP_CPUS, NextStep, PlanStep, SourceWork, plan_work
 from rayfuse.capture.shard import ShardStats
 from rayfuse.capture.stats import MetricsLog, StatsAccumulator, to_line
+from rayfuse.capture.workers import WorkerReporter, WorkerState, drop_reports
 from rayfuse.config.base import UserError, first_line
 from rayfuse.config.recipe import Recipe
 from rayfuse.run.layout import Layout
@@ -98,9 +100,10 @@ def capture_sources(
     context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
     work = plan_work(recipe, layout, progress, then)
     control: Any = ray.remote(**on_driver_node())(CaptureControl).remote()
+    job = uuid.uuid4().hex[:12]
     ended: SimpleQueue[BaseException | None] = SimpleQueue()
     for item in work:
-        capture = SourceCapture(item, progress, load_engine, control)
+        capture = SourceCapture(item, progress, load_engine, control, job)
         # Daemons: on SIGINT or SIGTERM the main thread must not wait for the sources to end.
         name = f"capture {item.source.name}"
         threading.Thread(target=capture.run, args=(ended,), name=name, daemon=True).start()
@@ -165,6 +168,8 @@ class SourceCapture:
     load_engine: LoadEngine
     control: Any
     """The handle of the `CaptureControl` actor."""
+    job: str
+    """An id of this call of `capture_sources`."""
 
     def run(self, ended: SimpleQueue[BaseException | None]) -> None:
         """Capture and align the source's shards, and put the error, or None, into a queue."""
@@ -185,18 +190,37 @@ class SourceCapture:
     def _note(self, text: str) -> None:
         self.progress(ProgressEvent("capture", self.work.source.name, note=text))
 
+    def _list_workers(self) -> list[WorkerState]:
+        return ray.get(self.control.list_workers.remote(self.work.source.name))
+
     def _report_wait(self) -> None:
-        """Report which resources an actor needs, if the source has none yet."""
-        source = self.work.source
-        if not ray.get(self.control.has_started.remote(source.name)):
+        """Report what the source waits for, if it has done no shard yet: a node, or its model."""
+        source, workers = self.work.source, self._list_workers()
+        if not workers:
             resources = {"CPU": source.cpus, "GPU": self.work.gpus}
             resources["memory"] = self.work.memory_bytes
             needs = describe_needs(resources, source.accelerator_type)
             self._note(f"no actor has started yet; one needs a node with {needs} free")
+        elif not any(worker.is_loaded for worker in workers):
+            number = "an actor loads" if len(workers) == 1 else f"{len(workers)} actors load"
+            self._note(f"{number} the model {source.model}")
 
     def _capture(self) -> None:
         work = self.work
         if work.shards:
+            self._capture_shards()
+        work.captured.finish(work.num_shards)
+        # Shards captured by an earlier job may not be aligned yet; the align stage does those.
+        if len(work.aligned.list_committed(work.num_shards)) == work.num_shards:
+            work.aligned.finish(work.num_shards)
+
+    def _capture_shards(self) -> None:
+        work = self.work
+        drop_reports(work.captured)
+        reporter = WorkerReporter(work.captured, self.job, self._list_workers)
+        thread = threading.Thread(target=reporter.run, daemon=True)
+        thread.start()
+        try:
             total = StatsAccumulator(
                 source=work.source.name,
                 num_shards=work.num_shards,
@@ -221,10 +245,10 @@ class SourceCapture:
                 total.check_rejects(work.settings.max_rejected_share)
             if total.shards < len(work.shards) and ray.get(self.control.has_stopped.remote()):
                 raise StoppedEarly
-        work.captured.finish(work.num_shards)
-        # Shards captured by an earlier job may not be aligned yet; the align stage does those.
-        if len(work.aligned.list_committed(work.num_shards)) == work.num_shards:
-            work.aligned.finish(work.num_shards)
+        finally:
+            reporter.stop()
+        thread.join()
+        drop_reports(work.captured)
 
     def _stream_stats(self) -> Iterator[ShardStats]:
         """Capture and align the source's shards, and yield the counts and times of each.

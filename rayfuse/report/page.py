@@ -70,7 +70,7 @@ def build_page(
 <h1>rayfuse report: {escape_html(_describe_run(recipe))}</h1>
 {_render_verdict(verdict)}
 <h2>Bits per byte on held-out text</h2>
-<div class="wide">{render_html(build_table(findings.evaluations))}</div>
+{wrap_wide(render_html(build_table(findings.evaluations)), "Bits per byte")}
 <p class="note">Lower is better; the lowest of each column is underlined. Bytes are the same for
 every tokenizer, so these numbers compare between models.</p>
 {_render_tasks(findings)}
@@ -94,9 +94,10 @@ def _render_tasks(findings: Findings) -> str:
     ]
     header = ["other model", "task", "difference", "from", "to", "questions", "fused is"]
     return (
-        f'<h2>Tasks</h2>\n<div class="wide">{table}</div>\n<p class="note">{TASK_NOTE} The best of '
+        f'<h2>Tasks</h2>\n{wrap_wide(table, "Tasks")}\n<p class="note">{TASK_NOTE} The best of '
         "each column is underlined; a group is the mean of its tasks.</p>\n<details><summary>Fused "
-        f"minus other, with 95 % intervals</summary>\n{_render_plain_table(header, rows)}</details>"
+        f"minus other, with 95 % intervals</summary>\n"
+        f"{render_plain_table('Differences at tasks', header, rows)}</details>"
     )
 
 
@@ -148,7 +149,7 @@ def _render_differences(differences: dict[str, dict[str, Difference]]) -> str:
         for group, difference in differences[name].items()
     ]
     header = ["other model", "text", "difference", "from", "to", "documents", "fused is"]
-    return _render_plain_table(header, rows)
+    return render_plain_table("Differences", header, rows)
 
 
 def _format_interval(difference: Difference) -> list[str]:
@@ -174,7 +175,7 @@ def _render_selection(selection: SourceSelection) -> str:
         notes.append(
             f"Only the first {selection.shards_read} of {selection.num_shards:,} shards were read."
         )
-    table = _render_plain_table(["domain", *sources], rows)
+    table = render_plain_table("Best source by domain", ["domain", *sources], rows)
     return f'{table}<p class="note">{escape_html(" ".join(notes))}</p>'
 
 
@@ -189,7 +190,8 @@ def _render_models(findings: Findings) -> str:
         ]
         for name, evaluation in findings.evaluations.items()
     ]
-    return _render_plain_table(["model", "folder or hub id", "training", "evaluation"], rows)
+    header = ["model", "folder or hub id", "training", "evaluation"]
+    return render_plain_table("Models and time", header, rows)
 
 
 def _render_spans(spans: dict[str, list[ShardSpan]]) -> str:
@@ -206,24 +208,40 @@ def _render_spans(spans: dict[str, list[ShardSpan]]) -> str:
         if shards
     ]
     header = ["source", "workers", "tokens", "tokens/s per device", "busy", "idle"]
-    return _render_plain_table(header, rows)
+    return render_plain_table("Capture", header, rows)
 
 
 def _render_counts(counts: list[StageCount]) -> str:
     rows = [[c.stage, f"{c.rows:,}", f"{c.tokens:,}", f"{c.rejects:,}"] for c in counts]
-    return _render_plain_table(["stage", "rows", "tokens", "rejects"], rows)
+    return render_plain_table("Stages", ["stage", "rows", "tokens", "rejects"], rows)
 
 
-def _render_plain_table(header: list[str], rows: list[list[str]]) -> str:
+def render_plain_table(title: str, header: list[str], rows: list[list[str]]) -> str:
+    """Render a table whose first column names the rows; it scrolls by itself where it is too wide.
+
+    Args:
+        title: Names the scrolling region for screen readers; no other on the page has it.
+        header: A cell for each column.
+        rows: As many cells each.
+    """
     head = "".join(f'<th scope="col">{escape_html(cell)}</th>' for cell in header)
     lines = [
-        f'<tr><td class="name">{escape_html(row[0])}</td>'
+        f'<tr><th scope="row">{escape_html(row[0])}</th>'
         + "".join(f"<td>{escape_html(cell)}</td>" for cell in row[1:])
         + "</tr>\n"
         for row in rows
     ]
     body = "".join(lines)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n{body}</table></div>\n'
+    table = f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
+    return wrap_wide(table, title) + "\n"
+
+
+def wrap_wide(table: str, title: str) -> str:
+    """Put a table into a region that scrolls sideways, also by keyboard."""
+    return (
+        f'<div class="wide" role="region" tabindex="0" aria-label="{escape_html(title)}">'
+        f"{table}</div>"
+    )
 
 
 def format_seconds(seconds: float) -> str:

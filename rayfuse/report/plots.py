@@ -6,14 +6,14 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from rayfuse.evaluate.bootstrap import Difference
 from rayfuse.evaluate.scores import ALL, Evaluation, bits_per_byte, count_bytes
+from rayfuse.report.colours import OWN_COLOURS
 from rayfuse.report.gather import Curve, Findings, SourceSelection, SourceSignal
 from rayfuse.report.style import (
     INK,
-    OWN_COLOURS,
     new_figure,
     plain,
     put_legend_below,
@@ -237,6 +237,9 @@ def draw_alignment(signals: dict[str, SourceSignal]) -> bytes:
     for axes in (left, right):
         axes.set_yticks(at, [plain(name) for name in sources])
         axes.set_ylim(len(sources) - 0.4, -0.6)
+        axes.xaxis.set_major_locator(
+            MaxNLocator(4, steps=[1, 2, 2.5, 5])
+        )  # else 0.00% and 0.10% touch
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.grid(axis="y", visible=False)
     return to_png(figure)

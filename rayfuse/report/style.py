@@ -10,20 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rayfuse.config.text import show_on_one_line
+from rayfuse.report.colours import OWN_COLOURS, OWN_HATCHES, SOURCE_COLOURS
 
 WIDTH_INCHES = 9.0
 PIXELS_PER_INCH = 200
-
-OWN_COLOURS = {
-    "fused": "#D55E00",
-    "clm": "#0072B2",
-    "target": "#8C8C8C",
-    "ensemble": "#3F3F3F",
-    "merged": "#B3B3B3",
-}
-OWN_HATCHES = {"ensemble": "//", "merged": "xx"}
-SOURCE_COLOURS = ("#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#B8A600", "#5D3A9B", "#882255")
-"""Mostly of Okabe and Ito, safe for colour-blind readers; beyond seven they repeat with hatches."""
 
 INK, FAINT = "#222222", "#D9D9D9"
 

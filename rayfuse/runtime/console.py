@@ -23,8 +23,8 @@ from rayfuse.config.addresses import mask_secrets
 from rayfuse.config.text import show_controls, show_on_one_line
 from rayfuse.runtime.progress import ProgressEvent
 
-LOG_SECONDS = 15.0
-"""Minimum time between two lines of one title without a terminal."""
+LOG_SECONDS = 60.0
+"""Minimum time between two lines of one stage without a terminal."""
 
 
 class ProgressBars:
@@ -37,6 +37,11 @@ class ProgressBars:
         self.began: dict[str, tuple[float, float]] = {}
         """Time of the first event of a title, and its `done` then."""
         self.printed_at: dict[str, float] = {}
+        """When the last line of a stage was printed to a log: monotonic time in seconds."""
+        self.unprinted: dict[str, dict[str, str]] = {}
+        """By stage and title, the newest state since then."""
+        self.finished: set[str] = set()
+        """Titles whose end was printed to a log."""
         self.bars = Progress(
             TextColumn("{task.description:<24}", markup=False),
             BarColumn(bar_width=30),
@@ -81,13 +86,24 @@ class ProgressBars:
                 self.bars.update(
                     self.tasks[title], completed=done, total=total, rate=rate, note=note
                 )
-            elif done >= total or now - self.printed_at.get(title, -LOG_SECONDS) >= LOG_SECONDS:
-                if self.printed_at.get(title) == float("inf"):
-                    return
-                self.printed_at[title] = float("inf") if done >= total else now
-                self.console.print(
-                    f"  {title}: {done} of {total} {unit} {rate} {note}", highlight=False
-                )
+            elif title not in self.finished:
+                text = f"{title}: {done} of {total} {unit} {rate} {note}".rstrip()
+                self._print_line(event.stage, title, text, is_end=done >= total, now=now)
+
+    def _print_line(self, stage: str, title: str, text: str, *, is_end: bool, now: float) -> None:
+        """Print a line for all parts of a stage that proceed side by side, from time to time.
+
+        The end of a part is printed at once.
+        """
+        texts = self.unprinted.setdefault(stage, {})
+        texts[title] = text
+        if is_end:
+            self.finished.add(title)
+            self.console.print(f"  {texts.pop(title)}", highlight=False)
+        elif now - self.printed_at.get(stage, -LOG_SECONDS) >= LOG_SECONDS:
+            self.printed_at[stage] = now
+            self.console.print(f"  {'; '.join(texts.values())}", highlight=False)
+            texts.clear()
 
 
 class PlainConsole(Console):

@@ -66,6 +66,8 @@ class StepMetrics:
     """Nats per position with a signal; None if no position has one."""
     source_losses: dict[str, float]
     """The same over the positions at which each source has the lowest cost."""
+    source_shares: dict[str, float]
+    """Share of the positions with a signal at which each source has the lowest cost."""
     tokens: int
     """Next tokens learned in this step."""
     clm_weight: float
@@ -218,6 +220,11 @@ def _average_losses(
             name: nats / count
             for name, nats, count in zip(source_names, by_source, counts, strict=True)
             if count and math.isfinite(nats)
+        },
+        "source_shares": {
+            name: count / sum(counts)
+            for name, count in zip(source_names, counts, strict=True)
+            if sum(counts)
         },
     }
 

@@ -151,7 +151,7 @@ class RunMonitor:
                 del self.expected[name]
             elif time.monotonic() > deadline:
                 del self.expected[name]
-                self._notify(name, f"waiting for nodes with {needs}")
+                self._notify(name, f"no worker has started yet; nodes need {needs}")
 
     def _notify(self, name: str, note: str) -> None:
         self.progress(ProgressEvent("train", name, note=note))

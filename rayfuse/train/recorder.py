@@ -1,6 +1,8 @@
 """The metrics of a run, from each step to metrics.jsonl, the driver and the trackers."""
 
 import json
+import os
+import socket
 import time
 from dataclasses import replace
 from typing import Any
@@ -9,6 +11,7 @@ from rayfuse.run.layout import TrainRun
 from rayfuse.runtime.metrics import count_work
 from rayfuse.storage.store import Store
 from rayfuse.train.checkpoint import rank_bits
+from rayfuse.train.live import LiveUploads, TrainWorker, write_workers
 from rayfuse.train.loop import StepMetrics
 from rayfuse.train.process_group import ProcessGroup
 from rayfuse.train.trackers import Trackers
@@ -34,6 +37,7 @@ class MetricsRecorder:
         """
         self.run, self.store, self.status = run, store, status
         self.trackers, self.group = trackers, group
+        self.live = LiveUploads(store, f"{run.folder}/metrics.jsonl")
         self.records: list[dict[str, Any]] = []
         self.bits_per_byte: float | None = None
         self.validations: dict[int, float] = {}
@@ -71,6 +75,17 @@ class MetricsRecorder:
             step: record["bits_per_byte"] for step, record in steps if "bits_per_byte" in record
         }
 
+    def publish_workers(self, gpus: list[str]) -> None:
+        """Store which workers train the run; all must call.
+
+        Args:
+            gpus: The ids of this worker's GPUs.
+        """
+        own = TrainWorker(self.group.rank, socket.gethostname(), os.getpid(), [*gpus])
+        workers = self.group.gather(own)
+        if self.group.is_rank_zero:
+            write_workers(self.store, self.run.folder, workers)
+
     def record_step(self, metrics: StepMetrics, num_steps: int) -> None:
         """Add a step's metrics, and report them.
 
@@ -94,6 +109,7 @@ class MetricsRecorder:
         )
         self.trackers.log(self.records[-1])
         count_work("train", self.run.name, tokens=metrics.tokens, seconds=metrics.seconds)
+        self.live.offer(lambda: self.to_lines().encode())
 
     def _count_worker_seconds(self) -> float:
         """Count the time of all workers since the last call, loading of the model included."""
@@ -116,6 +132,7 @@ class MetricsRecorder:
     def upload(self) -> bytes:
         """Write metrics.jsonl and the trackers' files to the store, and return the former."""
         content = self.to_lines().encode()
+        self.live.wait()  # or it would replace this newer content
         self.store.write(f"{self.run.folder}/metrics.jsonl", content)
         self.trackers.upload(self.store)
         return content

@@ -12,7 +12,8 @@ import ray
 
 from rayfuse.align.task import plan_align_step
 from rayfuse.capture import stats as stats_module
-from rayfuse.capture.actor import CaptureActor, CaptureControl
+from rayfuse.capture.actor import CaptureActor
+from rayfuse.capture.control import CaptureControl
 from rayfuse.capture.engines.load import load_recipe_engine
 from rayfuse.capture.scheduling import allocate_actors, plan_work
 from rayfuse.capture.shard import ShardStats
@@ -142,6 +143,7 @@ def test_a_capture_writes_metrics_jsonl_and_rays_metrics(tmp_path, ray_cluster):
         made = sum(commit.tokens for commit in commits)
         assert last["tokens"] == made - (numbers["tokens"] if name == "one" else 0)
         assert 0 < last["busy_share"] <= 1
+        assert data.store.sizes(f"{data.folder}/workers") == {}  # reports end with the capture
         assert last["dollars"] > 0 == last["dollars_left"] == last["seconds_left"]
         assert set(last) - {SEAL} == set(to_line(StatsAccumulator(name, 1, 0, 1).compute_stats()))
 

@@ -58,3 +58,12 @@ def test_the_model_card_holds_the_recipe_and_the_verdict(winning: Findings, reci
     written = body.split("```yaml\n")[1].split("```")[0]
     assert parse_recipe(yaml.safe_load(written)) == recipe
     assert dump_recipe(recipe) == yaml.safe_load(written)
+
+
+def test_every_table_scrolls_by_keyboard_under_a_name_of_its_own(
+    findings: Findings, recipe: Recipe
+):
+    page = build_page(findings, judge(findings, recipe), recipe, {})
+    regions = re.findall(r'<div class="wide" role="region" tabindex="0" aria-label="(.+?)">', page)
+    assert len(regions) == len(set(regions)) == page.count("<table")
+    assert set(re.findall(r"<th(?! scope=|ead)[^>]*>", page)) == set()

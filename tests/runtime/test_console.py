@@ -62,6 +62,23 @@ def test_a_notice_is_one_line():
     assert output.getvalue() == "  capture a: x rayfuse: error: forged\n"
 
 
+def test_a_log_has_a_line_a_minute_for_all_that_proceeds_side_by_side(monkeypatch):
+    output, clock = io.StringIO(), [1000.0]
+    monkeypatch.setattr("rayfuse.runtime.console.time.monotonic", lambda: clock[0])
+    with ProgressBars(PlainConsole(output)) as bars:
+        for second in range(100):
+            clock[0] = 1000.0 + second
+            bars(ProgressEvent("train", "clm", second, 200, "steps"))
+            bars(ProgressEvent("train", "fused", second, 200, "steps", "slow"))
+        bars(ProgressEvent("train", "clm", 200, 200, "steps"))
+        bars(ProgressEvent("train", "clm", 200, 200, "steps"))
+    assert output.getvalue().splitlines() == [
+        "  train clm: 0 of 200 steps",
+        "  train fused: 59 of 200 steps 1.00/s slow; train clm: 60 of 200 steps 1.00/s",
+        "  train clm: 200 of 200 steps 2.02/s",
+    ]
+
+
 def test_an_event_in_a_log_is_one_line(caplog):
     logger = logging.getLogger("rayfuse.events")
     with caplog.at_level(logging.INFO, logger.name):

@@ -95,7 +95,8 @@ def test_lambda_and_temperature_follow_their_ramps(process_group):
     assert [metrics.clm_weight for metrics in seen] == pytest.approx([0.9, 0.7, 0.5, 0.3, 0.1])
     assert [metrics.temperature for metrics in seen] == pytest.approx([1, 1.5, 2, 2.5, 3])
     for metrics in seen:
-        assert set(metrics.source_losses) == {"a", "b"}
+        assert set(metrics.source_losses) == set(metrics.source_shares) == {"a", "b"}
+        assert sum(metrics.source_shares.values()) == pytest.approx(1)
         assert metrics.tokens_per_second > 0
         assert metrics.flops_per_second > 0
         assert metrics.gradient_norm > 0

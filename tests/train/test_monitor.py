@@ -87,7 +87,9 @@ def test_a_run_without_workers_for_a_minute_is_reported_with_its_needs(
     monkeypatch.setattr("rayfuse.train.monitor.time.monotonic", lambda: float("inf"))
     monitor.report({"clm": RunState()})
     monitor.report({"clm": RunState()})
-    assert reports == ["train fused 0/0 waiting for nodes with 2 workers, each 1 CPU"]
+    assert reports == [
+        "train fused 0/0 no worker has started yet; nodes need 2 workers, each 1 CPU"
+    ]
 
 
 def test_a_run_that_another_job_trains_is_reported_once(monitor, reports):

@@ -1,0 +1,74 @@
+"""What all capture actors of a job have in common, in a Ray actor of its own."""
+
+import time
+from collections import Counter
+from dataclasses import replace
+
+from rayfuse.capture.workers import WorkerState
+
+
+class CaptureControl:
+    """Counts crashes of all actors, knows what they work on, and stops them between shards.
+
+    Ray Data restarts a crashed actor without limit and reports nothing, so that a model that does
+    not fit its node would be loaded forever.
+    """
+
+    def __init__(self) -> None:
+        self.unproven: set[str] = set()
+        """Actors that have started and not yet finished a shard."""
+        self.crashes: Counter[str] = Counter()
+        self.workers: dict[str, dict[str, WorkerState]] = {}
+        """By source and actor."""
+        self.is_stopping = False
+
+    def record_start(self, actor_id: str, source: str, worker: WorkerState) -> int:
+        """Record that an actor starts, and return its crashes in a row since its last shard.
+
+        Crashes are counted per actor, since the loss of a node takes all its actors at once.
+
+        Args:
+            actor_id: The actor's id, which a restart does not change.
+            source: The name of its source.
+            worker: Its process, which loads the model now.
+        """
+        self.workers.setdefault(source, {})[actor_id] = worker
+        if actor_id in self.unproven:
+            self.crashes[actor_id] += 1
+        self.unproven.add(actor_id)
+        return self.crashes[actor_id]
+
+    def start_shard(self, actor_id: str, source: str, shard: int) -> bool:
+        """Record that an actor starts a shard, and return True, unless capture is to stop."""
+        if self.is_stopping:
+            return False
+        worker = self.workers[source][actor_id]
+        shards = worker.shards | {str(shard): time.time()}
+        self.workers[source][actor_id] = replace(worker, is_loaded=True, shards=shards)
+        return True
+
+    def end_shard(self, actor_id: str, source: str, shard: int, *, is_done: bool) -> None:
+        """Record that an actor has finished a shard, or failed at it."""
+        worker = self.workers[source][actor_id]
+        shards = {name: began for name, began in worker.shards.items() if name != str(shard)}
+        self.workers[source][actor_id] = replace(worker, shards=shards)
+        if is_done:
+            self.unproven.discard(actor_id)
+            self.crashes[actor_id] = 0
+
+    def list_workers(self, source: str) -> list[WorkerState]:
+        """List the actors of a source that have been placed on a node."""
+        return [*self.workers.get(source, {}).values()]
+
+    def request_stop(self) -> None:
+        """Let no actor start another shard."""
+        self.is_stopping = True
+
+    def has_stopped(self) -> bool:
+        """Check whether capture is to stop."""
+        return self.is_stopping
+
+    def count_running(self) -> int:
+        """Count the shards in progress."""
+        of_sources = self.workers.values()
+        return sum(len(worker.shards) for workers in of_sources for worker in workers.values())
