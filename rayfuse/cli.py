@@ -5,27 +5,33 @@ import, and `rayfuse --help` needs none of them.
 """
 
 import atexit
-import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 import rayfuse
-from rayfuse.config.addresses import mask_secrets
-from rayfuse.config.text import show_controls
+from rayfuse.runtime.command import (
+    FAILED,
+    STOPPED,
+    USER_ERROR,
+    CommandOutput,
+    Interrupt,
+    command_output,
+    exit_interrupted,
+    interrupt,
+    is_interrupt,
+    print_error,
+    shut_down,
+)
 from rayfuse.runtime.native_log import NATIVE_LOG
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from rayfuse.api import Run
 
 app = typer.Typer(
@@ -43,9 +49,6 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout at the end.")]
 
-FAILED, USER_ERROR, STOPPED, INTERRUPTED = 1, 2, 3, 130
-"""Exit codes; 0 if all went well."""
-
 
 def main() -> NoReturn:
     """Run the command, print an error as one message on stderr, and end the process.
@@ -54,12 +57,12 @@ def main() -> NoReturn:
     aborts the process with exit code 134 after all is done.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _interrupt)
+        signal.signal(number, interrupt)
     try:
         code = _run_command()
         atexit._run_exitfuncs()  # Ray's among them
     except Interrupt:
-        _exit_interrupted()
+        exit_interrupted()
     NATIVE_LOG.report()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # the reader of a pipe has gone
@@ -74,85 +77,18 @@ def _run_command() -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else FAILED if stop.code else 0
     except Interrupt:
-        _exit_interrupted()
+        exit_interrupted()
     except Exception as error:  # the last place that can turn an error into a message
         from rayfuse.config.base import UserError
         from rayfuse.runtime.connect import describe_error, find_root_cause
 
-        if _is_interrupt(error):
-            _exit_interrupted()
+        if is_interrupt(error):
+            exit_interrupted()
         cause = find_root_cause(error)
         if isinstance(cause, UserError):
-            return _print_error(describe_error(cause), USER_ERROR)
-        return _print_error(f"{type(cause).__name__}: {describe_error(cause)}", FAILED)
+            return print_error(describe_error(cause), USER_ERROR)
+        return print_error(f"{type(cause).__name__}: {describe_error(cause)}", FAILED)
     return 0
-
-
-class Interrupt(BaseException):
-    """SIGTERM or SIGINT. Not a KeyboardInterrupt, which typer would handle itself."""
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise Interrupt
-
-
-def _is_interrupt(error: BaseException | None) -> bool:
-    """Check whether an interrupt caused an error: Ray's compiled code makes it a SystemError."""
-    while error is not None and not isinstance(error, Interrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
-
-
-def _exit_interrupted() -> NoReturn:
-    """Exit without waiting for threads: every result that counts is committed already."""
-    print("rayfuse: interrupted; run the same command to resume", file=sys.stderr, flush=True)
-    _shut_down()
-    NATIVE_LOG.report()
-    sys.stdout.flush()
-    os._exit(INTERRUPTED)
-
-
-def _shut_down() -> None:
-    """Leave the cluster, while threads of a stage may still use it."""
-    from rayfuse.runtime.connect import shutdown_now
-
-    shutdown_now()
-
-
-def _print_error(message: str, code: int) -> int:
-    """Print an error, and return the exit code."""
-    print(f"rayfuse: error: {show_controls(mask_secrets(message))}", file=sys.stderr)
-    return code
-
-
-@dataclass
-class CommandOutput:
-    """Where a command prints for people, and the values that `--json` prints."""
-
-    console: "Console"
-    values: dict[str, Any] = field(default_factory=dict[str, Any])
-
-
-@contextmanager
-def command_output(as_json: bool, *, starts_ray: bool = False) -> Iterator[CommandOutput]:
-    """Open a command's output; with `--json`, stdout gets its values as one JSON object at the end.
-
-    Everything else that is printed then goes to stderr, also by other libraries. That is never
-    undone: Ray prints warnings even after the command has ended. What compiled libraries print goes
-    to a file if the command starts Ray.
-    """
-    from rayfuse.runtime import console, environment  # rich is not needed for --help
-
-    environment.prepare_environment()
-    if starts_ray and sys.stderr is sys.__stderr__:  # a process of its own, as `main` starts it
-        NATIVE_LOG.open(environment.open_private_folder())
-    stdout = sys.stdout
-    if as_json:
-        sys.stdout = sys.stderr
-    output = CommandOutput(console.open_console(to_stderr=as_json))
-    yield output
-    if as_json:
-        print(json.dumps(output.values), file=stdout)
 
 
 @app.command()
@@ -177,11 +113,11 @@ def run(
     At a limit it stops between shards or at a checkpoint, with exit code 3; to resume, run it
     again.
     """
-    with command_output(as_json) as output:
+    with command_output(as_json, starts_ray=True) as output:
         opened = _load_run(recipe, overrides, output)
         output.values |= opened.execute(max_hours=max_hours, max_dollars=max_dollars)
     if "stopped" in output.values:
-        _shut_down()
+        shut_down()
         sys.exit(STOPPED)
 
 
@@ -311,7 +247,7 @@ def verify(
     is_corrupt = any(values["corrupt"] for values in output.values["data_sets"].values())
     if is_corrupt and not repair:
         remedy = f"rayfuse verify {recipe} --repair"
-        sys.exit(_print_error(f"shards are corrupt; to fix them: {remedy}", FAILED))
+        sys.exit(print_error(f"shards are corrupt; to fix them: {remedy}", FAILED))
 
 
 @app.command("import")

@@ -168,6 +168,12 @@ class Recipe(Settings):
                 f"corpus.documents are {own}, but evaluate.documents are {other}; hold out "
                 "documents of the same kind"
             )
+        stored = [source.name for source in self.sources if source.captured_from is not None]
+        if is_chat and stored:
+            raise ValueError(
+                f"source {stored[0]} has captured_from, a store of plain texts, but the documents "
+                "are conversations; run its model instead, or use the store's own texts"
+            )
         if is_chat and self.align.method == "cooccurrence":
             raise ValueError(
                 "align.method is cooccurrence, which counts in plain text, but the documents are "

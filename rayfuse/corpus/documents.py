@@ -222,7 +222,7 @@ def _make_document(file: InputFile, place: str, record: object) -> Document:
 def _make_conversation(
     doc_id: str, domain: str, record: dict[str, Any], settings: DocumentsSettings
 ) -> Document:
-    names = settings.list_fields()
+    names = list(settings.list_fields())
     missing = [name for name in names if record.get(name) is None]
     if missing:
         return Document(doc_id, domain, "", f"field {missing[0]!r} holds no messages")

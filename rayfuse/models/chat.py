@@ -25,7 +25,12 @@ from rayfuse.config.base import UserError, first_line
 from rayfuse.config.models import ModelSettings, TrainedSettings
 from rayfuse.models.chat_template import FIXED_DATE, compile_template
 from rayfuse.models.files import load_recipe_tokenizer
-from rayfuse.models.folder import TOKENIZER_FILES, find_folder, read_json_object
+from rayfuse.models.folder import (
+    TEMPLATE_FILE,
+    TOKENIZER_FILES,
+    find_folder,
+    read_json_object,
+)
 from rayfuse.models.text_tokenizer import TextTokenizer, hide_name, rename_control_tokens
 from rayfuse.models.tokenizer import load_tokenizer
 
@@ -319,7 +324,7 @@ def _read_template(folder: Path, config: dict[str, Any], given: str | None, mode
     Raises:
         UserError: There is none, or the file cannot be read.
     """
-    path = folder / "chat_template.jinja" if given is None else Path(given).expanduser()
+    path = folder / TEMPLATE_FILE if given is None else Path(given).expanduser()
     if given is not None or path.is_file():
         try:
             return path.read_text(encoding="utf-8")

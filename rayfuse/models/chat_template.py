@@ -18,7 +18,7 @@ FIXED_DATE = datetime(2024, 7, 26, tzinfo=timezone.utc)
 class _GenerationTag(Extension):
     """`{% generation %}`, by which some templates mark answers; it changes nothing."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def parse(self, parser: Parser) -> list[Node]:
         """Parse the block as what is in it."""

@@ -9,6 +9,7 @@ from typing import Any
 import huggingface_hub  # imports its parts when they are used
 
 from rayfuse.config.base import UserError, first_line, user_error_from
+from rayfuse.config.models import ModelSettings
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -21,6 +22,9 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*",
 )
 """Patterns of the files of a tokenizer, chat templates included."""
+
+TEMPLATE_FILE = "chat_template.jinja"
+"""The chat template of a model folder, if it is not in tokenizer_config.json."""
 
 PLAIN_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*")
 """Patterns of a model's files besides its weights."""
@@ -122,6 +126,18 @@ def copy_files(source: Path, destination: Path, patterns: tuple[str, ...]) -> No
         copy = destination / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
+
+
+def copy_tokenizer(settings: ModelSettings, destination: Path) -> None:
+    """Copy the files of a model's tokenizer, and the chat template that the recipe names.
+
+    Raises:
+        UserError: As for `find_folder` and `copy_files`.
+    """
+    own = find_folder(settings.model, settings.revision, TOKENIZER_FILES)
+    copy_files(own, destination, TOKENIZER_FILES)
+    if settings.chat_template is not None:
+        shutil.copyfile(Path(settings.chat_template).expanduser(), destination / TEMPLATE_FILE)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

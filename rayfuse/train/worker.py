@@ -19,7 +19,7 @@ from rayfuse.fuse.reader import ShardReader
 from rayfuse.models.attention import prepare_packing
 from rayfuse.models.causal_lm import load_causal_lm
 from rayfuse.models.files import load_recipe_tokenizer
-from rayfuse.models.folder import TOKENIZER_FILES, copy_files, find_folder, list_files
+from rayfuse.models.folder import copy_tokenizer, list_files
 from rayfuse.models.out_of_memory import is_out_of_memory
 from rayfuse.run.made_models import DONE_FILE
 from rayfuse.runtime.logging import log_event
@@ -243,13 +243,8 @@ class Trainer:
     def _open_reader(self, corpus: DataSet, aligned: dict[str, DataSet]) -> ShardReader:
         # What is measured are answers, whatever is learned.
         learns_context = self.settings.loss_on == "all" and corpus is self.task.corpus
-        return ShardReader(
-            corpus,
-            aligned,
-            self.task.recipe.fuse,
-            self._token_bytes,
-            learns_context=learns_context,
-        )
+        fuse, sizes = self.task.recipe.fuse, self._token_bytes
+        return ShardReader(corpus, aligned, fuse, sizes, learns_context=learns_context)
 
     @cached_property
     def _token_bytes(self) -> np.ndarray:
@@ -375,9 +370,7 @@ class Trainer:
             folder: Holds the model; the target's tokenizer files are added to it, unchanged.
         """
         task = self.task
-        target = task.recipe.target
-        own = find_folder(target.model, target.revision, TOKENIZER_FILES)
-        copy_files(own, folder, TOKENIZER_FILES)
+        copy_tokenizer(task.recipe.target, folder)
         paths = {
             f"model/{file.relative_to(folder).as_posix()}": file
             for file in list_files(folder, ("**/*",))
