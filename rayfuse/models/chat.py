@@ -36,8 +36,10 @@ from rayfuse.models.tokenizer import load_tokenizer
 
 Role = Literal["system", "user", "assistant"]
 
-SPECIAL_VARIABLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
-"""Keys of tokenizer_config.json that templates read as variables."""
+SPECIAL_VARIABLES = tuple(
+    f"{role}_token" for role in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
+)
+"""Keys of tokenizer_config.json and special_tokens_map.json that templates read as variables."""
 
 PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
 """What stands for message number N: characters for private use, which no template treats."""
@@ -192,6 +194,8 @@ class ChatFormat:
         try:
             return compile_template(self.template).render(
                 messages=messages,
+                tools=None,  # defined, as in `transformers`: templates ask whether it is none
+                documents=None,
                 add_generation_prompt=False,
                 date_string=FIXED_DATE.strftime("%d %b %Y"),
                 **self.special_tokens,
@@ -314,8 +318,12 @@ def _build_backend(tokenizer: TextTokenizer) -> Tokenizer:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    return read_json_object(path) if path.is_file() else {}
+    """Read tokenizer_config.json; older folders name special tokens in a file of their own."""
+    paths = [folder / name for name in ("special_tokens_map.json", "tokenizer_config.json")]
+    config: dict[str, Any] = {}
+    for path in paths:
+        config |= read_json_object(path) if path.is_file() else {}
+    return config
 
 
 def _read_template(folder: Path, config: dict[str, Any], given: str | None, model: str) -> str:

@@ -114,6 +114,17 @@ def test_an_answer_that_joins_with_the_template_is_refused(tmp_path):
         form.encode_one([ASK, Message("assistant", "It is ")])
 
 
+def test_variables_are_those_of_transformers(tmp_path):
+    settings = save_family("llama-3", tmp_path)
+    path = tmp_path / "chat_template.jinja"
+    tools = "{% if tools is not none %}tools{% endif %}{% if documents %}documents{% endif %}"
+    path.write_text(tools + "{{ pad_token if pad_token is defined }}" + path.read_text())
+    plain = [{"role": message.role, "content": message.content} for message in TALK]
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    expected = theirs.apply_chat_template(plain, tokenize=True, return_dict=False)
+    assert load_chat_format(settings).encode_one(TALK).ids.tolist() == expected
+
+
 def test_the_date_of_a_template_is_fixed(tmp_path):
     settings = save_family("llama-3", tmp_path)
     dated = "{{ strftime_now('%d %b %Y') }} {{ date_string }}\n"
