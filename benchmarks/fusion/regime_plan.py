@@ -109,6 +109,11 @@ def plan_costs(name: str, seed: int, chosen: Mapping[str, str]) -> Role:
     return found
 
 
+def _more_epochs(grid: Grid) -> list[int]:
+    """List CLM's most epochs, if they are more than those of other variants: all get as many."""
+    return [epochs for epochs in (max(grid.clm_epochs),) if epochs > grid.epochs]
+
+
 def _few_epochs(grid: Grid) -> int:
     """Return the epochs of variants that learn from labels, or from heads alone."""
     return min(4, grid.epochs)
@@ -173,6 +178,15 @@ def _plan_few(planner: Planner, grid: Grid) -> Role:
         f"and the copy, {label}": planner.train("and copy", _add_copy(planner), **base | changed)
         for label, changed in changes.items()
     }
+    for epochs in _more_epochs(grid):
+        for weight in (0.3, 0.6, 0.8):
+            variants[f"and the copy, rate 0.004, lambda {weight:g}, {epochs} epochs"] = (
+                planner.train(
+                    "and copy",
+                    _add_copy(planner),
+                    **base | {"epochs": epochs, "clm_weight": weight},
+                )
+            )
     return variants | {"rate 0.004": planner.train("base", planner.sources, **base)}
 
 
@@ -254,6 +268,7 @@ def _plan_copy(planner: Planner, grid: Grid, *, is_wide: bool) -> Role:
     """Plan the base with the target's own copy alone."""
     high = 2 * RATE if grid.epochs > 2 else RATE / 2
     tried = [(grid.epochs, RATE, 0.1), (grid.epochs, high, 0.1)]
+    tried += [(epochs, RATE, 0.1) for epochs in _more_epochs(grid)]
     if is_wide:
         tried += [(2 * grid.epochs, RATE, 0.1), (2 * grid.epochs, high, 0.4)]
     return {
@@ -297,6 +312,7 @@ def _plan_defaults(planner: Planner, grid: Grid) -> Role:
         )
         for epochs, rate in dict.fromkeys(
             [(1, RATE), (_few_epochs(grid), RATE), (_few_epochs(grid), RATE / 4)]
+            + [(epochs, RATE) for epochs in _more_epochs(grid)]
         )
     }
 
@@ -305,6 +321,7 @@ def _plan_fusellm(planner: Planner, grid: Grid, *, is_wide: bool) -> Role:
     """Plan the published rule: its alignment, record, choice of a source, loss and lambda."""
     few = _few_epochs(grid)
     tried = [(few, rate, 0.1) for rate in ((RATE, RATE / 4) if is_wide else (RATE / 2, RATE / 4))]
+    tried += [(epochs, RATE / 2, 0.1) for epochs in _more_epochs(grid)]
     if is_wide:
         tried += [(1, RATE, 0.1), (1, RATE / 4, 0.1), (grid.epochs, RATE / 4, 0.4)]
     return {
