@@ -33,8 +33,7 @@ def tokenize_answers(chat: ChatFormat) -> TextTokenizer:
         tokenizer,
         start_id=_find_marker(chat),
         eos_id=chat.end_id,
-        adds_prefix_space=chat.joins_space,
-        implies_prefix_space=False,
+        is_of_answers=True,
     )
 
 

@@ -97,7 +97,7 @@ def list_token_bytes(tokenizer: TextTokenizer) -> TokenBytes:
         blob=np.frombuffer(
             b"".join(token or b"" for token in tokenizer.token_bytes), dtype=np.uint8
         ),
-        adds_prefix_space=tokenizer.adds_prefix_space,
+        adds_prefix_space=tokenizer.adds_prefix_space or tokenizer.is_of_answers,
         eos_id=tokenizer.eos_id,
         start_id=tokenizer.start_id,
         tokenizer=tokenizer,

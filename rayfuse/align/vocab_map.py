@@ -85,12 +85,13 @@ def find_unfinished(token: bytes) -> int:
 def _is_change_used(space_change: int, source: TextTokenizer, target: TextTokenizer) -> bool:
     """Check that a position can need a map; computing one takes seconds.
 
-    Prefix spaces differ only where one of the tokenizers adds them and the other does not.
+    Prefix spaces differ only where one of the tokenizers adds them and the other does not, or where
+    one's chat template writes a space before an answer.
     """
     of_source, of_target = (
         (side.adds_prefix_space, side.implies_prefix_space) for side in (source, target)
     )
-    if space_change == UNCHANGED:
+    if space_change == UNCHANGED or source.is_of_answers:
         return True
     return of_source != of_target and any(of_source if space_change == WITHOUT_SPACE else of_target)
 

@@ -62,8 +62,8 @@ class ModelSettings(Settings):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models with code that you have read."""
     chat_template: str | None = later_setting(None)
-    """A file with the Jinja template of conversations, for a model without one of its own. Only for
-    documents with `messages`."""
+    """A file with the Jinja template of conversations, or the template itself, for a model without
+    one of its own. Only for documents with `messages`."""
     adapter: str | None = later_setting(None)
     """A LoRA adapter of peft, a folder or a hub id, that is merged into the weights as the model is
     loaded (`pip install 'rayfuse[lora]'`); only from safetensors."""

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -21,8 +22,8 @@ TOOL_ROLES = frozenset(("tool", "function", "observation", "ipython"))
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 """Keys of a message: OpenAI's, and ShareGPT's."""
 
-THOUGHTS = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
-"""What a reasoning model writes before its answer."""
+THOUGHTS = re.compile(r"\s*(?:<think>)?(?:(?!<think>).)*?</think>\s*", re.DOTALL)
+"""What a reasoning model writes before its answer; some templates write the first tag."""
 
 Thinking = Literal["keep", "drop", "context"]
 
@@ -51,9 +52,11 @@ def parse_messages(value: object, thinking: Thinking) -> tuple[Message, ...]:
             for role, item in zip(("user", "assistant"), items, strict=True)
         ]
     messages = [_parse_message(item, number, thinking) for number, item in enumerate(items, 1)]
+    # An empty system message, as many data sets have, is none.
+    messages = [message for message in messages if message.content or message.role != "system"]
+    messages = _join_equal_roles(messages)
     if any(message.role == "system" for message in messages[1:]):
         raise ValueError("unusable messages: a system message is not the first")
-    messages = _join_equal_roles(messages)
     while messages and messages[-1].role != "assistant":
         messages.pop()
     if not messages:
@@ -140,8 +143,22 @@ def _write_calls(content: str, calls: object, number: int) -> str:
     lines = [content] if content else []
     for call in cast(list[object], calls):
         function = call.get("function", call) if isinstance(call, dict) else call
-        lines.append(f"<tool_call>\n{json.dumps(function, ensure_ascii=False)}\n</tool_call>")
+        try:
+            written = json.dumps(_decode_arguments(function), ensure_ascii=False)
+        except TypeError as error:
+            raise ValueError(
+                f"unusable messages: tool_calls of message {number} are no JSON values"
+            ) from error
+        lines.append(f"<tool_call>\n{written}\n</tool_call>")
     return "\n".join(lines)
+
+
+def _decode_arguments(function: object) -> object:
+    """Decode the arguments of a call, which OpenAI's interface writes as a JSON string."""
+    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+        with suppress(ValueError):
+            return function | {"arguments": json.loads(function["arguments"])}
+    return function
 
 
 def _join_equal_roles(messages: Sequence[Message]) -> list[Message]:
@@ -149,7 +166,7 @@ def _join_equal_roles(messages: Sequence[Message]) -> list[Message]:
     joined: list[Message] = []
     for message in messages:
         if joined and joined[-1].role == message.role:
-            content = f"{joined[-1].content}\n\n{message.text}"
+            content = f"{joined[-1].content}\n\n{message.content}"  # thoughts in between go
             joined[-1] = replace(joined[-1], content=content)
         else:
             joined.append(message)

@@ -79,6 +79,11 @@ class Document:
     messages: tuple[Message, ...] = ()
     """Of a conversation."""
 
+    @property
+    def full_text(self) -> str:
+        """All text, of a conversation that of all messages."""
+        return "".join(message.text for message in self.messages) if self.messages else self.text
+
 
 def read_documents(file: InputFile, max_document_bytes: int) -> Iterator[Document]:
     """Yield a file's documents in order; those without text have a `fault`.
@@ -105,7 +110,7 @@ def read_documents(file: InputFile, max_document_bytes: int) -> Iterator[Documen
     try:
         for document in readers[file.format](file, max_document_bytes):
             yield document if document.fault is None else replace(document, file=file.name)
-            num_bytes += max(len(document.text), MIN_DOCUMENT_BYTES)
+            num_bytes += max(len(document.full_text), MIN_DOCUMENT_BYTES)
             if num_bytes > max_bytes and file.format != "dataset":
                 raise ValueError(f"more documents than {file.num_bytes} bytes can hold")
     except READ_ERRORS as error:

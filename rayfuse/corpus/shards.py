@@ -90,7 +90,7 @@ def batch_documents(
             )
         else:
             batch.documents.append(document)
-            num_bytes += len(document.text.encode())
+            num_bytes += len(document.full_text.encode())
         if max(num_bytes, REJECT_BYTES * len(batch.rejects)) >= shard_bytes:
             yield batch
             batch, num_bytes, num_batches = DocumentBatch(), 0, num_batches + 1

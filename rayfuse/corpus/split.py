@@ -38,9 +38,9 @@ def find_fault(document: Document, max_bytes: int) -> str | None:
     """Give the reason why a document cannot be used; None if it can."""
     if document.fault is not None:
         return document.fault
-    text = document.text
-    if not text.strip():
+    if not document.text.strip():
         return EMPTY
+    text = document.full_text
     if len(text) > max_bytes:
         return f"over-long: {len(text)} characters, corpus.max_document_bytes is {max_bytes}"
     try:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,14 @@ from rayfuse.fuse.source_filter import select_active_sources
 from rayfuse.fuse.unigram import count_unigram
 from rayfuse.schema import ANSWERS, INSIDE_TOKEN
 from rayfuse.storage.chat_columns import has_answers, mask_learned
-from rayfuse.storage.codec import EncodedTopK, TopK, flatten_column, join_ranges, number_documents
+from rayfuse.storage.codec import (
+    EncodedTopK,
+    TopK,
+    flatten_column,
+    flatten_positions,
+    join_ranges,
+    number_documents,
+)
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.manifest import check_inputs
 from rayfuse.storage.seal import ShardError
@@ -213,15 +221,23 @@ class ShardOpener:
         has_row = np.stack([np.isfinite(table["nats"].to_numpy()) for table in aligned])
         starts_token = np.stack([_find_token_starts(table) for table in aligned])
         per_byte = [flatten_column(table, "nats_per_byte")[0] for table in aligned]
-        weights = weigh_by_posterior(
-            np.stack(per_byte).astype(np.float32) * num_bytes.astype(np.float32),
-            starts_token,
-            has_row,
-            offsets,
-            number_documents(corpus),
+        nats = np.stack(per_byte).astype(np.float32) * num_bytes.astype(np.float32)
+        weigh = partial(
+            weigh_by_posterior,
+            has_row=has_row,
+            documents=number_documents(corpus),
             prior=self.weights,
             switch_rate=self.fuse.switch_rate,
         )
+        if has_answers(corpus):  # what precedes an answer is no evidence: weights stay over it
+            is_read = mask_learned(corpus, offsets)
+            read_offsets = np.concatenate([[0], np.cumsum(is_read)])[offsets]
+            weights = np.ones(nats.shape, dtype=np.float32)
+            weights[:, is_read] = weigh(
+                nats[:, is_read], starts_token[:, is_read], offsets=read_offsets
+            )
+        else:
+            weights = weigh(nats, starts_token, offsets=offsets)
         return [
             np.where(known, -np.log(of_source), np.float32(np.inf))
             for of_source, known in zip(
@@ -295,7 +311,7 @@ def _open_source(
     unigram: Float[np.ndarray, " vocab"] | None,
     fuse: FuseSettings,
 ) -> OpenSource:
-    top_ids = flatten_column(table, "top_ids")[0].reshape(len(nll), -1)
+    top_ids = flatten_positions(table, "top_ids", len(nll))
     codes = flatten_column(table, "top_logprobs")[0].reshape(top_ids.shape)
     tails = flatten_column(table, "tail_logprobs")[0]
     has_signal = flatten_column(table, "has_signal")[0]

@@ -171,7 +171,13 @@ def build_dataset(run: RunData, view: View, source: str | None) -> RowDataset:
             raise UserError(f"source is {source!r}, but view 'fused' is of all sources; remove it")
         aligned = {name: _find(run.aligned, name, "align") for name in names}
         token_bytes = load_recipe_tokenizer(run.recipe.target).count_bytes()
-        opener = ShardOpener(_find_corpus(run), aligned, run.recipe.fuse, token_bytes)
+        opener = ShardOpener(
+            _find_corpus(run),
+            aligned,
+            run.recipe.fuse,
+            token_bytes,
+            learns_context=run.recipe.train.loss_on == "all",
+        )
         return RowDataset(view, run.recipe, FusedReader(opener))
     chosen = _choose_source(names, source or run.source)
     if view == "captured":

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Int
 from tokenizers import Tokenizer
 
-from rayfuse.config.base import UserError, first_line
+from rayfuse.config.base import UserError, first_line, user_error_from
 from rayfuse.config.models import ModelSettings, TrainedSettings
 from rayfuse.models.chat_template import FIXED_DATE, compile_template
 from rayfuse.models.files import load_recipe_tokenizer
@@ -29,6 +29,7 @@ from rayfuse.models.folder import (
     TEMPLATE_FILE,
     TOKENIZER_FILES,
     find_folder,
+    is_inline_template,
     read_json_object,
 )
 from rayfuse.models.text_tokenizer import TextTokenizer, hide_name, rename_control_tokens
@@ -43,6 +44,9 @@ SPECIAL_VARIABLES = tuple(
 
 PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
 """What stands for message number N: characters for private use, which no template treats."""
+
+RESERVED = re.compile("[\ue000-\ue003]")
+"""Characters of placeholders and of the names of control tokens: messages cannot hold them."""
 
 MAX_END_TOKENS = 3
 """The most tokens between an answer and the end of its turn, that one included."""
@@ -94,13 +98,11 @@ class ChatFormat:
     special_tokens: dict[str, str] = field(repr=False)
     """Variables of the template, such as `bos_token`."""
     backend: Tokenizer = field(repr=False)
-    """The tokenizer's, reading control tokens by their hidden names."""
+    """The tokenizer's, reading control tokens by names that no message has."""
     takes_system: bool = True
     """Whether there may be a system message; else it is put before the user's first message."""
     end_id: int | None = None
     """The control token that ends an answer."""
-    joins_space: bool = False
-    """Whether a space of the template precedes answers, which their first tokens may also spell."""
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> list[ChatTokens | ChatError]:
         """Encode conversations; for those that cannot be used, return the fault."""
@@ -113,7 +115,8 @@ class ChatFormat:
                 text, found = "", fault
             texts.append(text)
             spans.append(found)
-        encodings = self.backend.encode_batch(texts, add_special_tokens=False)
+        with user_error_from(_explain_failure):
+            encodings = self.backend.encode_batch(texts, add_special_tokens=False)
         results: list[ChatTokens | ChatError] = []
         for text, found, encoding in zip(texts, spans, encodings, strict=True):
             if isinstance(found, ChatError):
@@ -124,15 +127,6 @@ class ChatFormat:
             except ChatError as fault:
                 results.append(fault)
         return results
-
-    def ends_prompt_with_space(self) -> bool:
-        """Check if the template writes a space before an answer.
-
-        Raises:
-            ChatError: The template refuses a question and its answer.
-        """
-        text, ((begin, _),) = self._render([Message("user", "Why?"), Message("assistant", "So.")])
-        return text[:begin].endswith(" ")
 
     def encode_one(self, messages: Sequence[Message]) -> ChatTokens:
         """Encode one conversation.
@@ -158,8 +152,8 @@ class ChatFormat:
             for number, message in enumerate(messages)
         ]
         plain = [{"role": message.role, "content": message.text} for message in messages]
-        if any(PLACEHOLDER.search(message.text) for message in messages):
-            raise ChatError("a message holds characters for private use, U+E000 and U+E001")
+        if any(RESERVED.search(message.text) for message in messages):
+            raise ChatError("a message holds characters for private use, U+E000 to U+E003")
         pieces = PLACEHOLDER.split(self._run_template(marked))
         numbers = [int(number) for number in pieces[1::2]]
         if numbers != list(range(len(messages))):
@@ -169,7 +163,10 @@ class ChatFormat:
             part + message.text for part, message in zip(parts[:-1], messages, strict=True)
         )
         if self._run_template(plain) != expected + parts[-1]:
-            raise ChatError("its template changes the text of a message")
+            raise ChatError(
+                "its template changes the text of a message (if it moves or drops thoughts, set "
+                "thinking: drop)"
+            )
         return self._join(messages, parts)
 
     def _join(
@@ -188,7 +185,7 @@ class ChatFormat:
     def _hide(self, part: str) -> str:
         """Write control tokens of the template by the names that no other text has."""
         pattern = _compile_names(self.tokenizer.control_names)
-        return pattern.sub(lambda match: hide_name(match.group()), part)
+        return pattern.sub(lambda match: _name_control_token(match.group()), part)
 
     def _run_template(self, messages: list[dict[str, str]]) -> str:
         try:
@@ -236,12 +233,24 @@ class ChatFormat:
         return stop
 
 
+def _explain_failure(error: BaseException) -> UserError:
+    return UserError(
+        f"the tokenizer fails on a conversation ({first_line(error)}); its tokenizer.json may be "
+        "corrupt: download it again"
+    )
+
+
 def merge_system(messages: Sequence[Message]) -> Sequence[Message]:
     """Put a system message before the user's first message, for templates that have none."""
     if len(messages) < 2 or messages[0].role != "system" or messages[1].role != "user":
         return messages
     system, first, *rest = messages
     return [replace(first, content=system.content + SYSTEM_BREAK + first.content), *rest]
+
+
+def _name_control_token(name: str) -> str:
+    """Choose the name of a control token in rendered text."""
+    return f"\ue002{name}\ue003"
 
 
 @lru_cache(maxsize=16)
@@ -308,10 +317,11 @@ def _load(
 
 
 def _build_backend(tokenizer: TextTokenizer) -> Tokenizer:
-    """Build a tokenizer that reads control tokens, each by its hidden name."""
+    """Build a tokenizer that reads control tokens, each by a name that no message has."""
     content = json.loads(tokenizer.backend.to_str())
-    present = {token["content"] for token in content["added_tokens"]}
-    content = rename_control_tokens(content, tokenizer.control_names & present)
+    names = {name: _name_control_token(name) for name in tokenizer.control_names}
+    names |= {hide_name(name): own for name, own in names.items()}  # where text could make them
+    content = rename_control_tokens(content, names)
     backend = Tokenizer.from_str(json.dumps(content))
     backend.encode_special_tokens = False
     return backend
@@ -327,11 +337,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_template(folder: Path, config: dict[str, Any], given: str | None, model: str) -> str:
-    """Read the template that the recipe names, or the model's own.
+    """Read the template that the recipe gives or names, or the model's own.
 
     Raises:
         UserError: There is none, or the file cannot be read.
     """
+    if given is not None and is_inline_template(given):
+        return given
     path = folder / TEMPLATE_FILE if given is None else Path(given).expanduser()
     if given is not None or path.is_file():
         try:
@@ -369,7 +381,7 @@ def _try_out(plain: ChatFormat, model: str) -> ChatFormat:
         ) from fault
     after = tokens.ids[tokens.answers[0, 1] :].tolist()
     end_id = next((i for i in after if plain.tokenizer.token_bytes[i] == b""), None)
-    form = replace(plain, end_id=end_id, joins_space=plain.ends_prompt_with_space())
+    form = replace(plain, end_id=end_id)
     try:
         form.encode_one([Message("system", "Be brief."), question, answer])
     except ChatError:

@@ -136,8 +136,16 @@ def copy_tokenizer(settings: ModelSettings, destination: Path) -> None:
     """
     own = find_folder(settings.model, settings.revision, TOKENIZER_FILES)
     copy_files(own, destination, TOKENIZER_FILES)
-    if settings.chat_template is not None:
-        shutil.copyfile(Path(settings.chat_template).expanduser(), destination / TEMPLATE_FILE)
+    given = settings.chat_template
+    if given is not None and is_inline_template(given):
+        (destination / TEMPLATE_FILE).write_text(given, encoding="utf-8")
+    elif given is not None:
+        shutil.copyfile(Path(given).expanduser(), destination / TEMPLATE_FILE)
+
+
+def is_inline_template(chat_template: str) -> bool:
+    """Check if the setting is a template itself, and not the path of one."""
+    return "{{" in chat_template or "{%" in chat_template
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

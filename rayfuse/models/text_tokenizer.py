@@ -52,6 +52,9 @@ class TextTokenizer:
     """Whether a word's first token includes a space that the text may lack (WordPiece)."""
     content_hash: str
     """Identifies the tokenizer in fingerprints."""
+    is_of_answers: bool = False
+    """Whether texts are answers in conversations: the first token of one may also spell a space of
+    the template before it, or of the tokenizer."""
     control_names: frozenset[str] = frozenset()
     """The control tokens; a text that holds one is encoded as plain characters."""
     added_names: frozenset[str] = frozenset()
@@ -269,7 +272,8 @@ def _hide_control_tokens(parsed: ParsedTokenizer, content: dict[str, Any]) -> To
     hidden = _list_special(added)
     others = [token["content"] for token in added if not token["special"]]
     if _may_produce(content["model"], hidden) or _may_cover(hidden, others):
-        backend = Tokenizer.from_str(json.dumps(rename_control_tokens(content, hidden)))
+        names = {name: hide_name(name) for name in hidden}
+        backend = Tokenizer.from_str(json.dumps(rename_control_tokens(content, names)))
     else:
         backend.add_special_tokens(sorted(hidden - _list_special(parsed.content["added_tokens"])))
     backend.no_truncation()
@@ -307,7 +311,7 @@ def _may_cover(hidden: Set[str], others: list[str]) -> bool:
     return bool(firsts & insides) or any(name.startswith(tuple(others)) for name in hidden)
 
 
-def rename_control_tokens(content: dict[str, Any], hidden: Set[str]) -> dict[str, Any]:
+def rename_control_tokens(content: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     """Rename the control tokens of a tokenizer.json so that no text is encoded as one.
 
     `encode_special_tokens` is not enough: the model itself may still produce `<s>` from the text
@@ -317,9 +321,9 @@ def rename_control_tokens(content: dict[str, Any], hidden: Set[str]) -> dict[str
 
     Args:
         content: The tokenizer.json.
-        hidden: The control tokens.
+        names: The new names of control tokens, by their names there.
     """
-    names = {name: hide_name(name) for name in hidden}
+    hidden = names.keys()
     model = dict(content["model"])
     if isinstance(model["vocab"], dict):
         model["vocab"] = {names.get(name, name): i for name, i in model["vocab"].items()}

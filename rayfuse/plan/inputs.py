@@ -200,7 +200,7 @@ def sample_documents(
         for document in islice(read_documents(file, max_document_bytes), SAMPLE_DOCUMENTS):
             if find_fault(document, max_document_bytes) is None:
                 documents.append(document)
-                num_bytes += len(document.text.encode())
+                num_bytes += len(document.full_text.encode())
             if num_bytes > SAMPLE_BYTES:
                 break
         yield file, documents
@@ -244,10 +244,9 @@ def _measure_model(
         size = size_from_settings(given)
         notes.append(f"{name}: {size.parameters:,.0f} weights, from plan.models.{name}")
     own = None if given is None else given.bytes_per_token
-    if sample is None or own is not None:
+    if sample is None or not sample.num_rows or own is not None:
         return PlannedModel(name, size, own or recipe.plan.bytes_per_token)
-    num_tokens = _count_tokens(settings, sample)
-    num_bytes = sum(sample["num_bytes"].to_pylist())
+    num_tokens, num_bytes = _count_tokens(settings, sample), _count_bytes(sample)
     bytes_per_token = num_bytes / max(num_tokens, 1)
     notes.append(f"{name}: {bytes_per_token:.2f} bytes per token, counted in {num_bytes:,} bytes")
     return PlannedModel(name, size, bytes_per_token)
@@ -260,6 +259,14 @@ def _count_tokens(settings: ModelSettings, rows: pa.Table) -> int:
         return sum(len(row.ids) for row in encoded if isinstance(row, ChatTokens))
     texts, ends = rows["text"].to_pylist(), rows["ends_document"].to_pylist()
     return sum(map(len, load_recipe_tokenizer(settings).encode_rows(texts, ends)))
+
+
+def _count_bytes(rows: pa.Table) -> int:
+    """Count the bytes of rows; in conversations of all messages, as files hold all of them."""
+    if has_answers(rows):
+        talks = read_messages(rows)
+        return sum(len(message.text.encode()) for talk in talks for message in talk)
+    return sum(rows["num_bytes"].to_pylist())
 
 
 def _note_memory(recipe: Recipe, notes: list[str]) -> None:
@@ -280,7 +287,7 @@ def _note_memory(recipe: Recipe, notes: list[str]) -> None:
 def _measure_rows(recipe: Recipe, target: PlannedModel, sample: pa.Table | None) -> float:
     if recipe.plan.row_tokens is not None or sample is None or not sample.num_rows:
         return (recipe.plan.row_tokens or recipe.corpus.max_tokens) * target.bytes_per_token
-    return sum(sample["num_bytes"].to_pylist()) / sample.num_rows
+    return _count_bytes(sample) / sample.num_rows
 
 
 def _measure_text(

@@ -260,6 +260,9 @@ def _identify_scored(
         source.name: [found.models[source.name].identity, source.dtype]
         for source in recipe.run_sources
     }
+    if recipe.corpus.is_chat:  # the template is no part of a model's identity
+        for source in recipe.run_sources:
+            models[source.name].append(found.tokenizers[source.name])
     models[TARGET] = [found.models[TARGET].identity, recipe.target.dtype]
     models |= {run.name: run.fingerprint for run in runs}
     if ensemble:

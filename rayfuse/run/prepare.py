@@ -10,7 +10,7 @@ from typing import Any
 
 from rayfuse.config.base import UserError
 from rayfuse.config.recipe import Recipe
-from rayfuse.models.chat import identify_format, load_chat_format
+from rayfuse.models.chat import ChatFormat, identify_format, load_chat_format
 from rayfuse.models.files import (
     ModelFiles,
     check_model,
@@ -140,11 +140,21 @@ def list_tokenizer_notes(recipe: Recipe) -> list[str]:
                 f"no file of its tokenizer names {' and '.join(missing)}, so its rows have none; "
                 "if the model was trained with them, name them in tokenizer_config.json"
             )
-        if recipe.corpus.is_chat and not load_chat_format(settings).takes_system:
-            found.append(
-                "its chat template has no system messages: they are put before the user's first"
-            )
+        if recipe.corpus.is_chat:
+            found += _list_template_notes(load_chat_format(settings))
         notes += [f"{_describe_role(name)}: {note}" for note in found]
+    return notes
+
+
+def _list_template_notes(chat: ChatFormat) -> list[str]:
+    notes: list[str] = []
+    if not chat.takes_system:
+        notes.append("its chat template puts system messages before the user's first message")
+    if chat.end_id is None:
+        notes.append(
+            "no control token ends an answer in its chat template, so the end is not learned; a "
+            "base model needs a template with its own EOS"
+        )
     return notes
 
 

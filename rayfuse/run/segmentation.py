@@ -13,7 +13,7 @@ from typing import Any
 
 from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
-from rayfuse.models.chat import identify_format
+from rayfuse.models.chat import identify_format, load_chat_format
 from rayfuse.run.fingerprint import fingerprint_of
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.manifest import decode_run
@@ -118,7 +118,9 @@ def write_segmentation(store: Store, segmentation: Segmentation) -> None:
     record = {
         "rows": segmentation.fingerprint,
         "cut_for": [
-            {"model": model.model, "revision": model.revision} for model in segmentation.split_for
+            {"model": model.model, "revision": model.revision}
+            | ({"chat_template": load_chat_format(model).template} if segmentation.is_chat else {})
+            for model in segmentation.split_for
         ],
         "tokenizers": list(segmentation.tokenizers),
     }

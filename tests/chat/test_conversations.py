@@ -10,7 +10,8 @@ import pytest
 from rayfuse.config.corpus import CorpusSettings, DocumentsSettings
 from rayfuse.corpus.conversations import parse_messages
 from rayfuse.corpus.documents import Document, read_documents
-from rayfuse.corpus.shards import build_chat_rows
+from rayfuse.corpus.shards import Part, batch_documents, build_chat_rows
+from rayfuse.corpus.split import find_fault
 from rayfuse.models.chat import ChatFormat, Message
 from rayfuse.run.inputs import list_inputs
 from rayfuse.storage.chat_columns import read_answers, read_messages
@@ -56,6 +57,47 @@ def test_messages_of_one_role_are_joined_and_tools_are_text():
         Message("assistant", written),
         Message("user", "<tool_response>\n4\n</tool_response>"),
         Message("assistant", "4"),
+    )
+
+
+def test_arguments_of_calls_are_decoded_and_odd_values_refused():
+    function = {"name": "add", "arguments": '{"a": 2}'}
+    answer = {"role": "assistant", "tool_calls": [{"function": function}]}
+    (_, message) = parse_messages([ASK, answer], "keep")
+    assert message.content == ('<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>')
+    with pytest.raises(ValueError, match="tool_calls of message 2 are no JSON values"):
+        parse_messages([ASK, answer | {"tool_calls": [{"function": {"name": b"x"}}]}], "keep")
+
+
+def test_empty_system_messages_are_none_and_leading_ones_are_joined():
+    assert parse_messages([{"role": "system", "content": " "}, ASK, ANSWER], "keep") == PLAIN
+    both = [{"role": "system", "content": "A"}, {"role": "developer", "content": "B"}]
+    assert parse_messages([*both, ASK, ANSWER], "keep")[0] == Message("system", "A\n\nB")
+
+
+def test_thoughts_without_a_first_tag_and_between_joined_answers_are_no_answer():
+    bare = {"role": "assistant", "content": "2 and 2\n</think>\n\n4"}
+    assert parse_messages([ASK, bare], "drop") == PLAIN
+    second = {"role": "assistant", "content": "<think>sure?</think>Yes."}
+    joined = parse_messages([ASK, ANSWER, second], "context")
+    assert joined[1] == Message("assistant", "4\n\nYes.")
+
+
+def test_a_lone_surrogate_in_a_prompt_costs_its_conversation(tmp_path):
+    path = tmp_path / "talk.jsonl"
+    path.write_text(write({"role": "user", "content": "hi \ud83d"}, ANSWER))
+    (document,) = read_file(path)
+    assert find_fault(document, 1000) == "invalid UTF-8: lone surrogate"
+
+
+def test_prompts_count_in_the_size_of_a_shard():
+    talk = (Message("user", "x" * 90), Message("assistant", "Yes."))
+    documents = [Document(f"d{number}", "", "Yes.", messages=talk) for number in range(10)]
+    part = Part(0.0, takes_held_out=False)
+    batches = list(batch_documents(documents, part, shard_bytes=200, max_document_bytes=1000))
+    assert [len(batch.documents) for batch in batches] == [3, 3, 3, 1]
+    assert find_fault(documents[0], 50) == (
+        "over-long: 94 characters, corpus.max_document_bytes is 50"
     )
 
 

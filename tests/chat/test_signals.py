@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayfuse.align.answers import align_answers, tokenize_answers
 from rayfuse.align.method import build_alignment
+from rayfuse.align.vocab_map import UNCHANGED, WITH_SPACE, WITHOUT_SPACE, map_vocabulary
 from rayfuse.capture.chat_rows import build_chat_captured, score_conversations
 from rayfuse.capture.engines.transformers_engine import TransformersEngine
 from rayfuse.config.capture import CaptureSettings
@@ -251,3 +252,46 @@ def test_all_models_score_the_same_bytes(models):
     for row, num_bytes in enumerate(corpus["num_bytes"].to_pylist()):
         ends = find_joint_ends([of_model[row] for of_model in scored])
         assert ends[-1] == num_bytes
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_the_vocabulary_map_of_answers_is_that_of_text(source, target, models):
+    """A space of the template decides what is put before a token, never what a token means."""
+    ours, theirs = load_chat_format(models[source]), load_chat_format(models[target])
+    plain = map_vocabulary(ours.tokenizer, theirs.tokenizer)[UNCHANGED]
+    of_answers = map_vocabulary(tokenize_answers(ours), tokenize_answers(theirs))
+    spells = np.array([bool(token) for token in ours.tokenizer.token_bytes] + [False])
+    np.testing.assert_array_equal(of_answers[UNCHANGED][spells], plain[spells])
+    assert of_answers[UNCHANGED][ours.end_id] == theirs.end_id
+    for space_change, change in ((WITHOUT_SPACE, without_space), (WITH_SPACE, with_space)):
+        by_bytes = theirs.tokenizer.list_by_bytes()
+        for token_id, token in enumerate(ours.tokenizer.token_bytes):
+            goal = by_bytes.get(change(token)) if token and change(token) else None
+            if goal is not None and change(token) != token and token.isascii():
+                assert of_answers[space_change][token_id] == goal
+
+
+def without_space(token: bytes) -> bytes:
+    return token.removeprefix(b" ")
+
+
+def with_space(token: bytes) -> bytes:
+    return b" " + token
+
+
+def test_an_answer_after_thoughts_that_end_in_a_space_has_signals(models):
+    settings = models["chatml"]
+    chat = load_chat_format(settings)
+    talk = (
+        Message("user", "Think."),
+        Message("assistant", "cat sat", context="<think>x</think> "),
+    )
+    document = Document("d", "", "cat sat", messages=talk)
+    corpus, _, rejects = build_chat_rows([document], chat, [chat], max_tokens=100)
+    assert not rejects
+    tokenizer = tokenize_answers(chat)
+    aligned, stats = align_answers(
+        corpus, capture(corpus, settings), build_alignment(tokenizer, tokenizer)
+    )
+    assert stats["with_signal"] == stats["positions"] > 2
+    assert aligned.num_rows == 1

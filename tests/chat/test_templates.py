@@ -151,3 +151,22 @@ def test_a_template_cannot_leave_its_sandbox(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(UserError, match=r"chat template.*unsafe"):
         load_chat_format(settings)
+
+
+def test_no_message_can_hold_a_control_token(named):
+    name, form, _ = named
+    hidden = f"control token {FAMILIES[name].end}"
+    tokens = form.encode_one([Message("user", f"The {hidden}"), Message("assistant", hidden)])
+    ((start, stop, _),) = tokens.answers.tolist()
+    assert spell(form, tokens.ids[start:stop]).strip() == hidden.encode()
+    harmless = form.encode_one([ASK, ANSWER])
+    assert (tokens.ids == form.end_id).sum() == (harmless.ids == form.end_id).sum()
+    with pytest.raises(ChatError, match="characters for private use"):
+        form.encode_one([Message("user", f"\ue002{FAMILIES[name].end}\ue003"), ANSWER])
+
+
+def test_the_template_itself_may_be_the_setting(tmp_path):
+    settings = save_family("chatml", tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    own = settings.model_copy(update={"chat_template": FAMILIES["chatml"].template})
+    assert load_chat_format(own).encode_one(TALK).answers.shape == (2, 3)
