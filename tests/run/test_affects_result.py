@@ -30,6 +30,8 @@ ELSEWHERE = {
     "target.adapter_revision": "fingerprints contain its files",
     "sources.0.adapter": "fingerprints contain its files",
     "sources.0.adapter_revision": "fingerprints contain its files",
+    "target.chat_template": "fingerprints contain the template, if documents are conversations",
+    "sources.0.chat_template": "fingerprints contain the template, if documents are conversations",
     "evaluate.bootstrap_samples": "intervals are computed for each report again",
     "train.baseline": "it adds the folders of one more model and changes no other",
     "plan": "a section: its settings are listed below it",
