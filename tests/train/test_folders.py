@@ -36,6 +36,7 @@ OF_ALL: dict[str, Any] = {
     "zero_stage": 3,
     "offload": True,
     "lora": {"rank": 2},
+    "loss_on": "all",
     "publish": "best",
 }
 
