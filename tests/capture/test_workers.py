@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rayfuse.capture import workers
-from rayfuse.capture.control import CaptureControl
+from rayfuse.capture.control import MAX_SILENT_SECONDS, CaptureControl
 from rayfuse.capture.workers import WorkerReporter, WorkerState, drop_reports, read_reports
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.seal import ShardError
@@ -36,6 +36,37 @@ def test_the_registry_knows_which_worker_works_on_which_shard():
     assert control.record_start("a", "mpt", start_worker("2")) == 0  # restarted after a shard
     assert control.record_start("b", "mpt", start_worker("3")) == 1  # before its first
     assert [worker.gpus for worker in control.list_workers("mpt")] == [["2"], ["3"]]
+
+
+def test_the_shards_of_an_actor_that_falls_silent_are_not_in_progress():
+    now = [0.0]
+    control = CaptureControl(clock=lambda: now[0])
+    for actor_id, gpu in (("lost", "0"), ("slow", "1"), ("idle", "2")):
+        control.record_start(actor_id, "mpt", start_worker(gpu))
+    control.start_shard("lost", "mpt", 7)
+    control.start_shard("slow", "mpt", 8)
+    for now[0] in (60.0, 119.0, 150.0):  # a shard may take longer than an actor may be silent
+        control.record_heartbeat("slow")
+        assert control.count_running() == (2 if now[0] < MAX_SILENT_SECONDS else 1)
+    (slow,) = control.list_workers("mpt")  # nor does a pool that shrank keep its GPU
+    assert (slow.gpus, [*slow.shards]) == (["1"], ["8"])
+    control.end_shard("slow", "mpt", 8, is_done=True)
+    assert control.count_running() == 0
+
+
+def test_an_actor_that_was_silent_and_returns_is_alive():
+    now = [0.0]
+    control = CaptureControl(clock=lambda: now[0])
+    control.record_start("a", "mpt", start_worker("0"))
+    control.start_shard("a", "mpt", 7)
+    now[0] = 1000.0
+    assert control.list_workers("mpt") == []
+    control.record_heartbeat("a")  # its network was gone
+    assert control.count_running() == 1
+    now[0] = 2000.0
+    assert control.record_start("a", "mpt", start_worker("1")) == 1  # on another node
+    assert [worker.gpus for worker in control.list_workers("mpt")] == [["1"]]
+    assert control.count_running() == 0
 
 
 def test_a_report_is_replaced_until_it_is_stopped(data: DataSet, monkeypatch):
