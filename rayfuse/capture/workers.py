@@ -65,10 +65,10 @@ class WorkerReporter:
     def run(self) -> None:
         """Store a report again and again; for a daemon thread."""
         while not self.stopped.wait(REPORT_SECONDS):
-            report = WorkerReport(time.time(), self.list_workers())
             try:
+                report = WorkerReport(time.time(), self.list_workers())
                 self.data.store.write(self.name, seal(asdict(report)))
-            except OSError as error:  # the next report may succeed; shards have their own retries
+            except Exception as error:  # of Ray or a store; shards have their own retries
                 log_event("workers not reported", source=self.data.name, error=error)
 
     def stop(self) -> None:

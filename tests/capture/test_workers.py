@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import NoCredentialsError
 
 from rayfuse.capture import workers
 from rayfuse.capture.control import MAX_SILENT_SECONDS, CaptureControl
@@ -85,6 +86,39 @@ def test_a_report_is_replaced_until_it_is_stopped(data: DataSet, monkeypatch):
     assert report.workers == [states[2]]
     drop_reports(data)
     assert read_reports(data) == []
+
+
+class FailingStore(LocalStore):
+    """A store whose first writes fail in the client, with errors that are no OSError."""
+
+    failures = 2
+
+    def write(self, name: str, data: bytes) -> None:
+        self.failures -= 1
+        if self.failures >= 0:
+            raise NoCredentialsError
+        super().write(name, data)
+
+
+def test_reports_go_on_after_errors_of_ray_and_of_the_storages_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(workers, "REPORT_SECONDS", 0.01)
+    data = DataSet(FailingStore(str(tmp_path)), "captured", "mpt", "0123456789ab")
+    calls: list[int] = []
+
+    def list_workers() -> list[WorkerState]:
+        calls.append(len(calls))
+        if len(calls) == 1:
+            raise RuntimeError("the control's node is gone")
+        if len(calls) == 4:
+            reporter.stop()
+        return [start_worker("0")]
+
+    reporter = WorkerReporter(data, "job", list_workers)
+    reporter.run()
+    (report,) = read_reports(data)
+    assert (len(calls), report.workers) == (4, [start_worker("0")])
 
 
 def test_a_corrupt_report_is_an_error(data: DataSet):
