@@ -1,5 +1,6 @@
 """The report of a capture's workers: what each holds and works on, one file a job."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,16 @@ from botocore.exceptions import NoCredentialsError
 
 from rayfuse.capture import workers
 from rayfuse.capture.control import MAX_SILENT_SECONDS, CaptureControl
-from rayfuse.capture.workers import WorkerReporter, WorkerState, drop_reports, read_reports
+from rayfuse.capture.workers import (
+    MAX_REPORT_SECONDS,
+    WorkerReport,
+    WorkerReporter,
+    WorkerState,
+    drop_old_reports,
+    read_reports,
+)
 from rayfuse.storage.dataset import DataSet
-from rayfuse.storage.seal import ShardError
+from rayfuse.storage.seal import ShardError, seal
 from rayfuse.storage.store import LocalStore
 
 
@@ -73,19 +81,29 @@ def test_an_actor_that_was_silent_and_returns_is_alive():
 def test_a_report_is_replaced_until_it_is_stopped(data: DataSet, monkeypatch):
     monkeypatch.setattr(workers, "REPORT_SECONDS", 0.01)
     states: list[WorkerState] = []
+    seen: list[WorkerReport] = []
 
     def list_workers() -> list[WorkerState]:
         states.append(start_worker(str(len(states))))
+        seen.extend(read_reports(data))
         if len(states) == 3:
             reporter.stop()
         return [states[-1]]
 
     reporter = WorkerReporter(data, "job", list_workers)
     reporter.run()
-    (report,) = read_reports(data)
-    assert report.workers == [states[2]]
-    drop_reports(data)
-    assert read_reports(data) == []
+    assert [report.workers for report in seen] == [[states[0]], [states[1]]]
+    assert read_reports(data) == []  # removed at the end
+
+
+def test_a_job_removes_old_and_corrupt_reports_but_none_of_a_job_beside_it(data: DataSet):
+    ages = {"beside": 20.0, "slow-clock": -600.0, "killed": MAX_REPORT_SECONDS + 1}
+    for job, age in ages.items():
+        record = {"time": time.time() - age, "workers": []}
+        data.store.write(f"{data.folder}/workers/{job}.json", seal(record))
+    data.store.write(f"{data.folder}/workers/corrupt.json", b'{"time": 1')
+    drop_old_reports(data)
+    assert sorted(data.store.sizes(f"{data.folder}/workers")) == ["beside.json", "slow-clock.json"]
 
 
 class FailingStore(LocalStore):
@@ -106,19 +124,20 @@ def test_reports_go_on_after_errors_of_ray_and_of_the_storages_client(
     monkeypatch.setattr(workers, "REPORT_SECONDS", 0.01)
     data = DataSet(FailingStore(str(tmp_path)), "captured", "mpt", "0123456789ab")
     calls: list[int] = []
+    seen: list[WorkerReport] = []
 
     def list_workers() -> list[WorkerState]:
         calls.append(len(calls))
         if len(calls) == 1:
             raise RuntimeError("the control's node is gone")
-        if len(calls) == 4:
+        if len(calls) == 5:
+            seen.extend(read_reports(data))
             reporter.stop()
         return [start_worker("0")]
 
     reporter = WorkerReporter(data, "job", list_workers)
     reporter.run()
-    (report,) = read_reports(data)
-    assert (len(calls), report.workers) == (4, [start_worker("0")])
+    assert [report.workers for report in seen] == [[start_worker("0")]]
 
 
 def test_a_corrupt_report_is_an_error(data: DataSet):
