@@ -19,6 +19,7 @@ from rayfuse.capture.workers import WorkerState
 from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.models import SourceSettings
 from rayfuse.runtime.heap import trim_heap
+from rayfuse.runtime.logging import log_event
 from rayfuse.runtime.ray_internals import list_draining_nodes
 from rayfuse.storage.dataset import DataSet
 
@@ -27,6 +28,9 @@ MAX_CRASHES = 5
 
 DRAIN_POLL_SECONDS = 5.0
 """Between two checks whether the actor's node is draining."""
+
+HEARTBEAT_SECONDS = 5.0
+"""Between two heartbeats to `CaptureControl`."""
 
 
 class CrashLoopError(RuntimeError):
@@ -96,6 +100,9 @@ class CaptureActor:
         worker = WorkerState(socket.gethostname(), os.getpid(), [*gpus], time.time())
         start = self.control.record_start.remote(self.actor_id, source.name, worker)
         crashes: int = ray.get(start)  # pyright: ignore[reportAssignmentType]
+        # Before the model is loaded, which may take longer than an actor may be silent.
+        name = "heartbeats"
+        threading.Thread(target=self._send_heartbeats, name=name, daemon=True).start()
         if crashes > MAX_CRASHES:
             raise CrashLoopError(describe_crashes(source, crashes))
         engine = load_engine(source, settings)
@@ -126,13 +133,20 @@ class CaptureActor:
             stats = capturer.capture(shard)
             is_done = True
         finally:
-            self.control.end_shard.remote(*place, is_done=is_done)
+            # Waited for: `_exit_when_draining` may kill this process once the call has ended.
+            ray.get(self.control.end_shard.remote(*place, is_done=is_done))
         if stats.is_ours:
             if stats.tokens:  # Ray refuses to count none
                 self.tokens.inc(stats.tokens, self.tags)
             self.busy.inc(stats.busy_seconds, self.tags)
             self.idle.inc(stats.idle_seconds, self.tags)
         return asdict(stats)
+
+    def _send_heartbeats(self) -> None:
+        """Report that this process is alive, also while it loads its model or waits to be ended."""
+        while self.fault is None:
+            self.control.record_heartbeat.remote(self.actor_id)
+            time.sleep(HEARTBEAT_SECONDS)
 
     def _exit_when_draining(self) -> None:
         """End this process once its node is draining and the shards in hand are finished.
@@ -141,9 +155,18 @@ class CaptureActor:
         counts them as its pool. A process that dies is restarted, on another node.
         """
         node = ray.get_runtime_context().get_node_id()
-        while node not in list_draining_nodes():
+        while not _is_draining(node):
             time.sleep(DRAIN_POLL_SECONDS)
         for _ in range(CALLS_PER_ACTOR):  # with all permits taken, no call is running
             self.calls.acquire()
         # SIGKILL: `ray.actor.exit_actor` counts as intended, and Ray would not restart the actor.
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_draining(node: str) -> bool:
+    """Check whether a node is draining; False where the cluster does not answer just now."""
+    try:
+        return node in list_draining_nodes()
+    except Exception as error:  # whatever the GCS raises as it restarts: the next check may succeed
+        log_event("draining not checked", node=node, error=error)
+        return False

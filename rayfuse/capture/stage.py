@@ -30,7 +30,7 @@ from rayfuse.capture.engines.load import load_recipe_engine
 from rayfuse.capture.scheduling import NEXT_STEP_CPUS, NextStep, PlanStep, SourceWork, plan_work
 from rayfuse.capture.shard import ShardStats
 from rayfuse.capture.stats import MetricsLog, StatsAccumulator, to_line
-from rayfuse.capture.workers import WorkerReporter, WorkerState, drop_reports
+from rayfuse.capture.workers import WorkerReporter, WorkerState, drop_old_reports
 from rayfuse.config.base import UserError, first_line
 from rayfuse.config.recipe import Recipe
 from rayfuse.run.layout import Layout
@@ -216,7 +216,7 @@ class SourceCapture:
 
     def _capture_shards(self) -> None:
         work = self.work
-        drop_reports(work.captured)
+        drop_old_reports(work.captured)
         reporter = WorkerReporter(work.captured, self.job, self._list_workers)
         thread = threading.Thread(target=reporter.run, daemon=True)
         thread.start()
@@ -248,7 +248,6 @@ class SourceCapture:
         finally:
             reporter.stop()
         thread.join()
-        drop_reports(work.captured)
 
     def _stream_stats(self) -> Iterator[ShardStats]:
         """Capture and align the source's shards, and yield the counts and times of each.

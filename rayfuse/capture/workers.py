@@ -11,10 +11,13 @@ from typing import Any
 
 from rayfuse.runtime.logging import log_event
 from rayfuse.storage.dataset import DataSet
-from rayfuse.storage.seal import seal, unseal
+from rayfuse.storage.seal import ShardError, seal, unseal
 
 REPORT_SECONDS = 15.0
 """Between two reports of a job."""
+
+MAX_REPORT_SECONDS = 3600.0
+"""Age of the report of a job that has ended, however the clocks of two drivers differ."""
 
 FOLDER = "workers"
 """Below the data set's folder: a file for each job, which its driver replaces."""
@@ -63,23 +66,33 @@ class WorkerReporter:
         self.stopped = Event()
 
     def run(self) -> None:
-        """Store a report again and again; for a daemon thread."""
+        """Store a report again and again, and remove it at the end; for a daemon thread."""
         while not self.stopped.wait(REPORT_SECONDS):
-            report = WorkerReport(time.time(), self.list_workers())
             try:
+                report = WorkerReport(time.time(), self.list_workers())
                 self.data.store.write(self.name, seal(asdict(report)))
-            except OSError as error:  # the next report may succeed; shards have their own retries
+            except Exception as error:  # of Ray or a store; shards have their own retries
                 log_event("workers not reported", source=self.data.name, error=error)
+        try:
+            self.data.store.remove(self.name)
+        except Exception as error:  # a later job removes it, once it is old
+            log_event("report of workers not removed", source=self.data.name, error=error)
 
     def stop(self) -> None:
         """Store no more reports."""
         self.stopped.set()
 
 
-def drop_reports(data: DataSet) -> None:
-    """Remove the reports of all jobs; a job that still runs writes its own again."""
-    for name in data.store.sizes(f"{data.folder}/{FOLDER}"):
-        data.store.remove(f"{data.folder}/{FOLDER}/{name}")
+def drop_old_reports(data: DataSet) -> None:
+    """Remove the reports of jobs that have ended without removing theirs, and corrupt ones."""
+    for name in _list_reports(data):
+        try:
+            report = _read_report(data, name)
+            is_old = report is not None and time.time() - report.time > MAX_REPORT_SECONDS
+        except (ShardError, KeyError, TypeError):
+            is_old = True
+        if is_old:
+            data.store.remove(name)
 
 
 def read_reports(data: DataSet) -> list[WorkerReport]:
@@ -88,16 +101,22 @@ def read_reports(data: DataSet) -> list[WorkerReport]:
     Raises:
         ShardError: One is corrupt.
     """
+    reports = [_read_report(data, name) for name in _list_reports(data)]
+    return [report for report in reports if report is not None]
+
+
+def _list_reports(data: DataSet) -> list[str]:
     folder = f"{data.folder}/{FOLDER}"
-    found: list[WorkerReport] = []
-    for name in sorted(data.store.sizes(folder)):
-        if not name.endswith(".json"):
-            continue
-        try:
-            content = data.store.read(f"{folder}/{name}")
-        except FileNotFoundError:  # removed since the folder was listed
-            continue
-        record: dict[str, Any] = unseal(content, f"{data.store.root}/{folder}/{name}")
-        workers = [WorkerState(**worker) for worker in record["workers"]]
-        found.append(WorkerReport(record["time"], workers))
-    return found
+    names = sorted(name for name in data.store.sizes(folder) if name.endswith(".json"))
+    return [f"{folder}/{name}" for name in names]
+
+
+def _read_report(data: DataSet, name: str) -> WorkerReport | None:
+    """Read the report of one job; None if it was removed since its folder was listed."""
+    try:
+        content = data.store.read(name)
+    except FileNotFoundError:
+        return None
+    record: dict[str, Any] = unseal(content, f"{data.store.root}/{name}")
+    workers = [WorkerState(**worker) for worker in record["workers"]]
+    return WorkerReport(record["time"], workers)

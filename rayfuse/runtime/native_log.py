@@ -4,6 +4,7 @@ Ray's C++ code writes warnings to file descriptor 2, such as one for each pool o
 of Ray's silences them for the driver alone.
 """
 
+import faulthandler
 import os
 import sys
 import time
@@ -35,6 +36,9 @@ class NativeLog:
         os.dup2(file, 2)
         os.close(file)
         sys.stderr = os.fdopen(terminal, "w", buffering=1, errors="backslashreplace")
+        # A process that aborts calls no `report`: without this, the terminal would show only the
+        # shell's "Aborted". Ray keeps a handler that is enabled before it connects.
+        faulthandler.enable(sys.stderr)
         self.path = path
 
     def report(self) -> None:

@@ -80,7 +80,8 @@ class LiveUploads:
     def _write(self, content: bytes, began: float) -> None:
         try:
             self.store.write(self.name, content)
-        except OSError as error:  # checkpoints, which count, have their own retries
+        except Exception as error:  # of a store; checkpoints, which count, have their own retries
             log_event("metrics not uploaded", file=self.name, error=error)
-        now = time.monotonic()
-        self.due = now + max(UPLOAD_SECONDS, (now - began) / MAX_UPLOAD_SHARE)
+        finally:
+            now = time.monotonic()
+            self.due = now + max(UPLOAD_SECONDS, (now - began) / MAX_UPLOAD_SHARE)

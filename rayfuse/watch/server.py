@@ -12,7 +12,6 @@ from pathlib import Path
 
 from rayfuse.config.addresses import mask_secrets
 from rayfuse.config.base import UserError, first_line
-from rayfuse.storage.seal import ShardError
 from rayfuse.watch.page import Freshness, announce, describe_written, render_page, render_parts
 from rayfuse.watch.snapshot import Snapshot, to_values
 
@@ -91,7 +90,7 @@ class LiveRun:
     def _read_again(self) -> None:
         try:
             self._read()
-        except (OSError, UserError, ShardError) as error:
+        except Exception as error:  # botocore's NoCredentialsError is no OSError
             self.fault = f"the storage cannot be read: {mask_secrets(first_line(error))}"
         finally:
             self.ended_at, self.reading = time.monotonic(), None

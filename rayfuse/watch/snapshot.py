@@ -98,6 +98,8 @@ class RunReader:
         self.trainings = [TrainingReader(self.layout.store, run) for run in self.layout.runs]
         self.pace = PaceEstimator()
         self.results: dict[str, bool] = {}
+        self.result_faults: list[str] = []
+        """Of the last check of the stages after train, which found `results`."""
         self.results_at = -math.inf
 
     def read(self) -> Snapshot:
@@ -114,12 +116,13 @@ class RunReader:
             counter.refresh(num_shards if counter.data.inputs else None, deadline)
             for counter in self.counters
         ]
-        self._check_results(faults)
+        self._check_results()
         num_steps = self._count_steps(data_sets[0])
         trainings = [
             reader.refresh(num_steps, is_complete=self._is_trained(reader.run, faults))
             for reader in self.trainings
         ]
+        faults += self.result_faults
         faults += [fault for part in (*data_sets, *trainings) for fault in part.faults]
         return Snapshot(
             read_at=time.time(),
@@ -149,12 +152,13 @@ class RunReader:
             return None
         return count_steps(corpus.rows, train.rows_per_step, train.epochs)
 
-    def _check_results(self, faults: list[str]) -> None:
+    def _check_results(self) -> None:
         """Check whether the stages after train are complete, unless that was done just before."""
         if time.monotonic() - self.results_at < RESULT_SECONDS:
             return
+        self.result_faults = []
         for stage in STAGES[4:]:
-            self.results[stage] = self._check(stage, self.layout, faults)
+            self.results[stage] = self._check(stage, self.layout, self.result_faults)
         self.results_at = time.monotonic()
 
     def _check(self, stage: str, layout: Layout, faults: list[str]) -> bool:

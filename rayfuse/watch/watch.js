@@ -7,6 +7,11 @@ let refreshSeconds = Number(body.dataset.refresh);
 let readAt = Date.now() - 1000 * Number(body.dataset.age);
 let failures = 0;
 
+// The server itself answers within 10 s; a tunnel whose other end has gone never does.
+const TIMEOUT_SECONDS = 30;
+const MAX_PAUSE_SECONDS = 60;
+const RETRY_SECONDS = 2;
+
 function setText(id, text) {
   const element = document.getElementById(id);
   if (element.textContent !== text) element.textContent = text;
@@ -36,7 +41,9 @@ function replacePart(name, html) {
 
 async function update() {
   try {
-    const answer = await fetch("/state.json", { cache: "no-store" });
+    const answer = await fetch("/state.json", {
+      cache: "no-store", signal: AbortSignal.timeout(1000 * TIMEOUT_SECONDS),
+    });
     if (!answer.ok) throw new Error(`HTTP ${answer.status}`);
     const state = await answer.json();
     failures = 0;
@@ -53,7 +60,8 @@ async function update() {
     }
   }
   showAge();
-  setTimeout(update, 1000 * Math.min(refreshSeconds * 2 ** Math.min(failures, 4), 60));
+  const pause = failures === 0 ? refreshSeconds : RETRY_SECONDS * 2 ** Math.min(failures - 1, 5);
+  setTimeout(update, 1000 * Math.min(pause, MAX_PAUSE_SECONDS));
 }
 
 setInterval(showAge, 1000);

@@ -1,9 +1,11 @@
 """Metrics of a running training reach the store in the background, never after its last upload."""
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import NoCredentialsError
 
 from rayfuse.storage.seal import ShardError
 from rayfuse.storage.store import LocalStore
@@ -54,6 +56,24 @@ def test_a_storage_that_fails_does_not_end_the_training(tmp_path: Path, monkeypa
     uploads.offer(lambda: b"kept")
     uploads.wait()
     assert store.read("train/metrics.jsonl") == b"kept"
+
+
+class ExpiredStore(LocalStore):
+    """A store whose client fails with an error that is no OSError."""
+
+    def write(self, name: str, data: bytes) -> None:
+        raise NoCredentialsError
+
+
+def test_an_error_of_the_storages_client_ends_no_training_and_is_not_repeated_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(live, "UPLOAD_SECONDS", 0.0)
+    uploads = LiveUploads(ExpiredStore(str(tmp_path)), "train/metrics.jsonl")
+    monkeypatch.setattr(live, "UPLOAD_SECONDS", 60.0)
+    uploads.offer(lambda: b"lost")
+    uploads.wait()  # pytest reports an error that ends a thread
+    assert uploads.due > time.monotonic() + 30
 
 
 def test_the_workers_of_a_run_are_stored_with_their_gpus(tmp_path: Path):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from botocore.exceptions import NoCredentialsError
 
 import rayfuse
 from rayfuse.config.base import UserError
@@ -109,6 +110,23 @@ def test_a_storage_that_fails_leaves_the_last_numbers_and_says_so(stored: Recipe
     assert freshness.age_seconds >= 0.05
     assert freshness.fault is not None
     assert freshness.fault.startswith("the storage cannot be read: no route to s3://***@host")
+
+
+def test_an_error_of_the_storages_client_is_shown_until_a_read_succeeds(stored: Recipe):
+    live = LiveRun(RunReader(stored).read, 0.0)
+    first, _ = live.refresh()
+    read = live.read
+
+    def fail() -> Snapshot:
+        raise NoCredentialsError  # no OSError
+
+    live.read, live.pause_seconds = fail, 0.0
+    second, freshness = live.refresh()
+    assert second is first
+    assert freshness.fault == "the storage cannot be read: Unable to locate credentials"
+    live.read = read
+    third, freshness = live.refresh()
+    assert (third is first, freshness.fault) == (False, None)
 
 
 def test_a_storage_that_does_not_answer_leaves_the_last_numbers(stored: Recipe, monkeypatch):

@@ -1,6 +1,7 @@
 """The numbers are those of `rayfuse status`, at any size, and no file that is torn hides them."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,22 @@ def test_a_torn_file_hides_nothing_else_and_is_read_again(recipe: Recipe, share:
     assert healed.faults == []
     assert healed.trainings[0].steps == 3
     assert healed.data_sets[2].log[-1]["tokens_per_second"] == 1234.0
+
+
+def test_a_corrupt_result_is_shown_in_every_read_until_it_is_repaired(recipe: Recipe):
+    reader = RunReader(recipe)
+    assert read_all(reader).faults == []
+    name = next(iter(reader.layout.evaluation.list_files()))
+    path = Path(reader.layout.store.root, name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b'{"bits_per_byte": 1')
+    reader.results_at = -math.inf  # the next check is due
+    for _ in range(3):
+        (fault,) = reader.read().faults
+        assert path.name in fault
+    path.unlink()
+    reader.results_at = -math.inf
+    assert reader.read().faults == []
 
 
 def test_another_schema_version_is_refused_before_the_page_is_served(recipe: Recipe):
