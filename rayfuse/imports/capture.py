@@ -149,7 +149,7 @@ class Importer:
     tokenizer: TextTokenizer
     vocabulary: Vocabulary
     top_k: int
-    """Entries that are kept of a position; the others join its tail."""
+    """Columns of a record: entries of a position beyond them join its tail."""
     index: Mapping[bytes, tuple[int, int]]
 
     def import_rows(self, corpus: pa.Table) -> tuple[pa.Table, list[Reject], dict[str, float], int]:

@@ -39,7 +39,7 @@ def convert_row(
         own_tokens: The tokens of the store's row.
         tokens: The row's: start token, text and EOS.
         vocabulary: The source's.
-        top_k: Entries that are kept of a position; the others join its tail.
+        top_k: Columns of the record: entries beyond them join the tail.
     """
     first, stop, _ = strip_specials(own_tokens, vocabulary)
     start = int(vocabulary.start_id is not None)
@@ -111,12 +111,16 @@ def _find_next(
 
 
 def _keep_entries(part: ForeignRow, top_k: int) -> ForeignRow:
-    """Keep the likeliest entries; the mass of the others joins the tail."""
+    """Keep exactly `top_k` columns: of the likeliest entries, then of -1.
+
+    The mass of the other entries joins the tail.
+    """
     lost = np.exp(part.top_logprobs[:, top_k:]).sum(axis=1)
     tails = np.log(np.maximum(np.exp(part.tail_logprobs) + lost, MIN_RESOLVED_TAIL))
+    behind = ((0, 0), (0, max(top_k - part.top_ids.shape[1], 0)))
     return replace(
         part,
-        top_ids=part.top_ids[:, :top_k],
-        top_logprobs=part.top_logprobs[:, :top_k],
+        top_ids=np.pad(part.top_ids[:, :top_k], behind, constant_values=-1),
+        top_logprobs=np.pad(part.top_logprobs[:, :top_k], behind, constant_values=-np.inf),
         tail_logprobs=tails,
     )

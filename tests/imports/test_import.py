@@ -8,6 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import rayfuse
+from rayfuse.capture.rows import build_captured
+from rayfuse.capture.top_k import TopLogprobs
 from rayfuse.config.base import UserError
 from rayfuse.imports.capture import Importer, index_rows
 from rayfuse.imports.store import ForeignStore, list_vocabulary, open_foreign_store
@@ -109,9 +111,11 @@ def test_fusellm_rows_follow_from_logits_and_losses(scored: Scored, tmp_path, wi
         part = table.slice(row, 1)
         found = flatten_positions(part, "top_ids", len(tokens) + 1)[1:-1]
         tails = np.exp(flatten_column(part, "tail_logprobs")[0].astype(np.float64))[1:-1]
-        codes = flatten_column(part, "top_logprobs")[0].reshape(-1, 10)[1:-1]
+        codes = flatten_column(part, "top_logprobs")[0].reshape(-1, 12)[1:-1]
         probs = decode_probs(codes.reshape(-1), found, np.log(tails).astype(np.float32))
         nlls = -flatten_column(part, "next_logprobs")[0].astype(np.float64)[1:-1]
+        assert (found[:, 10:] == -1).all()
+        found, probs = found[:, :10], probs[:, :10]
         np.testing.assert_array_equal(np.sort(found), np.sort(ids[:-1]))
         np.testing.assert_allclose(probs / probs.sum(1, keepdims=True), inside[:-1], atol=1e-2)
         is_entry = (ids[:-1] == np.array(tokens[1:])[:, None]).any(1)
@@ -215,12 +219,50 @@ def test_aligned_rows_of_fusellm_have_no_signal_where_it_repeats_the_current_tok
     table, rejects, counts, _ = import_rows(store, scored)
     assert len(rejects) == len(TEXTS) - 1  # the store has one text
     assert counts["unrecorded"] == 3  # the start token's, the fallback and the empty one
-    found = np.array(table["top_ids"][0].as_py()).reshape(len(tokens) + 1, 3)
+    found = np.array(table["top_ids"][0].as_py()).reshape(len(tokens) + 1, 12)
     assert (found[[0, 4, 6]] == -1).all()
-    assert found[5].tolist() == [tokens[5], -1, -1]
-    assert found[1].tolist() == [tokens[1], 7, 8]
+    assert found[5].tolist() == [tokens[5], *[-1] * 11]
+    assert found[1].tolist() == [tokens[1], 7, 8, *[-1] * 9]
     first = table["next_logprobs"][0].as_py()[1]
     assert first == pytest.approx(2 - np.log(np.exp([2.0, 1.0, -1.0]).sum()), abs=2e-3)
+
+
+def test_rows_with_more_or_fewer_entries_than_the_first_keep_their_positions(
+    scored: Scored, tmp_path
+):
+    """FuseLLM keeps as many entries of a position as its source has there."""
+    rows = [row.tolist() for row in scored.tokenizer.encode(TEXTS)]
+    ids = [
+        [[(t + 7 * n) % 300 + 5 + e for e in range((t + n) % 5 + n % 3)] for t in range(len(row))]
+        for n, row in enumerate(rows)
+    ]
+    logits = [[[4.0 - entry for entry in range(len(own))] for own in row] for row in ids]
+    columns = {"input_ids": rows, "per_step_indices": ids, "per_step_logits": logits}
+    store = open_foreign_store(write_columns(tmp_path / "store", **columns))
+    for top_k in (4, 12):
+        table, rejects, _, _ = import_rows(store, scored, top_k=top_k)
+        assert not rejects
+        for row, own in enumerate(ids):
+            part = table.slice(row, 1)
+            found = np.array(part["top_ids"][0].as_py()).reshape(-1, top_k)[1:-1]
+            expected = [(entries + [-1] * top_k)[:top_k] for entries in own[:-1]]
+            # The EOS is not stored: the last token's distribution is, behind the last position.
+            np.testing.assert_array_equal(found[: len(expected)], expected)
+            assert len(part["top_logprobs"][0].as_py()) == found.size + 2 * top_k
+
+
+def test_records_of_different_widths_are_refused(scored: Scored):
+    (row,), corpus = scored.tokenizer.encode(["ab"]), scored.corpus.slice(0, 2)
+    size = len(row)
+    records = [
+        TopLogprobs(
+            np.zeros((size, k), np.int32), np.zeros((size, k)), np.zeros(size), np.zeros(size),
+            np.zeros((size, 0), np.int32),
+        )
+        for k in (2, 3)
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"different numbers of entries: \[2, 3\]"):
+        build_captured(corpus, [row, row], records, None)
 
 
 def test_a_corrupt_arrow_file_is_refused(scored: Scored, tmp_path):
