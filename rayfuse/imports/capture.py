@@ -33,6 +33,9 @@ from rayfuse.storage.todo import list_missing
 
 NOT_STORED = "its tokens are not in the imported store"
 
+UNUSABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What decoding raises for a record that does not have the layout of the store."""
+
 
 def open_source_store(source: SourceSettings) -> ForeignStore:
     """Open the store that a source is imported from.
@@ -171,12 +174,12 @@ class Importer:
         place = self.index.get(hash_tokens(tokens[start:stop]))
         if place is None:
             return Failure(NOT_STORED)
-        own = self.store.read_tokens(*place)
         try:
-            stored = self.store.read_row(*place)
-        except ValueError as error:
-            return Failure(f"its record is corrupt: {first_line(error)}")
-        record = convert_row(stored, own, tokens, self.vocabulary, top_k=self.top_k)
+            own, stored = self.store.read_tokens(*place), self.store.read_row(*place)
+            record = convert_row(stored, own, tokens, self.vocabulary, top_k=self.top_k)
+        except UNUSABLE as error:
+            path, row = self.store.files[place[0]].path, place[1]
+            return Failure(f"row {row} of {path} cannot be used: {first_line(error)}")
         for name in counts:
             counts[name] += float(getattr(record, name))
         return record.top

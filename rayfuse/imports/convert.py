@@ -9,6 +9,8 @@ from rayfuse.capture.top_k import MIN_RESOLVED_TAIL, TopLogprobs
 from rayfuse.imports.record import ForeignRow, sort_entries
 from rayfuse.imports.store import Vocabulary, strip_specials
 
+NO_DISTRIBUTION = "none of its positions has a distribution"
+
 
 @dataclass(frozen=True)
 class ConvertedRow:
@@ -40,7 +42,12 @@ def convert_row(
         tokens: The row's: start token, text and EOS.
         vocabulary: The source's.
         top_k: Columns of the record: entries beyond them join the tail.
+
+    Raises:
+        ValueError: No position has a distribution, or one lists a token twice.
     """
+    if not len(stored.top_ids):
+        raise ValueError(NO_DISTRIBUTION)
     first, stop, _ = strip_specials(own_tokens, vocabulary)
     start = int(vocabulary.start_id is not None)
     at = np.arange(len(tokens)) + first - start
@@ -55,6 +62,8 @@ def convert_row(
     next_logprobs, is_known = _find_next(part, following, follows_alike, len(vocabulary.known))
     has_next = np.arange(len(tokens)) < len(tokens) - 1
     is_scored = is_stored & has_next
+    if has_next.any() and not is_scored.any():
+        raise ValueError(NO_DISTRIBUTION)
     mean = float(next_logprobs[is_scored].mean()) if is_scored.any() else 0.0
     kept = _keep_entries(part, top_k)
     return ConvertedRow(
@@ -75,6 +84,9 @@ def _select(
 ) -> ForeignRow:
     """Select positions; entries that the tokenizer lacks, of a padded head, join the tail."""
     ids = stored.top_ids[at]
+    in_order = np.sort(ids, axis=1)
+    if ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)).any():
+        raise ValueError("a position lists a token twice")
     is_known = (ids >= 0) & (ids < len(known_ids))
     is_known &= known_ids[np.where(is_known, ids, 0)]
     logprobs = stored.top_logprobs[at]

@@ -12,6 +12,7 @@ from rayfuse.capture.rows import build_captured
 from rayfuse.capture.top_k import TopLogprobs
 from rayfuse.config.base import UserError
 from rayfuse.imports.capture import Importer, index_rows
+from rayfuse.imports.distillkit import PlainFormat
 from rayfuse.imports.store import ForeignStore, list_vocabulary, open_foreign_store
 from rayfuse.storage.codec import decode_probs, flatten_column, flatten_positions
 from tests.imports.conftest import TEXTS, Scored
@@ -249,6 +250,89 @@ def test_rows_with_more_or_fewer_entries_than_the_first_keep_their_positions(
             # The EOS is not stored: the last token's distribution is, behind the last position.
             np.testing.assert_array_equal(found[: len(expected)], expected)
             assert len(part["top_logprobs"][0].as_py()) == found.size + 2 * top_k
+
+
+def write_rows(scored: Scored, folder, number: int = 2, **changed) -> str:
+    """Write a plain DistillKit store of some texts, with other values for its columns."""
+    rows = [row.tolist() for row in scored.tokenizer.encode(TEXTS[:number])]
+    columns = {
+        "input_ids": rows,
+        "token_ids": [[[5, 6, 7] for _ in row] for row in rows],
+        "top_values": [[[-1.0, -2.0, -3.0] for _ in row] for row in rows],
+    }
+    columns |= {name: [*values, *columns[name][1:]] for name, values in changed.items()}
+    return write_columns(folder, **columns)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"token_ids": [[]], "top_values": [[]]}, "none of its positions has a distribution"),
+        ({"token_ids": [None]}, "a list is null"),
+        ({"token_ids": [[[5, 6]]]}, "another number of entries"),
+        ({"token_ids": [[[5, 6, 5]] * 200], "top_values": [[[-1.0] * 3] * 200]}, "token twice"),
+        # Logits without a value that is finite are no distribution, whatever the column's type.
+        ({"top_values": [[[float("nan")] * 3] * 200], "token_ids": [[[5, 6, 7]] * 200]}, "finite"),
+    ],
+)
+def test_a_torn_record_rejects_its_row_by_file_and_number(
+    scored: Scored, tmp_path, changed, reason
+):
+    store = open_foreign_store(write_rows(scored, tmp_path / "store", **changed))
+    store = ForeignStore(store.folder, store.setting, PlainFormat(3), store.files)
+    _, rejects, _, _ = import_rows(store, scored)
+    mine = [reject.reason for reject in rejects if "cannot be used" in reject.reason]
+    assert len(mine) == 1
+    assert mine[0].startswith(f"row 0 of {tmp_path}/store/data.parquet cannot be used: ")
+    assert reason in mine[0]
+
+
+def test_a_null_metric_rejects_its_row(scored: Scored, tmp_path):
+    rows = [row.tolist() for row in scored.tokenizer.encode(TEXTS[:2])]
+    columns = {
+        "input_ids": rows,
+        "per_step_indices": [[[5, 6] for _ in row] for row in rows],
+        "per_step_logits": [[[2.0, 1.0] for _ in row] for row in rows],
+        "metric_ce": [None, 2.0],
+    }
+    store = open_foreign_store(write_columns(tmp_path / "store", **columns))
+    _, rejects, _, _ = import_rows(store, scored)
+    assert [r.reason for r in rejects if "metric_ce is null" in r.reason] == [rejects[0].reason]
+
+
+def test_columns_are_checked_in_every_file(scored: Scored, tmp_path):
+    path = write_rows(scored, tmp_path / "store")
+    other = {"input_ids": [[1]], "token_ids": ["a"], "top_values": [[[1.0]]]}
+    pq.write_table(pa.table(other), tmp_path / "store/other.parquet")
+    with pytest.raises(UserError, match=r"other\.parquet: column token_ids is string, not lists"):
+        open_foreign_store(path)
+
+
+def test_a_null_attention_mask_is_named(scored: Scored, tmp_path):
+    path = write_columns(
+        tmp_path / "store",
+        input_ids=[[5, 6]] * 2,
+        token_ids=[[[1]]] * 2,
+        top_values=[[[-1.0]]] * 2,
+        attention_mask=[[1, 1], None],
+    )
+    with pytest.raises(UserError, match=r"data\.parquet, row 1: attention_mask: a list is null"):
+        index_rows(open_foreign_store(path), list_vocabulary(scored.tokenizer))
+
+
+def test_ids_that_no_token_has_join_the_tail(scored: Scored, tmp_path):
+    """Also those that an int32 cannot hold, which would become ids of other tokens."""
+    (row,) = scored.tokenizer.encode(TEXTS[:1])
+    ids = [[5, 2**32 + 6, -1]] * len(row)
+    values = [[[-1.0, -2.0, -3.0]] * len(row)]
+    path = write_columns(
+        tmp_path / "store", input_ids=[row.tolist()], token_ids=[ids], top_values=values
+    )
+    table, *_ = import_rows(open_foreign_store(path), scored, top_k=3)
+    found = np.array(table["top_ids"][0].as_py()).reshape(-1, 3)
+    assert found[2].tolist() == [5, -1, -1]
+    tail = np.exp(table["tail_logprobs"][0].as_py()[2])
+    assert tail == pytest.approx(1 - np.exp(-1.0), abs=1e-3)
 
 
 def test_records_of_different_widths_are_refused(scored: Scored):
