@@ -49,7 +49,7 @@ class ForeignStore:
 
     @property
     def identity(self) -> str:
-        """Hash of the files' names and sizes."""
+        """Hash of the files' names, sizes, first and last bytes."""
         return identify(self.files, self.folder)
 
     def read_token_rows(self) -> Iterator[tuple[int, int, Int[np.ndarray, " _"]]]:

@@ -16,6 +16,9 @@ from rayfuse.config.base import UserError, first_line, user_error_from
 KEPT_TABLES = 4
 """Tables in memory: rows of one shard come from neighbouring files."""
 
+HASHED_BYTES = 2**16
+"""Bytes of each end of a file that count for a store's identity."""
+
 
 @dataclass(frozen=True)
 class TableFile:
@@ -92,12 +95,20 @@ def read_table(path: str) -> pa.Table:
 
 
 def identify(files: Sequence[TableFile], folder: Path) -> str:
-    """Hash the names and sizes of a store's files."""
+    """Hash the names and sizes of a store's files, their ends, and the settings beside them."""
+    paths = [Path(file.path) for file in files] + sorted(folder.rglob("*.yaml"))
     lines = [
-        f"{Path(file.path).relative_to(folder)} {Path(file.path).stat().st_size} {file.num_rows}"
-        for file in files
+        f"{path.relative_to(folder)} {path.stat().st_size} {_hash_ends(path)}" for path in paths
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _hash_ends(path: Path) -> str:
+    """Hash the first and the last bytes of a file: all of a store may be terabytes."""
+    with path.open("rb") as file:
+        head = file.read(HASHED_BYTES)
+        file.seek(max(path.stat().st_size - HASHED_BYTES, 0))
+        return hashlib.sha256(head + file.read()).hexdigest()
 
 
 def count_entries(table: pa.Table, column: str) -> int:
