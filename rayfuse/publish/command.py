@@ -205,6 +205,12 @@ def _list_warnings(publication: Publication) -> list[str]:
         for name, licence in publication.licences.items()
         if licence.forbids and name != "target"
     ]
+    warnings += [
+        f"{name}: it is not known whether the licence of {licence.model} "
+        f"({licence.name or licence.note}) allows training on its outputs; read its terms"
+        for name, licence in publication.licences.items()
+        if licence.is_unknown and name != "target"
+    ]
     paths = list_local_paths(publication.recipe)
     if paths:
         warnings.append(f"the card's recipe names local paths, which it publishes: {paths}")

@@ -12,7 +12,7 @@ from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.config.text import escape_markdown, fence_code, mark_code
 from rayfuse.config.train import describe_curve
 from rayfuse.report.gather import Findings
-from rayfuse.report.licences import Licence
+from rayfuse.report.licences import UNNAMED, Licence
 from rayfuse.report.page import format_seconds
 from rayfuse.report.spans import sum_busy
 from rayfuse.report.tables import render_tables
@@ -214,9 +214,16 @@ def _count_sources(recipe: Recipe) -> str:
 
 def _list_sources(recipe: Recipe) -> str:
     return "\n".join(
-        f"- Source {escape_markdown(source.name)}: {_name_model(source)}{_name_store(source)}"
+        f"- Source {escape_markdown(source.name)}: {_name_source(source)}{_name_store(source)}"
         for source in recipe.sources
     )
+
+
+def _name_source(source: SourceSettings) -> str:
+    """Name a source; `model` is the target where its store was aligned by FuseLLM."""
+    if source.captured_aligned is None:
+        return _name_model(source)
+    return f"{UNNAMED}, number {source.captured_aligned} of an aligned store"
 
 
 def _name_store(source: SourceSettings) -> str:

@@ -83,6 +83,7 @@ def test_a_push_uploads_the_model_and_its_card_privately(run, hub):
     for heading in ("Scores", "Data", "Costs", "Limits", "Complete recipe"):
         assert f"\n## {heading}\n" in body
     assert "warning: neox: the licence llama3" in done.stderr
+    assert "warning: gpt2: it is not known whether the licence of" in done.stderr
     assert TOKEN not in done.stdout + done.stderr
 
 
