@@ -12,6 +12,7 @@ from rayfuse.capture.rows import build_captured
 from rayfuse.capture.top_k import TopLogprobs
 from rayfuse.config.base import UserError
 from rayfuse.imports.capture import Importer, index_rows
+from rayfuse.imports.command import suggest_source
 from rayfuse.imports.distillkit import PlainFormat
 from rayfuse.imports.store import ForeignStore, list_vocabulary, open_foreign_store
 from rayfuse.storage.codec import decode_probs, flatten_column, flatten_positions
@@ -148,6 +149,19 @@ def test_the_texts_of_a_store_become_documents(scored: Scored, tmp_path):
     }
     with pytest.raises(UserError, match="a file that exists; give another name"):
         rayfuse.import_store(str(tmp_path / "store"), str(documents), str(scored.model))
+
+
+def test_the_printed_recipe_names_the_revision_and_the_aligned_source():
+    source = suggest_source("store", "org/model", revision="v2", aligned=1)
+    assert source == {
+        "name": "imported",
+        "model": "org/model",
+        "revision": "v2",
+        "captured_from": "store",
+        "captured_aligned": 1,
+    }
+    plain = suggest_source("store", "org/model", revision=None, aligned=None)
+    assert plain == {"name": "imported", "model": "org/model", "captured_from": "store"}
 
 
 def write_columns(folder, **columns) -> str:
