@@ -20,6 +20,9 @@ from rayfuse.report.verdict import Verdict
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
+LOCAL_PATH = re.compile(r"^[/~]|^(file|local):|^[A-Za-z]:[\\/]|^\\\\|(^|[\\/])\.\.([\\/]|$)", re.I)
+"""Absolute paths, also of Windows, addresses of local files, and paths through a parent folder."""
+
 
 def build_model_card(
     findings: Findings,
@@ -87,9 +90,8 @@ def is_hub_id(model: str) -> bool:
 
 
 def list_local_paths(recipe: Recipe) -> list[str]:
-    """List the absolute local paths that a recipe names, and its card with it."""
-    found = {text for text in _walk_texts(dump_recipe(recipe)) if text.startswith(("/", "~"))}
-    return sorted(found)
+    """List the local paths that a recipe names beyond its folder, and its card with it."""
+    return sorted({text for text in _walk_texts(dump_recipe(recipe)) if LOCAL_PATH.search(text)})
 
 
 def _walk_texts(value: object) -> Iterator[str]:

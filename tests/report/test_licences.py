@@ -4,6 +4,7 @@ import pytest
 
 from rayfuse.config.models import ModelSettings, SourceSettings
 from rayfuse.report.licences import FREE, UNKNOWN, Licence, read_licence
+from rayfuse.report.model_card import LOCAL_PATH
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,32 @@ def test_a_licence_is_found_in_each_spelling(tmp_path, front, name, terms, mark)
     licence = read_licence(ModelSettings(model=str(tmp_path)), is_online=False)
     assert (licence.name, licence.terms) == (name, terms)
     assert licence.forbids == terms.startswith("no,")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/a",
+        "~/a",
+        "file:///a",
+        "local://a",
+        "LOCAL://a",
+        "../a",
+        "a/../b",
+        "..",
+        "C:\\a",
+        "\\\\host\\a",
+    ],
+)
+def test_paths_outside_of_the_recipes_folder_are_local(path):
+    assert LOCAL_PATH.search(path)
+
+
+@pytest.mark.parametrize(
+    "path", ["a/b", "org/model", "s3://bucket/a", "hf://a", "a..b", "...", "ab"]
+)
+def test_other_names_are_not_local_paths(path):
+    assert not LOCAL_PATH.search(path)
 
 
 def test_the_source_of_an_aligned_store_has_not_the_licence_of_the_target(tmp_path):
