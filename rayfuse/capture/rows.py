@@ -35,6 +35,9 @@ def build_captured(
         token_rows: Their tokens.
         results: What the engine returned for them.
         eos_id: The source's EOS, which ends rows that end documents.
+
+    Raises:
+        ValueError: Records have different numbers of entries or draws per position.
     """
     row_ids: list[str] = corpus["row_id"].to_pylist()
     reasons = [_find_fault(result) for result in results]
@@ -77,7 +80,7 @@ def _build_top_columns(
     records: Sequence[TopLogprobs], offsets: Int[np.ndarray, " rows_plus_1"]
 ) -> dict[str, pa.ListArray]:
     encoded = [_encode_record(record) for record in records]
-    entries = offsets * (encoded[0].ids.shape[1] if encoded else 0)
+    entries = offsets * _find_width([top.ids for top in encoded])
     ids = _join([top.ids.reshape(-1) for top in encoded], np.int32)
     levels = _join([top.codes.reshape(-1) for top in encoded], np.uint8)
     tails = _join([top.tail_logprobs for top in encoded], np.float16)
@@ -98,13 +101,26 @@ def _build_draw_columns(
     records: Sequence[TopLogprobs], offsets: Int[np.ndarray, " rows_plus_1"]
 ) -> dict[str, pa.ListArray]:
     draws = [count_draws(record.drawn_ids) for record in records]
-    entries = offsets * (draws[0][0].shape[1] if draws else 0)
+    entries = offsets * _find_width([ids for ids, _ in draws])
     ids = _join([ids.reshape(-1) for ids, _ in draws], np.int32)
     counts = _join([counts.reshape(-1) for _, counts in draws], np.uint8)
     return {
         "draw_ids": build_list_column(ids, entries, ints),
         "draw_counts": build_list_column(counts, entries, codes),
     }
+
+
+def _find_width(parts: Sequence[Int[np.ndarray, "_ _"]]) -> int:
+    """Find the number of columns of all parts; 0 without any.
+
+    Raises:
+        ValueError: They differ. Readers divide a flat column by positions, so that entries of
+            one position would be read as those of another.
+    """
+    widths = {part.shape[1] for part in parts}
+    if len(widths) > 1:
+        raise ValueError(f"records have different numbers of entries: {sorted(widths)}")
+    return widths.pop() if widths else 0
 
 
 def _sum_nats(

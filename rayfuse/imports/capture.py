@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,10 +29,14 @@ from rayfuse.models.tokenizer import TextTokenizer
 from rayfuse.run.layout import Layout
 from rayfuse.run.segmentation import write_segmentation
 from rayfuse.runtime.progress import Progress, ProgressEvent
+from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.rejects import Reject
 from rayfuse.storage.todo import list_missing
 
 NOT_STORED = "its tokens are not in the imported store"
+
+UNUSABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What decoding raises for a record that does not have the layout of the store."""
 
 
 def open_source_store(source: SourceSettings) -> ForeignStore:
@@ -46,14 +51,56 @@ def open_source_store(source: SourceSettings) -> ForeignStore:
 
 
 def check_imports(recipe: Recipe, layout: Layout) -> None:
-    """Check the stores of all sources that are still to be imported; decodes no row.
+    """Check the stores of all imported sources; decodes no row.
+
+    One that is imported completely may be missing or unreadable, but not another store.
 
     Raises:
-        UserError: A store is missing, or its layout is unknown.
+        UserError: A store is missing, its layout is unknown, or it is not the one of which rows
+            are imported already.
     """
     for source in recipe.sources:
-        if source.captured_from is not None and not layout.captured[source.name].is_complete():
-            open_source_store(source)
+        if source.captured_from is None:
+            continue
+        captured = layout.captured[source.name]
+        try:
+            store = open_source_store(source)
+        except UserError:
+            if captured.is_complete():
+                continue
+            raise
+        check_unchanged(source, store, captured)
+
+
+def describe_import(source: SourceSettings, store: ForeignStore) -> dict[str, Any]:
+    """List what captured rows are imported from, as their run record has it."""
+    return {
+        "format": store.format.name,
+        "identity": store.identity,
+        "model": source.model,
+        "revision": source.revision,
+    }
+
+
+def check_unchanged(source: SourceSettings, store: ForeignStore, captured: DataSet) -> None:
+    """Check that rows that are imported already are of the same store and model.
+
+    Raises:
+        UserError: They are not.
+    """
+    try:
+        imported = captured.read_run().get("imported", {})
+    except FileNotFoundError:
+        return  # none is imported
+    expected = describe_import(source, store)
+    if imported == expected:
+        return
+    names = [name for name, value in expected.items() if imported.get(name) != value]
+    raise UserError(
+        f"{store.setting} is {source.captured_from!r}, which has changed since rows of it were "
+        f"imported ({', '.join(names)}); remove {captured.store.root}/{captured.folder} to import "
+        "it again"
+    )
 
 
 def import_sources(recipe: Recipe, layout: Layout, progress: Progress) -> None:
@@ -82,13 +129,9 @@ def _import_source(
         progress(ProgressEvent("capture", source.name, note=text))
 
     store = open_source_store(source)
-    imported = {"format": store.format.name, "identity": store.identity}
-    run = {"recipe": dump_recipe(recipe), "source": source.name, "imported": imported}
-    if not captured.claim(run) and captured.read_run().get("imported") != imported:
-        raise UserError(
-            f"{store.setting} is {source.captured_from!r}, which has changed since a part of it "
-            f"was imported; remove {layout.store.root}/{captured.folder} to import it again"
-        )
+    imported = describe_import(source, store)
+    captured.claim({"recipe": dump_recipe(recipe), "source": source.name, "imported": imported})
+    check_unchanged(source, store, captured)
     tokenizer = load_recipe_tokenizer(source)
     vocabulary = list_vocabulary(tokenizer)
     importer = Importer(
@@ -149,7 +192,7 @@ class Importer:
     tokenizer: TextTokenizer
     vocabulary: Vocabulary
     top_k: int
-    """Entries that are kept of a position; the others join its tail."""
+    """Columns of a record: entries of a position beyond them join its tail."""
     index: Mapping[bytes, tuple[int, int]]
 
     def import_rows(self, corpus: pa.Table) -> tuple[pa.Table, list[Reject], dict[str, float], int]:
@@ -171,12 +214,12 @@ class Importer:
         place = self.index.get(hash_tokens(tokens[start:stop]))
         if place is None:
             return Failure(NOT_STORED)
-        own = self.store.read_tokens(*place)
         try:
-            stored = self.store.read_row(*place)
-        except ValueError as error:
-            return Failure(f"its record is corrupt: {first_line(error)}")
-        record = convert_row(stored, own, tokens, self.vocabulary, top_k=self.top_k)
+            own, stored = self.store.read_tokens(*place), self.store.read_row(*place)
+            record = convert_row(stored, own, tokens, self.vocabulary, top_k=self.top_k)
+        except UNUSABLE as error:
+            path, row = self.store.files[place[0]].path, place[1]
+            return Failure(f"row {row} of {path} cannot be used: {first_line(error)}")
         for name in counts:
             counts[name] += float(getattr(record, name))
         return record.top

@@ -92,13 +92,13 @@ def import_store(
     finally:
         unfinished.unlink(missing_ok=True)
     _print_texts(texts, place, console)
-    max_tokens = texts.longest + tokenizer.count_specials()
     console.print(
         "In a recipe (raise max_tokens if another tokenizer needs more tokens for a text: a text "
         "that is split is not found):",
         highlight=False,
     )
-    for line in _suggest(path, documents, model, aligned, max_tokens):
+    source = suggest_source(path, model, revision=revision, aligned=aligned)
+    for line in _suggest(documents, source, texts.longest + tokenizer.count_specials()):
         console.print(f"  {line}", highlight=False, markup=False)
     return {
         "format": store.format.name,
@@ -185,13 +185,17 @@ def _print_texts(texts: Texts, place: Path, console: Console) -> None:
         console.print(f"not written: {_list_skipped(texts)}", highlight=False, markup=False)
 
 
-def _suggest(
-    path: str, documents: str, model: str, aligned: int | None, max_tokens: int
-) -> list[str]:
-    """Write the lines of a recipe that uses the store."""
-    source: dict[str, object] = {"name": "imported", "model": model, "captured_from": path}
-    if aligned is not None:
-        source["captured_aligned"] = aligned
+def suggest_source(
+    path: str, model: str, *, revision: str | None, aligned: int | None
+) -> dict[str, object]:
+    """Write the settings of a source that is imported from the store."""
+    source = {"name": "imported", "model": model, "revision": revision, "captured_from": path}
+    given = source | {"captured_aligned": aligned}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _suggest(documents: str, source: dict[str, object], max_tokens: int) -> list[str]:
+    """Write the lines of a recipe that uses the store as a source."""
     return [
         f"corpus: {json.dumps({'documents': documents, 'max_tokens': max(max_tokens, 16)})}",
         f"sources: [{json.dumps(source)}]",

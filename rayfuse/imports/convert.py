@@ -9,6 +9,8 @@ from rayfuse.capture.top_k import MIN_RESOLVED_TAIL, TopLogprobs
 from rayfuse.imports.record import ForeignRow, sort_entries
 from rayfuse.imports.store import Vocabulary, strip_specials
 
+NO_DISTRIBUTION = "none of its positions has a distribution"
+
 
 @dataclass(frozen=True)
 class ConvertedRow:
@@ -39,8 +41,13 @@ def convert_row(
         own_tokens: The tokens of the store's row.
         tokens: The row's: start token, text and EOS.
         vocabulary: The source's.
-        top_k: Entries that are kept of a position; the others join its tail.
+        top_k: Columns of the record: entries beyond them join the tail.
+
+    Raises:
+        ValueError: No position has a distribution, or one lists a token twice.
     """
+    if not len(stored.top_ids):
+        raise ValueError(NO_DISTRIBUTION)
     first, stop, _ = strip_specials(own_tokens, vocabulary)
     start = int(vocabulary.start_id is not None)
     at = np.arange(len(tokens)) + first - start
@@ -55,6 +62,8 @@ def convert_row(
     next_logprobs, is_known = _find_next(part, following, follows_alike, len(vocabulary.known))
     has_next = np.arange(len(tokens)) < len(tokens) - 1
     is_scored = is_stored & has_next
+    if has_next.any() and not is_scored.any():
+        raise ValueError(NO_DISTRIBUTION)
     mean = float(next_logprobs[is_scored].mean()) if is_scored.any() else 0.0
     kept = _keep_entries(part, top_k)
     return ConvertedRow(
@@ -75,6 +84,9 @@ def _select(
 ) -> ForeignRow:
     """Select positions; entries that the tokenizer lacks, of a padded head, join the tail."""
     ids = stored.top_ids[at]
+    in_order = np.sort(ids, axis=1)
+    if ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)).any():
+        raise ValueError("a position lists a token twice")
     is_known = (ids >= 0) & (ids < len(known_ids))
     is_known &= known_ids[np.where(is_known, ids, 0)]
     logprobs = stored.top_logprobs[at]
@@ -111,12 +123,16 @@ def _find_next(
 
 
 def _keep_entries(part: ForeignRow, top_k: int) -> ForeignRow:
-    """Keep the likeliest entries; the mass of the others joins the tail."""
+    """Keep exactly `top_k` columns: of the likeliest entries, then of -1.
+
+    The mass of the other entries joins the tail.
+    """
     lost = np.exp(part.top_logprobs[:, top_k:]).sum(axis=1)
     tails = np.log(np.maximum(np.exp(part.tail_logprobs) + lost, MIN_RESOLVED_TAIL))
+    behind = ((0, 0), (0, max(top_k - part.top_ids.shape[1], 0)))
     return replace(
         part,
-        top_ids=part.top_ids[:, :top_k],
-        top_logprobs=part.top_logprobs[:, :top_k],
+        top_ids=np.pad(part.top_ids[:, :top_k], behind, constant_values=-1),
+        top_logprobs=np.pad(part.top_logprobs[:, :top_k], behind, constant_values=-np.inf),
         tail_logprobs=tails,
     )

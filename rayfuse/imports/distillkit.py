@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from rayfuse.config.base import UserError, first_line
-from rayfuse.imports.record import ForeignRow, sort_entries
+from rayfuse.imports.record import ForeignRow, clip_ids, sort_entries
 from rayfuse.imports.tables import count_entries, flatten_lists
 
 CONFIG_FILE = "compression_config.yaml"
@@ -221,7 +221,7 @@ def build_row(
     logprobs = logprobs - np.log(np.maximum(mass, 1.0))[:, None]  # by rounding above 1
     top_ids, top_logprobs = sort_entries(ids, logprobs)
     return ForeignRow(
-        top_ids.astype(np.int32),
+        clip_ids(top_ids),
         top_logprobs,
         np.log(np.maximum(1 - mass, MIN_TAIL)),
         np.full(len(ids), np.nan),

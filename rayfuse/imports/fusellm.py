@@ -13,7 +13,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
 from rayfuse.imports.distillkit import MIN_TAIL
-from rayfuse.imports.record import ForeignRow, sort_entries
+from rayfuse.imports.record import ForeignRow, clip_ids, sort_entries
 from rayfuse.imports.tables import count_entries, flatten_list, flatten_lists
 
 CAPTURED = ("per_step_indices", "per_step_logits")
@@ -81,8 +81,10 @@ class FuseLLMFormat:
             if len(losses) != len(own_ids) - 1 or not np.isfinite(losses).all():
                 raise ValueError(f"{STEP_METRIC} is not finite, or has not as many as the text")
             return normalise_by_losses(ids, logits, following, losses)
-        mean = float(table[METRIC][row].as_py()) if METRIC in self.columns else None
-        return renormalise(ids, logits, following, mean)
+        mean = table[METRIC][row].as_py() if METRIC in self.columns else None
+        if METRIC in self.columns and (mean is None or not np.isfinite(mean)):
+            raise ValueError(f"{METRIC} is {'null' if mean is None else mean}")
+        return renormalise(ids, logits, following, mean if mean is None else float(mean))
 
     def _read_logits(
         self, table: pa.Table, row: int, num_tokens: int
@@ -201,4 +203,4 @@ def _build(
     next_logprobs: Float[np.ndarray, " tokens"],
 ) -> ForeignRow:
     scale = np.log1p(-tails) - inside
-    return ForeignRow(ids.astype(np.int32), logits + scale[:, None], np.log(tails), next_logprobs)
+    return ForeignRow(clip_ids(ids), logits + scale[:, None], np.log(tails), next_logprobs)

@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int32, Num
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,15 @@ class Format(Protocol):
             ValueError: They do not have the layout, or are not finite.
         """
         ...
+
+
+def clip_ids(ids: Num[np.ndarray, "positions entries"]) -> Int32[np.ndarray, "positions entries"]:
+    """Convert ids to int32; those that it cannot hold become -1, as they are no tokens.
+
+    Their mass joins the tail when the row is converted.
+    """
+    wide = ids.astype(np.int64)
+    return np.where((wide >= 0) & (wide < 2**31), wide, -1).astype(np.int32)
 
 
 def sort_entries(

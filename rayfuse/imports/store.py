@@ -49,7 +49,7 @@ class ForeignStore:
 
     @property
     def identity(self) -> str:
-        """Hash of the files' names and sizes."""
+        """Hash of the files' names, sizes, first and last bytes."""
         return identify(self.files, self.folder)
 
     def read_token_rows(self) -> Iterator[tuple[int, int, Int[np.ndarray, " _"]]]:
@@ -62,8 +62,8 @@ class ForeignStore:
             columns = [TOKENS, *({PACKED} & file.columns)]
             table = read_columns(file.path, columns)
             for row in range(file.num_rows):
-                tokens = _read_tokens(table, row, file.path)
-                if PACKED in columns and flatten_list(table[PACKED][row]).max(initial=0) > 1:
+                tokens = _read_list(table, TOKENS, row, file.path).astype(np.int64)
+                if PACKED in columns and (_read_list(table, PACKED, row, file.path) > 1).any():
                     raise UserError(
                         f"{self.setting}: row {row} of {file.path} packs several texts; give the "
                         "store from before it was packed"
@@ -73,7 +73,7 @@ class ForeignStore:
     def read_tokens(self, file: int, row: int) -> Int[np.ndarray, " _"]:
         """Read the tokens of a row."""
         path = self.files[file].path
-        return _read_tokens(read_table(path), row, path)
+        return _read_list(read_table(path), TOKENS, row, path).astype(np.int64)
 
     def read_row(self, file: int, row: int) -> ForeignRow:
         """Decode the distributions of a row.
@@ -107,10 +107,12 @@ def open_foreign_store(
             f"{', '.join(sorted(columns)) or 'no common one'}"
         )
     table = read_table(first.path)
-    steps = {name for name in columns if name.startswith("per_step_")}
-    losses = {name for name in steps if name.startswith(fusellm.STEP_METRIC)}
-    nested = (steps - losses) | columns.intersection((*distillkit.COMPRESSED, *distillkit.PLAIN))
-    check_types(table, [TOKENS, *sorted(losses)], sorted(nested), first.path)
+    depths = {name: 2 for name in columns if name.startswith("per_step_")}
+    depths |= dict.fromkeys(columns & {*distillkit.COMPRESSED, *distillkit.PLAIN}, 2)
+    depths |= {name: 1 for name in columns if name.startswith(fusellm.STEP_METRIC)} | {TOKENS: 1}
+    depths |= dict.fromkeys(columns & {fusellm.METRIC}, 0)
+    for file in files:
+        check_types(file, depths)
     found: Format | None = fusellm.find_format(columns, table, aligned)
     if found is None and aligned is None:
         found = distillkit.find_format(folder, columns, table)
@@ -124,11 +126,11 @@ def open_foreign_store(
     return ForeignStore(folder, setting, found, files)
 
 
-def _read_tokens(table: pa.Table, row: int, path: str) -> Int[np.ndarray, " _"]:
+def _read_list(table: pa.Table, column: str, row: int, path: str) -> np.ndarray:
     with user_error_from(
-        lambda error: UserError(f"{path}, row {row}: {TOKENS}: {first_line(error)}")
+        lambda error: UserError(f"{path}, row {row}: {column}: {first_line(error)}")
     ):
-        return flatten_list(table[TOKENS][row]).astype(np.int64)
+        return flatten_list(table[column][row])
 
 
 @dataclass(frozen=True)

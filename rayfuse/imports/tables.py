@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,14 +16,22 @@ from rayfuse.config.base import UserError, first_line, user_error_from
 KEPT_TABLES = 4
 """Tables in memory: rows of one shard come from neighbouring files."""
 
+HASHED_BYTES = 2**16
+"""Bytes of each end of a file that count for a store's identity."""
+
 
 @dataclass(frozen=True)
 class TableFile:
     """One file of a store."""
 
     path: str
-    columns: frozenset[str]
+    schema: pa.Schema
     num_rows: int
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """The names of its columns."""
+        return frozenset(self.schema.names)
 
 
 def list_tables(folder: Path, setting: str) -> list[TableFile]:
@@ -60,11 +68,9 @@ def _describe(path: Path) -> TableFile:
     with user_error_from(lambda error: UserError(f"{path} is corrupt ({first_line(error)})")):
         if path.suffix == ".parquet":
             with pq.ParquetFile(path) as file:
-                return TableFile(
-                    str(path), frozenset(file.schema_arrow.names), file.metadata.num_rows
-                )
+                return TableFile(str(path), file.schema_arrow, file.metadata.num_rows)
         table = read_table(str(path))
-        return TableFile(str(path), frozenset(table.column_names), table.num_rows)
+        return TableFile(str(path), table.schema, table.num_rows)
 
 
 def read_columns(path: str, columns: Sequence[str]) -> pa.Table:
@@ -89,12 +95,20 @@ def read_table(path: str) -> pa.Table:
 
 
 def identify(files: Sequence[TableFile], folder: Path) -> str:
-    """Hash the names and sizes of a store's files."""
+    """Hash the names and sizes of a store's files, their ends, and the settings beside them."""
+    paths = [Path(file.path) for file in files] + sorted(folder.rglob("*.yaml"))
     lines = [
-        f"{Path(file.path).relative_to(folder)} {Path(file.path).stat().st_size} {file.num_rows}"
-        for file in files
+        f"{path.relative_to(folder)} {path.stat().st_size} {_hash_ends(path)}" for path in paths
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _hash_ends(path: Path) -> str:
+    """Hash the first and the last bytes of a file: all of a store may be terabytes."""
+    with path.open("rb") as file:
+        head = file.read(HASHED_BYTES)
+        file.seek(max(path.stat().st_size - HASHED_BYTES, 0))
+        return hashlib.sha256(head + file.read()).hexdigest()
 
 
 def count_entries(table: pa.Table, column: str) -> int:
@@ -104,22 +118,22 @@ def count_entries(table: pa.Table, column: str) -> int:
     return max(int(flatten_lists(table[column][0])[1].max(initial=1)), 1)
 
 
-def check_types(table: pa.Table, lists: Sequence[str], nested: Sequence[str], path: str) -> None:
-    """Check that columns hold lists of numbers, or lists of lists of numbers.
+def check_types(file: TableFile, depths: Mapping[str, int]) -> None:
+    """Check that columns hold numbers (depth 0), lists of them (1), or lists of such lists (2).
 
     Raises:
         UserError: One does not.
     """
-    for names, depth in ((lists, 1), (nested, 2)):
-        for name in names:
-            kind = table.schema.field(name).type
-            for _ in range(depth):
-                kind = kind.value_type if _is_list(kind) else pa.null()
-            if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-                raise UserError(
-                    f"{path}: column {name} is {table.schema.field(name).type}, not lists of "
-                    "numbers; give the store as DistillKit or FuseLLM wrote it"
-                )
+    for name, depth in sorted(depths.items()):
+        kind = file.schema.field(name).type
+        for _ in range(depth):
+            kind = kind.value_type if _is_list(kind) else pa.null()
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+            what = "lists of numbers" if depth else "numbers"
+            raise UserError(
+                f"{file.path}: column {name} is {file.schema.field(name).type}, not {what}; give "
+                "the store as DistillKit or FuseLLM wrote it"
+            )
 
 
 def _is_list(kind: pa.DataType) -> bool:

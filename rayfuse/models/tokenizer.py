@@ -125,13 +125,12 @@ def describe_class_difference(
 def _names_all_roles(folder: Path, config: dict[str, Any]) -> bool:
     """Check that the folder's files name the roles just as the tokenizer's class would.
 
-    That is certain for plain classes; for those of `DEFAULT_ROLES` where tokenizer_config.json
-    gives each of these roles, or null, and no other key or file adds control tokens.
+    That is certain for plain classes and those of `DEFAULT_ROLES` where tokenizer_config.json
+    gives each of the roles to which the class gives a token of its own, or null, and no other key
+    or file adds control tokens.
     """
-    name = config.get("tokenizer_class")
-    if name in PLAIN_CLASSES:
-        return True
-    defaults = DEFAULT_ROLES.get(str(name).removesuffix("Fast"))
+    name = str(config.get("tokenizer_class"))
+    defaults = () if name in PLAIN_CLASSES else DEFAULT_ROLES.get(name.removesuffix("Fast"))
     others = {key for key in config if key.endswith("_token") and key not in ROLES}
     return (
         defaults is not None

@@ -14,7 +14,14 @@ from rayfuse.config.recipe import Recipe
 from rayfuse.config.text import show_controls
 from rayfuse.evaluate.model_loading import local_model
 from rayfuse.publish.gguf import convert_model, find_converter
-from rayfuse.publish.hub import check_access, check_name, open_hub, upload_model
+from rayfuse.publish.hub import (
+    check_access,
+    check_name,
+    list_present,
+    list_removed,
+    open_hub,
+    upload_model,
+)
 from rayfuse.report.gather import gather_findings
 from rayfuse.report.licences import Licence, read_licences
 from rayfuse.report.model_card import build_model_card, list_local_paths
@@ -66,24 +73,36 @@ def push_model(
     """
     check_name(repository)
     converter = find_converter() if gguf else None
-    hub = open_hub() if upload else None
+    if upload:
+        check_access(open_hub(), repository, is_public=public)
     publication = prepare_publication(recipe)
     gguf_file = f"{repository.partition('/')[2]}.gguf" if gguf else None
+    removed, fault = _find_removed(repository, publication, gguf_file, is_required=upload)
     _print_publication(publication, repository, console, public=public, gguf_file=gguf_file)
+    for name in removed or []:
+        console.print(f"removed from the hub: {show_controls(name)}", style="yellow", markup=False)
+    if fault:
+        console.print(f"files that it removes from the hub are not known: {fault}", markup=False)
     values: dict[str, Any] = {
         "repository": repository,
         "public": public,
         "files": publication.sizes | {CARD: len(publication.card.encode())},
         "licences": {name: licence.name for name, licence in publication.licences.items()},
+        "removed": removed,
         "commit": None,
     }
-    if hub is None:
+    if not upload:
         console.print("nothing was uploaded; add --upload to upload it")
         return values
-    check_access(hub, repository, is_public=public)
     with _convert(publication, converter, gguf_file) as files:
-        message = "Upload the model fused by rayfuse"
-        commit = upload_model(hub, repository, files, is_public=public, message=message)
+        commit = upload_model(
+            open_hub(),
+            repository,
+            files,
+            removed=removed or [],
+            is_public=public,
+            message="Upload the model fused by rayfuse",
+        )
     console.print(f"uploaded: {commit}", highlight=False)
     return values | {"commit": commit}
 
@@ -119,6 +138,24 @@ def prepare_publication(recipe: Recipe) -> Publication:
         card=build_model_card(findings, judge(findings, recipe), recipe, licences),
         licences=licences,
     )
+
+
+def _find_removed(
+    repository: str, publication: Publication, gguf_file: str | None, *, is_required: bool
+) -> tuple[list[str] | None, str]:
+    """List the files that a push removes; None, with the reason, if the hub cannot be read.
+
+    Raises:
+        UserError: They are required and unknown, or the repository has an adapter.
+    """
+    try:
+        present = list_present(open_hub(), repository)
+    except UserError as error:
+        if is_required:
+            raise
+        return None, str(error)
+    names = {*publication.sizes, CARD} | ({gguf_file} if gguf_file else set())
+    return list_removed(present, names, repository), ""
 
 
 @contextmanager
@@ -167,6 +204,12 @@ def _list_warnings(publication: Publication) -> list[str]:
         f"{licence.terms}"
         for name, licence in publication.licences.items()
         if licence.forbids and name != "target"
+    ]
+    warnings += [
+        f"{name}: it is not known whether the licence of {licence.model} "
+        f"({licence.name or licence.note}) allows training on its outputs; read its terms"
+        for name, licence in publication.licences.items()
+        if licence.is_unknown and name != "target"
     ]
     paths = list_local_paths(publication.recipe)
     if paths:

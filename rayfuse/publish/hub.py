@@ -1,16 +1,18 @@
 """One commit of a model on a hub, and a remedy for each way in which a hub refuses it."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from fnmatch import fnmatch
 from pathlib import Path
 
 import huggingface_hub  # imports its parts when they are used
 
 from rayfuse.config.base import UserError, first_line, user_error_from
 
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.gguf")
-"""Files of an earlier commit that would be loaded together with those of this one."""
+WEIGHT_NAMES = re.compile(r"model[^/]*\.safetensors(\.index\.json)?")
+"""Files of an earlier push that would be loaded together with those of this one."""
+
+ADAPTER_FILE = "adapter_config.json"
 
 REMEDIES = {
     401: "the hub refuses the token: renew it, and set it as HF_TOKEN or run `hf auth login`",
@@ -95,22 +97,59 @@ def check_access(hub: huggingface_hub.HfApi, repository: str, *, is_public: bool
         )
 
 
+def list_present(hub: huggingface_hub.HfApi, repository: str) -> list[str]:
+    """List the files of a repository on the hub; none if it does not exist yet.
+
+    Raises:
+        UserError: The hub refuses, or is unavailable.
+    """
+    with naming_repository(repository, hub.endpoint):
+        try:
+            return hub.list_repo_files(repository)
+        except huggingface_hub.errors.RepositoryNotFoundError:
+            return []
+
+
+def list_removed(present: Sequence[str], names: Collection[str], repository: str) -> list[str]:
+    """List the weights of an earlier push that a push removes.
+
+    Args:
+        present: The files of the repository.
+        names: The files that are pushed.
+        repository: USER/NAME.
+
+    Raises:
+        UserError: The repository has an adapter, which would be applied to the model.
+    """
+    if ADAPTER_FILE in present:
+        raise UserError(
+            f"{repository} has {ADAPTER_FILE}, so that transformers would apply its adapter to the "
+            f"model; give another name, or remove {ADAPTER_FILE} there first"
+        )
+    gguf = f"{repository.partition('/')[2]}.gguf"
+    return [
+        name
+        for name in present
+        if name not in names and (name == gguf or WEIGHT_NAMES.fullmatch(name))
+    ]
+
+
 def upload_model(
     hub: huggingface_hub.HfApi,
     repository: str,
     files: Mapping[str, Path | bytes],
     *,
+    removed: Sequence[str],
     is_public: bool,
     message: str,
 ) -> str:
     """Upload files as one commit, and return its address; the repository is created if needed.
 
-    Weights of an earlier commit that are not among the files are removed in the same commit.
-
     Args:
         hub: The hub.
         repository: USER/NAME.
         files: Local files, or their content, by their names in the repository.
+        removed: Files of the repository that the same commit removes.
         is_public: Whether a repository that is created is public.
         message: The commit's message.
 
@@ -119,9 +158,8 @@ def upload_model(
     """
     with naming_repository(repository, hub.endpoint):
         hub.create_repo(repository, private=not is_public, exist_ok=True)
-        stale = _list_stale(hub.list_repo_files(repository), files)
         operations = [
-            *(huggingface_hub.CommitOperationDelete(name) for name in stale),
+            *(huggingface_hub.CommitOperationDelete(name) for name in removed),
             *(
                 huggingface_hub.CommitOperationAdd(
                     name, content if isinstance(content, bytes) else str(content)
@@ -131,14 +169,6 @@ def upload_model(
         ]
         commit = hub.create_commit(repository, operations, commit_message=message)
     return str(commit.commit_url)
-
-
-def _list_stale(present: Sequence[str], files: Mapping[str, Path | bytes]) -> list[str]:
-    return [
-        name
-        for name in present
-        if name not in files and any(fnmatch(name, pattern) for pattern in WEIGHT_PATTERNS)
-    ]
 
 
 def naming_repository(repository: str, endpoint: str) -> AbstractContextManager[None]:

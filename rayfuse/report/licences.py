@@ -10,7 +10,7 @@ import huggingface_hub  # imports its parts when they are used
 import yaml
 
 from rayfuse.config.base import UserError, first_line
-from rayfuse.config.models import ModelSettings
+from rayfuse.config.models import ModelSettings, SourceSettings
 from rayfuse.config.recipe import Recipe
 from rayfuse.models.folder import find_folder
 
@@ -55,6 +55,17 @@ TERMS: dict[str, str] = {
 licence. A reading of the licences' texts, no legal advice."""
 
 
+def _find_key(name: str) -> str:
+    """Reduce a licence's name to what its spellings have in common: Llama-3 is llama3."""
+    return re.sub(r"[\s_-]", "", name.lower())
+
+
+_KNOWN = {_find_key(name): terms for name, terms in TERMS.items()}
+
+UNNAMED = "an unnamed model"
+"""The model of a source that was imported from FuseLLM's alignment stage."""
+
+
 @dataclass(frozen=True)
 class Licence:
     """What a model states about its licence."""
@@ -62,14 +73,23 @@ class Licence:
     model: str
     """A folder or a hub id."""
     name: str | None
-    """The hub's name of the licence; None if the model states none, or was not readable."""
+    """The hub's name of the licence, or of several; None if the model states none, or was not
+    readable."""
     note: str = ""
     """Why there is no name."""
 
     @property
     def terms(self) -> str:
-        """Whether training on outputs is allowed."""
-        return TERMS.get(self.name or "", UNKNOWN)
+        """Whether training on outputs is allowed; of several licences, by all of them."""
+        found = [_KNOWN.get(_find_key(name), UNKNOWN) for name in (self.name or "").split(", ")]
+        forbidding = [terms for terms in found if terms.startswith("no,")]
+        unknown = [terms for terms in found if terms == UNKNOWN]
+        return next(iter([*forbidding, *unknown]), "; ".join(dict.fromkeys(found)))
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether nothing is known about training on outputs."""
+        return self.terms == UNKNOWN
 
     @property
     def forbids(self) -> bool:
@@ -90,10 +110,12 @@ def read_licences(recipe: Recipe, *, is_online: bool) -> dict[str, Licence]:
 
 def read_licence(model: ModelSettings, *, is_online: bool) -> Licence:
     """Read the licence that the card of a model states in its front matter."""
+    if isinstance(model, SourceSettings) and model.captured_aligned is not None:
+        return Licence(UNNAMED, None, "an aligned store does not name its model")
     try:
         folder = _find_card_folder(model, is_online=is_online)
         with (folder / CARD_FILE).open("rb") as file:
-            text = file.read(MAX_CARD_BYTES).decode("utf-8", "replace")
+            text = file.read(MAX_CARD_BYTES).decode("utf-8-sig", "replace")
     except FileNotFoundError:
         return Licence(model.model, None, "no model card was found")
     except (UserError, OSError) as error:
@@ -122,8 +144,10 @@ def _parse_front(text: str) -> Mapping[str, Any]:
 
 
 def _find_name(front: Mapping[str, Any]) -> str | None:
-    """Find the licence's name; models with a licence of their own name it beside `other`."""
-    name, own = front.get("license"), front.get("license_name")
-    if name == "other" and isinstance(own, str):
-        name = own
-    return name.lower() if isinstance(name, str) else None
+    """Find the licences' names; models with a licence of their own name it beside `other`."""
+    stated, own = front.get("license"), front.get("license_name")
+    names = stated if isinstance(stated, list) else [stated]
+    found = [name.strip().lower() for name in names if isinstance(name, str)]
+    if isinstance(own, str) and own.strip():
+        found = [own.strip().lower() if name == "other" else name for name in found]
+    return ", ".join(name for name in found if name) or None

@@ -12,13 +12,16 @@ from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.config.text import escape_markdown, fence_code, mark_code
 from rayfuse.config.train import describe_curve
 from rayfuse.report.gather import Findings
-from rayfuse.report.licences import Licence
+from rayfuse.report.licences import UNNAMED, Licence
 from rayfuse.report.page import format_seconds
 from rayfuse.report.spans import sum_busy
 from rayfuse.report.tables import render_tables
 from rayfuse.report.verdict import Verdict
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+LOCAL_PATH = re.compile(r"^[/~]|^(file|local):|^[A-Za-z]:[\\/]|^\\\\|(^|[\\/])\.\.([\\/]|$)", re.I)
+"""Absolute paths, also of Windows, addresses of local files, and paths through a parent folder."""
 
 
 def build_model_card(
@@ -87,9 +90,8 @@ def is_hub_id(model: str) -> bool:
 
 
 def list_local_paths(recipe: Recipe) -> list[str]:
-    """List the absolute local paths that a recipe names, and its card with it."""
-    found = {text for text in _walk_texts(dump_recipe(recipe)) if text.startswith(("/", "~"))}
-    return sorted(found)
+    """List the local paths that a recipe names beyond its folder, and its card with it."""
+    return sorted({text for text in _walk_texts(dump_recipe(recipe)) if LOCAL_PATH.search(text)})
 
 
 def _walk_texts(value: object) -> Iterator[str]:
@@ -214,9 +216,16 @@ def _count_sources(recipe: Recipe) -> str:
 
 def _list_sources(recipe: Recipe) -> str:
     return "\n".join(
-        f"- Source {escape_markdown(source.name)}: {_name_model(source)}{_name_store(source)}"
+        f"- Source {escape_markdown(source.name)}: {_name_source(source)}{_name_store(source)}"
         for source in recipe.sources
     )
+
+
+def _name_source(source: SourceSettings) -> str:
+    """Name a source; `model` is the target where its store was aligned by FuseLLM."""
+    if source.captured_aligned is None:
+        return _name_model(source)
+    return f"{UNNAMED}, number {source.captured_aligned} of an aligned store"
 
 
 def _name_store(source: SourceSettings) -> str:

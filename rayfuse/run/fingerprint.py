@@ -19,7 +19,7 @@ FINGERPRINT_VERSION = 4
 """Increased when the same settings compute another result. A renamed setting or column is no
 reason: it would make every captured data set useless (`rayfuse migrate` renames in place)."""
 
-IMPORT_VERSION = 1
+IMPORT_VERSION = 2
 """Increased when a store of another tool is imported as other rows than before."""
 
 _FIRST_NAMES = {"min_edit_distance": "mined", "cooccurrence": "statistics"}

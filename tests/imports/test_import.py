@@ -8,8 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 
 import rayfuse
+from rayfuse.capture.rows import build_captured
+from rayfuse.capture.top_k import TopLogprobs
 from rayfuse.config.base import UserError
 from rayfuse.imports.capture import Importer, index_rows
+from rayfuse.imports.command import suggest_source
+from rayfuse.imports.distillkit import PlainFormat
 from rayfuse.imports.store import ForeignStore, list_vocabulary, open_foreign_store
 from rayfuse.storage.codec import decode_probs, flatten_column, flatten_positions
 from tests.imports.conftest import TEXTS, Scored
@@ -109,9 +113,11 @@ def test_fusellm_rows_follow_from_logits_and_losses(scored: Scored, tmp_path, wi
         part = table.slice(row, 1)
         found = flatten_positions(part, "top_ids", len(tokens) + 1)[1:-1]
         tails = np.exp(flatten_column(part, "tail_logprobs")[0].astype(np.float64))[1:-1]
-        codes = flatten_column(part, "top_logprobs")[0].reshape(-1, 10)[1:-1]
+        codes = flatten_column(part, "top_logprobs")[0].reshape(-1, 12)[1:-1]
         probs = decode_probs(codes.reshape(-1), found, np.log(tails).astype(np.float32))
         nlls = -flatten_column(part, "next_logprobs")[0].astype(np.float64)[1:-1]
+        assert (found[:, 10:] == -1).all()
+        found, probs = found[:, :10], probs[:, :10]
         np.testing.assert_array_equal(np.sort(found), np.sort(ids[:-1]))
         np.testing.assert_allclose(probs / probs.sum(1, keepdims=True), inside[:-1], atol=1e-2)
         is_entry = (ids[:-1] == np.array(tokens[1:])[:, None]).any(1)
@@ -143,6 +149,19 @@ def test_the_texts_of_a_store_become_documents(scored: Scored, tmp_path):
     }
     with pytest.raises(UserError, match="a file that exists; give another name"):
         rayfuse.import_store(str(tmp_path / "store"), str(documents), str(scored.model))
+
+
+def test_the_printed_recipe_names_the_revision_and_the_aligned_source():
+    source = suggest_source("store", "org/model", revision="v2", aligned=1)
+    assert source == {
+        "name": "imported",
+        "model": "org/model",
+        "revision": "v2",
+        "captured_from": "store",
+        "captured_aligned": 1,
+    }
+    plain = suggest_source("store", "org/model", revision=None, aligned=None)
+    assert plain == {"name": "imported", "model": "org/model", "captured_from": "store"}
 
 
 def write_columns(folder, **columns) -> str:
@@ -215,12 +234,133 @@ def test_aligned_rows_of_fusellm_have_no_signal_where_it_repeats_the_current_tok
     table, rejects, counts, _ = import_rows(store, scored)
     assert len(rejects) == len(TEXTS) - 1  # the store has one text
     assert counts["unrecorded"] == 3  # the start token's, the fallback and the empty one
-    found = np.array(table["top_ids"][0].as_py()).reshape(len(tokens) + 1, 3)
+    found = np.array(table["top_ids"][0].as_py()).reshape(len(tokens) + 1, 12)
     assert (found[[0, 4, 6]] == -1).all()
-    assert found[5].tolist() == [tokens[5], -1, -1]
-    assert found[1].tolist() == [tokens[1], 7, 8]
+    assert found[5].tolist() == [tokens[5], *[-1] * 11]
+    assert found[1].tolist() == [tokens[1], 7, 8, *[-1] * 9]
     first = table["next_logprobs"][0].as_py()[1]
     assert first == pytest.approx(2 - np.log(np.exp([2.0, 1.0, -1.0]).sum()), abs=2e-3)
+
+
+def test_rows_with_more_or_fewer_entries_than_the_first_keep_their_positions(
+    scored: Scored, tmp_path
+):
+    """FuseLLM keeps as many entries of a position as its source has there."""
+    rows = [row.tolist() for row in scored.tokenizer.encode(TEXTS)]
+    ids = [
+        [[(t + 7 * n) % 300 + 5 + e for e in range((t + n) % 5 + n % 3)] for t in range(len(row))]
+        for n, row in enumerate(rows)
+    ]
+    logits = [[[4.0 - entry for entry in range(len(own))] for own in row] for row in ids]
+    columns = {"input_ids": rows, "per_step_indices": ids, "per_step_logits": logits}
+    store = open_foreign_store(write_columns(tmp_path / "store", **columns))
+    for top_k in (4, 12):
+        table, rejects, _, _ = import_rows(store, scored, top_k=top_k)
+        assert not rejects
+        for row, own in enumerate(ids):
+            part = table.slice(row, 1)
+            found = np.array(part["top_ids"][0].as_py()).reshape(-1, top_k)[1:-1]
+            expected = [(entries + [-1] * top_k)[:top_k] for entries in own[:-1]]
+            # The EOS is not stored: the last token's distribution is, behind the last position.
+            np.testing.assert_array_equal(found[: len(expected)], expected)
+            assert len(part["top_logprobs"][0].as_py()) == found.size + 2 * top_k
+
+
+def write_rows(scored: Scored, folder, number: int = 2, **changed) -> str:
+    """Write a plain DistillKit store of some texts, with other values for its columns."""
+    rows = [row.tolist() for row in scored.tokenizer.encode(TEXTS[:number])]
+    columns = {
+        "input_ids": rows,
+        "token_ids": [[[5, 6, 7] for _ in row] for row in rows],
+        "top_values": [[[-1.0, -2.0, -3.0] for _ in row] for row in rows],
+    }
+    columns |= {name: [*values, *columns[name][1:]] for name, values in changed.items()}
+    return write_columns(folder, **columns)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"token_ids": [[]], "top_values": [[]]}, "none of its positions has a distribution"),
+        ({"token_ids": [None]}, "a list is null"),
+        ({"token_ids": [[[5, 6]]]}, "another number of entries"),
+        ({"token_ids": [[[5, 6, 5]] * 200], "top_values": [[[-1.0] * 3] * 200]}, "token twice"),
+        # Logits without a value that is finite are no distribution, whatever the column's type.
+        ({"top_values": [[[float("nan")] * 3] * 200], "token_ids": [[[5, 6, 7]] * 200]}, "finite"),
+    ],
+)
+def test_a_torn_record_rejects_its_row_by_file_and_number(
+    scored: Scored, tmp_path, changed, reason
+):
+    store = open_foreign_store(write_rows(scored, tmp_path / "store", **changed))
+    store = ForeignStore(store.folder, store.setting, PlainFormat(3), store.files)
+    _, rejects, _, _ = import_rows(store, scored)
+    mine = [reject.reason for reject in rejects if "cannot be used" in reject.reason]
+    assert len(mine) == 1
+    assert mine[0].startswith(f"row 0 of {tmp_path}/store/data.parquet cannot be used: ")
+    assert reason in mine[0]
+
+
+def test_a_null_metric_rejects_its_row(scored: Scored, tmp_path):
+    rows = [row.tolist() for row in scored.tokenizer.encode(TEXTS[:2])]
+    columns = {
+        "input_ids": rows,
+        "per_step_indices": [[[5, 6] for _ in row] for row in rows],
+        "per_step_logits": [[[2.0, 1.0] for _ in row] for row in rows],
+        "metric_ce": [None, 2.0],
+    }
+    store = open_foreign_store(write_columns(tmp_path / "store", **columns))
+    _, rejects, _, _ = import_rows(store, scored)
+    assert [r.reason for r in rejects if "metric_ce is null" in r.reason] == [rejects[0].reason]
+
+
+def test_columns_are_checked_in_every_file(scored: Scored, tmp_path):
+    path = write_rows(scored, tmp_path / "store")
+    other = {"input_ids": [[1]], "token_ids": ["a"], "top_values": [[[1.0]]]}
+    pq.write_table(pa.table(other), tmp_path / "store/other.parquet")
+    with pytest.raises(UserError, match=r"other\.parquet: column token_ids is string, not lists"):
+        open_foreign_store(path)
+
+
+def test_a_null_attention_mask_is_named(scored: Scored, tmp_path):
+    path = write_columns(
+        tmp_path / "store",
+        input_ids=[[5, 6]] * 2,
+        token_ids=[[[1]]] * 2,
+        top_values=[[[-1.0]]] * 2,
+        attention_mask=[[1, 1], None],
+    )
+    with pytest.raises(UserError, match=r"data\.parquet, row 1: attention_mask: a list is null"):
+        index_rows(open_foreign_store(path), list_vocabulary(scored.tokenizer))
+
+
+def test_ids_that_no_token_has_join_the_tail(scored: Scored, tmp_path):
+    """Also those that an int32 cannot hold, which would become ids of other tokens."""
+    (row,) = scored.tokenizer.encode(TEXTS[:1])
+    ids = [[5, 2**32 + 6, -1]] * len(row)
+    values = [[[-1.0, -2.0, -3.0]] * len(row)]
+    path = write_columns(
+        tmp_path / "store", input_ids=[row.tolist()], token_ids=[ids], top_values=values
+    )
+    table, *_ = import_rows(open_foreign_store(path), scored, top_k=3)
+    found = np.array(table["top_ids"][0].as_py()).reshape(-1, 3)
+    assert found[2].tolist() == [5, -1, -1]
+    tail = np.exp(table["tail_logprobs"][0].as_py()[2])
+    assert tail == pytest.approx(1 - np.exp(-1.0), abs=1e-3)
+
+
+def test_records_of_different_widths_are_refused(scored: Scored):
+    (row,), corpus = scored.tokenizer.encode(["ab"]), scored.corpus.slice(0, 2)
+    size = len(row)
+    records = [
+        TopLogprobs(
+            np.zeros((size, k), np.int32), np.zeros((size, k)), np.zeros(size), np.zeros(size),
+            np.zeros((size, 0), np.int32),
+        )
+        for k in (2, 3)
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"different numbers of entries: \[2, 3\]"):
+        build_captured(corpus, [row, row], records, None)
 
 
 def test_a_corrupt_arrow_file_is_refused(scored: Scored, tmp_path):

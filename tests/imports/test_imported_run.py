@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import rayfuse
 from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.config.base import UserError
+from rayfuse.imports.capture import check_unchanged, describe_import, open_source_store
 from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.pipeline import STAGES, is_stage_done, prepare_run
 from rayfuse.run.layout import plan_layout
@@ -71,6 +72,28 @@ def test_a_store_that_is_missing_is_refused_before_a_cluster_is_joined(tmp_path)
     shutil.rmtree(tmp_path / "logits")
     with pytest.raises(UserError, match=r"sources\.neox\.captured_from is .* does not exist"):
         prepare_run(rayfuse.open_run(path).recipe)
+
+
+def test_another_store_in_the_same_folder_is_refused_also_after_the_import(tmp_path):
+    recipe = rayfuse.open_run(write_imported_run(tmp_path)).recipe
+    layout = prepare_run(recipe)
+    source, captured = recipe.sources[0], layout.captured["neox"]
+    captured.claim({"imported": describe_import(source, open_source_store(source))})
+    captured.finish(0)
+    assert captured.is_complete()
+    prepare_run(recipe)
+    renamed = source.model_copy(update={"revision": "v2"})
+    with pytest.raises(UserError, match=r"since rows of it were imported \(revision\); remove"):
+        check_unchanged(renamed, open_source_store(source), captured)
+    file = tmp_path / "logits/data_0.parquet"
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1  # sampled again: files of the same sizes
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"has changed since rows .* \(identity\); remove"):
+        prepare_run(recipe)
+    for path in (tmp_path / "logits").iterdir():
+        path.unlink()
+    prepare_run(recipe)  # it is not needed any more
 
 
 def test_settings_of_an_import_that_do_not_fit_are_refused(tmp_path):

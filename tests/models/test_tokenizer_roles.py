@@ -14,7 +14,7 @@ import transformers
 
 from rayfuse.models import tokenizer as tokenizer_module
 from rayfuse.models.text_tokenizer import TextTokenizer
-from rayfuse.models.tokenizer import DEFAULT_ROLES, ROLES, load_tokenizer
+from rayfuse.models.tokenizer import DEFAULT_ROLES, PLAIN_CLASSES, ROLES, load_tokenizer
 from tests.fakes import byte_level_tokenizer, sentencepiece_tokenizer
 
 Config = dict[str, Any]
@@ -80,7 +80,7 @@ GIVEN: dict[str, Config] = {
 }
 
 
-@pytest.mark.parametrize(("name", "given"), list(product(DEFAULT_ROLES, GIVEN)))
+@pytest.mark.parametrize(("name", "given"), list(product([*DEFAULT_ROLES, *PLAIN_CLASSES], GIVEN)))
 def test_roles_are_those_of_the_class(name, given, tmp_path, monkeypatch):
     config = {"tokenizer_class": name} | GIVEN[given]
     check_same(write_folder(tmp_path, config), monkeypatch)

@@ -57,7 +57,7 @@ def push(run, name: str = NAME, **options: bool):
 def test_without_the_flag_nothing_is_sent_and_files_bytes_and_card_are_listed(run, hub):
     done = run_command(run, hub, NAME)
     assert done.returncode == 0, done.stderr
-    assert hub.log == []
+    assert all(request.startswith("GET ") for request in hub.log)
     weights = run.model / "model.safetensors"
     assert f"{weights.stat().st_size:,} bytes  model.safetensors" in done.stdout
     assert "## What it is made from" in done.stdout
@@ -83,16 +83,40 @@ def test_a_push_uploads_the_model_and_its_card_privately(run, hub):
     for heading in ("Scores", "Data", "Costs", "Limits", "Complete recipe"):
         assert f"\n## {heading}\n" in body
     assert "warning: neox: the licence llama3" in done.stderr
+    assert "warning: gpt2: it is not known whether the licence of" in done.stderr
     assert TOKEN not in done.stdout + done.stderr
 
 
 def test_a_second_push_replaces_stale_weights_and_leaves_other_files(run, hub):
-    old = {"model-00001-of-00002.safetensors": b"old", "notes.md": b"mine"}
-    hub.repositories[NAME] = Repository(False, dict(old))
-    push(run, public=True)
+    own = ["notes.md", "lora/model.safetensors", "vae.safetensors", "quants/q4.gguf", "q4.gguf"]
+    stale = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "tiny-fused.gguf"]
+    hub.repositories[NAME] = Repository(False, dict.fromkeys(own + stale, b"old"))
+    planned = rayfuse.open_run(run.recipe).push(NAME, public=True)
+    assert sorted(planned["removed"]) == stale
+    assert set(hub.repositories[NAME].files) == {*own, *stale}
+    assert sorted(push(run, public=True)["removed"]) == stale
     files = hub.repositories[NAME].files
-    assert files["notes.md"] == b"mine"
-    assert [name for name in files if name.endswith(".safetensors")] == ["model.safetensors"]
+    assert all(files[name] == b"old" for name in own)
+    assert "model.safetensors" in files
+    assert not set(stale) & set(files)
+
+
+def test_files_that_a_push_removes_are_printed_before_it_is_uploaded(run, hub):
+    hub.repositories[NAME] = Repository(True, {"model-00001-of-00002.safetensors": b"old"})
+    done = run_command(run, hub, NAME)
+    assert "removed from the hub: model-00001-of-00002.safetensors" in done.stdout
+
+
+def test_a_repository_with_an_adapter_is_not_written(run, hub):
+    hub.repositories[NAME] = Repository(True, {"adapter_config.json": b"{}"})
+    for options in ({}, {"upload": True}):
+        with pytest.raises(UserError, match=r"has adapter_config\.json, .*; give another name, or"):
+            rayfuse.open_run(run.recipe).push(NAME, **options)
+    assert set(hub.repositories[NAME].files) == {"adapter_config.json"}
+
+
+def test_without_a_hub_the_list_says_that_removed_files_are_not_known(run):
+    assert rayfuse.open_run(run.recipe).push(NAME)["removed"] is None
 
 
 def test_a_public_repository_is_not_written_without_the_flag(run, hub):
