@@ -284,7 +284,7 @@ def write_rows(scored: Scored, folder, number: int = 2, **changed) -> str:
         ({"token_ids": [[]], "top_values": [[]]}, "none of its positions has a distribution"),
         ({"token_ids": [None]}, "a list is null"),
         ({"token_ids": [[[5, 6]]]}, "another number of entries"),
-        ({"token_ids": [[[5, 6, 5]] * 200], "top_values": [[[-1.0] * 3] * 200]}, "token twice"),
+        ({"token_ids": [[[5, 6, 5]] * 200], "top_values": [[[-2.0] * 3] * 200]}, "token twice"),
         # Logits without a value that is finite are no distribution, whatever the column's type.
         ({"top_values": [[[float("nan")] * 3] * 200], "token_ids": [[[5, 6, 7]] * 200]}, "finite"),
     ],
