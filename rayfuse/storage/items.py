@@ -37,7 +37,7 @@ class StoredItem:
     is_folder: bool
     is_data_set: bool = False
     changed_at: float | None = None
-    """When its newest file was written, in seconds since 1970; None if unknown."""
+    """When its newest file was written, in seconds since 1970; None if unknown, as behind links."""
     kept: str = ""
     """Why it cannot be removed; empty if it can."""
 
@@ -81,6 +81,29 @@ def list_stored(store: Store, is_used: Callable[[str], bool]) -> Iterator[Stored
         for name, sizes in _group_files(store, stage).items():
             if not is_used(name):
                 yield StoredItem(name, sizes, is_folder=False)
+
+
+def list_open(store: Store, is_used: Callable[[str], bool]) -> Iterator[StoredItem]:
+    """Yield what is in use and may be written now: trainings, without files, and open data sets.
+
+    Args:
+        store: The store.
+        is_used: Whether an item, by its name, is in use.
+    """
+    for stage in (*DATA_SETS, "train"):
+        for folder in store.folders(stage):
+            name = f"{stage}/{folder}"
+            if FINGERPRINTED.fullmatch(folder) is None or not is_used(name):
+                continue
+            if stage == "train":
+                yield StoredItem(name, {}, is_folder=True)
+            elif not is_folder_complete(store, name):
+                yield _read_folder(store, name, is_data_set=True)
+
+
+def is_folder_complete(store: Store, name: str) -> bool:
+    """Check that the record that completes a folder exists; the folder may be a link."""
+    return any(file in COMPLETE for file in store.sizes(name))
 
 
 def _list_folder(store: Store, name: str, found: re.Match[str]) -> Iterator[StoredItem]:
@@ -127,6 +150,7 @@ def _read_folder(store: Store, name: str, *, is_data_set: bool) -> StoredItem:
     if not tree.links:
         return item
     link = f"{name}/{tree.links[0]}".rstrip("/")
+    item = replace(item, changed_at=None)
     return _keep(item, f"{link} is a link, which is not followed: remove it by hand")
 
 

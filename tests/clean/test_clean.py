@@ -167,6 +167,87 @@ def test_a_data_set_that_a_job_may_be_writing_stops_all_removal(recipe):
     assert data.folder in clean(recipe, idle_hours=0.0)["removed"]
 
 
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_a_shared_training_that_a_job_works_on_stops_all_removal(recipe, monkeypatch, is_complete):
+    monkeypatch.setattr(command, "TIMEOUT_SECONDS", -9.0)
+    layout = layout_of(recipe)
+    (baseline,) = [run.folder for run in layout.runs if "/clm-" in run.folder]
+    other = [run.folder for run in layout_of(recipe, "train.lambda=0.5").runs]
+    (finished,) = [folder for folder in other if folder != baseline]
+    layout.store.write(f"{finished}/done.json", b"{}")
+    if is_complete:
+        layout.store.write(f"{baseline}/done.json", b"{}")
+    lease = Lease(layout.store, f"{baseline}/lease.json", "job of the other recipe")
+    assert lease.acquire()
+    before = snapshot(recipe)
+    with pytest.raises(UserError, match=rf"process {os.getpid()} of .* trains {baseline}"):
+        clean(recipe)
+    assert snapshot(recipe) == before
+    assert clean(recipe, recipe, OTHER, recipe, "train.lambda=0.5")["removed"] == []
+    lease.release()
+    assert finished in clean(recipe)["removed"]
+    assert ("done.json" in layout.store.sizes(baseline)) == is_complete
+
+
+def test_a_shared_data_set_that_a_job_may_be_writing_stops_all_removal(recipe):
+    data = layout_of(recipe).captured["neox"]
+    data.store.remove(f"{data.folder}/manifest.json")
+    before = snapshot(recipe)
+    with pytest.raises(UserError, match=rf"{data.folder}: it was written \d+ minutes ago.*: wait;"):
+        clean(recipe)
+    assert snapshot(recipe) == before
+    assert clean(recipe, recipe, OTHER)["removed"] == []
+    assert clean(recipe, idle_hours=0.0)["removed"] == aligned_folders(recipe, OTHER)
+
+
+def test_the_token_nll_of_a_source_that_is_scored_stops_nothing(recipe):
+    layout = layout_of(recipe)
+    data = layout.evaluation.token_nll["neox"]
+    data.claim({"recipe": {}})
+    with pytest.raises(UserError, match=f"{data.folder}: it was written 0 minutes ago"):
+        clean(recipe)
+    layout.store.write(layout.evaluation.scores["neox"], seal({"seconds": 36.0}))
+    assert clean(recipe)["removed"] == aligned_folders(recipe, OTHER)
+
+
+def test_a_training_with_a_link_whose_lease_is_held_stops_all_removal(recipe, monkeypatch):
+    monkeypatch.setattr(command, "TIMEOUT_SECONDS", -9.0)
+    folder = start_training(recipe)
+    store = open_store(str(Path(recipe).with_name("storage")))
+    (Path(store.root) / folder / "latest").symlink_to("metrics.jsonl")
+    lease = Lease(store, f"{folder}/lease.json", "x")
+    assert lease.acquire()
+    before = snapshot(recipe)
+    with pytest.raises(UserError, match=f"trains {folder}"):
+        clean(recipe)
+    assert snapshot(recipe) == before
+    lease.release()
+    assert clean(recipe)["removed"] == aligned_folders(recipe, OTHER)
+
+
+@pytest.mark.parametrize("link", ["", "commits"])
+def test_an_incomplete_data_set_behind_a_link_stops_all_removal(recipe, link):
+    data = start_capture(recipe)
+    place = Path(recipe).with_name("storage") / data.folder / link
+    moved = Path(recipe).with_name("storage") / "moved"
+    shutil.move(place, moved)
+    place.symlink_to(moved)
+    before = snapshot(recipe)
+    with pytest.raises(UserError, match=f"{data.folder}: it is incomplete, and when it was"):
+        clean(recipe)
+    assert snapshot(recipe) == before
+    assert clean(recipe, idle_hours=0.0)["removed"] == aligned_folders(recipe, OTHER)
+
+
+def test_a_training_that_is_a_link_out_of_the_storage_is_kept(recipe, tmp_path):
+    folder = start_training(recipe)
+    place = tmp_path / "storage" / folder
+    shutil.move(place, tmp_path / "moved")
+    place.symlink_to(tmp_path / "moved")
+    assert clean(recipe)["removed"] == aligned_folders(recipe, OTHER)
+    assert (tmp_path / "moved" / "metrics.jsonl").is_file()
+
+
 def test_an_incomplete_data_set_of_yesterday_is_removed(recipe):
     data = start_capture(recipe)
     yesterday = time.time() - 86400
