@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from rayfuse.config.base import first_line
 from rayfuse.storage.listing import NUM_READERS
 from rayfuse.storage.manifest import decode_run
+from rayfuse.storage.object_store import check_name
 from rayfuse.storage.seal import ShardError
 from rayfuse.storage.store import Store
 
@@ -75,8 +76,11 @@ def list_stored(store: Store, is_used: Callable[[str], bool]) -> Iterator[Stored
     for stage in (*DATA_SETS, "train"):
         for folder in store.folders(stage):
             found = FINGERPRINTED.fullmatch(folder)
-            if found is not None and not is_used(f"{stage}/{folder}"):
-                yield from _list_folder(store, f"{stage}/{folder}", found)
+            if found is None or is_used(f"{stage}/{folder}"):
+                continue
+            for item in _list_folder(store, f"{stage}/{folder}", found):
+                if item.files or store.is_local:  # else an object that shows an empty folder
+                    yield item
     for stage in ("maps", "evaluate"):
         for name, sizes in _group_files(store, stage).items():
             if not is_used(name):
@@ -168,7 +172,12 @@ def remove_item(store: Store, item: StoredItem, after_file: Callable[[], None]) 
         store: The store.
         item: The item. A lease in it is the caller's, and stays.
         after_file: Called after each file.
+
+    Raises:
+        ShardError: A name leads out of the storage; then nothing is removed.
     """
+    for file in item.files:
+        check_name(file, store.root)
     ranks: Mapping[int, list[str]] = {rank: [] for rank in range(4)}
     for file in item.files:
         if file == f"{item.name}/{LEASE_FILE}":

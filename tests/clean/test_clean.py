@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from s3fs import S3FileSystem
 
 from rayfuse import api
 from rayfuse.align.facts import ALIGN_FACTS
@@ -21,7 +23,7 @@ from rayfuse.runtime.console import PlainConsole
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.items import list_stored, remove_item
 from rayfuse.storage.lease import Lease
-from rayfuse.storage.seal import seal
+from rayfuse.storage.seal import ShardError, seal
 from rayfuse.storage.store import LocalStore, Store, open_store
 from tests.stored_run import store_rows, write_run
 from tests.test_cli import rayfuse
@@ -402,6 +404,25 @@ def test_the_command_lists_and_removes_and_takes_overrides(recipe):
     assert "an override without a recipe before it" in done.stderr
 
 
+def test_a_name_that_leads_out_of_the_storage_is_refused_before_anything_is_removed(recipe):
+    data = layout_of(recipe, OTHER).aligned["neox"]
+    (item,) = [i for i in list_stored(data.store, lambda _: False) if i.name == data.folder]
+    bad = replace(item, files=item.files | {f"{item.name}/data/../../x": 0})
+    before = snapshot(recipe)
+    with pytest.raises(ShardError, match="leads out of the storage"):
+        remove_item(data.store, bad, lambda: None)
+    assert snapshot(recipe) == before
+
+
+def make_folder_objects(root: str, *folders: str) -> None:
+    """Make the empty objects by which a console shows folders."""
+    filesystem = S3FileSystem(skip_instance_cache=True)
+    bucket, _, prefix = root.removeprefix("s3://").partition("/")
+    for folder in folders:
+        key = f"{prefix}/{folder}/"
+        filesystem.call_s3("put_object", Bucket=bucket, Key=key, Body=b"")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_items_of_object_storage_are_listed_with_their_age_and_removed(s3_root, made):
     store: Store = open_store(s3_root)
@@ -410,6 +431,9 @@ def test_items_of_object_storage_are_listed_with_their_age_and_removed(s3_root, 
     for folder in (kept, gone):
         for name in local.walk(f"aligned/{folder}").sizes:
             store.write(f"aligned/{folder}/{name}", local.read(f"aligned/{folder}/{name}"))
+    make_folder_objects(
+        s3_root, f"aligned/{gone}", f"aligned/{gone}/data", f"train/fused-{'0' * 12}"
+    )
     (item,) = list_stored(store, lambda name: name == f"aligned/{kept}")
     assert item.name == f"aligned/{gone}"
     assert item.files == {
@@ -418,5 +442,6 @@ def test_items_of_object_storage_are_listed_with_their_age_and_removed(s3_root, 
     assert item.is_complete
     assert item.changed_at == pytest.approx(time.time(), abs=600)
     remove_item(store, item, lambda: None)
-    assert store.folders("aligned") == [kept]
+    assert store.sizes(f"aligned/{gone}") == store.walk(f"aligned/{gone}").sizes == {}
+    assert not list(list_stored(store, lambda name: name == f"aligned/{kept}"))
     assert store.walk(f"aligned/{kept}").sizes == local.walk(f"aligned/{kept}").sizes
