@@ -130,14 +130,14 @@ def _list_prices(recipe: Recipe, layout: Layout, stages: tuple[str, ...]) -> dic
     """
     prices: dict[str, float] = {}
     if "capture" in stages or "evaluate" in stages:
-        for source in recipe.sources:
+        for source in recipe.run_sources:
             price = price_actor(source, recipe.plan)
             prices |= {f"capture {source.name}": price, f"evaluate {source.name}": price}
     if "train" in stages or "evaluate" in stages:
         price = price_worker(recipe.train, recipe.plan)
         prices |= {f"train {run.name}": price for run in layout.runs}
         # Models that are no source are scored by tasks like training workers; the ensemble on CPUs.
-        sources = {source.name for source in recipe.sources}
+        sources = {source.name for source in recipe.run_sources}
         names = layout.evaluation.scores.keys() - sources - {"ensemble"}
         prices |= {f"evaluate {name}": price for name in names}
     return prices
