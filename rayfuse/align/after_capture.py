@@ -14,5 +14,5 @@ def capture_and_align(
 ) -> None:
     """Import the sources that have a store; capture the others, and align each shard then."""
     import_sources(recipe, layout, progress, should_stop)
-    build_vocab_maps(recipe, layout, progress)
+    build_vocab_maps(recipe, layout, progress, should_stop)
     capture_sources(recipe, layout, progress, then=plan_align_step, should_stop=should_stop)

@@ -11,7 +11,7 @@ from rayfuse.config.recipe import Recipe
 from rayfuse.run.layout import Layout
 from rayfuse.runtime.progress import Progress, ProgressEvent, StoppedEarly
 
-STOP_STAGES = ("capture", "train")
+STOP_STAGES = ("capture", "align", "train", "evaluate")
 """These stop by themselves where nothing is lost; the others between two progress events."""
 
 
@@ -58,7 +58,8 @@ class Budget:
     def dollars(self) -> float:
         """Dollars of the work that has a price."""
         used = [*self.worker_seconds.items()]  # a copy: threads add titles
-        return sum(self.prices.get(title, 0.0) * seconds / 3600 for title, seconds in used)
+        costs = (self.prices.get(title, 0.0) * seconds / 3600 for title, seconds in used)
+        return sum(costs, start=0.0)
 
     def describe_reached(self) -> str:
         """Name the limit that is reached; empty if none is."""
