@@ -99,8 +99,8 @@ def run_stages(
         stages: Some of `STAGES`.
         progress: Receives the events of all stages.
         report_result: Called after each stage.
-        should_stop: Once it returns True, no further stage starts; capture and training stop where
-            nothing is lost.
+        should_stop: Once it returns True, no further stage starts; all but the corpus stage stop
+            where nothing is lost.
 
     Raises:
         StoppedEarly: It has stopped, as it was to.

@@ -13,6 +13,6 @@ def capture_and_align(
     recipe: Recipe, layout: Layout, progress: Progress, should_stop: ShouldStop = never_stop
 ) -> None:
     """Import the sources that have a store; capture the others, and align each shard then."""
-    import_sources(recipe, layout, progress)
-    build_vocab_maps(recipe, layout, progress)
+    import_sources(recipe, layout, progress, should_stop)
+    build_vocab_maps(recipe, layout, progress, should_stop)
     capture_sources(recipe, layout, progress, then=plan_align_step, should_stop=should_stop)

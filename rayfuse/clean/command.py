@@ -12,13 +12,21 @@ from rich.table import Column, Table
 
 from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.clean.cost import ItemCost, read_cost
-from rayfuse.clean.used import list_used
+from rayfuse.clean.used import list_scored, list_used
 from rayfuse.config.base import UserError
 from rayfuse.config.recipe import Recipe
 from rayfuse.run.layout import plan_layout
-from rayfuse.storage.items import LEASE_FILE, StoredItem, list_stored, remove_item
+from rayfuse.storage.items import (
+    LEASE_FILE,
+    StoredItem,
+    is_folder_complete,
+    list_open,
+    list_stored,
+    remove_item,
+)
 from rayfuse.storage.lease import RENEW_SECONDS, TIMEOUT_SECONDS, Lease
 from rayfuse.storage.migrate import LEASE_FILE as MIGRATION_LEASE
+from rayfuse.storage.seal import ShardError
 from rayfuse.storage.store import Store
 
 POLL_SECONDS = 1.0
@@ -32,7 +40,19 @@ class UnusedItem:
     item: StoredItem
     cost: ItemCost
     writer: str = ""
-    """Why a job of another recipe may be at work on it; empty if none is."""
+    """Why a job may be at work on it; empty if none is."""
+
+
+@dataclass(frozen=True)
+class BusyItem:
+    """An item that a job may be at work on: one that no recipe uses, or one that jobs share."""
+
+    name: str
+    writer: str
+    """Why a job may be."""
+    is_training: bool
+    is_used: bool
+    """Whether a given recipe uses it; the job may be of another that shares it."""
 
 
 def clean_storage(
@@ -52,8 +72,8 @@ def clean_storage(
 
     Raises:
         UserError: `idle_hours` is negative, a recipe cannot be used, the storages differ, the
-            storage has another schema version, or, with `delete`, a job of another recipe may be
-            at work.
+            storage has another schema version, or, with `delete`, a job may be at work on anything
+            in the storage, which a recipe that is not given may share.
         ShardError: A record that names folders is corrupt.
     """
     if not idle_hours >= 0:  # NaN is neither
@@ -65,15 +85,20 @@ def clean_storage(
             f"the recipes have different storages, {', '.join(roots)}; clean one at a time"
         )
     used: set[str] = set()
+    scored: set[str] = set()
     for recipe, layout in zip(recipes, layouts, strict=True):
         used |= list_used(recipe, layout)
+        scored |= list_scored(layout)
     store, plan = layouts[0].store, recipes[0].plan
     unused = [
         UnusedItem(item, read_cost(store, item, plan), _find_writer(store, item, idle_hours))
         for item in list_stored(store, lambda name: name in used)
     ]
     print_unused(store, unused, console)
-    removed = _remove_unused(store, unused, console) if delete else []
+    removed: list[StoredItem] = []
+    if delete and any(not found.item.kept for found in unused):
+        busy = _list_busy(store, unused, used, scored, idle_hours)
+        removed = _remove_unused(store, unused, busy, console)
     if unused and not delete:
         console.print("nothing was removed; --delete removes what is marked unused")
     return {
@@ -87,25 +112,58 @@ def clean_storage(
 def _find_writer(store: Store, item: StoredItem, idle_hours: float) -> str:
     """Describe why a job may be at work on an item; nothing if none is."""
     if item.is_training:
-        holder = Lease(store, f"{item.name}/{LEASE_FILE}", "").find_holder()
-        return f"{holder} holds its lease" if holder else ""
-    if item.is_complete or not item.files:
+        return _find_holder(store, item.name)
+    is_written = item.files or item.kept
+    if item.is_complete or not is_written or not idle_hours:
+        return ""
+    if item.kept and is_folder_complete(store, item.name):  # a link, whose files are not listed
         return ""
     if item.changed_at is None:
-        return "it is incomplete, and its storage does not record when it was written"
+        return "it is incomplete, and when it was written is not known"
     minutes = max(time.time() - item.changed_at, 0.0) / 60
     return f"it was written {minutes:.0f} minutes ago" if minutes < idle_hours * 60 else ""
 
 
-def _remove_unused(store: Store, unused: list[UnusedItem], console: Console) -> list[StoredItem]:
+def _find_holder(store: Store, name: str) -> str:
+    try:
+        holder = Lease(store, f"{name}/{LEASE_FILE}", "").find_holder()
+    except ShardError:  # behind a link that leads out of the storage: no job can train there
+        return ""
+    return f"{holder} holds its lease" if holder else ""
+
+
+def _list_busy(
+    store: Store, unused: list[UnusedItem], used: set[str], scored: set[str], idle_hours: float
+) -> list[BusyItem]:
+    """List all that a job may be at work on.
+
+    What a given recipe uses is included: another recipe may share it, and have the job, whose other
+    results would then be removed.
+    """
+    busy = [
+        BusyItem(found.item.name, found.writer, found.item.is_training, is_used=False)
+        for found in unused
+        if found.writer
+    ]
+    for item in list_open(store, lambda name: name in used and name not in scored):
+        if writer := _find_writer(store, item, idle_hours):
+            busy.append(BusyItem(item.name, writer, item.is_training, is_used=True))
+    return busy
+
+
+def _remove_unused(
+    store: Store, unused: list[UnusedItem], busy: list[BusyItem], console: Console
+) -> list[StoredItem]:
     """Remove the items that can be removed, and return them.
 
     Raises:
-        UserError: A job of another recipe may be at work; then nothing is removed.
+        UserError: A job may be at work; then nothing is removed.
     """
     items = [found.item for found in unused if not found.item.kept]
-    _check_writers(store, unused)
-    with _hold_leases(store, [item for item in items if item.is_training]) as leases:
+    _check_writers(store, busy)
+    trainings = {item.name for item in items if item.is_training}
+    trainings |= {item.name for item in busy if item.is_training}
+    with _hold_leases(store, sorted(trainings)) as leases:
         for item in items:
 
             def renew() -> None:
@@ -122,8 +180,8 @@ def _remove_unused(store: Store, unused: list[UnusedItem], console: Console) -> 
     return items
 
 
-def _check_writers(store: Store, unused: list[UnusedItem]) -> None:
-    """Check that no job of another recipe is known to be at work; leases are checked later.
+def _check_writers(store: Store, busy: list[BusyItem]) -> None:
+    """Check that no job is known to be at work on a data set; leases are checked later.
 
     Its inputs are complete, and may be among what is to be removed, so nothing is removed then.
 
@@ -133,18 +191,18 @@ def _check_writers(store: Store, unused: list[UnusedItem]) -> None:
     migration = Lease(store, MIGRATION_LEASE, "").find_holder()
     if migration is not None:
         raise UserError(f"{migration} migrates {store.root}; wait for its end")
-    for found in unused:
-        if found.writer and not found.item.is_training:
+    for item in busy:
+        if not item.is_training:
+            remedy = "wait" if item.is_used else "give its recipe too, or wait"
             raise UserError(
-                f"{found.item.name}: {found.writer}, so that a job of a recipe that is not given "
-                "may be at work; nothing was removed: give its recipe too, or wait; if no job "
-                "runs, set --idle-hours 0"
+                f"{item.name}: {item.writer}, so that a job of a recipe that is not given may be "
+                f"at work; nothing was removed: {remedy}; if no job runs, set --idle-hours 0"
             )
 
 
 @contextmanager
-def _hold_leases(store: Store, trainings: list[StoredItem]) -> Iterator[dict[str, Lease]]:
-    """Hold the leases of trainings, so that no job starts one while it is removed.
+def _hold_leases(store: Store, trainings: list[str]) -> Iterator[dict[str, Lease]]:
+    """Hold the leases of trainings, so that no job starts one while results are removed.
 
     A lease that is not renewed for its timeout belongs to a process that has died.
 
@@ -152,14 +210,15 @@ def _hold_leases(store: Store, trainings: list[StoredItem]) -> Iterator[dict[str
         UserError: Another process holds one.
     """
     job = uuid.uuid4().hex
-    leases = {item.name: Lease(store, f"{item.name}/{LEASE_FILE}", job) for item in trainings}
+    leases = {name: Lease(store, f"{name}/{LEASE_FILE}", job) for name in trainings}
     until = time.monotonic() + TIMEOUT_SECONDS + RENEW_SECONDS
     try:
         while missing := [lease for lease in leases.values() if not lease.acquire()]:
             if time.monotonic() > until:
                 raise UserError(
-                    f"{missing[0].holder} trains {missing[0].file.rpartition('/')[0]}, which no "
-                    "given recipe names; nothing was removed: give its recipe too, or wait"
+                    f"{missing[0].holder} trains {missing[0].file.rpartition('/')[0]}, and its "
+                    "job may need results that no given recipe names; nothing was removed: wait "
+                    "for its end"
                 )
             for lease in leases.values():
                 lease.renew()

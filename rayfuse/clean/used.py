@@ -34,6 +34,20 @@ def list_used(recipe: Recipe, layout: Layout) -> set[str]:
     }
 
 
+def list_scored(layout: Layout) -> set[str]:
+    """List the folders of token NLL whose source has its score: they are written, but never closed.
+
+    The score comes last, so nothing else shows whether all of the token NLL is there.
+    """
+    evaluation = layout.evaluation
+    present = layout.store.sizes("evaluate")
+    return {
+        data.folder
+        for name, data in evaluation.token_nll.items()
+        if evaluation.scores[name].removeprefix("evaluate/") in present
+    }
+
+
 def _list_inside(recipe: Recipe, store: Store) -> Iterator[str]:
     """Yield the items that settings name by their path, such as a model that a run has made."""
     for text in _list_texts(dump_recipe(recipe)):

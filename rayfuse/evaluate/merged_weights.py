@@ -10,7 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rayfuse.config.base import UserError
-from rayfuse.models.folder import PLAIN_FILES, copy_files
+from rayfuse.config.models import ModelSettings
+from rayfuse.models.folder import PLAIN_FILES, copy_files, find_folder, list_files
+from rayfuse.run.made_models import DONE_FILE
+from rayfuse.runtime.scratch import scratch_folder
+from rayfuse.storage.files import upload_files, write_record
+from rayfuse.storage.store import Store
 
 
 def average_weights(folders: Sequence[Path], merged: Path) -> None:
@@ -68,3 +73,19 @@ def _average(handles: Sequence[Any], name: str) -> torch.Tensor:
     for tensor in tensors:
         total += tensor
     return (total / len(tensors)).to(first.dtype)
+
+
+def merge_models(models: list[ModelSettings], store: Store, folder: str) -> None:
+    """Store the model of averaged weights below a folder, `done.json` last; a Ray task."""
+    with scratch_folder("merged") as merged:
+        average_weights([_find_weights(model) for model in models], merged)
+        paths = {
+            f"model/{file.relative_to(merged).as_posix()}": file
+            for file in list_files(merged, ("**/*",))
+        }
+        files = upload_files(store, folder, paths)
+    write_record(store, f"{folder}/{DONE_FILE}", {"inputs": {}}, files)
+
+
+def _find_weights(model: ModelSettings) -> Path:
+    return find_folder(model.model, model.revision, ("*.safetensors", *PLAIN_FILES))

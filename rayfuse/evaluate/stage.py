@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -23,7 +22,7 @@ from rayfuse.evaluate.bits_per_byte import (
     sum_rows,
 )
 from rayfuse.evaluate.ensemble import average_sources, build_nll_table, read_nll_table
-from rayfuse.evaluate.merged_weights import average_weights
+from rayfuse.evaluate.merged_weights import merge_models
 from rayfuse.evaluate.model_loading import check_trained, local_model
 from rayfuse.evaluate.results import is_scored, read_evaluation, read_inputs, read_task_inputs
 from rayfuse.evaluate.scores import (
@@ -35,23 +34,20 @@ from rayfuse.evaluate.task_resources import choose_resources
 from rayfuse.models.chat import load_chat_format
 from rayfuse.models.config_file import read_context_tokens
 from rayfuse.models.files import load_recipe_tokenizer
-from rayfuse.models.folder import PLAIN_FILES, find_folder, list_files
 from rayfuse.run.layout import Layout, describe_model, find_own_folder
-from rayfuse.run.made_models import DONE_FILE, is_made
+from rayfuse.run.made_models import is_made
 from rayfuse.runtime.heap import trim_heap
 from rayfuse.runtime.logging import log_event
 from rayfuse.runtime.metrics import count_work
-from rayfuse.runtime.progress import Progress, ProgressEvent
+from rayfuse.runtime.progress import Progress, ProgressEvent, ShouldStop, never_stop
 from rayfuse.runtime.resources import (
     TASK_RETRIES,
 )
-from rayfuse.runtime.scratch import scratch_folder
+from rayfuse.runtime.wait import TaskWait
 from rayfuse.storage.chat_columns import has_answers
 from rayfuse.storage.dataset import DataSet
-from rayfuse.storage.files import upload_files, write_record
 from rayfuse.storage.manifest import Commit, check_inputs
 from rayfuse.storage.seal import REMEDY, ShardError
-from rayfuse.storage.store import Store
 
 ENSEMBLE, MERGED = "ensemble", "merged"
 
@@ -80,13 +76,23 @@ class ScoredShards:
     """Computing time, loading the model included."""
 
 
-def evaluate_models(recipe: Recipe, layout: Layout, progress: Progress) -> dict[str, Evaluation]:
+def evaluate_models(
+    recipe: Recipe, layout: Layout, progress: Progress, should_stop: ShouldStop = never_stop
+) -> dict[str, Evaluation]:
     """Score every model that has no result yet, all in parallel, and read all results by name.
 
+    Args:
+        recipe: The recipe.
+        layout: Its run.
+        progress: Receives an event after each task.
+        should_stop: Once it returns True, the stage stops after the next stored score.
+
     Raises:
+        StoppedEarly: It has stopped, as it was to.
         UserError: The held-out rows are incomplete or empty, a model is not trained yet, or a model
             or a task cannot be used.
     """
+    wait = TaskWait(should_stop)
     names = [
         name
         for name, file in layout.evaluation.scores.items()
@@ -97,11 +103,11 @@ def evaluate_models(recipe: Recipe, layout: Layout, progress: Progress) -> dict[
         if ENSEMBLE in names:
             names += _claim_token_nll(recipe, layout, groups, names)
         models = [name for name in names if name != ENSEMBLE]
-        _score_models(recipe, layout, models, groups, progress)
+        _score_models(recipe, layout, models, groups, progress, wait)
         if ENSEMBLE in names:
-            _score_ensemble(layout, groups, progress)
+            _score_ensemble(layout, groups, progress, wait)
     if recipe.evaluate.tasks is not None:
-        _score_tasks(recipe, layout, progress)
+        _score_tasks(recipe, layout, progress, wait)
     return {name: read_evaluation(layout, file) for name, file in layout.evaluation.scores.items()}
 
 
@@ -140,7 +146,12 @@ def group_shards(commits: Iterable[Commit], task_tokens: int) -> list[list[int]]
 
 
 def _score_models(
-    recipe: Recipe, layout: Layout, names: list[str], groups: list[list[int]], progress: Progress
+    recipe: Recipe,
+    layout: Layout,
+    names: list[str],
+    groups: list[list[int]],
+    progress: Progress,
+    wait: TaskWait,
 ) -> None:
     jobs = {name: _plan_job(recipe, layout, name) for name in names}
     pending: dict[Any, tuple[str, int]] = {}
@@ -148,49 +159,59 @@ def _score_models(
         merge = _start_merge(recipe, layout) if name == MERGED else None
         remote: Any = ray.remote(**choose_resources(job.model, recipe))(score_shards)
         pending |= {remote.remote(job, group, merge): (name, i) for i, group in enumerate(groups)}
-    for name, parts in _gather(pending, groups, progress):
+    for name, parts in _gather(pending, groups, progress, wait):
         evaluation = _join_parts(name, jobs[name].model.model, parts, read_inputs(layout, name))
         layout.store.write(layout.evaluation.scores[name], evaluation.to_json())
 
 
-def _score_ensemble(layout: Layout, groups: list[list[int]], progress: Progress) -> None:
+def _score_ensemble(
+    layout: Layout, groups: list[list[int]], progress: Progress, wait: TaskWait
+) -> None:
     average: Any = ray.remote(max_retries=TASK_RETRIES)(average_shards)
     token_nll = list(layout.evaluation.token_nll.values())
     pending = {
         average.remote(layout.held_out, token_nll, group): (ENSEMBLE, i)
         for i, group in enumerate(groups)
     }
-    for name, parts in _gather(pending, groups, progress):
+    for name, parts in _gather(pending, groups, progress, wait):
         models = ", ".join(layout.evaluation.token_nll)
         evaluation = _join_parts(name, models, parts, read_inputs(layout, name))
         layout.store.write(layout.evaluation.scores[name], evaluation.to_json())
 
 
 def _gather(
-    pending: dict[Any, tuple[str, int]], groups: list[list[int]], progress: Progress
+    pending: dict[Any, tuple[str, int]],
+    groups: list[list[int]],
+    progress: Progress,
+    wait: TaskWait,
 ) -> Iterator[tuple[str, list[ScoredShards]]]:
-    """Yield each model's name and its tasks' results, as soon as all of its tasks are done."""
+    """Yield each model's name and its tasks' results, as soon as all of its tasks are done.
+
+    The caller stores its score before it takes the next; only then the command may stop.
+    """
     num_shards = sum(len(group) for group in groups)
     found: dict[str, dict[int, ScoredShards]] = {name: {} for name, _ in pending.values()}
     try:
         while pending:
-            (ready,), _ = ray.wait(list(pending), num_returns=1)
+            ready, _ = wait.take_ready(list(pending))
             name, index = pending[ready]
             found[name][index] = _fetch(ready)
             del pending[ready]
             done = sum(len(groups[i]) for i in found[name])
             seconds = sum(part.seconds for part in found[name].values())
+            if done == num_shards:
+                yield name, [found[name][i] for i in range(len(groups))]
             progress(
                 ProgressEvent("evaluate", name, done, num_shards, "shards", worker_seconds=seconds)
             )
             if done == num_shards:
-                yield name, [found[name][i] for i in range(len(groups))]
+                wait.check_stored()
     finally:
         for reference in pending:  # after an error the results of running tasks would be lost
             ray.cancel(reference)
 
 
-def _score_tasks(recipe: Recipe, layout: Layout, progress: Progress) -> None:
+def _score_tasks(recipe: Recipe, layout: Layout, progress: Progress, wait: TaskWait) -> None:
     """Run the tasks without a score: one Ray task per model, then one for the ensemble."""
     # lm-eval is an optional dependency (rayfuse[tasks]).
     from rayfuse.evaluate.lm_eval_tasks import LmEvalJob, run_ensemble_job, run_model_job
@@ -216,7 +237,7 @@ def _score_tasks(recipe: Recipe, layout: Layout, progress: Progress) -> None:
             model = describe_model(recipe, name, layout)
             remote: Any = ray.remote(**choose_resources(model, recipe))(run_model_job)
             pending[remote.remote(job, model, find_own_folder(name, layout))] = name
-    _wait_for_jobs(pending, progress)
+    _wait_for_jobs(pending, progress, wait)
     if ENSEMBLE in jobs:
         sources = [
             {
@@ -226,17 +247,18 @@ def _score_tasks(recipe: Recipe, layout: Layout, progress: Progress) -> None:
             for name, files in layout.evaluation.task_nll.items()
         ]
         remote = ray.remote(max_retries=TASK_RETRIES)(run_ensemble_job)
-        _wait_for_jobs({remote.remote(jobs[ENSEMBLE], sources): ENSEMBLE}, progress)
+        _wait_for_jobs({remote.remote(jobs[ENSEMBLE], sources): ENSEMBLE}, progress, wait)
 
 
-def _wait_for_jobs(names: dict[Any, str], progress: Progress) -> None:
+def _wait_for_jobs(names: dict[Any, str], progress: Progress, wait: TaskWait) -> None:
     waiting = list(names)
     try:
         while waiting:
-            (ready,), waiting = ray.wait(waiting, num_returns=1)
+            ready, waiting = wait.take_ready(waiting)
             number = _fetch(ready)
             part = f"tasks of {names[ready]}"
             progress(ProgressEvent("evaluate", part, number, number, "tasks"))
+            wait.check_stored()
     finally:
         for reference in waiting:
             ray.cancel(reference)
@@ -376,19 +398,3 @@ def _read_same_rows(data: DataSet, rows_commit: Commit, rows: pa.Table) -> pa.Ta
             f"text; {REMEDY}"
         )
     return table
-
-
-def merge_models(models: list[ModelSettings], store: Store, folder: str) -> None:
-    """Store the model of averaged weights below a folder, `done.json` last; a Ray task."""
-    with scratch_folder("merged") as merged:
-        average_weights([_find_weights(model) for model in models], merged)
-        paths = {
-            f"model/{file.relative_to(merged).as_posix()}": file
-            for file in list_files(merged, ("**/*",))
-        }
-        files = upload_files(store, folder, paths)
-    write_record(store, f"{folder}/{DONE_FILE}", {"inputs": {}}, files)
-
-
-def _find_weights(model: ModelSettings) -> Path:
-    return find_folder(model.model, model.revision, ("*.safetensors", *PLAIN_FILES))

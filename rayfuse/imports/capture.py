@@ -28,7 +28,13 @@ from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.models.tokenizer import TextTokenizer
 from rayfuse.run.layout import Layout
 from rayfuse.run.segmentation import write_segmentation
-from rayfuse.runtime.progress import Progress, ProgressEvent
+from rayfuse.runtime.progress import (
+    Progress,
+    ProgressEvent,
+    ShouldStop,
+    StoppedEarly,
+    never_stop,
+)
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.rejects import Reject
 from rayfuse.storage.todo import list_missing
@@ -103,21 +109,36 @@ def check_unchanged(source: SourceSettings, store: ForeignStore, captured: DataS
     )
 
 
-def import_sources(recipe: Recipe, layout: Layout, progress: Progress) -> None:
+def import_sources(
+    recipe: Recipe, layout: Layout, progress: Progress, should_stop: ShouldStop = never_stop
+) -> None:
     """Write what is missing of the captured rows of all imported sources.
 
+    Args:
+        recipe: The recipe.
+        layout: Its run.
+        progress: Receives an event after each shard.
+        should_stop: Once it returns True, no further shard is started.
+
     Raises:
+        StoppedEarly: It has stopped between shards, as it was to.
         UserError: The corpus is incomplete, a store is missing, has changed, or lacks too many
             rows of the corpus.
         ShardError: A shard of the corpus is corrupt.
     """
     for source in recipe.sources:
         if source.captured_from is not None and not layout.captured[source.name].is_complete():
-            _import_source(recipe, layout, source, progress)
+            if should_stop():
+                raise StoppedEarly
+            _import_source(recipe, layout, source, progress, should_stop)
 
 
 def _import_source(
-    recipe: Recipe, layout: Layout, source: SourceSettings, progress: Progress
+    recipe: Recipe,
+    layout: Layout,
+    source: SourceSettings,
+    progress: Progress,
+    should_stop: ShouldStop,
 ) -> None:
     captured, manifest = layout.captured[source.name], layout.corpus.read_manifest()
     if manifest is None:
@@ -128,15 +149,8 @@ def _import_source(
     def note(text: str) -> None:
         progress(ProgressEvent("capture", source.name, note=text))
 
-    store = open_source_store(source)
-    imported = describe_import(source, store)
-    captured.claim({"recipe": dump_recipe(recipe), "source": source.name, "imported": imported})
-    check_unchanged(source, store, captured)
-    tokenizer = load_recipe_tokenizer(source)
-    vocabulary = list_vocabulary(tokenizer)
-    importer = Importer(
-        store, tokenizer, vocabulary, recipe.capture.kept_entries, index_rows(store, vocabulary)
-    )
+    importer = _open_importer(recipe, layout, source)
+    store = importer.store
     note(f"imported: {store.format.name}, {store.num_rows:,} texts, {store.num_bytes:,} bytes")
     for lack in store.format.lacks:
         note(f"the store lacks {lack}")
@@ -159,7 +173,26 @@ def _import_source(
         rows, rejects = rows + done.rows, rejects + done.rejects
         _check_rejects(source, store, rows, rejects, recipe.capture.max_rejected_share)
         progress(ProgressEvent("capture", source.name, shard + 1, manifest.num_shards, "shards"))
+        if shard in missing and shard + 1 < manifest.num_shards and should_stop():
+            raise StoppedEarly
     captured.finish(manifest.num_shards)
+
+
+def _open_importer(recipe: Recipe, layout: Layout, source: SourceSettings) -> "Importer":
+    """Open and index a source's store, and claim its captured rows.
+
+    Raises:
+        UserError: The store is missing, or has changed since a part of it was imported.
+    """
+    captured = layout.captured[source.name]
+    store = open_source_store(source)
+    imported = describe_import(source, store)
+    captured.claim({"recipe": dump_recipe(recipe), "source": source.name, "imported": imported})
+    check_unchanged(source, store, captured)
+    tokenizer = load_recipe_tokenizer(source)
+    vocabulary = list_vocabulary(tokenizer)
+    index = index_rows(store, vocabulary)
+    return Importer(store, tokenizer, vocabulary, recipe.capture.kept_entries, index)
 
 
 def _check_rejects(

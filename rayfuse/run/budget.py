@@ -11,7 +11,7 @@ from rayfuse.config.recipe import Recipe
 from rayfuse.run.layout import Layout
 from rayfuse.runtime.progress import Progress, ProgressEvent, StoppedEarly
 
-STOP_STAGES = ("capture", "train")
+STOP_STAGES = ("capture", "align", "train", "evaluate")
 """These stop by themselves where nothing is lost; the others between two progress events."""
 
 
@@ -58,7 +58,8 @@ class Budget:
     def dollars(self) -> float:
         """Dollars of the work that has a price."""
         used = [*self.worker_seconds.items()]  # a copy: threads add titles
-        return sum(self.prices.get(title, 0.0) * seconds / 3600 for title, seconds in used)
+        costs = (self.prices.get(title, 0.0) * seconds / 3600 for title, seconds in used)
+        return sum(costs, start=0.0)
 
     def describe_reached(self) -> str:
         """Name the limit that is reached; empty if none is."""
@@ -130,14 +131,14 @@ def _list_prices(recipe: Recipe, layout: Layout, stages: tuple[str, ...]) -> dic
     """
     prices: dict[str, float] = {}
     if "capture" in stages or "evaluate" in stages:
-        for source in recipe.sources:
+        for source in recipe.run_sources:
             price = price_actor(source, recipe.plan)
             prices |= {f"capture {source.name}": price, f"evaluate {source.name}": price}
     if "train" in stages or "evaluate" in stages:
         price = price_worker(recipe.train, recipe.plan)
         prices |= {f"train {run.name}": price for run in layout.runs}
         # Models that are no source are scored by tasks like training workers; the ensemble on CPUs.
-        sources = {source.name for source in recipe.sources}
+        sources = {source.name for source in recipe.run_sources}
         names = layout.evaluation.scores.keys() - sources - {"ensemble"}
         prices |= {f"evaluate {name}": price for name in names}
     return prices

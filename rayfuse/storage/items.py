@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from rayfuse.config.base import first_line
 from rayfuse.storage.listing import NUM_READERS
 from rayfuse.storage.manifest import decode_run
+from rayfuse.storage.object_store import check_name
 from rayfuse.storage.seal import ShardError
 from rayfuse.storage.store import Store
 
@@ -37,7 +38,7 @@ class StoredItem:
     is_folder: bool
     is_data_set: bool = False
     changed_at: float | None = None
-    """When its newest file was written, in seconds since 1970; None if unknown."""
+    """When its newest file was written, in seconds since 1970; None if unknown, as behind links."""
     kept: str = ""
     """Why it cannot be removed; empty if it can."""
 
@@ -75,12 +76,38 @@ def list_stored(store: Store, is_used: Callable[[str], bool]) -> Iterator[Stored
     for stage in (*DATA_SETS, "train"):
         for folder in store.folders(stage):
             found = FINGERPRINTED.fullmatch(folder)
-            if found is not None and not is_used(f"{stage}/{folder}"):
-                yield from _list_folder(store, f"{stage}/{folder}", found)
+            if found is None or is_used(f"{stage}/{folder}"):
+                continue
+            for item in _list_folder(store, f"{stage}/{folder}", found):
+                if item.files or store.is_local:  # else an object that shows an empty folder
+                    yield item
     for stage in ("maps", "evaluate"):
         for name, sizes in _group_files(store, stage).items():
             if not is_used(name):
                 yield StoredItem(name, sizes, is_folder=False)
+
+
+def list_open(store: Store, is_used: Callable[[str], bool]) -> Iterator[StoredItem]:
+    """Yield what is in use and may be written now: trainings, without files, and open data sets.
+
+    Args:
+        store: The store.
+        is_used: Whether an item, by its name, is in use.
+    """
+    for stage in (*DATA_SETS, "train"):
+        for folder in store.folders(stage):
+            name = f"{stage}/{folder}"
+            if FINGERPRINTED.fullmatch(folder) is None or not is_used(name):
+                continue
+            if stage == "train":
+                yield StoredItem(name, {}, is_folder=True)
+            elif not is_folder_complete(store, name):
+                yield _read_folder(store, name, is_data_set=True)
+
+
+def is_folder_complete(store: Store, name: str) -> bool:
+    """Check that the record that completes a folder exists; the folder may be a link."""
+    return any(file in COMPLETE for file in store.sizes(name))
 
 
 def _list_folder(store: Store, name: str, found: re.Match[str]) -> Iterator[StoredItem]:
@@ -127,6 +154,7 @@ def _read_folder(store: Store, name: str, *, is_data_set: bool) -> StoredItem:
     if not tree.links:
         return item
     link = f"{name}/{tree.links[0]}".rstrip("/")
+    item = replace(item, changed_at=None)
     return _keep(item, f"{link} is a link, which is not followed: remove it by hand")
 
 
@@ -144,7 +172,12 @@ def remove_item(store: Store, item: StoredItem, after_file: Callable[[], None]) 
         store: The store.
         item: The item. A lease in it is the caller's, and stays.
         after_file: Called after each file.
+
+    Raises:
+        ShardError: A name leads out of the storage; then nothing is removed.
     """
+    for file in item.files:
+        check_name(file, store.root)
     ranks: Mapping[int, list[str]] = {rank: [] for rank in range(4)}
     for file in item.files:
         if file == f"{item.name}/{LEASE_FILE}":

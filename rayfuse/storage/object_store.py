@@ -138,11 +138,12 @@ class ObjectStore:
                 entries = self._fs.ls(path, detail=True, refresh=True)
         except FileNotFoundError:
             return {}
+        # A name that ends in `/` is an empty object by which other clients show the folder itself.
         names = ((posixpath.basename(entry["name"]), entry) for entry in entries)
         return {
             name: entry["size"]
             for name, entry in names
-            if entry["type"] == "file" and name.startswith(prefix)
+            if entry["type"] == "file" and name and name.startswith(prefix)
         }
 
     @retry_transient

@@ -51,11 +51,18 @@ def walk_local(path: Path) -> Tree:
 def build_tree(root: str, entries: Mapping[str, Mapping[str, Any]]) -> Tree:
     """Build the tree of a prefix in object storage.
 
+    Names that end in `/` are no files: consoles and other clients make such empty objects to show a
+    folder.
+
     Args:
         root: The prefix, as the client spells it.
         entries: What the client lists below it, by name.
     """
-    files = {name: entry for name, entry in entries.items() if entry["type"] == "file"}
+    files = {
+        name: entry
+        for name, entry in entries.items()
+        if entry["type"] == "file" and not name.endswith("/")
+    }
     times = [_read_time(entry) for entry in files.values()]
     known = [time for time in times if time is not None]
     return Tree(

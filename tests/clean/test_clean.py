@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from s3fs import S3FileSystem
 
 from rayfuse import api
 from rayfuse.align.facts import ALIGN_FACTS
@@ -21,7 +23,7 @@ from rayfuse.runtime.console import PlainConsole
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.items import list_stored, remove_item
 from rayfuse.storage.lease import Lease
-from rayfuse.storage.seal import seal
+from rayfuse.storage.seal import ShardError, seal
 from rayfuse.storage.store import LocalStore, Store, open_store
 from tests.stored_run import store_rows, write_run
 from tests.test_cli import rayfuse
@@ -165,6 +167,87 @@ def test_a_data_set_that_a_job_may_be_writing_stops_all_removal(recipe):
     assert snapshot(recipe) == before
     assert clean(recipe, recipe, "capture.top_k=3", recipe, OTHER)["removed"] == []
     assert data.folder in clean(recipe, idle_hours=0.0)["removed"]
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_a_shared_training_that_a_job_works_on_stops_all_removal(recipe, monkeypatch, is_complete):
+    monkeypatch.setattr(command, "TIMEOUT_SECONDS", -9.0)
+    layout = layout_of(recipe)
+    (baseline,) = [run.folder for run in layout.runs if "/clm-" in run.folder]
+    other = [run.folder for run in layout_of(recipe, "train.lambda=0.5").runs]
+    (finished,) = [folder for folder in other if folder != baseline]
+    layout.store.write(f"{finished}/done.json", b"{}")
+    if is_complete:
+        layout.store.write(f"{baseline}/done.json", b"{}")
+    lease = Lease(layout.store, f"{baseline}/lease.json", "job of the other recipe")
+    assert lease.acquire()
+    before = snapshot(recipe)
+    with pytest.raises(UserError, match=rf"process {os.getpid()} of .* trains {baseline}"):
+        clean(recipe)
+    assert snapshot(recipe) == before
+    assert clean(recipe, recipe, OTHER, recipe, "train.lambda=0.5")["removed"] == []
+    lease.release()
+    assert finished in clean(recipe)["removed"]
+    assert ("done.json" in layout.store.sizes(baseline)) == is_complete
+
+
+def test_a_shared_data_set_that_a_job_may_be_writing_stops_all_removal(recipe):
+    data = layout_of(recipe).captured["neox"]
+    data.store.remove(f"{data.folder}/manifest.json")
+    before = snapshot(recipe)
+    with pytest.raises(UserError, match=rf"{data.folder}: it was written \d+ minutes ago.*: wait;"):
+        clean(recipe)
+    assert snapshot(recipe) == before
+    assert clean(recipe, recipe, OTHER)["removed"] == []
+    assert clean(recipe, idle_hours=0.0)["removed"] == aligned_folders(recipe, OTHER)
+
+
+def test_the_token_nll_of_a_source_that_is_scored_stops_nothing(recipe):
+    layout = layout_of(recipe)
+    data = layout.evaluation.token_nll["neox"]
+    data.claim({"recipe": {}})
+    with pytest.raises(UserError, match=f"{data.folder}: it was written 0 minutes ago"):
+        clean(recipe)
+    layout.store.write(layout.evaluation.scores["neox"], seal({"seconds": 36.0}))
+    assert clean(recipe)["removed"] == aligned_folders(recipe, OTHER)
+
+
+def test_a_training_with_a_link_whose_lease_is_held_stops_all_removal(recipe, monkeypatch):
+    monkeypatch.setattr(command, "TIMEOUT_SECONDS", -9.0)
+    folder = start_training(recipe)
+    store = open_store(str(Path(recipe).with_name("storage")))
+    (Path(store.root) / folder / "latest").symlink_to("metrics.jsonl")
+    lease = Lease(store, f"{folder}/lease.json", "x")
+    assert lease.acquire()
+    before = snapshot(recipe)
+    with pytest.raises(UserError, match=f"trains {folder}"):
+        clean(recipe)
+    assert snapshot(recipe) == before
+    lease.release()
+    assert clean(recipe)["removed"] == aligned_folders(recipe, OTHER)
+
+
+@pytest.mark.parametrize("link", ["", "commits"])
+def test_an_incomplete_data_set_behind_a_link_stops_all_removal(recipe, link):
+    data = start_capture(recipe)
+    place = Path(recipe).with_name("storage") / data.folder / link
+    moved = Path(recipe).with_name("storage") / "moved"
+    shutil.move(place, moved)
+    place.symlink_to(moved)
+    before = snapshot(recipe)
+    with pytest.raises(UserError, match=f"{data.folder}: it is incomplete, and when it was"):
+        clean(recipe)
+    assert snapshot(recipe) == before
+    assert clean(recipe, idle_hours=0.0)["removed"] == aligned_folders(recipe, OTHER)
+
+
+def test_a_training_that_is_a_link_out_of_the_storage_is_kept(recipe, tmp_path):
+    folder = start_training(recipe)
+    place = tmp_path / "storage" / folder
+    shutil.move(place, tmp_path / "moved")
+    place.symlink_to(tmp_path / "moved")
+    assert clean(recipe)["removed"] == aligned_folders(recipe, OTHER)
+    assert (tmp_path / "moved" / "metrics.jsonl").is_file()
 
 
 def test_an_incomplete_data_set_of_yesterday_is_removed(recipe):
@@ -321,6 +404,25 @@ def test_the_command_lists_and_removes_and_takes_overrides(recipe):
     assert "an override without a recipe before it" in done.stderr
 
 
+def test_a_name_that_leads_out_of_the_storage_is_refused_before_anything_is_removed(recipe):
+    data = layout_of(recipe, OTHER).aligned["neox"]
+    (item,) = [i for i in list_stored(data.store, lambda _: False) if i.name == data.folder]
+    bad = replace(item, files=item.files | {f"{item.name}/data/../../x": 0})
+    before = snapshot(recipe)
+    with pytest.raises(ShardError, match="leads out of the storage"):
+        remove_item(data.store, bad, lambda: None)
+    assert snapshot(recipe) == before
+
+
+def make_folder_objects(root: str, *folders: str) -> None:
+    """Make the empty objects by which a console shows folders."""
+    filesystem = S3FileSystem(skip_instance_cache=True)
+    bucket, _, prefix = root.removeprefix("s3://").partition("/")
+    for folder in folders:
+        key = f"{prefix}/{folder}/"
+        filesystem.call_s3("put_object", Bucket=bucket, Key=key, Body=b"")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_items_of_object_storage_are_listed_with_their_age_and_removed(s3_root, made):
     store: Store = open_store(s3_root)
@@ -329,6 +431,9 @@ def test_items_of_object_storage_are_listed_with_their_age_and_removed(s3_root, 
     for folder in (kept, gone):
         for name in local.walk(f"aligned/{folder}").sizes:
             store.write(f"aligned/{folder}/{name}", local.read(f"aligned/{folder}/{name}"))
+    make_folder_objects(
+        s3_root, f"aligned/{gone}", f"aligned/{gone}/data", f"train/fused-{'0' * 12}"
+    )
     (item,) = list_stored(store, lambda name: name == f"aligned/{kept}")
     assert item.name == f"aligned/{gone}"
     assert item.files == {
@@ -337,5 +442,6 @@ def test_items_of_object_storage_are_listed_with_their_age_and_removed(s3_root, 
     assert item.is_complete
     assert item.changed_at == pytest.approx(time.time(), abs=600)
     remove_item(store, item, lambda: None)
-    assert store.folders("aligned") == [kept]
+    assert store.sizes(f"aligned/{gone}") == store.walk(f"aligned/{gone}").sizes == {}
+    assert not list(list_stored(store, lambda name: name == f"aligned/{kept}"))
     assert store.walk(f"aligned/{kept}").sizes == local.walk(f"aligned/{kept}").sizes

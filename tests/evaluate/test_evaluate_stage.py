@@ -37,16 +37,18 @@ from rayfuse.evaluate.task_resources import choose_resources
 from rayfuse.evaluate.task_scores import parse_task_score
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.models.tokenizer import load_tokenizer
+from rayfuse.run.budget import Budget, Limits
 from rayfuse.run.layout import EvaluationFiles, Layout, Merge, TrainRun
 from rayfuse.run.prepare import SplitDocuments
 from rayfuse.run.segmentation import Segmentation
-from rayfuse.runtime.progress import ProgressEvent
+from rayfuse.runtime.progress import ProgressEvent, StoppedEarly, report_nothing
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.files import hash_bytes, write_record
 from rayfuse.storage.manifest import Commit
 from rayfuse.storage.object_store import ObjectStore
 from rayfuse.storage.store import LocalStore, open_store
 from tests.evaluate.test_tasks import make_tasks
+from tests.inline_ray import InlineRay
 
 KILLS = 4
 """More than the 3 retries of a task that Ray makes by default."""
@@ -359,3 +361,29 @@ def test_code_in_the_storage_never_runs_for_a_target_with_its_own_code(
     assert load_recipe_tokenizer(trained) is load_recipe_tokenizer(own)
     assert (tmp_path / "target-ran").exists()
     assert not (tmp_path / "stored-ran").exists()
+
+
+def test_at_a_limit_evaluation_stops_once_a_score_is_stored_so_that_each_command_adds_one(
+    recipe: Recipe, layout: Layout, monkeypatch: pytest.MonkeyPatch
+):
+    mark_trained(layout)
+    for name in ("choose_resources", "count_work"):  # these need a cluster
+        monkeypatch.setattr(f"rayfuse.evaluate.stage.{name}", lambda *_, **__: {})
+    corpus = recipe.corpus.model_copy(update={"shard_tokens": 2})  # a task per shard
+    recipe = recipe.model_copy(update={"corpus": corpus})
+    names = [name for name in layout.evaluation.scores if name != "ensemble"]
+    for number in range(1, len(names) + 1):
+        fake = InlineRay()
+        for module in ("rayfuse.evaluate.stage", "rayfuse.runtime.wait"):
+            monkeypatch.setattr(f"{module}.ray", fake)
+        budget = Budget(Limits(max_dollars=1.0), {f"evaluate {name}": 1e12 for name in names})
+        events: list[ProgressEvent] = []
+        with pytest.raises(StoppedEarly):
+            evaluate_models(recipe, layout, budget.watch(events.append), budget.is_reached)
+        assert [event.done for event in events] == [1, 2]
+        scored = [n for n in names if Path(layout.store.root, f"evaluate/{n}-0.json").is_file()]
+        assert len(scored) == number
+        assert len(fake.cancelled) == 2 * (len(names) - number)
+    budget = Budget(Limits(max_dollars=1.0), {f"evaluate {name}": 1e12 for name in names})
+    found = evaluate_models(recipe, layout, budget.watch(report_nothing), budget.is_reached)
+    assert set(found) == {*names, "ensemble"}

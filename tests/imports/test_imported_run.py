@@ -10,12 +10,22 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import rayfuse
+from benchmarks.synthetic import make_corpus
+from rayfuse.align.after_capture import capture_and_align
 from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.config.base import UserError
-from rayfuse.imports.capture import check_unchanged, describe_import, open_source_store
+from rayfuse.imports.capture import (
+    check_unchanged,
+    describe_import,
+    import_sources,
+    open_source_store,
+)
+from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.models.tokenizer import load_tokenizer
 from rayfuse.pipeline import STAGES, is_stage_done, prepare_run
-from rayfuse.run.layout import plan_layout
+from rayfuse.run.budget import Limits, open_budget
+from rayfuse.run.layout import Layout, plan_layout
+from rayfuse.runtime.progress import ProgressEvent, StoppedEarly
 from tests.imports.stores import write_distillkit
 from tests.small_run import write_recipe
 
@@ -65,6 +75,52 @@ def test_an_imported_source_is_aligned_fused_and_trained_on(tmp_path, ray_cluste
     shutil.rmtree(tmp_path / "logits")  # once it is imported, it is not needed
     assert all(is_stage_done(stage, prepare_run(run.recipe)) for stage in STAGES)
     assert "capture neox" not in str(run.plan())
+
+
+def write_corpus(path: Path, layout: Layout, num_shards: int) -> None:
+    """Write the corpus of an imported run, all documents, without a cluster."""
+    tokenizer = load_recipe_tokenizer(rayfuse.open_run(path).recipe.target)
+    lines = (path.parent / "texts.jsonl").read_text().splitlines()
+    rows = make_corpus([json.loads(line)["text"] for line in lines], tokenizer, max_tokens=256)
+    layout.corpus.claim({})
+    size = -(-rows.num_rows // num_shards)
+    for shard in range(num_shards):
+        layout.corpus.write_shard(shard, rows.slice(shard * size, size), tokens=1)
+    layout.corpus.finish(num_shards)
+
+
+def test_an_import_stops_after_a_shard_and_resumes(tmp_path):
+    path = write_imported_run(tmp_path)
+    recipe = rayfuse.open_run(path).recipe
+    layout = prepare_run(recipe)
+    write_corpus(path, layout, 3)
+    captured = layout.captured["neox"]
+    done: list[int] = []
+
+    def note_done(event: ProgressEvent) -> None:
+        done.extend([event.done] * bool(event.total))
+
+    with pytest.raises(StoppedEarly):
+        capture_and_align(recipe, layout, note_done, should_stop=lambda: len(done) >= 1)
+    assert done == [1]
+    assert captured.list_committed() == {0}
+    with pytest.raises(StoppedEarly):  # the shard of the first call is no work of this one
+        import_sources(recipe, layout, note_done, should_stop=lambda: len(done) >= 3)
+    assert done == [1, 1, 2]
+    with pytest.raises(StoppedEarly):  # before anything is opened
+        import_sources(recipe, layout, note_done, should_stop=lambda: True)
+    assert not captured.is_complete()
+    import_sources(recipe, layout, note_done)
+    assert done == [1, 1, 2, 1, 2, 3]
+    assert captured.is_complete()
+
+
+def test_a_source_that_is_imported_needs_no_price(tmp_path):
+    recipe = rayfuse.open_run(write_imported_run(tmp_path), train={"gpus_per_worker": 0}).recipe
+    layout = prepare_run(recipe)
+    budget = open_budget(recipe, layout, STAGES, Limits(max_dollars=1.0))
+    names = {"train clm", "train fused", "evaluate clm", "evaluate fused", "evaluate target"}
+    assert set(budget.prices) == names
 
 
 def test_a_store_that_is_missing_is_refused_before_a_cluster_is_joined(tmp_path):
