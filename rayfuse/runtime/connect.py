@@ -45,7 +45,7 @@ def join_cluster() -> None:
         UserError: The folder of temporary files cannot be used.
     """
     address = os.environ.get("RAY_ADDRESS")
-    if not address and "ray" not in sys.modules:
+    if not address:
         prepare_own_cluster()
     import ray
 

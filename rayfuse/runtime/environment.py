@@ -3,6 +3,7 @@
 import os
 import secrets
 import stat
+import sys
 import tempfile
 from pathlib import Path
 
@@ -37,7 +38,12 @@ def prepare_own_cluster() -> None:
     It demands a random token that only this process knows, from no file. All its ports listen on
     loopback: what binds them to the node's address is that Ray takes a node for one of several,
     and this variable, for other systems, is its only switch.
+
+    If ray is imported already, nothing is changed: its compiled part has read the environment, and
+    would not know the token that the cluster demands.
     """
+    if "ray" in sys.modules:
+        return
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

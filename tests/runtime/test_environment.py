@@ -81,6 +81,7 @@ def variables(monkeypatch) -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     own = {name: value for name, value in own.items() if name not in CACHE_FOLDERS}
     monkeypatch.setattr(os, "environ", own)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
     return own
 
 
@@ -96,6 +97,14 @@ def test_an_own_cluster_demands_a_random_token_and_a_joined_one_its_own(variable
     variables |= {"RAY_ADDRESS": "10.0.0.1:6379", "HOME": os.path.expanduser("~")}
     prepare_environment()
     assert not [name for name in variables if name.startswith("RAY_AUTH")]
+
+
+def test_a_process_that_has_imported_ray_keeps_its_settings(variables, monkeypatch):
+    """Its compiled part has read them, and would not know a token that the cluster demands."""
+    monkeypatch.setitem(sys.modules, "ray", object())
+    before = dict(variables)
+    prepare_environment()
+    assert variables == before
 
 
 @pytest.mark.parametrize("home", ["/nowhere", "/proc"])
