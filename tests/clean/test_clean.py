@@ -1,98 +1,30 @@
 """`rayfuse clean` removes what no recipe uses, and nothing else."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from s3fs import S3FileSystem
 
-from rayfuse import api
-from rayfuse.align.facts import ALIGN_FACTS
-from rayfuse.clean import command
 from rayfuse.config.base import UserError
-from rayfuse.run.layout import Layout, plan_layout
-from rayfuse.runtime.console import PlainConsole
-from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.items import list_stored, remove_item
-from rayfuse.storage.lease import Lease
 from rayfuse.storage.seal import ShardError, seal
 from rayfuse.storage.store import LocalStore, Store, open_store
-from tests.stored_run import store_rows, write_run
+from tests.clean.storages import (
+    OTHER,
+    aligned_folders,
+    clean,
+    layout_of,
+    names_of,
+    snapshot,
+    start_capture,
+    start_training,
+)
 from tests.test_cli import rayfuse
-
-OTHER = "align.method=exact"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Store the rows of a recipe, and what the same recipe aligns by another method."""
-    folder = tmp_path_factory.mktemp("made")
-    write_run(folder)
-    store_rows(api.load_run_with(folder / "recipe.yaml", [OTHER]).recipe)
-    return folder
-
-
-@pytest.fixture
-def recipe(made: Path, tmp_path: Path) -> str:
-    """Copy the storage, and return a recipe of the copy."""
-    shutil.copytree(made / "storage", tmp_path / "storage")
-    values = yaml.safe_load((made / "recipe.yaml").read_text())
-    values["storage"] = str(tmp_path / "storage")
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return str(path)
-
-
-def clean(*arguments: str, delete: bool = True, idle_hours: float = 1.0) -> dict[str, Any]:
-    console = PlainConsole(None, quiet=True)
-    return api.clean_runs(arguments, console, delete=delete, idle_hours=idle_hours)
-
-
-def names_of(result: dict[str, Any]) -> list[str]:
-    return sorted(item["name"] for item in result["items"])
-
-
-def layout_of(*arguments: str) -> Layout:
-    return plan_layout(api.load_run_with(arguments[0], arguments[1:]).recipe, ALIGN_FACTS)
-
-
-def aligned_folders(*arguments: str) -> list[str]:
-    return sorted(data.folder for data in layout_of(*arguments).aligned.values())
-
-
-def snapshot(recipe: str) -> dict[str, bytes]:
-    root = Path(recipe).with_name("storage")
-    files = (path for path in sorted(root.rglob("*")) if path.is_file())
-    return {str(path.relative_to(root)): path.read_bytes() for path in files}
-
-
-def start_capture(recipe: str) -> DataSet:
-    """Write the first shard of a capture with another top_k."""
-    data = layout_of(recipe, "capture.top_k=3").captured["neox"]
-    done = layout_of(recipe).captured["neox"]
-    data.claim({"recipe": {}})
-    data.write_shard(0, done.read_shard(done.read_commit(0)), tokens=1)
-    return data
-
-
-def start_training(recipe: str) -> str:
-    """Write the files that a training of another learning rate has, and return its folder."""
-    layout = layout_of(recipe, "train.learning_rate=0.5")
-    folder = layout.runs[0].folder
-    layout.store.write(f"{folder}/checkpoints/records/step_00000001-a-0.json", b"{}")
-    layout.store.write(f"{folder}/checkpoints/step_00000001-a/ds/x.pt", b"0" * 1000)
-    steps = [{"seconds": 1800.0, "num_workers": 2}, {"seconds": 1800.0, "num_workers": 2}]
-    lines = "".join(json.dumps(step) + "\n" for step in steps)
-    layout.store.write(f"{folder}/metrics.jsonl", lines.encode())
-    return folder
 
 
 def test_only_what_no_given_recipe_names_is_listed_and_nothing_is_removed(recipe):
@@ -157,134 +89,6 @@ def test_a_removal_that_is_killed_anywhere_is_resumed_and_never_leaves_a_complet
         assert not (root / data.folder).exists()
         kills += 1
     assert kills > 5
-
-
-def test_a_data_set_that_a_job_may_be_writing_stops_all_removal(recipe):
-    data = start_capture(recipe)
-    before = snapshot(recipe)
-    with pytest.raises(UserError, match=rf"{data.folder}: it was written 0 minutes ago, so that"):
-        clean(recipe)
-    assert snapshot(recipe) == before
-    assert clean(recipe, recipe, "capture.top_k=3", recipe, OTHER)["removed"] == []
-    assert data.folder in clean(recipe, idle_hours=0.0)["removed"]
-
-
-@pytest.mark.parametrize("is_complete", [True, False])
-def test_a_shared_training_that_a_job_works_on_stops_all_removal(recipe, monkeypatch, is_complete):
-    monkeypatch.setattr(command, "TIMEOUT_SECONDS", -9.0)
-    layout = layout_of(recipe)
-    (baseline,) = [run.folder for run in layout.runs if "/clm-" in run.folder]
-    other = [run.folder for run in layout_of(recipe, "train.lambda=0.5").runs]
-    (finished,) = [folder for folder in other if folder != baseline]
-    layout.store.write(f"{finished}/done.json", b"{}")
-    if is_complete:
-        layout.store.write(f"{baseline}/done.json", b"{}")
-    lease = Lease(layout.store, f"{baseline}/lease.json", "job of the other recipe")
-    assert lease.acquire()
-    before = snapshot(recipe)
-    with pytest.raises(UserError, match=rf"process {os.getpid()} of .* trains {baseline}"):
-        clean(recipe)
-    assert snapshot(recipe) == before
-    assert clean(recipe, recipe, OTHER, recipe, "train.lambda=0.5")["removed"] == []
-    lease.release()
-    assert finished in clean(recipe)["removed"]
-    assert ("done.json" in layout.store.sizes(baseline)) == is_complete
-
-
-def test_a_shared_data_set_that_a_job_may_be_writing_stops_all_removal(recipe):
-    data = layout_of(recipe).captured["neox"]
-    data.store.remove(f"{data.folder}/manifest.json")
-    before = snapshot(recipe)
-    with pytest.raises(UserError, match=rf"{data.folder}: it was written \d+ minutes ago.*: wait;"):
-        clean(recipe)
-    assert snapshot(recipe) == before
-    assert clean(recipe, recipe, OTHER)["removed"] == []
-    assert clean(recipe, idle_hours=0.0)["removed"] == aligned_folders(recipe, OTHER)
-
-
-def test_the_token_nll_of_a_source_that_is_scored_stops_nothing(recipe):
-    layout = layout_of(recipe)
-    data = layout.evaluation.token_nll["neox"]
-    data.claim({"recipe": {}})
-    with pytest.raises(UserError, match=f"{data.folder}: it was written 0 minutes ago"):
-        clean(recipe)
-    layout.store.write(layout.evaluation.scores["neox"], seal({"seconds": 36.0}))
-    assert clean(recipe)["removed"] == aligned_folders(recipe, OTHER)
-
-
-def test_a_training_with_a_link_whose_lease_is_held_stops_all_removal(recipe, monkeypatch):
-    monkeypatch.setattr(command, "TIMEOUT_SECONDS", -9.0)
-    folder = start_training(recipe)
-    store = open_store(str(Path(recipe).with_name("storage")))
-    (Path(store.root) / folder / "latest").symlink_to("metrics.jsonl")
-    lease = Lease(store, f"{folder}/lease.json", "x")
-    assert lease.acquire()
-    before = snapshot(recipe)
-    with pytest.raises(UserError, match=f"trains {folder}"):
-        clean(recipe)
-    assert snapshot(recipe) == before
-    lease.release()
-    assert clean(recipe)["removed"] == aligned_folders(recipe, OTHER)
-
-
-@pytest.mark.parametrize("link", ["", "commits"])
-def test_an_incomplete_data_set_behind_a_link_stops_all_removal(recipe, link):
-    data = start_capture(recipe)
-    place = Path(recipe).with_name("storage") / data.folder / link
-    moved = Path(recipe).with_name("storage") / "moved"
-    shutil.move(place, moved)
-    place.symlink_to(moved)
-    before = snapshot(recipe)
-    with pytest.raises(UserError, match=f"{data.folder}: it is incomplete, and when it was"):
-        clean(recipe)
-    assert snapshot(recipe) == before
-    assert clean(recipe, idle_hours=0.0)["removed"] == aligned_folders(recipe, OTHER)
-
-
-def test_a_training_that_is_a_link_out_of_the_storage_is_kept(recipe, tmp_path):
-    folder = start_training(recipe)
-    place = tmp_path / "storage" / folder
-    shutil.move(place, tmp_path / "moved")
-    place.symlink_to(tmp_path / "moved")
-    assert clean(recipe)["removed"] == aligned_folders(recipe, OTHER)
-    assert (tmp_path / "moved" / "metrics.jsonl").is_file()
-
-
-def test_an_incomplete_data_set_of_yesterday_is_removed(recipe):
-    data = start_capture(recipe)
-    yesterday = time.time() - 86400
-    for path in (Path(recipe).with_name("storage") / data.folder).rglob("*"):
-        os.utime(path, (yesterday, yesterday))
-    assert data.folder in clean(recipe)["removed"]
-
-
-def test_a_training_whose_lease_is_held_stops_all_removal_until_it_is_released(recipe, monkeypatch):
-    monkeypatch.setattr(command, "TIMEOUT_SECONDS", -9.0)
-    folder = start_training(recipe)
-    lease = Lease(open_store(str(Path(recipe).with_name("storage"))), f"{folder}/lease.json", "x")
-    assert lease.acquire()
-    before = snapshot(recipe)
-    listed = {item["name"]: item for item in clean(recipe, delete=False)["items"]}
-    assert f"process {os.getpid()} of" in listed[folder]["perhaps_in_use"]
-    with pytest.raises(UserError, match=rf"process {os.getpid()} of .* trains {folder}"):
-        clean(recipe)
-    assert snapshot(recipe) == before
-    lease.release()
-    assert folder in clean(recipe)["removed"]
-    assert not (Path(recipe).with_name("storage") / folder).exists()
-
-
-def test_the_lease_of_a_process_that_has_died_does_not_keep_its_training(recipe):
-    folder = start_training(recipe)
-    done = subprocess.run([sys.executable, "-c", ""], check=True)
-    assert done.returncode == 0
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        process.wait()
-    lease = Lease(open_store(str(Path(recipe).with_name("storage"))), f"{folder}/lease.json", "x")
-    assert lease.acquire()
-    record = json.loads(lease.store.read(lease.file)) | {"pid": process.pid}
-    lease.store.write(lease.file, json.dumps(record).encode())
-    assert folder in clean(recipe)["removed"]
 
 
 def test_checkpoints_of_a_training_that_a_recipe_names_are_kept(recipe):
