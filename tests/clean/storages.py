@@ -12,8 +12,6 @@ from rayfuse.storage.dataset import DataSet
 
 OTHER = "align.method=exact"
 
-OTHER = "align.method=exact"
-
 
 def clean(*arguments: str, delete: bool = True, idle_hours: float = 1.0) -> dict[str, Any]:
     console = PlainConsole(None, quiet=True)
