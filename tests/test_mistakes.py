@@ -29,11 +29,31 @@ class Mistake:
     command: str = "run"
     prepare: Callable[[Path], object] = lambda folder: None
     """Changes files of the recipe's folder."""
+    environment: dict[str, str] = field(default_factory=dict[str, str])
 
 
 SOURCE = {"name": "a", "model": "MODELS/source"}
 
+NO_CREDENTIALS = {"HOME": "/nowhere", "AWS_EC2_METADATA_DISABLED": "true"}
+
 MISTAKES = {
+    "a bucket without credentials": Mistake(
+        "s3://bucket/run cannot be accessed (Unable to locate credentials); give this computer, "
+        "and every node, credentials",
+        changes={"storage": "s3://bucket/run"},
+        environment=NO_CREDENTIALS,
+    ),
+    "documents in a bucket without credentials": Mistake(
+        "documents s3://bucket/docs.jsonl cannot be accessed (Unable to locate credentials); give",
+        changes={"corpus": {"documents": "s3://bucket/docs.jsonl"}},
+        environment=NO_CREDENTIALS,
+    ),
+    "a profile that is missing": Mistake(
+        "s3://bucket/run cannot be accessed (The config profile (work) could not be found); set "
+        "AWS_PROFILE to a profile of ~/.aws/config",
+        changes={"storage": "s3://bucket/run"},
+        environment=NO_CREDENTIALS | {"AWS_PROFILE": "work"},
+    ),
     "the recipe's path": Mistake(
         "the recipe FOLDER/recipe.yaml cannot be read",
         prepare=lambda folder: (folder / "recipe.yaml").unlink(),
@@ -200,6 +220,10 @@ def test_a_mistake_gets_its_message_before_a_cluster_is_joined(
     path = tmp_path / "recipe.yaml"
     path.write_text(place(path.read_text()))
     mistake.prepare(tmp_path)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in mistake.environment.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(pipeline, "join_cluster", join_cluster)
     monkeypatch.setattr(sys, "argv", ["rayfuse", mistake.command, str(path), *mistake.arguments])
     assert cli._run_command() == 2

@@ -16,6 +16,7 @@ import fsspec
 from rayfuse.config.base import UserError, first_line
 from rayfuse.config.corpus import Documents, DocumentsSettings
 from rayfuse.run.open_input import UNPACKERS, split_name
+from rayfuse.storage.retry import check_access
 
 Format = Literal["jsonl", "parquet", "text", "dataset"]
 
@@ -362,7 +363,11 @@ def _list_uri(uri: str) -> _Listing:
     protocol = uri.partition("://")[0]
     is_pattern = glob.has_magic(path)
     listing = fs.glob if is_pattern else fs.find
-    found = cast(dict[str, Any], listing(path, detail=True))
+    try:
+        found = cast(dict[str, Any], listing(path, detail=True))
+    except Exception as error:  # botocore's errors share no class with others
+        check_access(error, f"documents {uri}")
+        raise
     kind = "pattern" if is_pattern else "file" if list(found) == [path] else "folder"
     root = os.path.dirname(path) if kind == "file" else _fixed_part(path)
     files = [

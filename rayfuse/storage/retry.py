@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, runtime_checkable
 
+from rayfuse.config.base import UserError, first_line
+
 RETRY_SECONDS = 300.0
 """How long one request is retried before the storage counts as unavailable."""
 
@@ -17,10 +19,28 @@ MAX_BACKOFF_SECONDS = 20.0
 CLIENT_PACKAGES = ("aiohttp", "botocore", "urllib3")
 """Packages below fsspec. Their errors come from the network or the store."""
 
+CREDENTIALS_REMEDY = (
+    "give this computer, and every node, credentials as for other AWS tools: a role, "
+    "AWS_ACCESS_KEY_ID with AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+)
+LOGIN_REMEDY = "log in again, with `aws sso login`"
+
+ACCESS_REMEDIES = {
+    "NoCredentialsError": CREDENTIALS_REMEDY,
+    "PartialCredentialsError": CREDENTIALS_REMEDY,
+    "CredentialRetrievalError": CREDENTIALS_REMEDY,
+    "ProfileNotFound": "set AWS_PROFILE to a profile of ~/.aws/config, or unset it",
+    "NoRegionError": "set AWS_REGION",
+    "SSOTokenLoadError": LOGIN_REMEDY,
+    "UnauthorizedSSOTokenError": LOGIN_REMEDY,
+    "TokenRetrievalError": LOGIN_REMEDY,
+}
+"""By name, botocore's errors of missing settings: a retry cannot resolve them, but a user can."""
+
 FINAL_ERRORS = (
     *("FileNotFoundError", "FileExistsError", "PermissionError", "IsADirectoryError"),
-    *("NotADirectoryError", "NoCredentialsError", "PartialCredentialsError"),
-    *("ParamValidationError", "UnknownServiceError", "ProfileNotFound", "NoRegionError"),
+    *("NotADirectoryError", "ParamValidationError", "UnknownServiceError"),
+    *ACCESS_REMEDIES,
 )
 """Names of errors that a retry cannot resolve."""
 
@@ -93,6 +113,7 @@ def retry_transient(
                     store.reconnect()
                     continue
                 if not is_transient(error):
+                    check_access(error, store.root)
                     raise
                 waited = time.monotonic() - began
                 if waited >= store.retry_seconds:
@@ -113,6 +134,18 @@ def is_transient(error: BaseException) -> bool:
         return False
     is_from_client = type(error).__module__.partition(".")[0] in CLIENT_PACKAGES
     return is_from_client or isinstance(error, OSError | TimeoutError)
+
+
+def check_access(error: Exception, uri: str) -> None:
+    """Raise botocore's error of a missing setting with its remedy; accept any other error.
+
+    Raises:
+        UserError: A setting by which `uri` is accessed is missing or wrong.
+    """
+    for kind in type(error).__mro__:
+        if kind.__name__ in ACCESS_REMEDIES:
+            remedy = ACCESS_REMEDIES[kind.__name__]
+            raise UserError(f"{uri} cannot be accessed ({first_line(error)}); {remedy}") from error
 
 
 def _has_expired(error: BaseException) -> bool:
