@@ -24,7 +24,7 @@ from rayfuse.pipeline import STAGES, print_results, run_recipe
 from rayfuse.plan.command import plan_recipe
 from rayfuse.publish.command import push_model
 from rayfuse.run.budget import Limits
-from rayfuse.run.layout import plan_layout
+from rayfuse.run.failed_sources import drop_sources, plan_run
 from rayfuse.runtime.console import PlainConsole, open_console
 from rayfuse.runtime.environment import prepare_environment
 from rayfuse.status import show_status, verify_recipe
@@ -149,7 +149,7 @@ class Run:
             UserError: The recipe cannot be used, or the storage has another schema version.
             ShardError: A record is corrupt.
         """
-        layout = plan_layout(self.recipe, ALIGN_FACTS)
+        layout = plan_run(self.recipe, ALIGN_FACTS)
         return print_results(layout, STAGES, self._console(quiet=True))
 
     def open_dataset(self, view: View = "fused", *, source: str | None = None) -> RowDataset:
@@ -163,8 +163,9 @@ class Run:
             UserError: There is no such view or source, or rows are incomplete.
             ShardError: A record is corrupt.
         """
-        layout = plan_layout(self.recipe, ALIGN_FACTS)
-        run = RunData(self.recipe, layout.corpus, layout.captured, layout.aligned)
+        layout = plan_run(self.recipe, ALIGN_FACTS)
+        recipe = drop_sources(self.recipe, layout.failed)
+        run = RunData(recipe, layout.corpus, layout.captured, layout.aligned)
         return build_dataset(run, view, source)
 
     def _console(self, quiet: bool) -> Console:

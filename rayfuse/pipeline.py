@@ -24,7 +24,8 @@ from rayfuse.remaining import list_remaining
 from rayfuse.report.results import print_scores
 from rayfuse.report.stage import is_report_current, write_report
 from rayfuse.run.budget import NO_LIMITS, STOP_STAGES, Budget, Limits, open_budget
-from rayfuse.run.layout import Layout, plan_layout
+from rayfuse.run.failed_sources import describe_failed, drop_sources, plan_run
+from rayfuse.run.layout import Layout
 from rayfuse.run.made_models import is_made, read_inputs
 from rayfuse.run.prepare import check_weights, list_tokenizer_notes
 from rayfuse.runtime.connect import join_cluster
@@ -70,7 +71,8 @@ def prepare_run(recipe: Recipe) -> Layout:
     Raises:
         UserError: A model, the documents, the storage or a task cannot be used.
     """
-    layout = plan_layout(recipe, ALIGN_FACTS)
+    layout = plan_run(recipe, ALIGN_FACTS)
+    recipe = drop_sources(recipe, layout.failed)
     check_store(layout.store)
     check_imports(recipe, layout)
     if not all(is_stage_done(stage, layout) for stage in MODEL_STAGES):
@@ -90,7 +92,7 @@ def run_stages(
     report_result: Callable[[StageResult], None],
     *,
     should_stop: ShouldStop = never_stop,
-) -> None:
+) -> Layout:
     """Run stages in order, skipping those that are complete, and report the result of each.
 
     Args:
@@ -101,6 +103,9 @@ def run_stages(
         report_result: Called after each stage.
         should_stop: Once it returns True, no further stage starts; all but the corpus stage stop
             where nothing is lost.
+
+    Returns:
+        The layout, without the sources whose capture has failed meanwhile.
 
     Raises:
         StoppedEarly: It has stopped, as it was to.
@@ -116,7 +121,11 @@ def run_stages(
                 raise StoppedEarly
             with _prewarm_if_next(stage, stages, recipe, layout, progress) as report:
                 _run_stage(stage, recipe, layout, report, should_stop)
+            if stage == "capture" and any(not source.required for source in recipe.sources):
+                layout = plan_run(recipe, ALIGN_FACTS)
+                recipe = drop_sources(recipe, layout.failed)
         report_result(StageResult(stage, was_done, time.monotonic() - began))
+    return layout
 
 
 def _check_input(stage: str, layout: Layout) -> None:
@@ -156,11 +165,13 @@ def run_recipe(
     """
     began = time.monotonic()
     layout = prepare_run(recipe)
+    recipe = drop_sources(recipe, layout.failed)
     is_priced = limits.max_dollars is not None
     budget = open_budget(recipe, layout, _list_open(stages, layout) if is_priced else (), limits)
     title = "recipe" if file is None else f"recipe {file}"
     console.print(f"{title}: {', '.join(stages)} in {layout.store.root}")
     _print_reuse(layout, console)
+    _print_failed(layout, console)
     for note in list_tokenizer_notes(recipe):
         console.print(f"warning: {note}", highlight=False)
 
@@ -175,7 +186,9 @@ def run_recipe(
             with ProgressBars(console) as bars:
                 watched = budget.watch(bars) if budget.is_limited else bars
                 stop = budget.is_reached if budget.is_limited else never_stop
-                run_stages(recipe, layout, stages, watched, report_result, should_stop=stop)
+                layout = run_stages(
+                    recipe, layout, stages, watched, report_result, should_stop=stop
+                )
         except StoppedEarly:
             return {"stopped": _report_stop(recipe, layout, stages, budget, console)}
     values = print_results(layout, stages, console)
@@ -217,6 +230,16 @@ def _print_reuse(layout: Layout, console: Console) -> None:
         models = ", ".join(model.model for model in layout.corpus_documents.segmentation.split_for)
         console.print(
             f"rows: reused, as split for {models} (corpus.resplit: true splits them again)"
+        )
+
+
+def _print_failed(layout: Layout, console: Console) -> None:
+    """Print which sources a run does without, and how they are captured again."""
+    for name, sentence in zip(layout.failed, describe_failed(layout.failed), strict=True):
+        console.print(
+            f"warning: {sentence} To capture it again, set sources.{name}.required=true or change "
+            "another of its settings.",
+            highlight=False,
         )
 
 

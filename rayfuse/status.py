@@ -18,7 +18,8 @@ from rayfuse.config.text import show_on_one_line
 from rayfuse.evaluate.results import find_corrupt_results
 from rayfuse.pipeline import STAGES, is_stage_done, run_recipe
 from rayfuse.report.stage import find_corrupt_report
-from rayfuse.run.layout import Layout, plan_layout
+from rayfuse.run.failed_sources import describe_failed, drop_sources, plan_run
+from rayfuse.run.layout import Layout
 from rayfuse.run.made_models import DONE_FILE, find_faults
 from rayfuse.run.segmentation import find_corrupt_records, write_segmentation
 from rayfuse.runtime.console import PlainConsole, ProgressBars
@@ -47,7 +48,7 @@ def show_status(recipe: Recipe, console: Console) -> dict[str, Any]:
         UserError: The recipe cannot be used, or the store has another schema version.
         ShardError: A record is corrupt.
     """
-    layout = plan_layout(recipe, ALIGN_FACTS)
+    layout = plan_run(recipe, ALIGN_FACTS)
     statuses = read_statuses(layout)
     print_status(layout, statuses, console)
     stages = {stage: is_stage_done(stage, layout) for stage in STAGES}
@@ -72,13 +73,13 @@ def verify_recipe(
     if repair:  # before the folders have names: a corrupt record of a segmentation hides them
         for fault in segmentations.corrupt:
             open_store(recipe.storage).remove(fault.file)
-    layout = plan_layout(recipe, ALIGN_FACTS)
+    layout = plan_run(recipe, ALIGN_FACTS)
     with ProgressBars(console) as bars:
         found = {"segmentations": segmentations} | verify_layout(layout, bars)
     print_verified(found, console)
     if repair:
         complete = [stage for stage in STAGES if has_results(stage, layout)]
-        corrupt = repair_layout(recipe, layout, found)
+        corrupt = repair_layout(drop_sources(recipe, layout.failed), layout, found)
         # What is written again may have other bytes: then what was made from it is stale.
         stages = tuple(stage for stage in STAGES if stage in {*complete, *corrupt})
         if corrupt:
@@ -186,6 +187,8 @@ def print_status(layout: Layout, statuses: dict[str, Status], console: Console) 
             _describe_state(status),
         )
     console.print(table)
+    for sentence in describe_failed(layout.failed):
+        console.print(sentence, highlight=False)
     for stage in STAGES[3:]:
         console.print(f"{stage:<9} {'complete' if is_stage_done(stage, layout) else 'incomplete'}")
 

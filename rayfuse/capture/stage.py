@@ -32,7 +32,9 @@ from rayfuse.capture.shard import ShardStats
 from rayfuse.capture.stats import MetricsLog, StatsAccumulator, to_line
 from rayfuse.capture.workers import WorkerReporter, WorkerState, drop_old_reports
 from rayfuse.config.base import UserError, first_line
+from rayfuse.config.models import SourceSettings
 from rayfuse.config.recipe import Recipe
+from rayfuse.run.failed_sources import record_failure
 from rayfuse.run.layout import Layout
 from rayfuse.run.segmentation import write_segmentation
 from rayfuse.runtime.connect import find_root_cause
@@ -50,7 +52,11 @@ from rayfuse.runtime.resources import (
     memory_options,
     on_driver_node,
 )
+from rayfuse.storage.retry import StorageUnavailableError
 from rayfuse.storage.todo import split_shards
+
+Outcome = tuple[SourceSettings | None, BaseException | None]
+"""A source, or None for all, with the error that has ended its capture, or None."""
 
 POLL_SECONDS = 1.0
 """Between two checks whether capture is to stop."""
@@ -75,6 +81,8 @@ def capture_sources(
     should_stop: ShouldStop = never_stop,
 ) -> None:
     """Capture what is missing of every source, all sources at once, and align it behind.
+
+    The failure of a source with `required: false` is recorded, and no error.
 
     Args:
         recipe: The run's recipe.
@@ -101,36 +109,62 @@ def capture_sources(
     work = plan_work(recipe, layout, progress, then)
     control: Any = ray.remote(**on_driver_node())(CaptureControl).remote()
     job = uuid.uuid4().hex[:12]
-    ended: SimpleQueue[BaseException | None] = SimpleQueue()
+    ended: SimpleQueue[Outcome] = SimpleQueue()
     for item in work:
         capture = SourceCapture(item, progress, load_engine, control, job)
         # Daemons: on SIGINT or SIGTERM the main thread must not wait for the sources to end.
         name = f"capture {item.source.name}"
         threading.Thread(target=capture.run, args=(ended,), name=name, daemon=True).start()
-    errors = [error for error in _wait_for_sources(len(work), ended, control, should_stop) if error]
-    for error in sorted(errors, key=lambda error: isinstance(error, StoppedEarly)):
-        raise error
+    _handle_errors(recipe, layout, _wait_for_sources(len(work), ended, control, should_stop))
 
 
 def _wait_for_sources(
     num_sources: int,
-    ended: SimpleQueue[BaseException | None],
+    ended: SimpleQueue[Outcome],
     control: Any,
     should_stop: ShouldStop,
-) -> list[BaseException | None]:
+) -> list[Outcome]:
     """Wait until all sources have ended, and return the error, or None, of each.
 
     Sources that still wait for a node when capture is to stop are not waited for.
     """
-    outcomes: list[BaseException | None] = []
+    outcomes: list[Outcome] = []
     stop = CaptureStop(control, should_stop)
     while len(outcomes) < num_sources:
         try:
             outcomes.append(ended.get(timeout=POLL_SECONDS))
         except Empty:
             if stop.is_over():
-                return [*outcomes, StoppedEarly()]
+                return [*outcomes, (None, StoppedEarly())]
     return outcomes
+
+
+def _handle_errors(recipe: Recipe, layout: Layout, outcomes: list[Outcome]) -> None:
+    """Raise the gravest error, or record the failures that the run continues after.
+
+    Storage that is unavailable is no failure of a source. If every source of the recipe has
+    failed, the first error is raised.
+    """
+    errors: list[BaseException] = []
+    failed: list[tuple[SourceSettings, BaseException]] = []
+    for source, error in outcomes:
+        if error is not None and source is not None and _may_fail(source, error):
+            failed.append((source, error))
+        elif error is not None:
+            errors.append(error)
+    if len(failed) == len(recipe.sources):
+        errors = [error for _, error in failed]
+    for error in sorted(errors, key=lambda error: isinstance(error, StoppedEarly)):
+        raise error
+    for source, error in failed:
+        record_failure(recipe, layout, source.name, first_line(find_root_cause(error)))
+
+
+def _may_fail(source: SourceSettings, error: BaseException) -> bool:
+    """Check whether the run can continue after this error of a source."""
+    if source.required or not isinstance(error, Exception) or isinstance(error, StoppedEarly):
+        return False
+    return not isinstance(find_root_cause(error), StorageUnavailableError)
 
 
 class CaptureStop:
@@ -171,8 +205,8 @@ class SourceCapture:
     job: str
     """An id of this call of `capture_sources`."""
 
-    def run(self, ended: SimpleQueue[BaseException | None]) -> None:
-        """Capture and align the source's shards, and put the error, or None, into a queue."""
+    def run(self, ended: SimpleQueue[Outcome]) -> None:
+        """Capture and align the source's shards, and put the outcome into a queue."""
         timer = threading.Timer(REPORT_WAIT_SECONDS, self._report_wait)
         timer.daemon = True
         timer.start()
@@ -182,10 +216,13 @@ class SourceCapture:
         except BaseException as error:  # the main thread raises it
             outcome = error
             if not isinstance(error, StoppedEarly):
-                self._note(f"stopped: {first_line(find_root_cause(error))}")
+                rest = "" if self.work.source.required else "; it is not required"
+                self._note(f"stopped: {first_line(find_root_cause(error))}{rest}")
         finally:
             timer.cancel()
-            ended.put(outcome)  # whatever failed above: the main thread waits for it
+            ended.put(
+                (self.work.source, outcome)
+            )  # whatever failed above: the main thread waits for it
 
     def _note(self, text: str) -> None:
         self.progress(ProgressEvent("capture", self.work.source.name, note=text))

@@ -15,7 +15,8 @@ from rayfuse.clean.cost import ItemCost, read_cost
 from rayfuse.clean.used import list_scored, list_used
 from rayfuse.config.base import UserError
 from rayfuse.config.recipe import Recipe
-from rayfuse.run.layout import plan_layout
+from rayfuse.run.failed_sources import drop_sources, plan_run
+from rayfuse.run.layout import Layout, plan_layout
 from rayfuse.storage.items import (
     LEASE_FILE,
     StoredItem,
@@ -78,18 +79,18 @@ def clean_storage(
     """
     if not idle_hours >= 0:  # NaN is neither
         raise UserError(f"--idle-hours is {idle_hours}; give 0 or more")
-    layouts = [plan_layout(recipe, ALIGN_FACTS) for recipe in recipes]
-    roots = sorted({layout.store.root for layout in layouts})
+    runs = [run for recipe in recipes for run in _list_runs(recipe)]
+    roots = sorted({layout.store.root for _, layout in runs})
     if len(roots) > 1:
         raise UserError(
             f"the recipes have different storages, {', '.join(roots)}; clean one at a time"
         )
     used: set[str] = set()
     scored: set[str] = set()
-    for recipe, layout in zip(recipes, layouts, strict=True):
+    for recipe, layout in runs:
         used |= list_used(recipe, layout)
         scored |= list_scored(layout)
-    store, plan = layouts[0].store, recipes[0].plan
+    store, plan = runs[0][1].store, recipes[0].plan
     unused = [
         UnusedItem(item, read_cost(store, item, plan), _find_writer(store, item, idle_hours))
         for item in list_stored(store, lambda name: name in used)
@@ -107,6 +108,14 @@ def clean_storage(
         "removed": [item.name for item in removed],
         "removed_bytes": sum(item.num_bytes for item in removed),
     }
+
+
+def _list_runs(recipe: Recipe) -> Iterator[tuple[Recipe, Layout]]:
+    """Yield a recipe's run, and the one without the sources whose capture has failed."""
+    yield recipe, plan_layout(recipe, ALIGN_FACTS)
+    rest = plan_run(recipe, ALIGN_FACTS)
+    if rest.failed:
+        yield drop_sources(recipe, rest.failed), rest
 
 
 def _find_writer(store: Store, item: StoredItem, idle_hours: float) -> str:

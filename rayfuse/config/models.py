@@ -122,6 +122,9 @@ class SourceSettings(ModelSettings):
     captured_aligned: NonNegativeInt | None = later_setting(None)
     """With a store of FuseLLM's alignment stage, the number of the source there; `model` is then
     the target, in whose tokens the store is."""
+    required: bool = result_neutral(True)
+    """With `false`, a run continues without this source if its capture fails, and every table notes
+    that. It is captured again once one of its settings is changed, or with `true`."""
     dollars_per_hour: NonNegativeFloat | None = result_neutral(None)
     """Price of one actor's share of its node, in dollars; the cost so far and the remaining
     cost are then shown."""
@@ -155,6 +158,11 @@ class SourceSettings(ModelSettings):
             raise ValueError(
                 f"adapter is {self.adapter!r}, but the source is imported from "
                 f"{self.captured_from!r} and its model is not run; remove one of the two"
+            )
+        if self.captured_from is not None and not self.required:
+            raise ValueError(
+                f"required is false, but the source is imported from {self.captured_from!r}, and "
+                "only a capture may fail; remove required"
             )
         return self
 

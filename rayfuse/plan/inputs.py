@@ -28,6 +28,7 @@ from rayfuse.models.host_memory import GIB
 from rayfuse.pipeline import is_stage_done
 from rayfuse.plan.advantage import measure_advantage
 from rayfuse.plan.model_size import ModelSize, size_from_files, size_from_settings
+from rayfuse.run.failed_sources import describe_failed, read_failures
 from rayfuse.run.inputs import InputFile, list_documents
 from rayfuse.run.layout import Layout, plan_layout
 from rayfuse.status import list_data_sets
@@ -166,6 +167,8 @@ def read_inputs(recipe: Recipe, *, is_example: bool = False) -> PlanInputs:
     )
     if layout is not None:
         _look_up_progress(inputs, layout)
+        failed = read_failures(recipe, layout)
+        inputs.warnings += [f"{text} The plan has it." for text in describe_failed(failed)]
         measure = partial(measure_advantage, recipe, layout)
         inputs.advantage = _try(measure, inputs.warnings, "captured sources")
     return inputs

@@ -26,7 +26,8 @@ from rayfuse.report.gather import gather_findings
 from rayfuse.report.licences import Licence, read_licences
 from rayfuse.report.model_card import build_model_card, list_local_paths
 from rayfuse.report.verdict import judge
-from rayfuse.run.layout import Layout, describe_model, plan_layout
+from rayfuse.run.failed_sources import drop_sources, plan_run
+from rayfuse.run.layout import Layout, describe_model
 from rayfuse.run.made_models import is_made, read_done, read_inputs
 from rayfuse.runtime.scratch import scratch_folder
 
@@ -114,7 +115,8 @@ def prepare_publication(recipe: Recipe) -> Publication:
         UserError: It is not trained, or not evaluated.
         ShardError: A record is corrupt.
     """
-    layout = plan_layout(recipe, ALIGN_FACTS)
+    layout = plan_run(recipe, ALIGN_FACTS)
+    recipe = drop_sources(recipe, layout.failed)
     run = next(run for run in layout.runs if run.name == "fused")
     if not is_made(layout.store, run.folder, read_inputs(layout, run)):
         raise UserError(

@@ -1,7 +1,8 @@
 """The results of a run, read from the store into one frozen value."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,8 @@ class Findings:
     """By task: questions whose text is in the corpus."""
     task_overlap_fault: str | None
     """Why no questions were compared; None if they were, or there are none."""
+    failed: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Sources of the recipe that the run does without, each with the reason."""
     has_selection: bool = False
     """Half of the held-out documents have chosen the weights, and are not in the evaluations."""
 
@@ -160,6 +163,7 @@ def gather_findings(recipe: Recipe, layout: Layout) -> Findings:
         overlap=overlap,
         task_overlap=task_overlap,
         task_overlap_fault=fault,
+        failed=layout.failed,
         has_selection=layout.has_selection,
     )
 

@@ -15,6 +15,7 @@ from rayfuse.report.tables import (
     build_task_table,
     render_rich,
 )
+from rayfuse.run.failed_sources import describe_failed
 from rayfuse.run.layout import Layout
 from rayfuse.storage.files import read_record
 
@@ -28,6 +29,7 @@ def print_scores(layout: Layout, console: Console) -> dict[str, Any]:
     if tasks:
         _print_table(build_task_table(evaluations, tasks), TASK_NOTE, console)
     values: dict[str, Any] = {
+        "failed_sources": dict(layout.failed),
         "models": {
             name: {
                 "role": evaluation.role,
@@ -40,7 +42,10 @@ def print_scores(layout: Layout, console: Console) -> dict[str, Any]:
             for task, scores in tasks.items()
         },
     }
-    if is_report_current(layout):
+    if not is_report_current(layout):
+        for sentence in describe_failed(layout.failed):
+            console.print(sentence, highlight=False)
+    else:
         record = read_record(layout.store, FINDINGS_FILE)
         assert record is not None, "the report is current"
         verdict = record["verdict"]

@@ -9,6 +9,7 @@ from rayfuse.evaluate.scores import Evaluation, bits_per_byte
 from rayfuse.evaluate.task_scores import TaskScore
 from rayfuse.report.gather import Findings
 from rayfuse.report.verdict import ROLE_TITLES, name_domain
+from rayfuse.run.failed_sources import describe_failed
 
 TASK_NOTE = "Tasks, through lm-eval; arrows show which direction is better."
 
@@ -108,6 +109,7 @@ def render_markdown(table: ScoreTable) -> str:
 def render_tables(findings: Findings) -> str:
     """Render the tables of held-out text and of tasks, if there are any, as Markdown."""
     text = render_markdown(build_table(findings.evaluations))
+    text += "".join(f"\n{escape_markdown(line)}\n" for line in describe_failed(findings.failed))
     if not findings.task_scores:
         return text
     tasks = build_task_table(findings.evaluations, findings.task_scores)

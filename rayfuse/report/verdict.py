@@ -11,6 +11,7 @@ from rayfuse.evaluate.scores import ALL, bits_per_byte
 from rayfuse.report.gain import state_gain
 from rayfuse.report.gather import Findings, SourceSignal
 from rayfuse.report.overlap import RUN_WORDS, Overlap
+from rayfuse.run.failed_sources import describe_failed
 from rayfuse.run.layout import Merge
 
 ROLE_TITLES = {
@@ -77,7 +78,13 @@ def judge(findings: Findings, recipe: Recipe) -> Verdict:
         outcome="lost" if found["worse"] else "unclear" if found["unclear"] else "won",
         against_clm=on_all["clm"].outcome if "clm" in on_all else None,
         headline=summary if gain is None else gain,
-        sentences=(*([] if gain is None else [summary]), *pairs, *notes, CAVEAT),
+        sentences=(
+            *([] if gain is None else [summary]),
+            *describe_failed(findings.failed),
+            *pairs,
+            *notes,
+            CAVEAT,
+        ),
     )
 
 

@@ -1,5 +1,6 @@
 """Name the folders of a recipe's run by fingerprints; checks and reads nothing."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +84,8 @@ class Layout:
     evaluation: EvaluationFiles
     recipe: dict[str, Any] = field(default_factory=dict[str, Any])
     """The resolved recipe, as plain values."""
+    failed: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The sources that the run does without, as their capture has failed, each with the reason."""
 
     @property
     def has_selection(self) -> bool:
@@ -273,12 +276,17 @@ def _identify_scored(
 
 
 def _name_merge(recipe: Recipe, found: Prepared) -> Merge:
-    names = tuple(source.name for source in recipe.sources if source.name not in found.unmergeable)
+    excluded = {
+        source.name: found.unmergeable[source.name]
+        for source in recipe.sources
+        if source.name in found.unmergeable
+    }
+    names = tuple(source.name for source in recipe.sources if source.name not in excluded)
     if not names:
-        return Merge(excluded=found.unmergeable)
+        return Merge(excluded=excluded)
     others = sorted(found.models[name].identity for name in names)
     fingerprint = fingerprint_of(first=found.models[TARGET].identity, others=others)
-    return Merge(f"evaluate/merged-model-{fingerprint}", names, found.unmergeable)
+    return Merge(f"evaluate/merged-model-{fingerprint}", names, excluded)
 
 
 def _name_task_results(

@@ -9,6 +9,12 @@ from rayfuse.align.facts import ALIGN_FACTS
 from rayfuse.capture.workers import WorkerReport, read_reports
 from rayfuse.config.recipe import Recipe
 from rayfuse.pipeline import STAGES, is_stage_done
+from rayfuse.run.failed_sources import (
+    describe_failed,
+    drop_sources,
+    plan_run,
+    read_failures,
+)
 from rayfuse.run.layout import Layout, TrainRun, plan_layout
 from rayfuse.run.made_models import is_made, read_inputs
 from rayfuse.runtime.progress import PaceEstimator, ProgressEvent
@@ -92,15 +98,22 @@ class RunReader:
         Raises:
             UserError: The recipe cannot be used.
         """
-        self.recipe = recipe
-        self.layout = plan_layout(recipe, ALIGN_FACTS)
-        self.counters = [DataSetCounter(part) for part in list_data_sets(self.layout)]
-        self.trainings = [TrainingReader(self.layout.store, run) for run in self.layout.runs]
+        self.given = recipe, plan_layout(recipe, ALIGN_FACTS)
+        """The recipe with its layout, and all sources in both."""
+        self._lay_out(read_failures(*self.given))
         self.pace = PaceEstimator()
         self.results: dict[str, bool] = {}
         self.result_faults: list[str] = []
         """Of the last check of the stages after train, which found `results`."""
         self.results_at = -math.inf
+
+    def _lay_out(self, failed: dict[str, str]) -> None:
+        """Lay out the run without the sources that have failed; what was read is read again."""
+        recipe, layout = self.given
+        self.layout = plan_run(recipe, ALIGN_FACTS) if failed else layout
+        self.recipe = drop_sources(recipe, self.layout.failed)
+        self.counters = [DataSetCounter(part) for part in list_data_sets(self.layout)]
+        self.trainings = [TrainingReader(self.layout.store, run) for run in self.layout.runs]
 
     def read(self) -> Snapshot:
         """Read what is new in the store.
@@ -110,7 +123,10 @@ class RunReader:
             OSError: It cannot be read.
         """
         deadline = time.monotonic() + READ_SECONDS
-        faults: list[str] = []
+        failed = read_failures(*self.given)
+        if failed != self.layout.failed:
+            self._lay_out(failed)
+        faults = describe_failed(failed)
         num_shards = self._count_shards(faults)
         data_sets = [
             counter.refresh(num_shards if counter.data.inputs else None, deadline)
