@@ -63,6 +63,18 @@ class _Answers:
         return ids
 
 
+@dataclass(frozen=True)
+class AnswerRows:
+    """The answers of a shard as rows of their own."""
+
+    rows: pa.Table
+    """CORPUS rows, named by their number."""
+    target: _Answers
+    source: _Answers
+    row_of: Int[np.ndarray, " answers"]
+    """The conversation of each answer."""
+
+
 def align_answers(
     corpus: pa.Table, captured: pa.Table, alignment: Alignment
 ) -> tuple[pa.Table, dict[str, float]]:
@@ -76,10 +88,28 @@ def align_answers(
     Raises:
         ValueError: The two tables do not hold the same rows.
     """
-    if corpus["row_id"].to_pylist() != captured["row_id"].to_pylist():
+    answers = cut_answers(corpus, captured, alignment.target.start_id)
+    names = answers.rows["row_id"].to_pylist()
+    records = _take_records(captured, answers.source, names, alignment.source.start_id)
+    aligned, stats = align_shard(answers.rows, records, alignment)
+    return _put_back(aligned, corpus, captured, answers.target, answers.row_of), stats
+
+
+def cut_answers(corpus: pa.Table, source_rows: pa.Table, marker: int | None) -> AnswerRows:
+    """Cut the answers out of conversations, in the target's and in the source's tokens.
+
+    Args:
+        corpus: CORPUS rows with `messages` and `answers`.
+        source_rows: The same rows with the source's `token_ids` and `answers`.
+        marker: The target's token that stands for the one before an answer.
+
+    Raises:
+        ValueError: The two tables do not hold the same rows.
+    """
+    if corpus["row_id"].to_pylist() != source_rows["row_id"].to_pylist():
         raise ValueError("corpus and captured shard hold different rows; capture the shard again")
     places, numbers = read_answers(corpus)
-    source_places, source_numbers = read_answers(captured)
+    source_places, source_numbers = read_answers(source_rows)
     counts, is_scored = np.diff(numbers), np.diff(source_numbers) > 0
     if (counts[is_scored] != np.diff(source_numbers)[is_scored]).any():
         raise ValueError("a row has another number of answers than it had; capture the shard again")
@@ -88,7 +118,7 @@ def align_answers(
     own[is_scored[row_of]] = source_places
     has_end = (places[:, 2] == places[:, 1] + 1) & (own[:, 2] == own[:, 1] + 1)
     target = _find_answers(corpus, "target_ids", places, row_of, has_end)
-    source = _find_answers(captured, "token_ids", own, row_of, has_end)
+    source = _find_answers(source_rows, "token_ids", own, row_of, has_end)
     texts = [m.content for row in read_messages(corpus) for m in row if m.role == "assistant"]
     names = [f"{number}" for number in range(len(row_of))]
     pieces = pa.Table.from_pydict(
@@ -99,15 +129,11 @@ def align_answers(
             "text": texts,
             "num_bytes": [len(text.encode()) for text in texts],
             "ends_document": has_end,
-            "target_ids": build_list_column(
-                target.take_ids(alignment.target.start_id), target.offsets, ints
-            ),
+            "target_ids": build_list_column(target.take_ids(marker), target.offsets, ints),
         },
         schema=CORPUS,
     )
-    records = _take_records(captured, source, names, alignment.source.start_id)
-    aligned, stats = align_shard(pieces, records, alignment)
-    return _put_back(aligned, corpus, captured, target, row_of), stats
+    return AnswerRows(pieces, target, source, row_of)
 
 
 def _find_answers(

@@ -32,6 +32,8 @@ class MapInputs:
     source: ModelSettings
     target: ModelSettings
     corpus: DataSet
+    is_chat: bool = False
+    """The corpus are conversations."""
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def build_vocab_maps(
         if map_file is None or record_of_map(map_file).removeprefix("maps/") in present:
             continue
         assert stored_map is not None, "the layout names files only for methods that store a map"
-        inputs = MapInputs(source, recipe.target, layout.corpus)
+        inputs = MapInputs(source, recipe.target, layout.corpus, recipe.corpus.is_chat)
         id_map = _compute_map(inputs, stored_map, f"map of {source.name}", progress, wait)
         layout.store.create(map_file, encode_map(id_map))  # another job may have been first
         content = layout.store.read(map_file)

@@ -174,11 +174,6 @@ class Recipe(Settings):
                 f"source {stored[0]} has captured_from, a store of plain texts, but the documents "
                 "are conversations; run its model instead, or use the store's own texts"
             )
-        if is_chat and self.align.method == "cooccurrence":
-            raise ValueError(
-                "align.method is cooccurrence, which counts in plain text, but the documents are "
-                "conversations; use align.method bytes"
-            )
         return self
 
     @model_validator(mode="after")

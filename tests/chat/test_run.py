@@ -91,6 +91,21 @@ def test_answers_alone_have_signals_and_labels(run):
     assert 0 < (labels != -100).sum() < len(labels) // 2
 
 
+@pytest.mark.parametrize("method", ["cooccurrence", "min_edit_distance"])
+def test_methods_that_store_a_map_align_answers(method, run, ray_cluster):
+    recipe, layout, _ = run
+    changed = rayfuse.open_run(recipe, align={"method": method})
+    changed.execute("align", quiet=True)
+    aligned = prepare_run(changed.recipe).aligned["two"]
+    assert aligned.folder != layout.aligned["two"].folder
+    for shard, commit in aligned.commits().items():
+        corpus = layout.corpus.read_shard(layout.corpus.read_commit(shard))
+        learned = mask_learned(corpus, flatten_column(corpus, "target_ids")[1])
+        has_signal = flatten_column(aligned.read_shard(commit), "has_signal")[0]
+        assert has_signal.sum() > learned.sum() / 4
+        assert not has_signal[~learned].any()
+
+
 def test_rejects_are_counted_by_reason(run):
     _, layout, _ = run
     stats = [commit.stats for commit in layout.corpus.commits().values()]

@@ -1,5 +1,6 @@
 """Signals of conversations: captured and aligned rows, compared with plain loops."""
 
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayfuse.align.answers import align_answers, tokenize_answers
 from rayfuse.align.method import build_alignment
+from rayfuse.align.methods.cooccurrence import count_answer_pairs
 from rayfuse.align.vocab_map import UNCHANGED, WITH_SPACE, WITHOUT_SPACE, map_vocabulary
 from rayfuse.capture.chat_rows import build_chat_captured, score_conversations
 from rayfuse.capture.engines.transformers_engine import TransformersEngine
@@ -212,6 +214,12 @@ def list_starts(form: ChatFormat, ids: np.ndarray, answer: np.ndarray, text: str
     return places
 
 
+def has_space(form: ChatFormat, ids: np.ndarray, answer: np.ndarray, text: str) -> bool:
+    """Check if the tokens of an answer begin with a space that the answer has not."""
+    pieces = [form.tokenizer.token_bytes[i] or b"" for i in ids[answer[0] : answer[1]]]
+    return len(b"".join(pieces)) > len(text.encode())
+
+
 def test_a_row_that_the_sources_template_refuses_has_no_signal_and_a_reason(models, tmp_path):
     settings = save_family("chatml", tmp_path)
     save_model("gpt_neox", 430, tmp_path)
@@ -295,3 +303,62 @@ def test_an_answer_after_thoughts_that_end_in_a_space_has_signals(models):
     )
     assert stats["with_signal"] == stats["positions"] > 2
     assert aligned.num_rows == 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_cooccurrence_maps_the_tokens_of_answers_to_themselves(name, models):
+    chat = load_chat_format(models[name])
+    corpus = make_corpus(chat)
+    counted = count_answer_pairs(corpus, chat, chat)
+    pairs = np.stack([counted.pairs >> 32, counted.pairs & (2**32 - 1)])
+    np.testing.assert_array_equal(pairs[0], pairs[1])
+    ids, offsets = flatten_column(corpus, "target_ids")
+    learned = np.flatnonzero(mask_learned(corpus, offsets)) + 1
+    if name == "llama-2":  # two tokens end a turn there: only text is counted
+        assert counted.counts.sum() == sum(
+            stop - start for start, stop, _ in read_answers(corpus)[0].tolist()
+        )
+    else:
+        expected = np.bincount(ids[learned])
+        np.testing.assert_array_equal(np.bincount(pairs[0], counted.counts), expected)
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_cooccurrence_counts_tokens_that_begin_at_the_same_byte_of_an_answer(
+    source, target, models
+):
+    ours, theirs = load_chat_format(models[source]), load_chat_format(models[target])
+    corpus = make_corpus(theirs)
+    captured = capture(corpus, models[source])
+    counted = count_answer_pairs(corpus, ours, theirs)
+    expected = find_pairs(captured, corpus, ours, theirs)
+    pairs = [(pair >> 32, pair & (2**32 - 1)) for pair in counted.pairs.tolist()]
+    assert dict(zip(pairs, counted.counts.tolist(), strict=True)) == expected
+
+
+def find_pairs(
+    captured: pa.Table, corpus: pa.Table, ours: ChatFormat, theirs: ChatFormat
+) -> Counter[tuple[int, int]]:
+    """Count the pairs of tokens of answers that begin at one byte by plain loops."""
+    source_ids, source_offsets = flatten_column(captured, "token_ids")
+    target_ids, target_offsets = flatten_column(corpus, "target_ids")
+    (own, own_numbers), (other, numbers) = read_answers(captured), read_answers(corpus)
+    found: Counter[tuple[int, int]] = Counter()
+    for row, talk in enumerate(TALKS):
+        answers = [message.content for message in talk if message.role == "assistant"]
+        for number, answer in enumerate(answers):
+            mine = own[own_numbers[row] + number] + source_offsets[row]
+            their = other[numbers[row] + number] + target_offsets[row]
+            starts = list_starts(ours, source_ids, mine, answer)
+            places = list_starts(theirs, target_ids, their, answer)
+            by_byte = {byte: at for at, byte in reversed(starts.items())}
+            if has_space(ours, source_ids, mine, answer) != has_space(
+                theirs, target_ids, their, answer
+            ):
+                del by_byte[0]  # the same text, but not the same token
+            for at, byte in places.items():
+                if byte in by_byte:
+                    found[int(source_ids[by_byte[byte] + 1]), int(target_ids[at + 1])] += 1
+            if mine[2] == mine[1] + 1 and their[2] == their[1] + 1:
+                found[int(source_ids[mine[1]]), int(target_ids[their[1]])] += 1
+    return found

@@ -11,13 +11,17 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
+from rayfuse.align.answers import cut_answers, tokenize_answers
 from rayfuse.align.matches import match_positions
 from rayfuse.align.method import IdMap, MapInputs, Method, StoredMap
 from rayfuse.align.methods.same_bytes import match_same_byte
 from rayfuse.align.token_spans import TokenBytes, list_token_bytes, place_tokens
 from rayfuse.align.vocab_map import UNCHANGED, map_vocabulary
+from rayfuse.models.chat import ChatFormat, ChatTokens, load_chat_format
 from rayfuse.models.files import load_recipe_tokenizer
-from rayfuse.storage.codec import flatten_column
+from rayfuse.schema import ints
+from rayfuse.storage.chat_columns import append_answers, read_messages
+from rayfuse.storage.codec import build_list_column, flatten_column
 
 SOURCE_SHIFT = 32
 """A pair is one integer: source id in the upper half, target id in the lower."""
@@ -44,9 +48,47 @@ def count_pairs(corpus: pa.Table, source: TokenBytes, target: TokenBytes) -> Pai
     texts: list[str] = corpus["text"].to_pylist()
     ends_document: list[bool] = corpus["ends_document"].to_pylist()
     rows = source.tokenizer.encode_rows(texts, ends_document)
-    encoded = [text.encode() for text in texts]
+    return _count_matches(corpus, *_flatten(rows), source, target)
+
+
+def count_answer_pairs(corpus: pa.Table, source: ChatFormat, target: ChatFormat) -> PairCounts:
+    """Count the pairs of tokens that begin at the same byte of an answer.
+
+    Args:
+        corpus: CORPUS rows with `messages` and `answers`; the messages are tokenized in the
+            source's chat template. Conversations that it cannot represent are skipped.
+        source: The source's chat template.
+        target: That of `target_ids`.
+    """
+    encoded = source.encode(read_messages(corpus))
+    tokens = [row if isinstance(row, ChatTokens) else None for row in encoded]
+    ids, offsets = _flatten([[] if row is None else row.ids for row in tokens])
+    rows = pa.table(
+        {"row_id": corpus["row_id"], "token_ids": build_list_column(ids, offsets, ints)}
+    )
+    ours, theirs = (list_token_bytes(tokenize_answers(chat)) for chat in (source, target))
+    answers = cut_answers(corpus, append_answers(rows, tokens), theirs.start_id)
+    own = answers.source.take_ids(ours.start_id)
+    return _count_matches(answers.rows, own, answers.source.offsets, ours, theirs)
+
+
+def _flatten(
+    rows: Sequence[Sequence[int] | Int[np.ndarray, " _tokens"]],
+) -> tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, " rows_plus_1"]]:
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
-    ids = np.concatenate([np.zeros(0, dtype=np.int32), *rows])
+    return np.concatenate([np.zeros(0, dtype=np.int32), *rows]).astype(np.int32), offsets
+
+
+def _count_matches(
+    corpus: pa.Table,
+    ids: Int[np.ndarray, " tokens"],
+    offsets: Int[np.ndarray, " rows_plus_1"],
+    source: TokenBytes,
+    target: TokenBytes,
+) -> PairCounts:
+    """Count pairs, given the source's tokens of all rows and where those of each row begin."""
+    encoded = [text.encode() for text in corpus["text"].to_pylist()]
+    ends_document: list[bool] = corpus["ends_document"].to_pylist()
     source_tokens = place_tokens(ids, offsets, encoded, source, ends_document)
     target_tokens = place_tokens(
         *flatten_column(corpus, "target_ids"), encoded, target, ends_document
@@ -93,6 +135,9 @@ def _list_shards(inputs: MapInputs) -> list[int]:
 
 def _count_shard(inputs: MapInputs, shard: int) -> PairCounts:
     commit = inputs.corpus.read_commit(shard)
+    if inputs.is_chat:
+        rows = inputs.corpus.read_shard(commit)
+        return count_answer_pairs(rows, *map(load_chat_format, (inputs.source, inputs.target)))
     rows = inputs.corpus.read_shard(commit, columns=["text", "ends_document", "target_ids"])
     source, target = (
         list_token_bytes(load_recipe_tokenizer(model)) for model in (inputs.source, inputs.target)
@@ -101,7 +146,12 @@ def _count_shard(inputs: MapInputs, shard: int) -> PairCounts:
 
 
 def _finish(inputs: MapInputs, counted: PairCounts) -> IdMap:
-    source, target = load_recipe_tokenizer(inputs.source), load_recipe_tokenizer(inputs.target)
+    source, target = (
+        tokenize_answers(load_chat_format(model))
+        if inputs.is_chat
+        else load_recipe_tokenizer(model)
+        for model in (inputs.source, inputs.target)
+    )
     return choose_most_matched(counted, map_vocabulary(source, target)[UNCHANGED, :-1])
 
 
