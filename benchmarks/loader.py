@@ -94,8 +94,6 @@ def main() -> None:
             "min_ce by span": FuseSettings(unit="span"),
             "avg_ce by row": FuseSettings(method="avg_ce"),
             "fixed_share": FuseSettings(method="fixed_share"),
-            "avg_ce, unigram tail": FuseSettings(method="avg_ce", tail="unigram"),
-            "fixed_share, unigram tail": FuseSettings(method="fixed_share", tail="unigram"),
         }
         rates: dict[str, list[float]] = {kind: [] for kind in kinds}
         for _ in range(RUNS):

@@ -70,7 +70,6 @@ BASE: dict[str, Any] = {
 
 FAST: dict[str, Any] = {"rate": 2 * RATE, "weight_decay": 0.4}
 TOP_16: dict[str, Any] = {"align": {"record": "top-16"}}
-FILLED: dict[str, Any] = {"fuse": {"method": "fixed_share", "tail": "unigram"}}
 WITH_COPY: dict[str, dict[str, Any]] = {
     "": {},
     ", rate 0.008": {"rate": 2 * RATE},

@@ -9,7 +9,6 @@ from benchmarks.fusion.regime_grids import (
     BASE,
     FALLING,
     FAST,
-    FILLED,
     GRIDS,
     RATE,
     REGIMES,
@@ -148,11 +147,6 @@ def _plan_wide(planner: Planner, grid: Grid) -> Role:
         "avg_ce, temperature 0.1": {"fuse": {"method": "avg_ce", "temperature": 0.1}},
         **{f"rate {rate:g}": {"rate": rate} for rate in (2 * RATE, RATE / 2)},
         "top-16, bucket": TOP_16,
-        **{
-            f"top-16, unigram, rate {rate:g}": TOP_16 | FILLED | {"rate": rate}
-            for rate in (RATE, RATE / 2, RATE / 4)
-        },
-        "top-64, unigram": {"align": {"record": "top-64"}} | FILLED,
     }
     variants = {
         label: planner.train(label, planner.sources, **base | changed)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from benchmarks.fusion.rivals import RivalModel
 from rayfuse.config.train import TrainSettings
@@ -34,7 +34,6 @@ def train_lm(
     *,
     num_steps: int,
     source_names: tuple[str, ...] = (),
-    unigram: Float[np.ndarray, " vocab"] | None = None,
     rival: RivalModel | None = None,
     after_step: Callable[[], None] | None = None,
 ) -> list[float]:
@@ -46,14 +45,13 @@ def train_lm(
         settings: The loss and the optimizer.
         num_steps: Number of steps, for the learning-rate schedule.
         source_names: The sources, for the fusion loss by source.
-        unigram: How the mass of tails is divided, for `fuse.tail: unigram`.
         rival: The model with another library's loss, in place of rayfuse's.
         after_step: Called after each step.
 
     Raises:
         FloatingPointError: A loss is not finite.
     """
-    model = rival or FusionModel(lm, settings, num_sources=len(source_names), unigram=unigram)
+    model = rival or FusionModel(lm, settings, num_sources=len(source_names))
     optimizer = torch.optim.AdamW(
         group_parameters(model, settings.weight_decay),
         lr=settings.learning_rate,

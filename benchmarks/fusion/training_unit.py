@@ -81,7 +81,6 @@ def train_target(unit: Unit, folder: Path, out: Path, data: Path) -> Record:
         train,
         num_steps=num_steps or count_steps(sum(reader.rows_per_shard), rows_per_step, epochs),
         source_names=reader.names,
-        unigram=reader.unigram,
         rival=rival,
         after_step=None if average is None else average.update,
     )

@@ -58,11 +58,10 @@ class FuseSettings(Settings):
     skip_noise: bool = True
     """Skip a source that predicts nearly no row 10 % better than chance, ln V nats per token: its
     weights or its tokenizer must be wrong."""
-    tail: Literal["bucket", "unigram", "truth", "renormalise"] = "bucket"
-    """`bucket`: the mass outside the top k is one more outcome. `unigram`: it is divided among the
-    other tokens by their frequency in the first shards of the corpus. `truth`: it goes to the token
-    that really comes next. `renormalise`: it is dropped and the top k scaled up to 1, as in the
-    papers."""
+    tail: Literal["bucket", "truth", "renormalise"] = "bucket"
+    """`bucket`: the mass outside the top k is one more outcome. `truth`: it goes to the token that
+    really comes next. `renormalise`: it is dropped and the top k scaled up to 1, as in the papers.
+    """
 
     @property
     def uses_posterior(self) -> bool:

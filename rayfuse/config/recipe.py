@@ -122,21 +122,6 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
-    def _check_tail(self) -> "Recipe":
-        train = self.train
-        if self.fuse.tail == "unigram" and train.divergence != "forward_kl":
-            raise ValueError(
-                f"fuse.tail is unigram, which is defined for train.divergence forward_kl, not "
-                f"{train.divergence}; use fuse.tail bucket, or forward_kl"
-            )
-        if self.fuse.tail == "unigram" and train.temperature != 1:
-            raise ValueError(
-                "fuse.tail is unigram, which is defined at train.temperature 1; use fuse.tail "
-                "bucket, or temperature 1"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _check_posterior(self) -> "Recipe":
         method = self.align.method
         if self.fuse.uses_posterior and not METHODS[method].has_signal_at_boundaries:

@@ -14,7 +14,6 @@ from rayfuse.fuse.nll import nll_of_documents, nll_of_positions, nll_of_rows
 from rayfuse.fuse.posterior import weigh_by_posterior
 from rayfuse.fuse.rules import OpenSource, give_tail_to, load_rule, make_empty, select_lowest
 from rayfuse.fuse.source_filter import select_active_sources
-from rayfuse.fuse.unigram import count_unigram
 from rayfuse.schema import ANSWERS, INSIDE_TOKEN
 from rayfuse.storage.chat_columns import has_answers, mask_learned
 from rayfuse.storage.codec import (
@@ -111,11 +110,6 @@ class ShardOpener:
         self.data = [corpus, *(aligned[name] for name in active)]
         self.weights = [fuse.weights.get(name, 1.0) for name in active]
         self.commits = [corpus.commits(), *active.values()]
-        self.unigram = (
-            count_unigram(corpus, self.commits[0], len(token_bytes))
-            if fuse.tail == "unigram" and active
-            else None
-        )
 
     @property
     def rows_per_shard(self) -> list[int]:
@@ -154,7 +148,7 @@ class ShardOpener:
                 for table, rated in zip(aligned, self._rate_rows(corpus, aligned), strict=True)
             ]
         sources = tuple(
-            _open_source(table, rated, weight, self.unigram, self.fuse)
+            _open_source(table, rated, weight, self.fuse)
             for table, rated, weight in zip(aligned, nll, self.weights, strict=True)
         )
         selected = np.full(len(target_ids), -1)
@@ -262,7 +256,7 @@ class ShardReader:
     ) -> None:
         """List the shards' commits as `ShardOpener` does; no shard is opened yet."""
         self.opener = ShardOpener(corpus, aligned, fuse, token_bytes, learns_context=learns_context)
-        self.fuse, self.names, self.unigram = fuse, self.opener.names, self.opener.unigram
+        self.fuse, self.names = fuse, self.opener.names
         self.rows_per_shard = self.opener.rows_per_shard
         self.open: dict[int, Future[OpenShard]] = {}
         self.pool = ThreadPoolExecutor(max_workers=1)
@@ -308,7 +302,6 @@ def _open_source(
     table: pa.Table,
     nll: Float[np.ndarray, " tokens"],
     weight: float,
-    unigram: Float[np.ndarray, " vocab"] | None,
     fuse: FuseSettings,
 ) -> OpenSource:
     top_ids = flatten_positions(table, "top_ids", len(nll))
@@ -320,7 +313,7 @@ def _open_source(
         # below 1, so the entries themselves are looked at too.
         has_signal = has_signal & (tails < 0) & (top_ids >= 0).any(axis=1)
     top = EncodedTopK(top_ids, codes, tails)
-    return OpenSource(top, np.where(has_signal, nll, np.inf), weight, unigram)
+    return OpenSource(top, np.where(has_signal, nll, np.inf), weight)
 
 
 def join_rows(parts: Sequence[FusedRows]) -> FusedRows:

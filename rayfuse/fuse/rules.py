@@ -19,7 +19,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from rayfuse.config.fuse import RULES, FuseSettings
-from rayfuse.fuse.unigram import MIN_REST
 from rayfuse.storage.codec import PROB_OF_CODE, EncodedTopK, TopK
 
 
@@ -33,8 +32,6 @@ class OpenSource:
     source is not active: it has no signal there, or it rejected the row."""
     weight: float = 1.0
     """Multiplies the source's share of a mean; above 0."""
-    unigram: Float[np.ndarray, " vocab"] | None = None
-    """The shares by which the setting `tail: unigram` divides the tail; else None."""
 
     def read(self, at: Int[np.ndarray, " positions"], settings: FuseSettings) -> TopK:
         """Decode the distributions of some positions."""
@@ -151,7 +148,7 @@ def _average(
 ) -> TopK:
     nll = np.stack([source.nll.take(at) for source in sources])
     weights = weigh_by_nll(nll, shares, temperature)
-    return mix([source.read(at, settings) for source in sources], weights, sources[0].unigram)
+    return mix([source.read(at, settings) for source in sources], weights)
 
 
 def select_lowest(nll: Float[np.ndarray, "num_sources positions"]) -> Int[np.ndarray, " positions"]:
@@ -180,27 +177,19 @@ def weigh_by_nll(
     return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
 
 
-def mix(
-    tops: Sequence[TopK],
-    weights: Float[np.ndarray, "num_sources positions"],
-    unigram: Float[np.ndarray, " vocab"] | None = None,
-) -> TopK:
+def mix(tops: Sequence[TopK], weights: Float[np.ndarray, "num_sources positions"]) -> TopK:
     """Add up distributions times their weights, with one entry per token.
 
     Args:
         tops: The sources' distributions.
         weights: Their weights, which sum to 1, or are all 0.
-        unigram: The shares by which each tail is divided among the tokens without an entry. An
-            entry of one source then also gets the other sources' shares of it, out of their tails.
-            None keeps the tails undivided.
     """
     ids = np.concatenate([top.ids for top in tops], axis=1)
     probs = np.concatenate([top.probs for top in tops], axis=1, dtype=np.float32)
     tails = np.stack([top.tail for top in tops]).astype(np.float32)
     stops = np.cumsum([top.ids.shape[1] for top in tops])
-    shares = np.zeros(0, dtype=np.float32) if unigram is None else unigram
     mixed = make_empty(*ids.shape)
-    _mix_into(ids, probs, tails, weights, stops, shares, (mixed.ids, mixed.probs, mixed.tail))
+    _mix_into(ids, probs, tails, weights, stops, (mixed.ids, mixed.probs, mixed.tail))
     return mixed
 
 
@@ -232,7 +221,7 @@ def make_empty(positions: int, entries: int = 0) -> TopK:
 
 @numba.njit(cache=True)
 @no_type_check
-def _mix_into(ids, probs, tails, weights, stops, unigram, mixed):  # noqa: PLR0917 (compiled)
+def _mix_into(ids, probs, tails, weights, stops, mixed):
     """Mix the distributions of each position into `mixed`: entries of one token are added up.
 
     `slots` has the place of a token among the entries so far. It is never cleared: a place counts
@@ -241,50 +230,21 @@ def _mix_into(ids, probs, tails, weights, stops, unigram, mixed):  # noqa: PLR09
     mixed_ids, mixed_probs, mixed_tails = mixed
     slots = np.zeros(max(ids.max(), 0) + 1 if ids.size else 1, dtype=np.int32)
     for at in range(len(ids)):
-        used, tail, divided, start = 0, 0.0, 0.0, 0
+        used, tail, start = 0, 0.0, 0
         for source in range(len(stops)):
             stop, weight = stops[source], weights[source, at]
-            mass, scale = weight * tails[source, at], 0.0
-            if len(unigram):  # a token v without an entry has scale * u(v)
-                rest = _sum_rest(ids[at, start:stop], probs[at, start:stop], unigram)
-                scale = mass / max(rest, MIN_REST)
-            tail, divided = tail + mass, divided + scale
+            tail += weight * tails[source, at]
             for entry in range(start, stop):
                 token, prob = ids[at, entry], weight * probs[at, entry]
                 if token < 0 or prob <= 0:
                     continue
-                if len(unigram):  # below, every token of the mixture gets its share of all tails
-                    prob -= scale * unigram[token]
                 place = slots[token]
                 if place >= used or mixed_ids[at, place] != token:
                     place, used = used, used + 1
                     slots[token], mixed_ids[at, place] = place, token
                 mixed_probs[at, place] += prob
             start = stop
-        if len(unigram):
-            _divide_tails(mixed_ids[at, :used], mixed_probs[at], divided, unigram)
-            # What is left: rounding and `MIN_REST` neither make nor lose mass.
-            tail = max(weights[:, at].sum() - mixed_probs[at].sum(), 0.0)
         mixed_tails[at] = tail
-
-
-@numba.njit(cache=True)
-@no_type_check
-def _sum_rest(ids, probs, unigram):
-    """Sum u over the tokens without an entry."""
-    rest = 1.0
-    for entry in range(len(ids)):
-        if ids[entry] >= 0 and probs[entry] > 0:
-            rest -= unigram[ids[entry]]
-    return rest
-
-
-@numba.njit(cache=True)
-@no_type_check
-def _divide_tails(ids, probs, divided, unigram):
-    """Add the tails' shares to entries."""
-    for entry in range(len(ids)):
-        probs[entry] += divided * unigram[ids[entry]]
 
 
 @numba.njit(cache=True)

@@ -132,7 +132,6 @@ class RowDataset:
             "divergence": train.divergence,
             "temperature": value_at(train.temperature, done),
             "skew": train.skew,
-            "unigram": self.reader.opener.unigram,
         }
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import nn
@@ -20,7 +19,7 @@ from rayfuse.train.loss import LossTargets, LossWeights, build_form, compute_los
 TARGETS = ("labels", "top_ids", "top_probs", "tail_probs", "sources")
 
 
-def fusion_loss(  # noqa: PLR0913 (all are keywords, for callers without a recipe)
+def fusion_loss(
     hidden: Float[torch.Tensor, "batch seq_len width"],
     head: nn.Module,
     targets: Mapping[str, torch.Tensor],
@@ -29,7 +28,6 @@ def fusion_loss(  # noqa: PLR0913 (all are keywords, for callers without a recip
     divergence: str = "forward_kl",
     temperature: float = 1.0,
     skew: float = 0.1,
-    unigram: Float[np.ndarray, " vocab"] | None = None,
     num_positions: Any = None,
 ) -> Float[torch.Tensor, ""]:
     """Compute lambda * CLM + (1 - lambda) * D(fused || target), the mean over positions, in nats.
@@ -45,9 +43,7 @@ def fusion_loss(  # noqa: PLR0913 (all are keywords, for callers without a recip
         clm_weight: lambda.
         divergence: D, as `train.divergence`.
         temperature: Of D.
-        skew: As `train.skew`.
-        unigram: The shares by which tails are divided, for `fuse.tail: unigram`. With the four
-            before it, it is in `RowDataset.loss_settings`.
+        skew: As `train.skew`. With the three before it, it is in `RowDataset.loss_settings`.
         num_positions: What the sum is divided by; by default the positions of the batch that are
             learned. Several micro-batches of a step need their common number.
 
@@ -59,7 +55,7 @@ def fusion_loss(  # noqa: PLR0913 (all are keywords, for callers without a recip
     linear, transform = _find_head(head)
     _check_settings(clm_weight, divergence, temperature, skew)
     settings = TrainSettings.model_validate({"divergence": divergence, "skew": skew})
-    form = build_form(linear, transform, settings, num_sources=1, unigram=unigram)
+    form = build_form(linear, transform, settings, num_sources=1)
     following = targets["labels"][:, 1:]
     is_learned = following != IGNORED
     entries = targets["top_ids"].shape[2] if clm_weight < 1 else 0

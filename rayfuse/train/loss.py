@@ -8,13 +8,11 @@ forward pass, chunk by chunk, so nothing of size [positions, vocab] is kept for 
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import nn
 
 from rayfuse.config.train import TrainSettings
-from rayfuse.fuse.unigram import MIN_REST
 from rayfuse.models.causal_lm import CausalLM, LogitTransform
 from rayfuse.models.head_product import multiply_head
 from rayfuse.storage.codec import TopK
@@ -73,9 +71,6 @@ class LossForm:
     """Sources by which the divergence is reported."""
     chunk_positions: int
     """Positions whose logits exist at a time."""
-    tail_shares: Float[torch.Tensor, " vocab"] | None = None
-    """The shares by which the mass of a tail is divided among the tokens without an entry. None
-    makes the tail one more outcome."""
 
 
 def build_form(
@@ -85,7 +80,6 @@ def build_form(
     *,
     num_sources: int,
     chunk_positions: int | None = None,
-    unigram: Float[np.ndarray, " vocab"] | None = None,
 ) -> LossForm:
     """Build the form of the loss under a head.
 
@@ -96,21 +90,14 @@ def build_form(
         num_sources: As in `LossForm`.
         chunk_positions: Positions per chunk; by default as many as have `CPU_LOGITS` or
             `GPU_LOGITS` logits.
-        unigram: The `tail_shares`, by token.
     """
     device = head.weight.device
     logits = CPU_LOGITS if device.type == "cpu" else GPU_LOGITS
-    tail_shares: torch.Tensor | None = None
-    if unigram is not None:  # 0 for outputs of the head that are no tokens
-        dtype = torch.promote_types(head.weight.dtype, torch.float32)
-        tail_shares = torch.zeros(head.out_features, dtype=dtype, device=device)
-        tail_shares[: len(unigram)] = torch.from_numpy(unigram)
     return LossForm(
         transform=transform,
         settings=settings,
         num_sources=num_sources,
         chunk_positions=chunk_positions or max(1, logits // head.out_features),
-        tail_shares=tail_shares,
     )
 
 
@@ -148,7 +135,6 @@ class HeadLoss(nn.Module):
         *,
         num_sources: int,
         chunk_positions: int | None = None,
-        unigram: Float[np.ndarray, " vocab"] | None = None,
     ) -> None:
         """Share a target's head; the other arguments are those of `build_form`."""
         super().__init__()
@@ -159,7 +145,6 @@ class HeadLoss(nn.Module):
             settings,
             num_sources=num_sources,
             chunk_positions=chunk_positions,
-            unigram=unigram,
         )
 
     def forward(
@@ -261,8 +246,6 @@ def _differentiate_chunk(
     """
     if not targets.top.ids.shape[1]:
         return _differentiate_text(logits, targets.next_ids[:, None], weights, form)
-    if form.tail_shares is not None:
-        return _differentiate_complete(logits, targets, weights, form.tail_shares, form)
     next_ids = targets.next_ids[:, None]
     next_logits = logits.gather(1, next_ids)
     highest = logits.amax(1, keepdim=True)
@@ -329,52 +312,6 @@ def _differentiate_text(
     sums = torch.zeros(1 + form.num_sources, dtype=clm.dtype, device=clm.device)
     sums[0] = clm
     return _Chunk(clm * weights.scale, sums, grad)
-
-
-def _differentiate_complete(
-    logits: Float[torch.Tensor, "positions vocab"],
-    targets: LossTargets,
-    weights: LossWeights,
-    shares: Float[torch.Tensor, " vocab"],
-    form: LossForm,
-) -> _Chunk:
-    """Compute the same for tails that are divided among all other tokens: forward KL, T = 1.
-
-    With entries p on H, the tail t and the shares u, a token outside H has the probability s u,
-    s = t / (1 - sum of u on H). KL(p || q) = sum p log p + log sum exp z - sum p z has the gradient
-    q - p; both sums over the tail are sums over all tokens less those over H.
-    """
-    next_ids, signal = targets.next_ids[:, None], targets.has_signal.to(logits.dtype)
-    tail = targets.top.tail.to(logits.dtype) * signal
-    is_entry = (targets.top.ids >= 0) & targets.has_signal[:, None]
-    ids = targets.top.ids.clamp(min=0)
-    probs = targets.top.probs.to(logits.dtype) * is_entry
-    entry_shares = shares[ids] * is_entry
-    entry_logits = logits.gather(1, ids)
-    rest = (1 - entry_shares.double().sum(1)).clamp(min=MIN_REST).to(logits.dtype)
-    scale = tail / rest
-    mean_logit = (probs * entry_logits).sum(1)
-    mean_logit += scale * (logits @ shares - (entry_shares * entry_logits).sum(1))
-    entropy = torch.xlogy(shares, shares).sum() - torch.xlogy(entry_shares, entry_shares).sum(1)
-    entropy = torch.xlogy(probs, probs).sum(1) + scale * entropy + torch.xlogy(tail, scale)
-    next_logits = logits.gather(1, next_ids)
-    highest = logits.amax(1, keepdim=True)
-    exps = logits.sub_(highest).exp_()
-    total = exps.sum(1, keepdim=True)
-    normaliser = (highest + total.log())[:, 0]
-    clm, nats = normaliser - next_logits[:, 0], entropy + normaliser - mean_logit
-
-    clm_weight = (1 - (1 - weights.clm) * signal) * weights.scale
-    fusion_weight = (1 - weights.clm) * signal * weights.scale
-    grad = exps.mul_((clm_weight + fusion_weight)[:, None] / total)
-    grad.addr_(fusion_weight * scale, shares, alpha=-1)
-    grad.scatter_add_(1, ids, fusion_weight[:, None] * (scale[:, None] * entry_shares - probs))
-    grad.scatter_add_(1, next_ids, -clm_weight[:, None])
-    sums = torch.zeros(2 + form.num_sources, dtype=clm.dtype, device=clm.device)
-    sums[0] = clm.sum()
-    sums.index_add_(0, targets.sources + 2, nats * signal)  # without a signal: element 1, dropped
-    loss = (clm * clm_weight).sum() + (nats * fusion_weight).sum()
-    return _Chunk(loss, torch.cat([sums[:1], sums[2:]]), grad)
 
 
 def _differentiate_outcomes(

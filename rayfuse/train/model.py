@@ -3,9 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float
 from torch import nn
 
 from rayfuse.config.base import UserError
@@ -25,7 +23,6 @@ class FusionModel(nn.Module):
         settings: TrainSettings,
         *,
         num_sources: int,
-        unigram: Float[np.ndarray, " vocab"] | None = None,
     ) -> None:
         """Wrap a target, with LoRA adapters if `train.lora` is set.
 
@@ -33,7 +30,6 @@ class FusionModel(nn.Module):
             lm: The target; its weights are trained in place.
             settings: The training settings.
             num_sources: Sources by which the fusion loss is reported.
-            unigram: As for `HeadLoss`.
         """
         super().__init__()
         if settings.lora is not None:
@@ -45,7 +41,6 @@ class FusionModel(nn.Module):
             settings,
             num_sources=num_sources,
             chunk_positions=settings.chunk_positions,
-            unigram=unigram,
         )
 
     def forward(self, batch: MicroBatch, weights: LossWeights) -> tuple[torch.Tensor, torch.Tensor]:

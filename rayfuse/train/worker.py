@@ -278,7 +278,7 @@ class Trainer:
         lm.model.train()
         torch.manual_seed(recipe.seed)  # LoRA adapters are initialised at random
         engine = build_engine(
-            FusionModel(lm, settings, num_sources=len(reader.names), unigram=reader.unigram),
+            FusionModel(lm, settings, num_sources=len(reader.names)),
             settings,
             num_steps=num_steps,
             num_workers=self.group.num_workers,

@@ -79,7 +79,6 @@ def test_dumped_recipe_reads_back_unchanged():
             {"method": "fixed_share", "cost": "nats_per_token"},
             r"cost nats_per_token has no",
         ),
-        ("fuse", {"tail": "unigram"}, None),
         ("train.sequence_tokens", 100, r"sequence_tokens 100 is below corpus.max_tokens 2048"),
         ("sources.0.gpus", 1.5, r"gpus is 1.5; an actor has a part of one GPU, or a whole number"),
         ("corpus.documents", [], r"corpus.documents is empty; give 1 or more"),
@@ -100,12 +99,6 @@ def test_signal_with_draws_is_refused_for_a_backend_without_them(signal):
     assert parse_recipe(values).sources[0].backend == "vllm"
     with pytest.raises(RecipeError, match="source a has backend vllm, which makes no draws"):
         parse_recipe(values | {"capture": {"signal": signal}})
-
-
-@pytest.mark.parametrize("train", [{"divergence": "reverse_kl"}, {"temperature": 2.0}])
-def test_a_divided_tail_is_refused_where_it_is_not_defined(train):
-    with pytest.raises(RecipeError, match=r"fuse.tail is unigram.*use fuse.tail bucket"):
-        parse_recipe(MINIMAL | {"fuse": {"tail": "unigram"}, "train": train})
 
 
 @pytest.mark.parametrize("method", METHODS)

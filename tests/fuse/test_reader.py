@@ -1,14 +1,12 @@
 """The rules on stored shards against the oracle on decoded rows."""
 
-from dataclasses import replace
-
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from rayfuse.config.fuse import FuseSettings
 from rayfuse.fuse.reader import OpenShard, _open_source
-from rayfuse.fuse.rules import OpenSource, load_rule, select_lowest, weigh_by_nll
+from rayfuse.fuse.rules import OpenSource, select_lowest
 from rayfuse.schema import ALIGNED
 from rayfuse.storage.codec import EncodedTopK, TopK, decode_probs, encode_probs
 from tests.fuse.oracle import AlignedSource, fuse_sources
@@ -74,40 +72,6 @@ def test_a_rule_on_stored_shards_equals_the_oracle_on_decoded_rows(seed, method,
     np.testing.assert_allclose(mass, has_signal.astype(float), atol=1e-6)
 
 
-def complete(top: TopK, unigram: np.ndarray) -> np.ndarray:
-    """Divide each tail among the tokens without an entry."""
-    dense = to_dense(top)
-    rest = np.where(dense > 0, 0.0, unigram)
-    return dense + top.tail[:, None] * rest / rest.sum(axis=1, keepdims=True)
-
-
-@pytest.mark.parametrize("method", ["avg_ce", "fixed_share", "min_ce"])
-@pytest.mark.parametrize("seed", range(5))
-def test_a_mixture_of_divided_tails_is_the_mixture_of_the_complete_distributions(seed, method):
-    random = np.random.default_rng(seed)
-    unigram = random.dirichlet(np.ones(90)).astype(np.float32)
-    opened = [open_source(random, entries) for entries in (4, 6, 1)]
-    sources = tuple(replace(source, unigram=unigram) for source in opened)
-    at = np.arange(TOKENS)
-    nll = np.stack([source.nll for source in sources])
-    selected = select_lowest(nll)
-    settings = FuseSettings(method=method, tail="unigram")
-    found = load_rule(method)(sources, at, selected, settings)
-    weights = weigh_by_nll(nll, np.ones(3), 1.0)
-    if method == "min_ce":
-        weights = (np.arange(3)[:, None] == selected) * 1.0
-    expected = sum(
-        weight[:, None] * complete(source.read(at, settings), unigram)
-        for weight, source in zip(weights, sources, strict=True)
-    )
-    has_signal = selected >= 0
-    np.testing.assert_allclose(
-        complete(found, unigram)[has_signal], expected[has_signal], rtol=2e-4, atol=1e-7
-    )
-    mass = found.probs.sum(axis=1) + found.tail
-    np.testing.assert_allclose(mass, has_signal.astype(float), atol=1e-5)
-
-
 def test_a_position_without_entries_has_no_signal_when_renormalised():
     """float16 rounds the log of a tail of 0.99999994 to just below 0."""
     columns = {
@@ -117,7 +81,5 @@ def test_a_position_without_entries_has_no_signal_when_renormalised():
         "tail_logprobs": pa.array([np.array([-6e-8, -1.0], dtype=np.float16)]),
     }
     table = pa.table(columns, schema=pa.schema([ALIGNED.field(name) for name in columns]))
-    source = _open_source(
-        table, np.full(2, 0.5), weight=1.0, unigram=None, fuse=FuseSettings(tail="renormalise")
-    )
+    source = _open_source(table, np.full(2, 0.5), weight=1.0, fuse=FuseSettings(tail="renormalise"))
     assert source.nll.tolist() == [np.inf, 0.5]

@@ -123,8 +123,3 @@ def test_each_reason_is_named_where_it_applies_and_only_there(findings, sound, r
     found = [*find_reasons(make(findings), change(sound, **train))]
     assert len(found) == 1
     assert found[0].startswith(reason)
-
-
-def test_a_tail_that_is_divided_is_no_reason(findings: Findings, sound: Recipe):
-    divided = sound.model_copy(update={"fuse": sound.fuse.model_copy(update={"tail": "unigram"})})
-    assert not [*find_reasons(with_signals(findings, SourceSignal(10, 9, 0.2, None)), divided)]

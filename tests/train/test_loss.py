@@ -106,50 +106,9 @@ def make_head(
     head: nn.Linear,
     chunk: int = 4,
     transform: LogitTransform | None = None,
-    unigram: np.ndarray | None = None,
 ) -> HeadLoss:
     lm = CausalLM(nn.Identity(), nn.Identity(), head, transform or LogitTransform())
-    options: dict[str, Any] = {"chunk_positions": chunk, "unigram": unigram}
-    return HeadLoss(lm, settings, num_sources=SOURCES, **options)
-
-
-def complete_targets(targets: LossTargets, unigram: np.ndarray) -> LossTargets:
-    """Give every token an entry: those without one divide the tail by their shares."""
-    probs = torch.zeros(POSITIONS, VOCAB, dtype=torch.float64)
-    shares = torch.zeros(VOCAB, dtype=torch.float64)
-    shares[: len(unigram)] = torch.from_numpy(unigram)
-    for t in range(POSITIONS):
-        rest = shares.clone()
-        for token_id, prob in zip(targets.top.ids[t].tolist(), targets.top.probs[t], strict=True):
-            if token_id >= 0:
-                probs[t, token_id] = prob
-                rest[token_id] = 0
-        probs[t] += targets.top.tail[t] * rest / rest.sum()
-    ids = torch.arange(VOCAB).expand(POSITIONS, VOCAB)
-    return replace(targets, top=TopK(ids, probs, torch.zeros(POSITIONS, dtype=torch.float64)))
-
-
-@pytest.mark.parametrize("num_tokens", [VOCAB, VOCAB - 2])
-@pytest.mark.parametrize("clm", [0.0, 0.3, 1.0])
-def test_a_tail_that_is_divided_equals_the_complete_distribution(num_tokens, clm):
-    """Also where the head has outputs that are no tokens."""
-    torch.manual_seed(5)
-    unigram = np.random.default_rng(0).dirichlet(np.ones(num_tokens))
-    head = nn.Linear(WIDTH, VOCAB, dtype=torch.float64)
-    hidden = torch.randn(POSITIONS, WIDTH, dtype=torch.float64, requires_grad=True)
-    targets, weights = random_targets(), LossWeights(scale=1 / POSITIONS, clm=clm)
-    complete = complete_targets(targets, unigram)
-    expected, expected_sums = dense_loss(head(hidden), complete, weights, TrainSettings())
-    wanted = [hidden, head.weight, head.bias]
-    expected_grads = torch.autograd.grad(expected, wanted)
-    for chunk in (1, 4, 100):
-        layer = make_head(TrainSettings(), head, chunk, unigram=unigram)
-        loss, sums = layer(hidden, targets, weights)
-        torch.testing.assert_close(loss, expected, rtol=1e-11, atol=1e-11)
-        torch.testing.assert_close(sums, torch.stack(expected_sums).detach())
-        grads = torch.autograd.grad(loss, wanted)
-        for grad, expected_grad in zip(grads, expected_grads, strict=True):
-            torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-12)
+    return HeadLoss(lm, settings, num_sources=SOURCES, chunk_positions=chunk)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
