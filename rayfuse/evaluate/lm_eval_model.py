@@ -21,6 +21,7 @@ from rayfuse.evaluate.bits_per_byte import score_last, score_tokens, sum_rows
 from rayfuse.evaluate.ensemble import TokenNLL, average_sources
 from rayfuse.models.batching import batch_by_tokens, is_same_side
 from rayfuse.models.causal_lm import CausalLM
+from rayfuse.models.chat import ChatError, ChatFormat, Message
 from rayfuse.models.tokenizer import TextTokenizer
 
 UNLIMITED_TOKENS = 2**31
@@ -40,6 +41,7 @@ class TextLM(TemplateLM):
         *,
         batch_tokens: int,
         context_tokens: int | None = None,
+        chat: ChatFormat | None = None,
     ) -> None:
         """Wrap a loaded model.
 
@@ -48,6 +50,7 @@ class TextLM(TemplateLM):
             tokenizer: The model's own tokenizer.
             batch_tokens: Tokens of one forward pass, padding included.
             context_tokens: The model's context length.
+            chat: The model's chat template, by which it is asked to generate; None for plain text.
 
         Raises:
             UserError: The model has no start token.
@@ -59,7 +62,9 @@ class TextLM(TemplateLM):
                 "tokenizer_config.json"
             )
         self.lm, self.text_tokenizer, self.start_id = lm, tokenizer, tokenizer.start_id
-        self.batch_tokens, self.context_tokens = batch_tokens, context_tokens
+        self.batch_tokens, self.context_tokens, self.chat = batch_tokens, context_tokens, chat
+        self.end_ids = [tokenizer.eos_id, None if chat is None else chat.end_id]
+        """Tokens that end a generated text."""
         self.token_nll: list[TokenNLL] = []
         """NLL of every scored continuation, in the order of the requests."""
 
@@ -136,7 +141,10 @@ class TextLM(TemplateLM):
         return (-sum_rows(token_nll)).tolist()
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Generate a continuation of each context, up to the first stop text or EOS."""
+        """Generate a continuation of each context, up to the first stop text or EOS.
+
+        With a chat template, the context is the message of a user, and the continuation an answer.
+        """
         answers: dict[int, str] = {}
         prompts = [self._truncate_prompt(*request.args) for request in requests]
         lengths = [
@@ -174,8 +182,31 @@ class TextLM(TemplateLM):
                 f"a prompt in the model's context of {self.context_tokens} tokens; lower "
                 "max_gen_toks in its definition"
             )
+        if self.chat is not None:
+            return self._encode_message(self.chat, context, room + 1)
         tokens = self.tok_encode(context)
         return [self.start_id, *tokens[max(len(tokens) - room, 0) :]]
+
+    def _encode_message(self, chat: ChatFormat, text: str, room: int) -> list[int]:
+        """Encode a user's message, truncated at its start, in the chat template."""
+        text = text.strip()  # as many templates do
+        try:
+            prompt = chat.encode_prompt([Message("user", text)])
+            while len(prompt) > room:
+                excess, tokens = len(prompt) - room, self.tok_encode(text)
+                if excess >= len(tokens):
+                    raise UserError(
+                        f"the chat template leaves no room for a message of {room} tokens; remove "
+                        "the task"
+                    )
+                kept = _join_bytes(tokens[excess:], self.text_tokenizer)
+                text = kept.decode(errors="ignore").strip()
+                prompt = chat.encode_prompt([Message("user", text)])
+        except ChatError as error:
+            raise UserError(
+                f"the model cannot be asked a task in its chat template: {error}; remove the task"
+            ) from error
+        return prompt.tolist()
 
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]], settings: dict[str, Any]) -> list[str]:
@@ -187,24 +218,28 @@ class TextLM(TemplateLM):
             is_text[row, width - len(prompt) :] = 1
         stops = _list_stops(settings)
         torch.manual_seed(0)
-        eos_id = self.text_tokenizer.eos_id
+        end_ids = [token_id for token_id in self.end_ids if token_id is not None]
         model: Any = self.lm.model
         written = model.generate(
             input_ids=ids.to(self.lm.device),
             attention_mask=is_text.to(self.lm.device),
             max_new_tokens=_count_new_tokens(settings),
-            eos_token_id=eos_id,
-            pad_token_id=0 if eos_id is None else eos_id,
+            eos_token_id=end_ids or None,
+            pad_token_id=end_ids[0] if end_ids else 0,
             stopping_criteria=StoppingCriteriaList([_StopTexts(stops, self.text_tokenizer, width)]),
             **_read_sampling(settings),
         )
         return [_cut_at(self._decode(row[width:].tolist()), stops) for row in written]
 
     def _decode(self, tokens: list[int]) -> str:
-        """Decode tokens up to EOS; bytes that are not valid UTF-8 are replaced."""
-        if self.text_tokenizer.eos_id in tokens:
-            tokens = tokens[: tokens.index(self.text_tokenizer.eos_id)]
-        return _join_bytes(tokens, self.text_tokenizer).decode(errors="replace")
+        """Decode tokens up to EOS; bytes that are not valid UTF-8 are replaced.
+
+        The space by which some tokenizers begin every text is no part of an answer.
+        """
+        ends = [at for at, token_id in enumerate(tokens) if token_id in self.end_ids]
+        text = _join_bytes(tokens[: min(ends, default=len(tokens))], self.text_tokenizer)
+        text = text if self.chat is None else text.removeprefix(b" ")
+        return text.decode(errors="replace")
 
 
 class EnsembleLM(LM):

@@ -20,6 +20,7 @@ from lm_eval.tasks import TaskManager
 from rayfuse.config.base import UserError, first_line, user_error_from
 from rayfuse.config.evaluate import EvaluateSettings, TasksSettings
 from rayfuse.config.models import ModelSettings
+from rayfuse.config.recipe import Recipe
 from rayfuse.evaluate.bits_per_byte import load_scored_model
 from rayfuse.evaluate.ensemble import build_nll_table, read_nll_table
 from rayfuse.evaluate.lm_eval_model import EnsembleLM, TextLM
@@ -27,6 +28,7 @@ from rayfuse.evaluate.model_loading import local_model
 from rayfuse.evaluate.results import read_task_nll
 from rayfuse.evaluate.sandbox import check_sandbox
 from rayfuse.evaluate.task_scores import SubtaskScore, TaskScore, parse_task_score, read_samples
+from rayfuse.models.chat import load_chat_format
 from rayfuse.models.config_file import read_context_tokens
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.storage.files import hash_bytes
@@ -45,7 +47,7 @@ class LmEvalJob:
 
     name: str
     """The model's name in tables."""
-    settings: EvaluateSettings
+    recipe: Recipe
     store: Store
     score_files: dict[str, str]
     """By task: the file of its score."""
@@ -53,6 +55,11 @@ class LmEvalJob:
     """By task: the file of a source's token NLL, from which the ensemble is computed."""
     inputs: dict[str, str] = field(default_factory=dict[str, str])
     """What the scores are made from: see `TaskScore`."""
+
+    @property
+    def settings(self) -> EvaluateSettings:
+        """The recipe's settings of evaluation."""
+        return self.recipe.evaluate
 
 
 def open_task_manager(settings: TasksSettings) -> Any:
@@ -233,6 +240,7 @@ def run_model_job(job: LmEvalJob, model: ModelSettings, folder: str | None) -> i
                 tokenizer,
                 batch_tokens=job.settings.batch_tokens,
                 context_tokens=context_tokens,
+                chat=load_chat_format(model) if job.recipe.corpus.is_chat else None,
             )
             subtasks = tuple(run_tasks(text_lm, manager, name, job.settings))
             nll_sha256 = ""

@@ -229,7 +229,7 @@ def _score_tasks(recipe: Recipe, layout: Layout, progress: Progress, wait: TaskW
             or (task in nll_files and _base(nll_files[task]) not in present)
         }
         if missing:
-            jobs[name] = LmEvalJob(name, recipe.evaluate, store, missing, nll_files, inputs)
+            jobs[name] = LmEvalJob(name, recipe, store, missing, nll_files, inputs)
     pending: dict[Any, str] = {}
     for name, job in jobs.items():
         if name != ENSEMBLE:

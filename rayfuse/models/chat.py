@@ -14,7 +14,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -23,14 +22,16 @@ from tokenizers import Tokenizer
 
 from rayfuse.config.base import UserError, first_line, user_error_from
 from rayfuse.config.models import ModelSettings, TrainedSettings
-from rayfuse.models.chat_template import FIXED_DATE, compile_template
+from rayfuse.models.chat_template import (
+    FIXED_DATE,
+    compile_template,
+    read_config,
+    read_template,
+)
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.models.folder import (
-    TEMPLATE_FILE,
     TOKENIZER_FILES,
     find_folder,
-    is_inline_template,
-    read_json_object,
 )
 from rayfuse.models.text_tokenizer import TextTokenizer, hide_name, rename_control_tokens
 from rayfuse.models.tokenizer import load_tokenizer
@@ -53,6 +54,9 @@ MAX_END_TOKENS = 3
 
 FORMAT_VERSION = 1
 """Increased when the same template gives other tokens."""
+
+PROBE_ANSWER = "a"
+"""Any answer: what stands before it is the prompt of all."""
 
 SYSTEM_BREAK = "\n\n"
 """Between a system message and the user's first message, for templates without system messages."""
@@ -138,6 +142,18 @@ class ChatFormat:
         if isinstance(result, ChatError):
             raise result
         return result
+
+    def encode_prompt(self, messages: Sequence[Message]) -> Int[np.ndarray, " tokens"]:
+        """Encode a conversation up to the token after which the model answers.
+
+        In `encode`, the same tokens precede every answer to these messages; a space that the
+        tokenizer may join with the first token of an answer can follow them.
+
+        Raises:
+            ChatError: The template or the tokenizer cannot represent it.
+        """
+        probe = self.encode_one([*messages, Message("assistant", PROBE_ANSWER)])
+        return probe.ids[: probe.answers[-1, 0]]
 
     def _render(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
         """Render messages, control tokens by their hidden names, and find the answers.
@@ -305,13 +321,13 @@ def _load(
 ) -> ChatFormat:
     tokenizer = load_tokenizer(model, revision, trust_remote_code)
     folder = find_folder(model, revision, TOKENIZER_FILES)
-    config = _read_config(folder)
+    config = read_config(folder)
     special = {
         name: token["content"] if isinstance(token, dict) else token
         for name, token in config.items()
         if name in SPECIAL_VARIABLES and token
     }
-    template = _read_template(folder, config, chat_template, model)
+    template = read_template(folder, config, chat_template, model)
     plain = ChatFormat(template, tokenizer, special, _build_backend(tokenizer))
     return _try_out(plain, model)
 
@@ -325,44 +341,6 @@ def _build_backend(tokenizer: TextTokenizer) -> Tokenizer:
     backend = Tokenizer.from_str(json.dumps(content))
     backend.encode_special_tokens = False
     return backend
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Read tokenizer_config.json; older folders name special tokens in a file of their own."""
-    paths = [folder / name for name in ("special_tokens_map.json", "tokenizer_config.json")]
-    config: dict[str, Any] = {}
-    for path in paths:
-        config |= read_json_object(path) if path.is_file() else {}
-    return config
-
-
-def _read_template(folder: Path, config: dict[str, Any], given: str | None, model: str) -> str:
-    """Read the template that the recipe gives or names, or the model's own.
-
-    Raises:
-        UserError: There is none, or the file cannot be read.
-    """
-    if given is not None and is_inline_template(given):
-        return given
-    path = folder / TEMPLATE_FILE if given is None else Path(given).expanduser()
-    if given is not None or path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeError) as error:
-            raise UserError(
-                f"chat_template is {str(path)!r}, which cannot be read ({first_line(error)}); name "
-                "a file with a Jinja template"
-            ) from error
-    own = config.get("chat_template")
-    if isinstance(own, list):  # several by name
-        own = {entry.get("name"): entry.get("template") for entry in own}.get("default")
-    if not isinstance(own, str):
-        raise UserError(
-            f"model {model!r} has no chat template, and the documents are conversations; set "
-            "chat_template to a file with the Jinja template that it was trained with, or use the "
-            "instruct version of the model"
-        )
-    return own
 
 
 def _try_out(plain: ChatFormat, model: str) -> ChatFormat:

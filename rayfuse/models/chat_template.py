@@ -1,8 +1,9 @@
-"""Chat templates as programs: Jinja in a sandbox, with what `transformers` gives them."""
+"""Chat templates as programs: where they stand, and Jinja in a sandbox, as in `transformers`."""
 
 import json
 from datetime import datetime, timezone
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 from jinja2 import Template, TemplateError
@@ -10,6 +11,9 @@ from jinja2.ext import Extension
 from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from rayfuse.config.base import UserError, first_line
+from rayfuse.models.folder import TEMPLATE_FILE, is_inline_template, read_json_object
 
 FIXED_DATE = datetime(2024, 7, 26, tzinfo=timezone.utc)
 """The date that templates may write: with today's, tokens would depend on the day."""
@@ -49,3 +53,41 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) 
 
 def _refuse(message: str) -> None:
     raise TemplateError(message)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read tokenizer_config.json; older folders name special tokens in a file of their own."""
+    paths = [folder / name for name in ("special_tokens_map.json", "tokenizer_config.json")]
+    config: dict[str, Any] = {}
+    for path in paths:
+        config |= read_json_object(path) if path.is_file() else {}
+    return config
+
+
+def read_template(folder: Path, config: dict[str, Any], given: str | None, model: str) -> str:
+    """Read the template that the recipe gives or names, or the model's own.
+
+    Raises:
+        UserError: There is none, or the file cannot be read.
+    """
+    if given is not None and is_inline_template(given):
+        return given
+    path = folder / TEMPLATE_FILE if given is None else Path(given).expanduser()
+    if given is not None or path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            raise UserError(
+                f"chat_template is {str(path)!r}, which cannot be read ({first_line(error)}); name "
+                "a file with a Jinja template"
+            ) from error
+    own = config.get("chat_template")
+    if isinstance(own, list):  # several by name
+        own = {entry.get("name"): entry.get("template") for entry in own}.get("default")
+    if not isinstance(own, str):
+        raise UserError(
+            f"model {model!r} has no chat template, and the documents are conversations; set "
+            "chat_template to a file with the Jinja template that it was trained with, or use the "
+            "instruct version of the model"
+        )
+    return own

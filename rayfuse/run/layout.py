@@ -296,10 +296,12 @@ def _name_task_results(
     tasks = recipe.evaluate.tasks
     if tasks is None or found.tasks is None:
         return {}
+    facts = found.tasks
+    if recipe.corpus.is_chat:  # the target's template asks the models that are made from it
+        facts = facts | {"chat": found.tokenizers[TARGET]}
     return {
         name: {
-            task: f"evaluate/task-{name}-{task}-"
-            + fingerprint_of(model=model, task=task, **found.tasks)
+            task: f"evaluate/task-{name}-{task}-" + fingerprint_of(model=model, task=task, **facts)
             for task in tasks.names
         }
         for name, model in models.items()

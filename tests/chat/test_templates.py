@@ -1,5 +1,6 @@
 """Laws of the tokens that chat templates give, for seven families of templates."""
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -170,3 +171,27 @@ def test_the_template_itself_may_be_the_setting(tmp_path):
     (tmp_path / "chat_template.jinja").unlink()
     own = settings.model_copy(update={"chat_template": FAMILIES["chatml"].template})
     assert load_chat_format(own).encode_one(TALK).answers.shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_is_what_precedes_every_answer(name, tmp_path):
+    chat = load_chat_format(save_family(name, tmp_path))
+    asked = [Message("user", "What is 3 plus 4?")]
+    prompt = chat.encode_prompt(asked)
+    for answer in ("It is seven.", "漢字", "  seven"):
+        try:
+            encoded = chat.encode_one([*asked, Message("assistant", answer)])
+        except ChatError:  # a template that trims, and an answer with spaces
+            continue
+        before = encoded.ids[: encoded.answers[0, 0]]
+        np.testing.assert_array_equal(before[: len(prompt)], prompt)
+        spelled = b"".join(chat.tokenizer.token_bytes[i] or b"" for i in before[len(prompt) :])
+        assert spelled in (b"", b" ")
+    if "add_generation_prompt" in FAMILIES[name].template:
+        theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+            [{"role": "user", "content": asked[0].content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+        )
+        assert prompt.tolist() == theirs
