@@ -1,5 +1,6 @@
 """How targets that were each fused with one source are merged, and the registry of methods."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from pydantic import (
     field_validator,
 )
 
-from rayfuse.config.base import Settings, Share, check_known
+from rayfuse.config.base import Settings, Share, UserError, check_known
 
 
 @dataclass(frozen=True)
@@ -88,18 +89,32 @@ class MergeSettings(Settings):
             num_models: The number of models to merge.
 
         Raises:
-            ValueError: A given method is not defined for this number of models.
+            UserError: A given method is not defined for this number of models.
         """
         fits = {name: m.num_models in (None, num_models) for name, m in METHODS.items()}
         if self.methods is None:
             return tuple(name for name in METHODS if fits[name])
         for name in self.methods:
             if not fits[name]:
-                raise ValueError(
+                raise UserError(
                     f"merge.methods has {name}, which merges {METHODS[name].num_models} models, "
                     f"but there are {num_models}; remove it"
                 )
         return self.methods
+
+    def list_weights(self, names: Sequence[str]) -> list[float]:
+        """List the weights of models, by the names of the sources that they were fused with.
+
+        Raises:
+            UserError: All of them are 0.
+        """
+        weights = [self.weights.get(name, 1.0) for name in names]
+        if not any(weights):
+            raise UserError(
+                f"merge.weights gives each of {', '.join(names)} the weight 0; give one a weight "
+                "above 0"
+            )
+        return weights
 
     def dump_method(self, method: str) -> dict[str, Any]:
         """Dump a method and the settings that it reads, as plain JSON values for fingerprints."""

@@ -67,7 +67,7 @@ def merge_folders(
             tokenizers, the pivot lacks a tensor, all weights are 0, or a file is corrupt.
     """
     names, folders = [*models], [*models.values()]
-    check_weights(settings, names)
+    settings.list_weights(names)
     files = list_weight_files(folders[0])
     tensors = [find_tensors(list_weight_files(folder)) for folder in folders]
     base = find_tensors(list_weight_files(pivot))
@@ -92,23 +92,11 @@ def merge_folders(
         rewrite_file(file, merged / file.name, merge_tensor)
 
 
-def check_weights(settings: MergeSettings, names: Sequence[str]) -> None:
-    """Check that the models to merge have a weight.
-
-    Raises:
-        UserError: All weights are 0.
-    """
-    if not any(settings.weights.get(name, 1.0) for name in names):
-        raise UserError(
-            f"merge.weights gives each of {', '.join(names)} the weight 0; give one a weight > 0"
-        )
-
-
 def _describe_tensor(settings: MergeSettings, names: Sequence[str], tensor: str) -> TensorSettings:
     """Choose the settings of one tensor: its seeds do not depend on the order of the tensors."""
     seeds = [f"{settings.seed}\n{name}\n{tensor}".encode() for name in names]
     return TensorSettings(
-        weights=tuple(settings.weights.get(name, 1.0) for name in names),
+        weights=tuple(settings.list_weights(names)),
         seeds=tuple(int.from_bytes(hashlib.sha256(seed).digest()[:7], "big") for seed in seeds),
         t=settings.t,
         scale=settings.scale,
