@@ -23,6 +23,7 @@ SECTIONS = {
     "LoraSettings": "train.lora",
     "EvaluateSettings": "evaluate",
     "TasksSettings": "evaluate.tasks",
+    "MergeSettings": "merge",
     "PlanSettings": "plan",
     "GpuKind": "plan.gpus.KIND",
     "SizeSettings": "plan.models.NAME",

@@ -20,6 +20,7 @@ from rayfuse.doctor.command import run_doctor
 from rayfuse.interop.dataset import RowDataset, build_dataset
 from rayfuse.interop.find import RunData
 from rayfuse.interop.views import View
+from rayfuse.merge.command import merge_recipe
 from rayfuse.pipeline import STAGES, print_results, run_recipe
 from rayfuse.plan.command import plan_recipe
 from rayfuse.publish.command import push_model
@@ -73,6 +74,26 @@ class Run:
         limits = Limits(max_hours, max_dollars)
         console = self._console(quiet)
         return run_recipe(self.recipe, chosen, console, file=self.file, limits=limits)
+
+    def merge(self, *, quiet: bool = False) -> dict[str, Any]:
+        """Fuse the target with each source alone, merge the results, and choose the best model.
+
+        Rows must be captured and aligned; the sources are not run again. What is complete is
+        skipped.
+
+        Args:
+            quiet: Print no progress.
+
+        Returns:
+            What `rayfuse merge --json` prints: the chosen model with its folder, and the bits per
+            byte of each model on both halves of the held-out documents.
+
+        Raises:
+            UserError: There are fewer than two sources, rows are missing, a setting of the section
+                `merge` does not fit, or the models cannot be merged.
+            ShardError: A shard or a file that is read is missing or corrupt.
+        """
+        return merge_recipe(self.recipe, self._console(quiet), file=self.file)
 
     def plan(self, *, probe: bool = False) -> dict[str, Any]:
         """Estimate tokens, bytes, requests, GPU-hours and dollars; starts nothing.

@@ -157,6 +157,16 @@ def report(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fa
     _run_stages(recipe, overrides, "report", as_json)
 
 
+@app.command()
+def merge(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Fuse the target with each source alone, merge the results, and choose the best model.
+
+    It starts from captured and aligned rows; what is complete is skipped.
+    """
+    with command_output(as_json, starts_ray=True) as output:
+        output.values |= _load_run(recipe, overrides, output).merge()
+
+
 def _run_stages(
     recipe: Path, overrides: list[str] | None, stage: str | None, as_json: bool
 ) -> None:

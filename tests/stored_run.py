@@ -13,6 +13,7 @@ from rayfuse.align.task import align_committed, plan_task
 from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.run.layout import Layout, plan_layout
+from rayfuse.storage.dataset import DataSet
 from tests.fakes import SAMPLE, byte_level_tokenizer, save_model, save_tokenizer
 from tests.small_run import write_recipe
 
@@ -42,16 +43,21 @@ def store_rows(recipe: Recipe) -> None:
 
 def write_corpus(recipe: Recipe, layout: Layout) -> None:
     """Write the corpus: each shard has other texts."""
+    write_rows(recipe, layout.corpus, "s")
+
+
+def write_rows(recipe: Recipe, data: DataSet, prefix: str) -> None:
+    """Write rows of the corpus or of held-out text, with documents whose ids have a prefix."""
     target = load_recipe_tokenizer(recipe.target)
-    layout.corpus.claim({"recipe": dump_recipe(recipe)})
+    data.claim({"recipe": dump_recipe(recipe)})
     for shard in range(NUM_SHARDS):
         texts = [SAMPLE[(shard + text) % 4] * (1 + text + shard % 2) for text in range(3)]
         rows = make_corpus(texts, target, max_tokens=64)
         for column in ("row_id", "doc_id"):  # each shard has documents of its own
-            names = pa.array([f"s{shard}-{name}" for name in rows[column].to_pylist()])
+            names = pa.array([f"{prefix}{shard}-{name}" for name in rows[column].to_pylist()])
             rows = rows.set_column(rows.schema.get_field_index(column), column, names)
-        layout.corpus.write_shard(shard, rows, tokens=1)
-    layout.corpus.finish(NUM_SHARDS)
+        data.write_shard(shard, rows, tokens=1)
+    data.finish(NUM_SHARDS)
 
 
 def write_sources(recipe: Recipe, layout: Layout) -> None:

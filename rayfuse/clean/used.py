@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from rayfuse.align.task import record_of_map
+from rayfuse.config.base import UserError
 from rayfuse.config.recipe import Recipe, dump_recipe
+from rayfuse.merge.plan import plan_merge
 from rayfuse.run.layout import Layout
 from rayfuse.storage.store import Store
 
@@ -30,8 +32,17 @@ def list_used(recipe: Recipe, layout: Layout) -> set[str]:
         *(run.folder for run in layout.runs),
         *(file.rpartition(".")[0] for file in files),
         *merged,
+        *_list_merge(recipe, layout),
         *_list_inside(recipe, layout.store),
     }
+
+
+def _list_merge(recipe: Recipe, layout: Layout) -> set[str]:
+    """List what `rayfuse merge` makes; nothing for a recipe that it refuses."""
+    try:
+        return plan_merge(recipe, layout).list_items()
+    except UserError:
+        return set()
 
 
 def list_scored(layout: Layout) -> set[str]:

@@ -16,6 +16,7 @@ from rayfuse.config.capture import CaptureSettings
 from rayfuse.config.corpus import CorpusSettings
 from rayfuse.config.evaluate import EvaluateSettings
 from rayfuse.config.fuse import FuseSettings
+from rayfuse.config.merge import MergeSettings
 from rayfuse.config.models import BACKENDS, QUANTISED_DTYPES, ModelSettings, SourceSettings
 from rayfuse.config.overrides import shorten
 from rayfuse.config.plan import PlanSettings
@@ -56,6 +57,7 @@ class Recipe(Settings):
     fuse: FuseSettings = FuseSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    merge: MergeSettings = result_neutral(MergeSettings())
     plan: PlanSettings = result_neutral(PlanSettings())
     fusion: Literal["default", "paper"] = "default"
     """`paper` sets the values of FuseLLM's experiments: capture.signal top_k with top_k 10,
@@ -92,12 +94,13 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _check_weights(self) -> "Recipe":
         names = [source.name for source in self.sources]
-        for name in self.fuse.weights:
-            if name not in names:
-                raise ValueError(
-                    f"fuse.weights names {shorten(name)}, which is no source; "
-                    f"sources: {', '.join(names)}"
-                )
+        for section, weights in (("fuse", self.fuse.weights), ("merge", self.merge.weights)):
+            for name in weights:
+                if name not in names:
+                    raise ValueError(
+                        f"{section}.weights names {shorten(name)}, which is no source; "
+                        f"sources: {', '.join(names)}"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -209,6 +212,6 @@ class Recipe(Settings):
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:
     """Dump the resolved recipe, defaults included, as plain values that `parse_recipe` reads back.
 
-    The section `plan` is excluded, as it does not affect what a run computes.
+    The sections `plan` and `merge` are excluded, as they do not affect what a run computes.
     """
-    return recipe.model_dump(mode="json", by_alias=True, exclude={"plan"})
+    return recipe.model_dump(mode="json", by_alias=True, exclude={"plan", "merge"})

@@ -11,10 +11,9 @@ from safetensors.torch import save_file
 
 from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
-from rayfuse.models.folder import PLAIN_FILES, copy_files, find_folder, list_files
-from rayfuse.run.made_models import DONE_FILE
+from rayfuse.models.folder import PLAIN_FILES, copy_files, find_folder
+from rayfuse.run.made_models import store_model
 from rayfuse.runtime.scratch import scratch_folder
-from rayfuse.storage.files import upload_files, write_record
 from rayfuse.storage.store import Store
 
 
@@ -79,12 +78,7 @@ def merge_models(models: list[ModelSettings], store: Store, folder: str) -> None
     """Store the model of averaged weights below a folder, `done.json` last; a Ray task."""
     with scratch_folder("merged") as merged:
         average_weights([_find_weights(model) for model in models], merged)
-        paths = {
-            f"model/{file.relative_to(merged).as_posix()}": file
-            for file in list_files(merged, ("**/*",))
-        }
-        files = upload_files(store, folder, paths)
-    write_record(store, f"{folder}/{DONE_FILE}", {"inputs": {}}, files)
+        store_model(store, folder, merged, {})
 
 
 def _find_weights(model: ModelSettings) -> Path:

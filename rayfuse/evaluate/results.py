@@ -2,7 +2,13 @@
 
 from collections.abc import Callable, Iterator
 
-from rayfuse.evaluate.scores import Evaluation, keep_compared, parse_evaluation
+from rayfuse.evaluate.scores import (
+    OWN_ROLES,
+    Evaluation,
+    Role,
+    keep_compared,
+    parse_evaluation,
+)
 from rayfuse.run.layout import Layout, find_own_folder
 from rayfuse.run.made_models import identify_model, is_current
 from rayfuse.storage.files import hash_bytes
@@ -54,6 +60,14 @@ def is_scored(store: Store, file: str, inputs: dict[str, str]) -> bool:
     except FileNotFoundError:
         return False
     return is_current(record.get("inputs", {}), inputs)
+
+
+def describe_role(layout: Layout, name: str) -> Role:
+    """Look up a model's role in a run by its name in tables."""
+    if name in layout.evaluation.merged_pairs:
+        return "merged"
+    is_trained = any(run.name == name for run in layout.runs)
+    return OWN_ROLES.get(name, "fused" if is_trained else "source")
 
 
 def is_evaluated(layout: Layout) -> bool:

@@ -24,12 +24,14 @@ from rayfuse.evaluate.bits_per_byte import (
 from rayfuse.evaluate.ensemble import average_sources, build_nll_table, read_nll_table
 from rayfuse.evaluate.merged_weights import merge_models
 from rayfuse.evaluate.model_loading import check_trained, local_model
-from rayfuse.evaluate.results import is_scored, read_evaluation, read_inputs, read_task_inputs
-from rayfuse.evaluate.scores import (
-    DocumentScore,
-    Evaluation,
-    find_role,
+from rayfuse.evaluate.results import (
+    describe_role,
+    is_scored,
+    read_evaluation,
+    read_inputs,
+    read_task_inputs,
 )
+from rayfuse.evaluate.scores import DocumentScore, Evaluation
 from rayfuse.evaluate.task_resources import choose_resources
 from rayfuse.models.chat import load_chat_format
 from rayfuse.models.config_file import read_context_tokens
@@ -160,7 +162,7 @@ def _score_models(
         remote: Any = ray.remote(**choose_resources(job.model, recipe))(score_shards)
         pending |= {remote.remote(job, group, merge): (name, i) for i, group in enumerate(groups)}
     for name, parts in _gather(pending, groups, progress, wait):
-        evaluation = _join_parts(name, jobs[name].model.model, parts, read_inputs(layout, name))
+        evaluation = _join_parts(layout, name, jobs[name].model.model, parts)
         layout.store.write(layout.evaluation.scores[name], evaluation.to_json())
 
 
@@ -175,7 +177,7 @@ def _score_ensemble(
     }
     for name, parts in _gather(pending, groups, progress, wait):
         models = ", ".join(layout.evaluation.token_nll)
-        evaluation = _join_parts(name, models, parts, read_inputs(layout, name))
+        evaluation = _join_parts(layout, name, models, parts)
         layout.store.write(layout.evaluation.scores[name], evaluation.to_json())
 
 
@@ -302,12 +304,10 @@ def _plan_job(recipe: Recipe, layout: Layout, name: str) -> ScoringJob:
     )
 
 
-def _join_parts(
-    name: str, model: str, parts: list[ScoredShards], inputs: dict[str, str]
-) -> Evaluation:
+def _join_parts(layout: Layout, name: str, model: str, parts: list[ScoredShards]) -> Evaluation:
     documents = [document for part in parts for document in part.documents]
-    seconds = sum(part.seconds for part in parts)
-    return Evaluation(name, find_role(name), model, documents, seconds, inputs)
+    seconds, inputs = sum(part.seconds for part in parts), read_inputs(layout, name)
+    return Evaluation(name, describe_role(layout, name), model, documents, seconds, inputs)
 
 
 def _fetch(reference: Any) -> Any:

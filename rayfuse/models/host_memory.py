@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rayfuse.config.models import ModelSettings, TrainedSettings
 from rayfuse.models.config_file import find_text_part
-from rayfuse.models.files import import_architecture, read_model_files
+from rayfuse.models.files import ModelFiles, import_architecture, read_model_files
 from rayfuse.models.weight_files import list_weight_files, read_headers
 
 GIB = 2**30
@@ -30,6 +30,9 @@ WEIGHT_BYTES = {"auto": 4, "float32": 4}
 """Of a weight on a CPU, by `dtype`; others have 2, which bounds quantised ones."""
 
 LOGIT_BYTES = 4
+
+MERGED_TENSORS = 8
+"""Tensors in memory besides one of each model, by the merge method that needs most (LOG.md)."""
 
 WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")
 """Keys of config.json for the width, in different families."""
@@ -66,10 +69,38 @@ def estimate_host_memory(
         return math.ceil(CUDA_BYTES + tokenizer + kept_bytes)
     weights = count_weights(settings) * WEIGHT_BYTES.get(settings.dtype, 2)
     logits = min(chunk_positions, batch_tokens) * files.head_width * LOGIT_BYTES
+    activations = batch_tokens * _find_width(files) * UNIT_BYTES
+    return math.ceil(PROCESS_BYTES + tokenizer + weights + logits + activations + kept_bytes)
+
+
+def _find_width(files: ModelFiles) -> int:
     text = files.config | find_text_part(files.config)
     widths = (text[key] for key in WIDTH_KEYS if isinstance(text.get(key), int))
-    activations = batch_tokens * next(widths, DEFAULT_WIDTH) * UNIT_BYTES
-    return math.ceil(PROCESS_BYTES + tokenizer + weights + logits + activations + kept_bytes)
+    return next(widths, DEFAULT_WIDTH)
+
+
+def estimate_merge_memory(settings: ModelSettings, num_models: int) -> int:
+    """Estimate the host memory of a process that merges models tensor by tensor, in bytes.
+
+    Args:
+        settings: The target that they were trained from.
+        num_models: How many there are.
+
+    Raises:
+        UserError: The target's files cannot be read.
+    """
+    largest = 4 * _count_largest_tensor(settings)  # float32
+    return math.ceil(PROCESS_BYTES + (num_models + MERGED_TENSORS) * largest)
+
+
+def _count_largest_tensor(settings: ModelSettings) -> int:
+    """Count the elements of a model's largest tensor; of a hub model, those of the embeddings."""
+    folder = Path(settings.model).expanduser()
+    if folder.is_dir():
+        stored = read_headers(list_weight_files(folder)).values()
+        return max(math.prod(tensor.shape) for tensor in stored)
+    files = read_model_files(settings)
+    return files.head_width * _find_width(files)
 
 
 def count_weights(settings: ModelSettings) -> int:

@@ -26,7 +26,7 @@ class TrainRun:
     """One training of the target."""
 
     name: str
-    """`fused` or `clm`."""
+    """`fused` or `clm`; of a target that is fused with one source to be merged, `fused-SOURCE`."""
     folder: str
     """Below the storage root; contains checkpoints, metrics and the model."""
     fingerprint: str
@@ -54,6 +54,8 @@ class EvaluationFiles:
     token_nll: dict[str, DataSet] = field(default_factory=dict[str, DataSet])
     """NLL of the held-out rows by source of the ensemble, token by token."""
     merge: Merge = Merge()
+    merged_pairs: dict[str, str] = field(default_factory=dict[str, str])
+    """Folders of the merges of targets that were fused with one source each, by name."""
     task_scores: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
     """Task scores by model and task."""
     task_nll: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
@@ -342,5 +344,7 @@ def find_own_folder(name: str, layout: Layout) -> str | None:
     merge = layout.evaluation.merge
     if name == "merged" and merge.folder is not None:
         return f"{merge.folder}/model"
+    if name in layout.evaluation.merged_pairs:
+        return f"{layout.evaluation.merged_pairs[name]}/model"
     run = next((run for run in layout.runs if run.name == name), None)
     return None if run is None else f"{run.folder}/model"

@@ -1,12 +1,20 @@
 """Models that a run makes: their files are listed in `done.json`, and what they were made from."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from rayfuse.models.folder import list_files
 from rayfuse.run.fingerprint import fingerprint_of
 from rayfuse.run.layout import Layout, TrainRun
 from rayfuse.storage.dataset import DataSet
-from rayfuse.storage.files import find_corrupt, has_all_files, read_record
+from rayfuse.storage.files import (
+    find_corrupt,
+    has_all_files,
+    read_record,
+    upload_files,
+    write_record,
+)
 from rayfuse.storage.seal import ShardError
 from rayfuse.storage.store import Store
 
@@ -37,6 +45,23 @@ def read_done(store: Store, folder: str) -> dict[str, Any] | None:
         ShardError: The record is corrupt.
     """
     return read_record(store, f"{folder}/{DONE_FILE}")
+
+
+def store_model(store: Store, folder: str, model: Path, inputs: dict[str, str]) -> None:
+    """Store a model in place of an earlier one; its record, written last, commits its files.
+
+    Args:
+        store: The store.
+        folder: The model's folder below the root, which holds its record.
+        model: The local folder of its files.
+        inputs: What it was made from.
+    """
+    paths = {
+        f"model/{file.relative_to(model).as_posix()}": file for file in list_files(model, ("**/*",))
+    }
+    store.remove(f"{folder}/{DONE_FILE}")
+    files = upload_files(store, folder, paths)
+    write_record(store, f"{folder}/{DONE_FILE}", {"inputs": inputs}, files)
 
 
 def is_made(store: Store, folder: str, inputs: dict[str, str]) -> bool:

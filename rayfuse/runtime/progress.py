@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["corpus", "capture", "align", "train", "evaluate", "verify", "migrate", "demo"]
+Stage = Literal[
+    "corpus", "capture", "align", "train", "evaluate", "merge", "verify", "migrate", "demo"
+]
 
 CorpusPart = Literal["rows", "held-out"]
 """The parts of the corpus stage, in order: rows to train on, then rows to evaluate on."""

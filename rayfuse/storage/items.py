@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from rayfuse.config.base import first_line
+from rayfuse.config.merge import METHODS
 from rayfuse.storage.listing import NUM_READERS
 from rayfuse.storage.manifest import decode_run
 from rayfuse.storage.object_store import check_name
@@ -19,8 +20,16 @@ FINGERPRINTED = re.compile(r"(?:(?P<name>.+)-)?(?P<fingerprint>[0-9a-f]{12})")
 RESULT_FILE = re.compile(r"(?P<stem>.+-[0-9a-f]{12})\.(?:json|parquet)")
 
 DATA_SETS = ("corpus", "captured", "aligned", "evaluate")
-MODELS = {"train": ("fused", "clm"), "evaluate": ("merged-model",)}
+MODELS = {
+    "train": ("fused", "clm"),
+    "evaluate": ("merged-model",),
+    "merge": tuple(METHODS),
+}
 """The models that are made, by folder."""
+
+FOLDERS = (*DATA_SETS, "train", "merge")
+FILES = ("maps", "evaluate", "merge")
+"""Where items are folders, and where they are single files."""
 
 COMPLETE = ("manifest.json", "done.json")
 LEASE_FILE = "lease.json"
@@ -73,7 +82,7 @@ def list_stored(store: Store, is_used: Callable[[str], bool]) -> Iterator[Stored
     Raises:
         UserError: A data set has another schema version.
     """
-    for stage in (*DATA_SETS, "train"):
+    for stage in FOLDERS:
         for folder in store.folders(stage):
             found = FINGERPRINTED.fullmatch(folder)
             if found is None or is_used(f"{stage}/{folder}"):
@@ -81,7 +90,7 @@ def list_stored(store: Store, is_used: Callable[[str], bool]) -> Iterator[Stored
             for item in _list_folder(store, f"{stage}/{folder}", found):
                 if item.files or store.is_local:  # else an object that shows an empty folder
                     yield item
-    for stage in ("maps", "evaluate"):
+    for stage in FILES:
         for name, sizes in _group_files(store, stage).items():
             if not is_used(name):
                 yield StoredItem(name, sizes, is_folder=False)
@@ -94,7 +103,7 @@ def list_open(store: Store, is_used: Callable[[str], bool]) -> Iterator[StoredIt
         store: The store.
         is_used: Whether an item, by its name, is in use.
     """
-    for stage in (*DATA_SETS, "train"):
+    for stage in FOLDERS:
         for folder in store.folders(stage):
             name = f"{stage}/{folder}"
             if FINGERPRINTED.fullmatch(folder) is None or not is_used(name):
@@ -102,7 +111,7 @@ def list_open(store: Store, is_used: Callable[[str], bool]) -> Iterator[StoredIt
             if stage == "train":
                 yield StoredItem(name, {}, is_folder=True)
             elif not is_folder_complete(store, name):
-                yield _read_folder(store, name, is_data_set=True)
+                yield _read_folder(store, name, is_data_set=stage in DATA_SETS)
 
 
 def is_folder_complete(store: Store, name: str) -> bool:

@@ -3,6 +3,7 @@
 import os
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -96,31 +97,66 @@ def train_runs(
         FloatingPointError: Losses or gradients of several consecutive steps are not finite.
         StorageUnavailableError: The storage has failed for longer than the retries last.
     """
-    inputs = {run.name: read_inputs(layout, run) for run in layout.runs}
-    runs = [r for r in layout.runs if not is_made(layout.store, r.folder, inputs[r.name])]
-    if not runs:
+    train_together([(recipe, layout)], progress, should_stop)
+
+
+def train_together(
+    plans: Sequence[tuple[Recipe, Layout]], progress: Progress, should_stop: ShouldStop = never_stop
+) -> None:
+    """Train the runs of several recipes that share a target, a storage and settings of training.
+
+    Args:
+        plans: The recipes with their folders. All runs have different names.
+        progress: As for `train_runs`, and so is `should_stop`.
+
+    Raises:
+        As for `train_runs`.
+    """
+    untrained = [
+        (recipe, layout, run)
+        for recipe, layout in plans
+        for run in layout.runs
+        if not is_made(layout.store, run.folder, read_inputs(layout, run))
+    ]
+    if not untrained:
         return
-    check_trackers(recipe)
-    check_data(layout.corpus, *layout.aligned.values())
-    for run in runs:
-        _drop_stale(run, layout.store, inputs[run.name], progress)
-    if any(run.is_fused for run in runs):
-        _check_sources(recipe, layout, progress)
+    for recipe, layout, run in untrained:
+        _check_run(recipe, layout, run, progress)
     status: Any = ray.remote(**on_driver_node())(RunStatus).remote()
     control: Any = ray.remote(**on_driver_node())(RunControl).remote()
-    # The controller of Ray Train sets signal handlers, so each run has a process of its own.
-    fit: Any = ray.remote(**on_driver_node(), max_retries=0)(_fit)
     job = uuid.uuid4().hex
     can_stop = should_stop is not never_stop
     tasks = [
         replace(_plan_run(recipe, layout, run, status, control, job), can_stop=can_stop)
-        for run in runs
+        for recipe, layout, run in untrained
     ]
-    max_running = _count_runs_at_once(tasks)
-    monitor = RunMonitor(progress)
-    scheduler = RunScheduler(tasks, job, monitor)
-    running: dict[Any, str] = {}
     stop = TrainStop(control, should_stop)
+    _run_tasks(tasks, job, RunMonitor(progress), stop)
+    if stop.is_wanted and not all(is_made(t.store, t.run.folder, t.inputs) for t in tasks):
+        raise StoppedEarly
+
+
+def _check_run(recipe: Recipe, layout: Layout, run: TrainRun, progress: Progress) -> None:
+    """Check the inputs of a run, and drop what was trained on others.
+
+    Raises:
+        As for `train_runs`.
+    """
+    check_trackers(recipe)
+    check_data(layout.corpus, *layout.aligned.values())
+    _drop_stale(run, layout.store, read_inputs(layout, run), progress)
+    if run.is_fused:
+        _check_sources(recipe, layout, progress)
+
+
+def _run_tasks(tasks: list[WorkerTask], job: str, monitor: RunMonitor, stop: "TrainStop") -> None:
+    """Run tasks, as many at a time as the cluster has room for."""
+    # The controller of Ray Train sets signal handlers, so each run has a process of its own.
+    fit: Any = ray.remote(**on_driver_node(), max_retries=0)(_fit)
+    max_running = _count_runs_at_once(tasks)
+    scheduler = RunScheduler(tasks, job, monitor)
+    status, control = tasks[0].status, tasks[0].control
+    running: dict[Any, str] = {}
     try:
         while scheduler.waiting or running:
             started = scheduler.take(max_running - len(running)) if not stop.is_wanted else []
@@ -139,8 +175,6 @@ def train_runs(
         for run in running:
             ray.cancel(run, force=True)
         scheduler.release()
-    if stop.is_wanted and not all(is_made(layout.store, r.folder, inputs[r.name]) for r in runs):
-        raise StoppedEarly
 
 
 class TrainStop:

@@ -51,6 +51,7 @@ SPARE_VALUES: list[Any] = [
         "other.jsonl",
         ["x"],
         ["tensorboard"],
+        ["ties"],
         [0.5, 0.5],
     ),
     *({"a": 3.0}, {"rank": 4}, {"names": ["x"]}, {"start": 0.1, "end": 0.2}),
