@@ -18,6 +18,7 @@ from rayfuse.merge.results import (
     write_results,
 )
 from rayfuse.pipeline import is_stage_done, prepare_run
+from rayfuse.run.failed_sources import describe_failed, drop_sources
 from rayfuse.runtime.connect import join_cluster
 from rayfuse.runtime.console import ProgressBars
 from rayfuse.runtime.progress import Progress
@@ -43,6 +44,9 @@ def merge_recipe(recipe: Recipe, console: Console, *, file: str | None = None) -
     """
     check_settings(recipe)
     layout = prepare_run(recipe)
+    recipe = drop_sources(recipe, layout.failed)
+    for sentence in describe_failed(layout.failed):
+        console.print(sentence, highlight=False)
     for stage in INPUTS:
         if not is_stage_done(stage, layout):
             raise UserError(
