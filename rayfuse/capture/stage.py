@@ -107,7 +107,12 @@ def capture_sources(
         # Daemons: on SIGINT or SIGTERM the main thread must not wait for the sources to end.
         name = f"capture {item.source.name}"
         threading.Thread(target=capture.run, args=(ended,), name=name, daemon=True).start()
-    errors = [error for error in _wait_for_sources(len(work), ended, control, should_stop) if error]
+    try:
+        outcomes = _wait_for_sources(len(work), ended, control, should_stop)
+    except BaseException:  # an interrupt; in a notebook the process lives on, and the threads
+        control.request_stop.remote()
+        raise
+    errors = [error for error in outcomes if error]
     for error in sorted(errors, key=lambda error: isinstance(error, StoppedEarly)):
         raise error
 
