@@ -6,6 +6,8 @@ the functions, which are imported when they are used: `import rayfuse` imports n
 """
 
 import importlib
+import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if "ipykernel" in sys.modules:  # tqdm warns of a library that notebooks may lack
+        warnings.filterwarnings("ignore", "IProgress not found")
     return getattr(importlib.import_module(MODULES[name]), name)
 
 

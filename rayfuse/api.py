@@ -4,7 +4,8 @@
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +27,11 @@ from rayfuse.plan.command import plan_recipe
 from rayfuse.publish.command import push_model
 from rayfuse.run.budget import Limits
 from rayfuse.run.failed_sources import drop_sources, plan_run
+from rayfuse.runtime.connect import describe_error, find_root_cause
 from rayfuse.runtime.console import PlainConsole, open_console
-from rayfuse.runtime.environment import prepare_environment
+from rayfuse.runtime.environment import open_private_folder, prepare_environment
+from rayfuse.runtime.native_log import NATIVE_LOG
+from rayfuse.runtime.notebook import CellInterrupted, is_notebook
 from rayfuse.status import show_status, verify_recipe
 from rayfuse.watch.command import watch_recipe
 
@@ -41,7 +45,13 @@ class Run:
     file: str | None = None
     """The recipe's file, for hints; None if it was given as values."""
     console: Console | None = field(default=None, repr=False)
-    """Where all methods print; without it only `execute` and `verify` print, to stderr."""
+    """Where all methods print; without it only `execute` and `verify` print: to stderr, in a
+    notebook to the cell."""
+
+    def __repr__(self) -> str:
+        sources = ", ".join(source.name for source in self.recipe.sources)
+        what = f"{sources} -> {self.recipe.target.model}, in {self.recipe.storage}"
+        return f"<Run of {self.file or 'a recipe'}: {what}>"
 
     def execute(
         self,
@@ -73,7 +83,8 @@ class Run:
         chosen = _order_stages(stages)
         limits = Limits(max_hours, max_dollars)
         console = self._console(quiet)
-        return run_recipe(self.recipe, chosen, console, file=self.file, limits=limits)
+        with _work_on_ray():
+            return run_recipe(self.recipe, chosen, console, file=self.file, limits=limits)
 
     def merge(self, *, quiet: bool = False) -> dict[str, Any]:
         """Fuse the target with each source alone, merge the results, and choose the best model.
@@ -93,7 +104,9 @@ class Run:
                 `merge` does not fit, or the models cannot be merged.
             ShardError: A shard or a file that is read is missing or corrupt.
         """
-        return merge_recipe(self.recipe, self._console(quiet), file=self.file)
+        console = self._console(quiet)
+        with _work_on_ray():
+            return merge_recipe(self.recipe, console, file=self.file)
 
     def plan(self, *, probe: bool = False) -> dict[str, Any]:
         """Estimate tokens, bytes, requests, GPU-hours and dollars; starts nothing.
@@ -142,7 +155,8 @@ class Run:
         Raises:
             UserError: The recipe cannot be used, or the storage has another schema version.
         """
-        return verify_recipe(self.recipe, self._console(quiet), repair=repair, file=self.file)
+        with _work_on_ray():
+            return verify_recipe(self.recipe, self._console(quiet), repair=repair, file=self.file)
 
     def push(
         self, repository: str, *, upload: bool = False, public: bool = False, gguf: bool = False
@@ -193,6 +207,29 @@ class Run:
         if self.console is not None:
             return self.console
         return PlainConsole(None, quiet=True) if quiet else open_console(to_stderr=True)
+
+
+@contextmanager
+def _work_on_ray() -> Iterator[None]:
+    """Raise a worker's `UserError` itself; in a notebook, keep what is no result out of the cell.
+
+    Raises:
+        UserError: A worker has raised one, inside an error of Ray.
+        CellInterrupted: The kernel of a notebook was interrupted.
+    """
+    try:
+        with NATIVE_LOG.redirect(open_private_folder()) if is_notebook() else nullcontext():
+            yield
+    except KeyboardInterrupt:
+        if not is_notebook():
+            raise
+        text = "interrupted; everything that is committed is kept: to resume, run the cell again"
+        raise CellInterrupted(text) from None
+    except Exception as error:
+        cause = find_root_cause(error)
+        if isinstance(cause, UserError) and cause is not error:
+            raise UserError(describe_error(cause)) from None
+        raise
 
 
 def open_run(

@@ -115,7 +115,12 @@ def capture_sources(
         # Daemons: on SIGINT or SIGTERM the main thread must not wait for the sources to end.
         name = f"capture {item.source.name}"
         threading.Thread(target=capture.run, args=(ended,), name=name, daemon=True).start()
-    _handle_errors(recipe, layout, _wait_for_sources(len(work), ended, control, should_stop))
+    try:
+        outcomes = _wait_for_sources(len(work), ended, control, should_stop)
+    except BaseException:  # an interrupt; in a notebook the process lives on, and the threads
+        control.request_stop.remote()
+        raise
+    _handle_errors(recipe, layout, outcomes)
 
 
 def _wait_for_sources(

@@ -1,6 +1,8 @@
 """The base of all settings classes: common checks, and which settings affect the result."""
 
+import linecache
 import re
+import traceback
 from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar, cast
@@ -9,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
 
 from rayfuse.config.addresses import has_secrets, mask_secrets
+from rayfuse.config.text import show_controls
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -28,6 +31,16 @@ class UserError(ValueError):
 
     The message names the setting or the file, its value, what is valid, and the remedy.
     """
+
+    def _render_traceback_(self) -> list[str]:
+        """Show the message and the caller's line, which IPython does in place of a traceback."""
+        caller = ""
+        for frame, line in traceback.walk_tb(self.__traceback__):
+            if str(frame.f_globals.get("__name__")).partition(".")[0] == "rayfuse":
+                break
+            caller = f"{line} {linecache.getline(frame.f_code.co_filename, line).rstrip()}"
+        message = f"{type(self).__name__}: {show_controls(mask_secrets(str(self)))}"
+        return [f"----> {caller}", "", message] if caller else [message]
 
 
 def check_known(name: str, registry: Collection[str]) -> str:

@@ -47,6 +47,7 @@ def join_cluster() -> None:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         prepare_own_cluster()
+    logging.getLogger("ray.widgets.util").setLevel(logging.WARNING)  # advice in notebooks
     import ray
 
     if ray.is_initialized():

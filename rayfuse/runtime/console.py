@@ -1,4 +1,4 @@
-"""Print progress: bars on a terminal, a line from time to time in a log file."""
+"""Print progress: bars on a terminal and in a notebook, a line from time to time in a log file."""
 
 import sys
 import threading
@@ -12,19 +12,36 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.segment import Segment
+from rich.table import Column
+from rich.text import Text
 
 from rayfuse.config.addresses import mask_secrets
 from rayfuse.config.text import show_controls, show_on_one_line
+from rayfuse.runtime.notebook import OUTPUT_WIDTH, CellOutput, is_notebook
 from rayfuse.runtime.progress import ProgressEvent
+
+BAR_WIDTH = 20
+"""Characters of a bar."""
 
 LOG_SECONDS = 60.0
 """Minimum time between two lines of one stage without a terminal."""
+
+
+class NoteColumn(TextColumn):
+    """Text that is shortened where the line is too narrow."""
+
+    def render(self, task: Task) -> Text:
+        """Render the text of a task on one line."""
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
 
 
 class ProgressBars:
@@ -42,14 +59,20 @@ class ProgressBars:
         """By stage and title, the newest state since then."""
         self.finished: set[str] = set()
         """Titles whose end was printed to a log."""
+        self.cell = CellOutput() if is_notebook() and not console.quiet else None
+        fixed = Column(no_wrap=True)  # else the bar and the times vanish, in favour of the note
         self.bars = Progress(
             TextColumn("{task.description:<24}", markup=False),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]} {task.fields[rate]} {task.fields[note]}", markup=False),
-            TimeElapsedColumn(),
+            BarColumn(bar_width=BAR_WIDTH, table_column=fixed),
+            MofNCompleteColumn(table_column=fixed),
+            NoteColumn(
+                "{task.fields[unit]} {task.fields[rate]} {task.fields[note]}",
+                markup=False,
+                table_column=Column(no_wrap=False),
+            ),
+            TimeElapsedColumn(table_column=fixed),
             TextColumn("left"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(table_column=fixed),
             console=console,
             disable=not console.is_terminal,
         )
@@ -65,6 +88,8 @@ class ProgressBars:
         trace: TracebackType | None,
     ) -> None:
         self.bars.stop()
+        if self.cell is not None and self.tasks:
+            self.cell.show(self.bars.get_renderable(), is_last=True)
 
     def __call__(self, event: ProgressEvent) -> None:
         """Update the bar of an event, or print it if it is a notice."""
@@ -78,7 +103,7 @@ class ProgressBars:
             began, done_before = self.began.setdefault(title, (now, done))
             done_since = done - done_before
             rate = f"{done_since / (now - began):.2f}/s" if now > began and done_since else ""
-            if self.console.is_terminal:
+            if self.console.is_terminal or self.cell is not None:
                 if title not in self.tasks:
                     self.tasks[title] = self.bars.add_task(
                         title, total=total, unit=unit, rate=rate, note=note
@@ -86,6 +111,8 @@ class ProgressBars:
                 self.bars.update(
                     self.tasks[title], completed=done, total=total, rate=rate, note=note
                 )
+                if self.cell is not None:
+                    self.cell.show(self.bars.get_renderable())
             elif title not in self.finished:
                 text = f"{title}: {done} of {total} {unit} {rate} {note}".rstrip()
                 self._print_line(event.stage, title, text, is_end=done >= total, now=now)
@@ -115,7 +142,11 @@ class PlainConsole(Console):
     """
 
     def __init__(self, file: Any, *, quiet: bool = False) -> None:
-        super().__init__(file=file, soft_wrap=True, markup=False, emoji=False, quiet=quiet)
+        # FORCE_COLOR, which kernels set, makes any stream a terminal, and rich's own form for
+        # notebooks makes each line an output of its own.
+        in_cell = {"force_terminal": False, "width": OUTPUT_WIDTH} if is_notebook() else {}
+        options: dict[str, Any] = {"markup": False, "emoji": False, "quiet": quiet, **in_cell}
+        super().__init__(file=file, soft_wrap=True, force_jupyter=False, **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(*(mask_secrets(o) if isinstance(o, str) else o for o in objects), **options)
@@ -128,5 +159,8 @@ class PlainConsole(Console):
 
 
 def open_console(*, to_stderr: bool) -> Console:
-    """Open the console of a command: stderr if stdout is reserved for JSON."""
-    return PlainConsole(sys.stderr if to_stderr else sys.stdout)
+    """Open the console of a command: stderr if stdout is reserved for JSON.
+
+    In a notebook it is stdout in any case: stderr has the colour of errors there.
+    """
+    return PlainConsole(sys.stderr if to_stderr and not is_notebook() else sys.stdout)

@@ -8,6 +8,8 @@ import faulthandler
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 FOLDER = "logs"
@@ -28,9 +30,7 @@ class NativeLog:
         """
         if self.path is not None:
             return
-        logs = folder / FOLDER
-        logs.mkdir(mode=0o700, exist_ok=True)
-        path = logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+        path = _name_file(folder)
         terminal = os.dup(2)  # not inherited by the processes that a command starts
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, 2)
@@ -41,6 +41,28 @@ class NativeLog:
         faulthandler.enable(sys.stderr)
         self.path = path
 
+    @contextmanager
+    def redirect(self, folder: Path) -> Iterator[None]:
+        """Send file descriptor 2 to the file for a while, where `sys.stderr` does not use it.
+
+        In a notebook the kernel shows what is written to the descriptor as errors of the cell.
+
+        Args:
+            folder: The private folder of this user.
+        """
+        before = os.dup(2)
+        self.path = self.path or _name_file(folder)
+        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(file, 2)
+        os.close(file)
+        try:
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            if not self.path.stat().st_size:
+                self.path.unlink()
+
     def report(self) -> None:
         """Name the file on the terminal if anything is in it; else remove it."""
         if self.path is None or not self.path.exists():
@@ -49,6 +71,13 @@ class NativeLog:
             print(f"rayfuse: messages of libraries are in {self.path}", file=sys.stderr)
         else:
             self.path.unlink()
+
+
+def _name_file(folder: Path) -> Path:
+    """Name the file of this process, and make the folder of it."""
+    logs = folder / FOLDER
+    logs.mkdir(mode=0o700, exist_ok=True)
+    return logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
 
 
 NATIVE_LOG = NativeLog()

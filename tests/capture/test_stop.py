@@ -103,6 +103,34 @@ def test_capture_stops_between_shards_and_resumes_with_the_same_shards(models, f
     assert {shard: after[shard] for shard in first} == first  # none was made again
 
 
+def test_an_interrupt_ends_capture_also_where_the_process_lives_on(models, folder, ray_cluster):
+    recipe, layout = prepare(models, folder)
+    done: list[int] = []
+
+    def interrupt_after_a_shard() -> bool:
+        if max(done, default=0) > 0:
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        capture_sources(
+            recipe,
+            layout,
+            lambda event: done.append(event.done),
+            load_slow_engine,
+            then=plan_align_step,
+            should_stop=interrupt_after_a_shard,
+        )
+    streams = [thread for thread in threading.enumerate() if thread.name == "capture sound"]
+    for stream in streams:
+        stream.join(timeout=60)
+        assert not stream.is_alive()
+    data = layout.captured["sound"]
+    assert 0 < len(data.commits()) < len(layout.corpus.commits())
+    capture_sources(recipe, layout, report_nothing, then=plan_align_step)
+    assert data.is_complete()
+
+
 def test_a_source_without_an_actor_does_not_keep_capture_from_stopping(
     models, folder, ray_cluster, monkeypatch
 ):

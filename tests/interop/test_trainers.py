@@ -1,7 +1,5 @@
 """The loss as a plain function, and other trainers: their losses are those of our own trainer."""
 
-import importlib.util
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,24 +7,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedModel, TrainingArguments
 
 import rayfuse
 from rayfuse.config.train import TrainSettings
-from rayfuse.fuse.reader import FusedRows
 from rayfuse.interop.batch import IGNORED
 from rayfuse.models.causal_lm import split_head
-from rayfuse.storage.codec import TopK
-from rayfuse.train.batches import Packing, Step, build_micro_batches
-from rayfuse.train.deepspeed_engine import build_engine
-from rayfuse.train.loop import Objective, StepMetrics, train_steps
+from rayfuse.train.batches import Packing, build_micro_batches
 from rayfuse.train.loss import LossWeights
 from rayfuse.train.model import FusionModel
-from tests.docs.blocks import read_blocks
 from tests.fakes import tiny_config
+from tests.interop.other_trainers import INSTALLED, join, run_page, train_own
 from tests.stored_run import write_run
 
-pytestmark = pytest.mark.xdist_group("trainers")
+pytestmark = [
+    pytest.mark.xdist_group("trainers"),
+    # Of Lightning: its own use of PyTorch, and its advice on data that needs no worker.
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +38,6 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def rows(folder) -> list[dict[str, Any]]:
     return list(rayfuse.open_dataset(folder / "storage"))
-
-
-def join(rows: list[dict[str, Any]]) -> FusedRows:
-    """Join rows to what our own trainer is given."""
-    return FusedRows(
-        token_ids=np.concatenate([row["token_ids"] for row in rows]),
-        lengths=np.array([len(row["token_ids"]) for row in rows]),
-        top=TopK(
-            ids=np.concatenate([row["top_ids"] for row in rows]),
-            probs=np.concatenate([row["top_probs"] for row in rows]),
-            tail=np.concatenate([row["tail_probs"] for row in rows]),
-        ),
-        selected=np.concatenate([row["sources"] for row in rows]),
-    )
 
 
 def build_model(family: str, **changes: Any) -> PreTrainedModel:
@@ -147,49 +132,21 @@ def test_wrong_arguments_are_named(rows):
 @pytest.fixture(scope="module")
 def page(folder) -> dict[str, Any]:
     """The names that the blocks of the page on other trainers have defined, once they have run."""
-    names: dict[str, Any] = {"__name__": "block"}
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        for block in read_blocks("docs/other-trainers.md", "python"):
-            exec(compile(block, "block", "exec"), names)
-    finally:
-        os.chdir(before)
+    *_, names = run_page(folder, INSTALLED)
     return names
 
 
 def test_gradient_accumulation_of_the_trainer_changes_nothing(page, folder):
-    transformers = page["transformers"]
-    arguments = {**page["arguments"].to_dict(), "output_dir": str(folder / "accumulated")}
+    arguments = page["arguments"] | {"output_dir": str(folder / "accumulated")}
     arguments |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     trainer = page["FusionTrainer"](
         model=AutoModelForCausalLM.from_pretrained(folder / "target"),
-        args=transformers.TrainingArguments(**arguments),
+        args=TrainingArguments(**arguments),
         train_dataset=page["stream"],
         data_collator=rayfuse.collate,
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    np.testing.assert_allclose(losses, page["trainer_losses"], rtol=0, atol=1e-6)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
-def test_losses_of_sft_trainer_are_those_of_the_trainer(page, folder):
-    (block,) = read_blocks("docs/other-trainers.md", "py")
-    import trl
-
-    page["trl"], values = trl, page["arguments"].to_dict()
-    names = ("max_steps", "per_device_train_batch_size", "learning_rate", "lr_scheduler_type")
-    names += ("adam_beta2", "logging_steps", "remove_unused_columns", "report_to", "use_cpu")
-    page["arguments_of_above"] = {name: values[name] for name in names}
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        exec(compile(block, "block", "exec"), page)
-    finally:
-        os.chdir(before)
-    page["trainer"].train()
-    losses = [entry["loss"] for entry in page["trainer"].state.log_history if "loss" in entry]
     np.testing.assert_allclose(losses, page["trainer_losses"], rtol=0, atol=1e-6)
 
 
@@ -202,39 +159,26 @@ def test_labels_of_a_batch_are_what_transformers_learns_from(rows):
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
-# Last: the Trainer of transformers joins a process group that it finds.
-def test_losses_of_the_loop_and_of_the_trainer_are_those_of_our_own(page, folder, process_group):
-    num_steps, num_rows = page["STEPS"], page["ROWS"]
+@pytest.fixture(scope="module")
+def own_losses(page, folder, request) -> list[float]:
+    """The losses of our own trainer, on the batches of the page."""
+    request.getfixturevalue("process_group")  # after the page: trainers join a group that they find
+    num_rows = page["ROWS"]
     rows = list(rayfuse.open_dataset(folder / "storage").to_huggingface(seed=1))
-    settings = TrainSettings(
-        learning_rate=page["RATE"],
-        schedule="constant",
-        warmup_share=0.0,
-        weight_decay=0.0,
-        zero_stage=0,
-    )
-    lm = split_head(AutoModelForCausalLM.from_pretrained(folder / "target"), name="target")
-    lm.model.train()
-    engine = build_engine(
-        FusionModel(lm, settings, num_sources=2),
-        settings,
-        num_steps=num_steps,
-        num_workers=1,
-        device="cpu",
-    )
-    packing = Packing(64, num_rows, True)
-    parts = [rows[step * num_rows : (step + 1) * num_rows] for step in range(num_steps)]
-    steps = [Step(build_micro_batches(join(part), packing), "") for part in parts]
-    seen: list[StepMetrics] = []
-    train_steps(
-        engine,
-        iter(steps),
-        Objective(settings.clm_weight, settings.temperature, num_steps, ("neox", "gpt2")),
-        first_step=0,
-        num_workers=1,
-        after_step=seen.append,
-    )
-    own = [metrics.loss for metrics in seen]
-    assert len(own) == num_steps and len(set(own)) == num_steps
-    np.testing.assert_allclose(page["loop_losses"], own, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(page["trainer_losses"], own, rtol=0, atol=1e-6)
+    batches = [rows[step * num_rows : (step + 1) * num_rows] for step in range(page["STEPS"])]
+    losses = train_own(folder, batches, rate=page["RATE"])
+    assert len(set(losses)) == page["STEPS"]
+    return losses
+
+
+@pytest.mark.parametrize("name", ["loop_losses", "trainer_losses"])
+def test_losses_of_the_loop_and_of_the_trainer_are_those_of_our_own(name, page, own_losses):
+    np.testing.assert_allclose(page[name], own_losses, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("library", "name"), [("lightning", "lightning_losses"), ("trl", "sft_losses")]
+)
+def test_losses_of_lightning_and_trl_are_those_of_our_own(library, name, page, own_losses):
+    pytest.importorskip(library)
+    np.testing.assert_allclose(page[name], own_losses, rtol=0, atol=1e-6)

@@ -55,6 +55,22 @@ def test_control_characters_in_text_are_signs(file: type[io.StringIO]):
     assert "\x1b[2J" not in printed
 
 
+def test_a_long_note_is_shortened_and_not_the_bar_or_the_times():
+    console = PlainConsole(Terminal())
+    console.width = 100
+    note = "loss 4.596, 11,737 tokens/s, 57% waiting for data"
+    with ProgressBars(console) as bars:
+        bars(ProgressEvent("train", "fused", 7, 7, "steps", note))
+        shown = io.StringIO()
+        narrow = PlainConsole(shown)
+        narrow.width = 100
+        narrow.print(bars.bars.get_renderable())
+    (line,) = shown.getvalue().splitlines()
+    assert line.startswith("train fused              ━━━━━━━━━━━━━━━━━━━━ 7/7 steps ")
+    assert " loss 4.596" in line and "…" in line
+    assert " left " in line
+
+
 def test_a_notice_is_one_line():
     output = io.StringIO()
     with ProgressBars(PlainConsole(output)) as bars:

@@ -45,3 +45,26 @@ def test_the_end_of_a_command_names_the_file(tmp_path: Path):
     assert code == 0
     assert errors.startswith(f"rayfuse: messages of libraries are in {tmp_path}")
     assert log
+
+
+REDIRECT = """
+import os, pathlib, sys
+from rayfuse.runtime.native_log import NATIVE_LOG
+folder = pathlib.Path(sys.argv[1])
+with NATIVE_LOG.redirect(folder):
+    pass
+print(len(list((folder / "logs").iterdir())))
+for text in (b"first\\n", b"second\\n"):
+    with NATIVE_LOG.redirect(folder):
+        os.write(2, text)
+os.write(2, b"after\\n")
+"""
+
+
+def test_a_redirection_ends_and_leaves_no_empty_file(tmp_path: Path):
+    command = [sys.executable, "-c", REDIRECT, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "0\n"
+    assert done.stderr == "after\n"
+    (log,) = (tmp_path / "logs").iterdir()
+    assert log.read_text() == "first\nsecond\n"
