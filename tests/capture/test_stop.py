@@ -54,6 +54,24 @@ def load_at_gate(source: ModelSettings, settings: CaptureSettings, *, gate: Path
     return TransformersEngine(source, settings)
 
 
+class GatedEngine(SlowEngine):
+    """Scores one shard at once, and the others once a file exists."""
+
+    def __init__(self, inner: TransformersEngine, gate: Path) -> None:
+        super().__init__(inner)
+        self.gate, self.has_scored = gate, False
+
+    def score_rows(self, rows: TokenRows):
+        while self.has_scored and not self.gate.exists():
+            time.sleep(0.1)
+        self.has_scored = True
+        return self.inner.score_rows(rows)
+
+
+def load_gated_engine(source: ModelSettings, settings: CaptureSettings, *, gate: Path) -> Engine:
+    return GatedEngine(TransformersEngine(source, settings), gate)
+
+
 def read_data(data: DataSet) -> dict[int, bytes]:
     return {shard: data.read_file(commit) for shard, commit in data.commits().items()}
 
@@ -117,10 +135,11 @@ def test_an_interrupt_ends_capture_also_where_the_process_lives_on(models, folde
             recipe,
             layout,
             lambda event: done.append(event.done),
-            load_slow_engine,
+            partial(load_gated_engine, gate=folder / "gate"),
             then=plan_align_step,
             should_stop=interrupt_after_a_shard,
         )
+    (folder / "gate").touch()
     streams = [thread for thread in threading.enumerate() if thread.name == "capture sound"]
     for stream in streams:
         stream.join(timeout=60)
