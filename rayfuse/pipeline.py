@@ -96,8 +96,8 @@ def run_stages(
     """Run stages in order, skipping those that are complete, and report the result of each.
 
     Args:
-        recipe: The recipe.
-        layout: Its run.
+        recipe: The complete recipe.
+        layout: Its run, without the sources that have failed.
         stages: Some of `STAGES`.
         progress: Receives the events of all stages.
         report_result: Called after each stage.
@@ -112,6 +112,7 @@ def run_stages(
         UserError: The input of a stage is missing or cannot be used.
         ShardError: A shard that is read is missing or corrupt.
     """
+    given, recipe = recipe, drop_sources(recipe, layout.failed)
     for stage in stages:
         began = time.monotonic()
         was_done = is_stage_done(stage, layout)
@@ -122,8 +123,8 @@ def run_stages(
             with _prewarm_if_next(stage, stages, recipe, layout, progress) as report:
                 _run_stage(stage, recipe, layout, report, should_stop)
             if stage == "capture" and any(not source.required for source in recipe.sources):
-                layout = plan_run(recipe, ALIGN_FACTS)
-                recipe = drop_sources(recipe, layout.failed)
+                layout = plan_run(given, ALIGN_FACTS)
+                recipe = drop_sources(given, layout.failed)
         report_result(StageResult(stage, was_done, time.monotonic() - began))
     return layout
 
@@ -165,7 +166,7 @@ def run_recipe(
     """
     began = time.monotonic()
     layout = prepare_run(recipe)
-    recipe = drop_sources(recipe, layout.failed)
+    given, recipe = recipe, drop_sources(recipe, layout.failed)
     is_priced = limits.max_dollars is not None
     budget = open_budget(recipe, layout, _list_open(stages, layout) if is_priced else (), limits)
     title = "recipe" if file is None else f"recipe {file}"
@@ -186,10 +187,13 @@ def run_recipe(
             with ProgressBars(console) as bars:
                 watched = budget.watch(bars) if budget.is_limited else bars
                 stop = budget.is_reached if budget.is_limited else never_stop
-                layout = run_stages(
-                    recipe, layout, stages, watched, report_result, should_stop=stop
-                )
+                before = layout.failed
+                layout = run_stages(given, layout, stages, watched, report_result, should_stop=stop)
+            if layout.failed != before:
+                _print_failed(layout, console)
         except StoppedEarly:
+            layout = plan_run(given, ALIGN_FACTS)
+            recipe = drop_sources(given, layout.failed)
             return {"stopped": _report_stop(recipe, layout, stages, budget, console)}
     values = print_results(layout, stages, console)
     remaining = [stage for stage in STAGES if not is_stage_done(stage, layout)]
@@ -250,6 +254,7 @@ def print_results(layout: Layout, stages: tuple[str, ...], console: Console) -> 
         ShardError: A record is corrupt.
     """
     values: dict[str, Any] = {"stages": {stage: is_stage_done(stage, layout) for stage in stages}}
+    values["failed_sources"] = dict(layout.failed)
     for name, data in {"corpus": layout.corpus, **layout.captured}.items():
         commits = data.commits().values()
         if commits:

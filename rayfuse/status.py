@@ -52,7 +52,8 @@ def show_status(recipe: Recipe, console: Console) -> dict[str, Any]:
     statuses = read_statuses(layout)
     print_status(layout, statuses, console)
     stages = {stage: is_stage_done(stage, layout) for stage in STAGES}
-    return {"stages": stages, "data_sets": list_numbers(statuses)}
+    failed = dict(layout.failed)
+    return {"stages": stages, "data_sets": list_numbers(statuses), "failed_sources": failed}
 
 
 def verify_recipe(

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RaySystemError
 
 from rayfuse.capture.actor import (
     MAX_CRASHES,
@@ -34,7 +34,7 @@ from rayfuse.capture.workers import WorkerReporter, WorkerState, drop_old_report
 from rayfuse.config.base import UserError, first_line
 from rayfuse.config.models import SourceSettings
 from rayfuse.config.recipe import Recipe
-from rayfuse.run.failed_sources import record_failure
+from rayfuse.run.failed_sources import forget_failure, list_fused, record_failure
 from rayfuse.run.layout import Layout
 from rayfuse.run.segmentation import write_segmentation
 from rayfuse.runtime.connect import find_root_cause
@@ -52,11 +52,18 @@ from rayfuse.runtime.resources import (
     memory_options,
     on_driver_node,
 )
-from rayfuse.storage.retry import StorageUnavailableError
+from rayfuse.storage.retry import AccessSettingsError, StorageUnavailableError
+from rayfuse.storage.seal import ShardError
 from rayfuse.storage.todo import split_shards
 
 Outcome = tuple[SourceSettings | None, BaseException | None]
 """A source, or None for all, with the error that has ended its capture, or None."""
+
+SHARED_FAULTS = (
+    *(StorageUnavailableError, AccessSettingsError, ShardError),
+    *(ConnectionError, RaySystemError),
+)
+"""Errors that every source may get."""
 
 POLL_SECONDS = 1.0
 """Between two checks whether capture is to stop."""
@@ -147,8 +154,7 @@ def _wait_for_sources(
 def _handle_errors(recipe: Recipe, layout: Layout, outcomes: list[Outcome]) -> None:
     """Raise the gravest error, or record the failures that the run continues after.
 
-    Storage that is unavailable is no failure of a source. If every source of the recipe has
-    failed, the first error is raised.
+    If every source that fusion learns from has failed, the first error is raised.
     """
     errors: list[BaseException] = []
     failed: list[tuple[SourceSettings, BaseException]] = []
@@ -157,7 +163,7 @@ def _handle_errors(recipe: Recipe, layout: Layout, outcomes: list[Outcome]) -> N
             failed.append((source, error))
         elif error is not None:
             errors.append(error)
-    if len(failed) == len(recipe.sources):
+    if list_fused(recipe) <= {source.name for source, _ in failed}:
         errors = [error for _, error in failed]
     for error in sorted(errors, key=lambda error: isinstance(error, StoppedEarly)):
         raise error
@@ -166,10 +172,13 @@ def _handle_errors(recipe: Recipe, layout: Layout, outcomes: list[Outcome]) -> N
 
 
 def _may_fail(source: SourceSettings, error: BaseException) -> bool:
-    """Check whether the run can continue after this error of a source."""
+    """Check whether the run can continue after this error of a source.
+
+    Faults of the storage, of what is stored and of the cluster's connection are not the source's.
+    """
     if source.required or not isinstance(error, Exception) or isinstance(error, StoppedEarly):
         return False
-    return not isinstance(find_root_cause(error), StorageUnavailableError)
+    return not isinstance(find_root_cause(error), SHARED_FAULTS)
 
 
 class CaptureStop:
@@ -252,6 +261,7 @@ class SourceCapture:
         if work.shards:
             self._capture_shards()
         work.captured.finish(work.num_shards)
+        forget_failure(work.captured)
         # Shards captured by an earlier job may not be aligned yet; the align stage does those.
         if len(work.aligned.list_committed(work.num_shards)) == work.num_shards:
             work.aligned.finish(work.num_shards)

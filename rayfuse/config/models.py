@@ -46,6 +46,8 @@ BACKENDS: dict[BackendName, Backend] = {
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 RESERVED_NAMES = ("target", "clm", "fused", "ensemble", "merged", "all")
+RESERVED_BEGINNINGS = ("fused-", "merged-")
+"""Of the names of models that `rayfuse merge` makes."""
 
 
 class ModelSettings(Settings):
@@ -134,8 +136,9 @@ class SourceSettings(ModelSettings):
     def _check_name(cls, name: str) -> str:
         if not NAME_PATTERN.fullmatch(name):
             raise ValueError("use letters, digits, '.', '_' and '-', a letter or digit first")
-        if name in RESERVED_NAMES:
-            raise ValueError(f"{', '.join(RESERVED_NAMES)} are names that rayfuse itself uses")
+        if name in RESERVED_NAMES or name.startswith(RESERVED_BEGINNINGS):
+            names = ", ".join((*RESERVED_NAMES, *(f"{begin}..." for begin in RESERVED_BEGINNINGS)))
+            raise ValueError(f"{names} are names that rayfuse itself uses")
         return name
 
     @model_validator(mode="after")

@@ -190,18 +190,18 @@ class TextLM(TemplateLM):
     def _encode_message(self, chat: ChatFormat, text: str, room: int) -> list[int]:
         """Encode a user's message, truncated at its start, in the chat template."""
         text = text.strip()  # as many templates do
+        tokens, cut = self.tok_encode(text), 0
         try:
             prompt = chat.encode_prompt([Message("user", text)])
             while len(prompt) > room:
-                excess, tokens = len(prompt) - room, self.tok_encode(text)
-                if excess >= len(tokens):
+                cut += len(prompt) - room
+                if cut >= len(tokens):
                     raise UserError(
-                        f"the chat template leaves no room for a message of {room} tokens; remove "
-                        "the task"
+                        f"the chat template leaves no room for a message in the {room} tokens of a "
+                        "prompt; remove the task"
                     )
-                kept = _join_bytes(tokens[excess:], self.text_tokenizer)
-                text = kept.decode(errors="ignore").strip()
-                prompt = chat.encode_prompt([Message("user", text)])
+                kept = _join_bytes(tokens[cut:], self.text_tokenizer)
+                prompt = chat.encode_prompt([Message("user", kept.decode(errors="ignore").strip())])
         except ChatError as error:
             raise UserError(
                 f"the model cannot be asked a task in its chat template: {error}; remove the task"

@@ -99,8 +99,9 @@ def _choose_recipe(store: Store) -> Recipe:
         first = next(iter(recipes.values()), None)
         if first is None:
             continue
-        if all(_describe(recipe) == _describe(first) for recipe in recipes.values()):
-            return first
+        widest = max(recipes.values(), key=lambda recipe: len(recipe.sources))
+        if all(_is_part(recipe, widest) for recipe in recipes.values()):
+            return widest
         raise UserError(
             f"storage {store.root} has results of several recipes: {', '.join(recipes)}; give the "
             "folder of one of them, or rayfuse.open_run(RECIPE).open_dataset()"
@@ -109,6 +110,23 @@ def _choose_recipe(store: Store) -> Recipe:
         f"{store.root} has no aligned or captured rows; give the storage of a run, or the folder "
         "of one of its data sets"
     )
+
+
+def _is_part(recipe: Recipe, other: Recipe) -> bool:
+    """Check that a recipe is another one, or fuses with some of its sources.
+
+    `rayfuse merge` trains such targets, and so does a run without a source that has failed.
+    """
+    own, wider = _describe(recipe), _describe(other)
+    if own == wider:
+        return True
+    for described in (own, wider):
+        described["fuse"].pop("weights", None)
+        described["train"].pop("baseline", None)
+    sources = own.pop("sources")
+    return all(source in wider["sources"] for source in sources) and own == {
+        name: value for name, value in wider.items() if name != "sources"
+    }
 
 
 def _describe(recipe: Recipe) -> dict[str, Any]:

@@ -29,7 +29,6 @@ def print_scores(layout: Layout, console: Console) -> dict[str, Any]:
     if tasks:
         _print_table(build_task_table(evaluations, tasks), TASK_NOTE, console)
     values: dict[str, Any] = {
-        "failed_sources": dict(layout.failed),
         "models": {
             name: {
                 "role": evaluation.role,

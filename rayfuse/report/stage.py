@@ -67,7 +67,10 @@ def write_report(recipe: Recipe, layout: Layout) -> str:
 def identify_inputs(layout: Layout) -> str:
     """Hash all that a report is made from: the recipe, and the bytes of every result."""
     results = {file: layout.store.hash_file(file) for file in layout.evaluation.list_files()}
-    return fingerprint_of(layout=layout.input_fingerprint(), results=results, recipe=layout.recipe)
+    failed = {"failed": dict(layout.failed)} if layout.failed else {}
+    return fingerprint_of(
+        layout=layout.input_fingerprint(), results=results, recipe=layout.recipe, **failed
+    )
 
 
 def find_corrupt_report(layout: Layout) -> Iterator[tuple[str, str]]:

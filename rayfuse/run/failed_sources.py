@@ -14,6 +14,7 @@ from rayfuse.config.text import show_on_one_line
 from rayfuse.run.fingerprint import fingerprint_of
 from rayfuse.run.layout import Layout, name_folders
 from rayfuse.run.prepare import AlignFacts, check_recipe
+from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.seal import ShardError, seal, unseal
 
 FAILURE_FILE = "failure.json"
@@ -60,10 +61,22 @@ def record_failure(recipe: Recipe, layout: Layout, name: str, reason: str) -> No
     captured.store.write(f"{captured.folder}/{FAILURE_FILE}", seal(record))
 
 
+def forget_failure(captured: DataSet) -> None:
+    """Remove the record of a failure: the capture is complete, and may be lost by other causes."""
+    captured.store.remove(f"{captured.folder}/{FAILURE_FILE}")
+
+
+def list_fused(recipe: Recipe) -> set[str]:
+    """Name the sources that fusion learns from: those with a weight."""
+    weights = recipe.fuse.weights
+    return {source.name for source in recipe.sources if weights.get(source.name, 1.0) > 0}
+
+
 def read_failures(recipe: Recipe, layout: Layout) -> dict[str, str]:
     """Read the sources that a run does without, by name, each with the reason.
 
-    A corrupt record counts as none: the source is captured again. So are all if all have failed.
+    A corrupt record counts as none: the source is captured again. So are all if no other source
+    is left that fusion learns from.
     """
     reasons: dict[str, str] = {}
     for source in recipe.sources:
@@ -72,7 +85,7 @@ def read_failures(recipe: Recipe, layout: Layout) -> dict[str, str]:
             continue
         if not layout.captured[source.name].is_complete():
             reasons[source.name] = str(record["reason"])
-    return reasons if len(reasons) < len(recipe.sources) else {}
+    return {} if list_fused(recipe) <= reasons.keys() else reasons
 
 
 def describe_failed(failed: Mapping[str, str]) -> list[str]:

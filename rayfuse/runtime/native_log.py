@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 FOLDER = "logs"
@@ -60,8 +60,9 @@ class NativeLog:
         finally:
             os.dup2(before, 2)
             os.close(before)
-            if not self.path.stat().st_size:
-                self.path.unlink()
+            with suppress(FileNotFoundError):  # another thread or a cleaner has removed it
+                if not self.path.stat().st_size:
+                    self.path.unlink()
 
     def report(self) -> None:
         """Name the file on the terminal if anything is in it; else remove it."""

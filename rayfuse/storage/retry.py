@@ -65,6 +65,10 @@ class StorageUnavailableError(OSError):
     """The storage has not answered for as long as requests are retried."""
 
 
+class AccessSettingsError(UserError):
+    """A setting by which the storage is accessed is missing or wrong."""
+
+
 @runtime_checkable
 class Connection(Protocol):
     """A store that retries its requests."""
@@ -140,12 +144,14 @@ def check_access(error: Exception, uri: str) -> None:
     """Raise botocore's error of a missing setting with its remedy; accept any other error.
 
     Raises:
-        UserError: A setting by which `uri` is accessed is missing or wrong.
+        AccessSettingsError: A setting by which `uri` is accessed is missing or wrong.
     """
     for kind in type(error).__mro__:
         if kind.__name__ in ACCESS_REMEDIES:
             remedy = ACCESS_REMEDIES[kind.__name__]
-            raise UserError(f"{uri} cannot be accessed ({first_line(error)}); {remedy}") from error
+            raise AccessSettingsError(
+                f"{uri} cannot be accessed ({first_line(error)}); {remedy}"
+            ) from error
 
 
 def _has_expired(error: BaseException) -> bool:

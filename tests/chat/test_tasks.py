@@ -89,3 +89,10 @@ def test_a_template_that_refuses_the_question_is_named(tmp_path):
     lm = TextLM(load_scored_model(settings), chat.tokenizer, batch_tokens=500, chat=chat)
     with pytest.raises(UserError, match=r"in its chat template: its template refuses: no"):
         ask(lm, QUESTION)
+
+
+@pytest.mark.parametrize("name", ["llama-2", "gemma", "chatml"])
+def test_truncation_ends_for_text_that_begins_with_a_lone_space_token(name, tmp_path):
+    lm, _ = make_lm(name, tmp_path, context_tokens=100)
+    prompt = lm._truncate_prompt("日本語の質問です。" * 15, {"max_gen_toks": 12})
+    assert 60 < len(prompt) <= 88

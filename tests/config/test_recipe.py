@@ -63,6 +63,7 @@ def test_dumped_recipe_reads_back_unchanged():
         ("align.method", "magic", r"align.method is 'magic': input should be 'bytes'"),
         ("sources.0.name", "../x", r"sources.0.name is '../x': use letters"),
         ("sources.0.name", "fused", r"are names that rayfuse itself uses"),
+        ("sources.0.name", "merged-ties", r"merged-\.\.\. are names that rayfuse itself uses"),
         ("train.rows_per_step", 129, None),
         (
             "train",

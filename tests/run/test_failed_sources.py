@@ -10,17 +10,21 @@ from safetensors.torch import load_file, save_file
 
 import rayfuse
 from rayfuse.align.facts import ALIGN_FACTS
+from rayfuse.capture.stage import _handle_errors
 from rayfuse.config.base import UserError
 from rayfuse.config.load import parse_recipe
 from rayfuse.run.failed_sources import (
     FAILURE_FILE,
     drop_sources,
+    forget_failure,
     plan_run,
     read_failures,
     record_failure,
 )
 from rayfuse.run.layout import plan_layout
-from rayfuse.storage.store import Store
+from rayfuse.runtime.progress import StoppedEarly
+from rayfuse.storage.retry import AccessSettingsError, StorageUnavailableError
+from rayfuse.storage.seal import ShardError
 from rayfuse.watch.snapshot import RunReader
 from tests.fakes import byte_level_tokenizer, save_model, save_tokenizer
 from tests.small_run import write_recipe
@@ -75,7 +79,39 @@ def test_a_complete_capture_outlasts_the_record_of_an_earlier_failure(stored):
     layout = plan_layout(recipe, ALIGN_FACTS)
     record_failure(recipe, layout, "gpt2", "no GPU")
     assert read_failures(recipe, layout) == {}
-    Store.remove(layout.store, f"{layout.captured['gpt2'].folder}/{FAILURE_FILE}")
+    forget_failure(layout.captured["gpt2"])
+    file = f"{layout.captured['gpt2'].folder}/{FAILURE_FILE}"
+    assert file.rpartition("/")[2] not in layout.store.sizes(layout.captured["gpt2"].folder)
+
+
+def test_sources_without_a_weight_are_no_run(stored, tmp_path):
+    weights = {"fuse": {**stored["fuse"], "weights": {"neox": 0.0}}}
+    recipe = parse_recipe({**stored, "storage": str(tmp_path / "storage"), **weights})
+    layout = plan_layout(recipe, ALIGN_FACTS)
+    record_failure(recipe, layout, "gpt2", "no GPU")
+    assert read_failures(recipe, layout) == {}  # nothing would be learned from neox
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ShardError("corrupt"),
+        StorageUnavailableError("down"),
+        AccessSettingsError("no credentials"),
+        ConnectionError("lost"),
+        StoppedEarly(),
+        KeyboardInterrupt(),
+    ],
+)
+def test_a_fault_of_all_sources_is_no_failure_of_one(stored, tmp_path, error):
+    recipe = parse_recipe({**stored, "storage": str(tmp_path / "storage")})
+    layout = plan_layout(recipe, ALIGN_FACTS)
+    outcomes = [(recipe.sources[0], None), (recipe.sources[1], error)]
+    with pytest.raises(type(error)):
+        _handle_errors(recipe, layout, outcomes)
+    assert read_failures(recipe, layout) == {}
+    _handle_errors(recipe, layout, [(recipe.sources[1], RuntimeError("CUDA error\nat"))])
+    assert read_failures(recipe, layout) == {"gpt2": "CUDA error"}
 
 
 def test_the_folders_are_those_of_the_recipe_without_the_source(stored, tmp_path):
