@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from s3fs import S3FileSystem
 
 from rayfuse import cli, pipeline
 from tests.fakes import byte_level_tokenizer, save_model, save_tokenizer, sentencepiece_tokenizer
@@ -224,6 +225,7 @@ def test_a_mistake_gets_its_message_before_a_cluster_is_joined(
         monkeypatch.delenv(name, raising=False)
     for name, value in mistake.environment.items():
         monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()  # of tests with credentials
     monkeypatch.setattr(pipeline, "join_cluster", join_cluster)
     monkeypatch.setattr(sys, "argv", ["rayfuse", mistake.command, str(path), *mistake.arguments])
     assert cli._run_command() == 2

@@ -3,12 +3,14 @@
 import io
 import logging
 from queue import SimpleQueue
+from types import SimpleNamespace
 
 import pytest
 from rich.table import Table
 from rich.text import Text
 
-from rayfuse.capture.stage import SourceCapture
+from rayfuse.capture.stage import Outcome, SourceCapture
+from rayfuse.config.models import SourceSettings
 from rayfuse.runtime.console import PlainConsole, ProgressBars
 from rayfuse.runtime.logging import log_event
 from rayfuse.runtime.progress import ProgressEvent
@@ -114,9 +116,12 @@ def test_the_error_of_a_capture_arrives_even_if_progress_fails(monkeypatch):
     monkeypatch.setattr(SourceCapture, "_note", lambda self, text: self.progress(None))
     capture = object.__new__(SourceCapture)
     object.__setattr__(capture, "progress", fail)
-    ended: SimpleQueue[BaseException | None] = SimpleQueue()
+    source = SourceSettings(name="a", model="m")
+    object.__setattr__(capture, "work", SimpleNamespace(source=source))
+    ended: SimpleQueue[Outcome] = SimpleQueue()
     with pytest.raises(RuntimeError, match="the terminal is gone"):
         capture.run(ended)
-    error = ended.get(timeout=1)
+    ended_source, error = ended.get(timeout=1)
+    assert ended_source is source
     assert isinstance(error, ValueError)
     assert str(error) == "model_type is '[/b]'"
