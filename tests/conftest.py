@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 TESTS = Path(__file__).parent
-OWN_MACHINES = ("chaos", "cluster", "train/test_kills.py")
+OWN_MACHINES = ("chaos", "cluster", "train/test_kills.py", "docs/test_notebook.py")
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

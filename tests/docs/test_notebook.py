@@ -18,7 +18,7 @@ TIMEOUT_SECONDS = 1100
 
 pytestmark = [
     pytest.mark.slow,  # each test starts a kernel, and the first a Ray cluster
-    pytest.mark.xdist_group("notebook"),
+    pytest.mark.ray,
 ]
 
 
