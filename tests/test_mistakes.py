@@ -87,7 +87,7 @@ MISTAKES = {
         changes={"sources": [SOURCE, SOURCE]},
     ),
     "a source named target": Mistake(
-        "sources.0.name is 'target': target, clm, fused, ensemble, merged, all, fused-..., merged-... are",
+        "sources.0.name is 'target': target, clm, fused, ensemble, merged, all, fused-...",
         changes={"sources": [SOURCE | {"name": "target"}]},
     ),
     "a source's name with a slash": Mistake(
