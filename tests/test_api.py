@@ -124,7 +124,7 @@ def test_a_run_returns_what_the_commands_print_and_prints_nothing(recipe, capfd)
     assert capfd.readouterr() == ("", "")
     assert plan == run_command("plan", str(recipe), "--tokens", "1e9")
     assert set(status["data_sets"]) == {"corpus", "held-out", "capture neox", "align neox"}
-    assert results == {"stages": dict.fromkeys(status["stages"], False)}
+    assert results == {"failed_sources": {}, "stages": dict.fromkeys(status["stages"], False)}
 
 
 def test_tokenizers_are_inspected_as_by_the_command(tmp_path):
