@@ -16,6 +16,8 @@ from rayfuse.config.base import UserError
 from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.config.text import show_on_one_line
 from rayfuse.evaluate.results import find_corrupt_results
+from rayfuse.merge.command import merge_recipe
+from rayfuse.merge.verify import verify_merges
 from rayfuse.pipeline import STAGES, is_stage_done, run_recipe
 from rayfuse.report.stage import find_corrupt_report
 from rayfuse.run.failed_sources import describe_failed, drop_sources, plan_run
@@ -77,15 +79,20 @@ def verify_recipe(
     layout = plan_run(recipe, ALIGN_FACTS)
     with ProgressBars(console) as bars:
         found = {"segmentations": segmentations} | verify_layout(layout, bars)
-    print_verified(found, console)
+        merges = verify_merges(drop_sources(recipe, layout.failed), layout)
+    print_verified(found | merges, console)
     if repair:
+        for verified in merges.values():
+            _remove_corrupt(layout, verified)
         complete = [stage for stage in STAGES if has_results(stage, layout)]
         corrupt = repair_layout(drop_sources(recipe, layout.failed), layout, found)
         # What is written again may have other bytes: then what was made from it is stale.
         stages = tuple(stage for stage in STAGES if stage in {*complete, *corrupt})
         if corrupt:
             run_recipe(recipe, stages, console, file=file)
-    return {"data_sets": list_numbers(found), "repaired": repair}
+        if any(verified.corrupt for verified in merges.values()):
+            merge_recipe(recipe, console, file=file)
+    return {"data_sets": list_numbers(found | merges), "repaired": repair}
 
 
 def migrate_storage(uri: str, console: Console | None = None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Models that a run makes: their files are listed in `done.json`, and what they were made from."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +102,25 @@ def identify_model(store: Store, folder: str) -> str | None:
 
 def find_faults(layout: Layout, run: TrainRun) -> Iterator[tuple[str, str]]:
     """Read every file of a trained model; yield the corrupt ones, and a record that is stale."""
-    name = f"{run.folder}/{DONE_FILE}"
-    faults = list(find_corrupt(layout.store, name))
+    return find_faults_of_model(layout.store, run.folder, lambda: read_inputs(layout, run))
+
+
+def find_faults_of_model(
+    store: Store, folder: str, read: Callable[[], dict[str, str]]
+) -> Iterator[tuple[str, str]]:
+    """Read every file of a model; yield the corrupt ones, and a record that is stale.
+
+    Args:
+        store: The store of the run.
+        folder: The model's folder; there is nothing to yield if it has no record.
+        read: Reads what the model would be made from now; a ShardError of it is reported elsewhere.
+    """
+    name = f"{folder}/{DONE_FILE}"
+    faults = list(find_corrupt(store, name))
     yield from faults
     try:
-        record = read_done(layout.store, run.folder)
-        if record and not faults and not is_current(record["inputs"], read_inputs(layout, run)):
-            yield name, "is stale: the model was trained on other rows than there are now"
+        record = read_done(store, folder)
+        if record and not faults and not is_current(record["inputs"], read()):
+            yield name, "is stale: the model was made from other data than there is now"
     except ShardError:
-        return  # the record is reported above; verifying the rows reports their manifest
+        return  # the record is reported above; verifying the inputs reports theirs

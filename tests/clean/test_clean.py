@@ -249,3 +249,13 @@ def test_items_of_object_storage_are_listed_with_their_age_and_removed(s3_root, 
     assert store.sizes(f"aligned/{gone}") == store.walk(f"aligned/{gone}").sizes == {}
     assert not list(list_stored(store, lambda name: name == f"aligned/{kept}"))
     assert store.walk(f"aligned/{kept}").sizes == local.walk(f"aligned/{kept}").sizes
+
+
+def test_a_corrupt_record_that_decides_which_folders_are_used_ends_it_before_any_removal(recipe):
+    folder = layout_of(recipe).aligned["neox"].folder
+    (record,) = Path(recipe).with_name("storage").glob(f"{folder}/records-*.parquet")
+    record.write_bytes(record.read_bytes()[:-1])
+    before = snapshot(recipe)
+    with pytest.raises(ShardError, match=rf"{record.name} is not .*; run `rayfuse verify --repair`"):
+        clean(recipe)
+    assert snapshot(recipe) == before

@@ -148,3 +148,32 @@ def test_a_merge_that_is_lost_is_made_again_with_the_same_bytes(run: Run, merged
     assert run.merge(quiet=True) == merged
     assert file.read_bytes() == content
     assert record.is_file()
+
+
+def test_verify_finds_and_repairs_what_is_damaged(run: Run, merged: dict[str, Any]):
+    root, models = Path(run.recipe.storage), merged["models"]
+    intact = run.verify(quiet=True)["data_sets"]
+    labels = {"train fused-neox", "train fused-gpt2", "scores of merges"}
+    labels |= {f"model merged-{method}" for method in METHODS}
+    assert labels <= intact.keys()
+    assert not any(found["corrupt"] for found in intact.values())
+    plan = make_plan(run)
+    damaged = {
+        "model merged-ties": Path(models["merged-ties"]["folder"], "model.safetensors"),
+        "train fused-gpt2": Path(models["fused-gpt2"]["folder"]).parent / "done.json",
+        "scores of merges": root / plan.layout.evaluation.scores["merged-sce"],
+    }
+    folders = [values["folder"] for values in models.values() if values["folder"]]
+    weights = [Path(folder, "model.safetensors") for folder in folders]
+    content = {file: file.read_bytes() for file in weights}
+    for file in damaged.values():
+        data = file.read_bytes()
+        file.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    found = run.verify(quiet=True)["data_sets"]
+    for label, file in damaged.items():
+        name = str(file.relative_to(root))
+        assert [fault["file"] for fault in found[label]["corrupt"]] == [name], label
+    run.verify(quiet=True, repair=True)
+    assert not any(each["corrupt"] for each in run.verify(quiet=True)["data_sets"].values())
+    assert {file: file.read_bytes() for file in weights} == content
+    assert run.merge(quiet=True) == merged
