@@ -130,6 +130,16 @@ MISTAKES = {
         "source a has backend vllm, which makes no draws, but capture.signal is sampled",
         arguments=("sources.a.backend=vllm", "capture.signal=sampled"),
     ),
+    "a source on GPUs without bfloat16": Mistake(
+        "sources.a.accelerator_type is T4, which does not compute in bfloat16, the default of "
+        "models on GPUs; set sources.a.dtype=float16, or another accelerator_type",
+        arguments=("sources.a.accelerator_type=T4",),
+    ),
+    "training on GPUs without bfloat16": Mistake(
+        "train.accelerator_type is T4, which does not compute in bfloat16, the default of models "
+        "on GPUs; set target.dtype=float32, or another accelerator_type",
+        arguments=("train.accelerator_type=T4",),
+    ),
     "more actors at first than at most": Mistake(
         "max_actors 1 is below min_actors 2; raise it",
         arguments=("sources.a.min_actors=2", "sources.a.max_actors=1"),

@@ -165,6 +165,21 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _check_bfloat16(self) -> "Recipe":
+        places = [(f"sources.{each.name}", each.accelerator_type, each) for each in self.sources]
+        places.append(("train", self.train.accelerator_type, self.target))
+        for place, name, model in places:
+            kind = self.plan.gpus.get(name or "")
+            if kind is None or kind.has_bfloat16 or model.dtype not in ("auto", "bfloat16"):
+                continue
+            remedy = f"{place}.dtype=float16" if place != "train" else "target.dtype=float32"
+            raise ValueError(
+                f"{place}.accelerator_type is {name}, which does not compute in bfloat16, the "
+                f"default of models on GPUs; set {remedy}, or another accelerator_type"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_sequence(self) -> "Recipe":
         tokens = self.train.sequence_tokens
         if tokens is not None and tokens < self.corpus.max_tokens:

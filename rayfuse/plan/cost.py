@@ -169,12 +169,6 @@ def list_warnings(
                 f"source {source.name} may have {source.max_actors} actors for "
                 f"{inputs.corpus.shards} shards: lower corpus.shard_tokens, or max_actors"
             )
-        kind = recipe.plan.gpus.get(source.accelerator_type or "")
-        if kind is not None and not kind.has_bfloat16 and source.dtype in ("auto", "bfloat16"):
-            yield (
-                f"source {source.name} has accelerator_type {source.accelerator_type}, which has "
-                f"no bfloat16: set sources.{source.name}.dtype=float16"
-            )
     yield from _warn_of_text(inputs)
     yield from _warn_of_training(inputs)
     if recipe.evaluate.tasks is not None:

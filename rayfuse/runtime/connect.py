@@ -1,5 +1,6 @@
 """Join a Ray cluster, or start one on this machine."""
 
+import errno
 import logging
 import os
 import signal
@@ -25,6 +26,11 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 ADDRESS_ERRORS = ("Invalid address format", "Failed to connect to GCS")
 """Beginnings of Ray's error messages about a wrong address."""
+
+VERSION_ERROR = "Version mismatch: "
+"""Begins Ray's error message about other versions of Ray or Python in the cluster."""
+
+FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 RETRY_ADVICE = "\nFailed to apply UDF transform after "
 """Begins what Ray Data appends to the message of a task's error, once for each task."""
@@ -87,6 +93,12 @@ def _join(init: Callable[..., Any], address: str, options: dict[str, Any]) -> No
         _wait_for_port(address)
         init(**options)
     except (OSError, OverflowError, ValueError, RuntimeError) as error:
+        if str(error).startswith(VERSION_ERROR):
+            found = " ".join(str(error).removeprefix(VERSION_ERROR).split())
+            raise ClusterError(
+                f"RAY_ADDRESS is {address!r}, a cluster with other versions ({found}); install the "
+                "cluster's versions here, or run the command there with `ray job submit`"
+            ) from error
         may_be_unrelated = isinstance(error, ValueError | RuntimeError)
         if may_be_unrelated and not str(error).startswith(ADDRESS_ERRORS):
             raise
@@ -140,8 +152,17 @@ def find_root_cause(error: BaseException) -> BaseException:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return an error's message without the advice on retries that Ray Data appends to it."""
-    return str(error).partition(RETRY_ADVICE)[0]
+    """Return an error's message without the advice on retries that Ray Data appends to it.
+
+    The message of a full disk gets its remedy.
+    """
+    message = str(error).partition(RETRY_ADVICE)[0]
+    return f"{message}; free space there, then resume" if is_disk_full(error) else message
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Check whether an error is that of a disk without space, or of a used-up quota."""
+    return isinstance(error, OSError) and error.errno in FULL_DISK_ERRNOS
 
 
 def _quiet_ray_data() -> None:

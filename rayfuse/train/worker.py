@@ -1,6 +1,5 @@
 """What each Ray Train worker does: load, resume from the newest checkpoint, train, publish."""
 
-import errno
 import tempfile
 import time
 import uuid
@@ -22,6 +21,7 @@ from rayfuse.models.files import load_recipe_tokenizer
 from rayfuse.models.folder import copy_tokenizer, list_files
 from rayfuse.models.out_of_memory import is_out_of_memory
 from rayfuse.run.made_models import DONE_FILE
+from rayfuse.runtime.connect import is_disk_full
 from rayfuse.runtime.logging import log_event
 from rayfuse.runtime.scratch import name_scratch
 from rayfuse.runtime.worker_setup import return_to_folder
@@ -49,7 +49,6 @@ from rayfuse.train.trackers import Trackers
 from rayfuse.train.validation import choose_validation_rows
 
 NON_RETRYABLE_ERRORS = (ShardError, StorageUnavailableError, FloatingPointError, ValueError)
-FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run_worker(config: dict[str, Any]) -> None:
@@ -94,8 +93,7 @@ def join_group(task: WorkerTask) -> ProcessGroup:
 
 def _is_non_retryable(error: Exception) -> bool:
     """Decide whether a retry would raise the same error."""
-    is_full = isinstance(error, OSError) and error.errno in FULL_DISK_ERRNOS
-    return is_full or isinstance(error, NON_RETRYABLE_ERRORS)
+    return is_disk_full(error) or isinstance(error, NON_RETRYABLE_ERRORS)
 
 
 class Trainer:

@@ -256,6 +256,8 @@ def test_a_corrupt_record_that_decides_which_folders_are_used_ends_it_before_any
     (record,) = Path(recipe).with_name("storage").glob(f"{folder}/records-*.parquet")
     record.write_bytes(record.read_bytes()[:-1])
     before = snapshot(recipe)
-    with pytest.raises(ShardError, match=rf"{record.name} is not .*; run `rayfuse verify --repair`"):
+    with pytest.raises(
+        ShardError, match=rf"{record.name} is not .*; run `rayfuse verify --repair`"
+    ):
         clean(recipe)
     assert snapshot(recipe) == before

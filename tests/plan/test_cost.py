@@ -127,8 +127,10 @@ def test_a_size_alone_has_the_shape_of_a_llama():
 @pytest.mark.parametrize(
     ("overrides", "warning"),
     [
-        (["sources.mpt.accelerator_type=T4"], "more than a T4 has; kinds that fit: L4, A10G"),
-        (["sources.mpt.accelerator_type=T4"], "T4, which has no bfloat16: set sources.mpt.dtype"),
+        (
+            ["sources.mpt.accelerator_type=T4", "sources.mpt.dtype=float16"],
+            "more than a T4 has; kinds that fit: L4, A10G",
+        ),
         (["sources.mpt.accelerator_type=B9"], "accelerator_type B9, which is not in plan.gpus"),
         (["plan.models.mpt.parameters=2e11"], "capture mpt needs .* more than any kind of GPU"),
         (["plan.models.target.parameters=1e11"], "train fused needs .* raise train.num_workers"),

@@ -1,10 +1,11 @@
-"""Which warnings of Ray Data reach the user."""
+"""Which warnings of Ray Data reach the user, and what errors say."""
 
 import logging
+from pathlib import Path
 
 import pytest
 
-from rayfuse.runtime.connect import _quiet_ray_data, describe_error
+from rayfuse.runtime.connect import ClusterError, _join, _quiet_ray_data, describe_error
 
 OPERATORS = "ray.data._internal.execution.operators.map_operator"
 
@@ -55,6 +56,31 @@ def test_an_error_is_described_without_the_advice_of_ray_data():
     with pytest.raises(ValueError, match="DataContext") as raised:
         list(iterate_with_retry(fail, "apply UDF transform", max_attempts=1))
     assert describe_error(raised.value) == "capture.top_k is 9\nuse 8"
+
+
+def test_the_error_of_a_full_disk_has_its_remedy():
+    with pytest.raises(OSError) as raised, open("/dev/full", "wb", buffering=0) as file:
+        file.write(b"x")
+    assert describe_error(raised.value).endswith(
+        "No space left on device; free space there, then resume"
+    )
+    with pytest.raises(OSError) as raised:
+        Path("/dev/null/x").read_bytes()
+    assert describe_error(raised.value) == str(raised.value)
+
+
+def test_a_cluster_of_other_versions_is_named_with_both():
+    from ray._private.utils import check_version_info
+
+    def join(**_: object) -> None:
+        check_version_info({"ray_version": "2.1.0", "python_version": "3.10.4"}, "10.0.0.2:1")
+
+    with pytest.raises(ClusterError) as raised:
+        _join(join, "auto", {})
+    message = str(raised.value)
+    assert "RAY_ADDRESS is 'auto', a cluster with other versions (" in message
+    assert "started with: Ray: 2.1.0 Python: 3.10.4 This process on 10.0.0.2:1" in message
+    assert message.endswith("or run the command there with `ray job submit`")
 
 
 def test_the_warning_of_many_worker_processes_is_dropped_and_other_messages_stay(capsys):

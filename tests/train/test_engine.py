@@ -87,6 +87,21 @@ def test_every_setting_of_adamw_and_its_schedule_reaches_the_engine(process_grou
     assert rates == pytest.approx([1.5e-3, 3e-3, *falling])
 
 
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_training_compiles_nothing_also_with_offload(
+    zero_stage, process_group, tmp_path, monkeypatch
+):
+    """Images of nodes seldom have a compiler, by which DeepSpeed builds its own operators."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    for name in ("CC", "CXX", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    settings = TrainSettings(zero_stage=zero_stage, offload=zero_stage > 0)
+    seen = train(start_engine(settings), settings, 3)
+    assert len(seen) == 3
+    assert not (tmp_path / "extensions").exists()
+
+
 def test_lambda_and_temperature_follow_their_ramps(process_group):
     settings = TrainSettings.model_validate(
         {"lambda": {"start": 0.9, "end": 0.1}, "temperature": {"start": 1, "end": 3}}
