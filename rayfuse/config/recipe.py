@@ -166,7 +166,9 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _check_bfloat16(self) -> "Recipe":
-        places = [(f"sources.{each.name}", each.accelerator_type, each) for each in self.sources]
+        places: list[tuple[str, str | None, ModelSettings]] = [
+            (f"sources.{model.name}", model.accelerator_type, model) for model in self.sources
+        ]
         places.append(("train", self.train.accelerator_type, self.target))
         for place, name, model in places:
             kind = self.plan.gpus.get(name or "")
