@@ -29,6 +29,7 @@ TITLES = {
     "copy": "the target's own copy alone",
     "distilled": "one source alone",
     "defaults": "rayfuse's defaults before this study",
+    "proposed": "what other defaults would give",
     "fusellm": "FuseLLM's published rule",
     "sum_kl": "sum of all sources' KL",
     "sum_kl_copy": "sum of all sources' KL and the copy's, at the best settings of fusion",

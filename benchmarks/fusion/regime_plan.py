@@ -54,6 +54,7 @@ def plan_regime(name: str, seed: int) -> dict[str, Role]:
         "copy": _plan_copy(planner, grid, is_wide=is_wide),
         "distilled": _plan_distilled(planner, grid, is_wide=is_wide),
         "defaults": _plan_defaults(planner, grid),
+        "proposed": _plan_proposed(planner, grid),
         "fusellm": _plan_fusellm(planner, grid, is_wide=is_wide),
         **_plan_sums(planner, grid, is_wide=is_wide),
         "uld": _plan_rivals(planner, grid),
@@ -308,6 +309,20 @@ def _plan_defaults(planner: Planner, grid: Grid) -> Role:
             [(1, RATE), (_few_epochs(grid), RATE), (_few_epochs(grid), RATE / 4)]
             + [(epochs, RATE) for epochs in _more_epochs(grid)]
         )
+    }
+
+
+def _plan_proposed(planner: Planner, grid: Grid) -> Role:
+    """Plan what other defaults would give: without a copy, at the best rate of most regimes."""
+    epochs = min(4, max(grid.epochs, *grid.clm_epochs))
+    tried = [(BASE, 0.3), (BASE, 0.5), (BASE, 0.7), (BASE | TOP_16, 0.5)]
+    return {
+        f"fixed_share, {base['align']['record']}, lambda {weight:g}, {epochs} epochs": (
+            planner.train(
+                "proposed", planner.sources, epochs=epochs, **base | {"clm_weight": weight}
+            )
+        )
+        for base, weight in tried
     }
 
 

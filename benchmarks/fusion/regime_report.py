@@ -23,8 +23,8 @@ from benchmarks.fusion.text import HALVES
 from benchmarks.fusion.units import Unit
 from rayfuse.evaluate.scores import ALL
 
-BRACKETS = ("full", "trials")
-"""Roles that explain a method, and are no choice: they are trained for the first seed alone."""
+BRACKETS = ("full", "trials", "proposed")
+"""Roles that explain a method or a default: they are trained for the first seed alone."""
 
 SHARED = ("target", "best_source", "ensemble_mean", "ensemble_filter")
 """Roles of models that several regimes have: alone they do not make a regime."""
