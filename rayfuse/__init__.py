@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rayfuse.interop.batch import collate
     from rayfuse.interop.dataset import RowDataset, open_dataset
     from rayfuse.interop.loss import fusion_loss
+    from rayfuse.plan.starter import write_recipe
     from rayfuse.status import migrate_storage
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "migrate_storage",
     "open_dataset",
     "open_run",
+    "write_recipe",
 ]
 
 MODULES = {
@@ -46,6 +48,7 @@ MODULES = {
     "migrate_storage": "rayfuse.status",
     "open_dataset": "rayfuse.interop.dataset",
     "open_run": "rayfuse.api",
+    "write_recipe": "rayfuse.plan.starter",
 }
 """Where each name is. No name is a submodule's: importing that would replace it."""
 

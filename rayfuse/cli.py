@@ -29,6 +29,7 @@ from rayfuse.runtime.command import (
     print_error,
     shut_down,
 )
+from rayfuse.runtime.command_group import MAX_WIDTH, CommandGroup
 from rayfuse.runtime.native_log import NATIVE_LOG
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="rayfuse",
     help="Fuse several LLMs into one, on a Ray cluster.",
+    cls=CommandGroup,
+    context_settings={"max_content_width": MAX_WIDTH},
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -108,7 +110,7 @@ def run(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run all stages: complete ones are skipped, incomplete ones resume.
+    """Run all stages: skip complete ones, resume incomplete ones.
 
     At a limit it stops between shards or at a checkpoint, with exit code 3; to resume, run it
     again.
@@ -123,13 +125,13 @@ def run(
 
 @app.command()
 def corpus(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Read documents and split them into rows that fit every tokenizer."""
+    """Split documents into rows that fit every tokenizer."""
     _run_stages(recipe, overrides, "corpus", as_json)
 
 
 @app.command()
 def capture(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Run every source LLM over the corpus, and align each shard as soon as it is captured."""
+    """Run every source LLM over the corpus. Each shard is aligned as soon as it is captured."""
     _run_stages(recipe, overrides, "capture", as_json)
 
 
@@ -141,7 +143,7 @@ def align(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fal
 
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Train the target on the fused rows, and on the same rows without fusion as the baseline."""
+    """Train the target on the fused rows. Also on the same rows without fusion, as the baseline."""
     _run_stages(recipe, overrides, "train", as_json)
 
 
@@ -159,7 +161,7 @@ def report(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fa
 
 @app.command()
 def merge(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Fuse the target with each source alone, merge the results, and choose the best model.
+    """Fuse the target with each source alone, and merge the results. The best is chosen.
 
     It starts from captured and aligned rows; what is complete is skipped.
     """
@@ -198,7 +200,7 @@ def watch(
         bool, typer.Option("--no-browser", help="Only print the page's address.")
     ] = False,
 ) -> None:
-    """Show a run's progress on a local web page that updates by itself; needs no cluster."""
+    """Show a run's progress on a local web page. It updates by itself; needs no cluster."""
     with command_output(as_json=False) as output, suppress(Interrupt):
         run = _load_run(recipe, overrides, output)
         run.watch(port=port, open_browser=not no_browser)
@@ -219,7 +221,7 @@ def plan(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Estimate tokens, bytes, requests, GPU-hours and dollars before any GPU is requested."""
+    """Estimate bytes, GPU-hours and dollars. Nothing is started, and no GPU requested."""
     with command_output(as_json) as output:
         given = [] if tokens is None else [f"plan.tokens={tokens!r}"]
         if recipe is not None and example is None:
@@ -271,7 +273,7 @@ def import_(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Describe another tool's store of distributions, and write its texts as documents."""
+    """Read another tool's store. Writes its texts as documents, and prints the settings."""
     with command_output(as_json) as output:
         output.values |= rayfuse.import_store(
             store, documents, model, revision=revision, aligned=aligned, console=output.console
@@ -293,7 +295,7 @@ def push(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Publish the fused model on a hub; without --upload, list files, bytes and the model card."""
+    """Publish the fused model on a hub. Without --upload: files, bytes and the model card."""
     with command_output(as_json) as output:
         values = _load_run(recipe, overrides, output).push(
             repository, upload=upload, public=public, gguf=gguf
@@ -314,7 +316,7 @@ def clean(
     ] = 1.0,
     as_json: AsJson = False,
 ) -> None:
-    """List what no recipe uses, with bytes and cost; needs no cluster. --delete removes it."""
+    """List what no recipe uses, with bytes and cost. --delete removes it; needs no cluster."""
     with command_output(as_json) as output:
         from rayfuse import api
 
@@ -328,7 +330,7 @@ def migrate(
     storage: Annotated[str, typer.Argument(help="A run's storage: a folder or a URI.")],
     as_json: AsJson = False,
 ) -> None:
-    """Migrate storage of an earlier version of rayfuse; run it again to resume. Needs no GPU."""
+    """Migrate storage of an earlier version. Run it again to resume; needs no GPU."""
     with command_output(as_json) as output:
         from rayfuse.status import migrate_storage
 
@@ -345,7 +347,7 @@ def inspect(
     html: Annotated[Path | None, typer.Option(help="Write a picture of the alignment.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show how two tokenizers align: coverage, lost mass, the worst tokens."""
+    """Show how two tokenizers align. Coverage, lost mass, and the worst tokens."""
     with command_output(as_json) as output:
         from rayfuse.inspect.command import inspect_pairs, is_recipe, print_report
 
@@ -360,11 +362,12 @@ def inspect(
 
 
 @app.command()
-def init() -> None:
-    """Print a commented recipe to start from: `rayfuse init > my.yaml`."""
-    from rayfuse.config.template import read_template
-
-    print(read_template(), end="")
+def init(
+    target: Annotated[str | None, typer.Option(help="The model to train.")] = None,
+    source: Annotated[list[str] | None, typer.Option(help="A model to learn from; repeat.")] = None,
+) -> None:
+    """Print a commented recipe to start from. It has what the models' files state of them."""
+    print(rayfuse.write_recipe(target, source or ()), end="")
 
 
 @app.command()

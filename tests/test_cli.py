@@ -6,13 +6,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
 import yaml
 
-from rayfuse import pipeline
+from rayfuse import cli, pipeline
 from rayfuse.config.base import UserError
 from rayfuse.config.load import read_recipe
+from rayfuse.runtime.command_group import GROUPS
 from rayfuse.runtime.progress import report_nothing
 from tests.fakes import (
     byte_level_tokenizer,
@@ -75,6 +78,28 @@ def test_help_answers_in_half_a_second_without_torch_or_ray():
     for command in (*stages, "run", "demo", "plan", "doctor", "init"):
         assert command in done.stdout
     assert min(seconds) < 0.5
+
+
+def test_help_lists_every_command_once_in_a_group_on_one_line_of_80_characters():
+    names = [name for group in GROUPS.values() for name in group]
+    group: Any = typer.main.get_command(cli.app)
+    assert sorted(names) == sorted(group.commands)
+    sections = rayfuse("--help").stdout.split("Run:")[1]
+    assert [line.split()[0] for line in sections.splitlines() if line.startswith("  ")] == names
+    assert "..." not in sections
+
+
+def test_a_shell_completes_commands_and_options():
+    for words, expected in (("rayfuse ver", ["verify"]), ("rayfuse run --max-d", ["--max-dollars"])):
+        variables = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+        done = subprocess.run(
+            [str(Path(sys.executable).with_name("rayfuse"))],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | variables | {"_RAYFUSE_COMPLETE": "complete_bash"},
+        )
+        assert done.stdout.split() == expected
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
