@@ -90,7 +90,10 @@ def test_help_lists_every_command_once_in_a_group_on_one_line_of_80_characters()
 
 
 def test_a_shell_completes_commands_and_options():
-    for words, expected in (("rayfuse ver", ["verify"]), ("rayfuse run --max-d", ["--max-dollars"])):
+    for words, expected in (
+        ("rayfuse ver", ["verify"]),
+        ("rayfuse run --max-d", ["--max-dollars"]),
+    ):
         variables = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
         done = subprocess.run(
             [str(Path(sys.executable).with_name("rayfuse"))],
