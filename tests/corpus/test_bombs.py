@@ -244,6 +244,7 @@ ZIGZAG_2_62 = bytes([0xFF] * 8 + [0x7F])
         (b"\x18\x7fshort", "no valid footer"),
         (b"\x00", "no valid footer"),
     ],
+    ids=["endless list", "long list", "repeated field", "nested", "short", "empty"],
 )
 def test_a_hostile_footer_is_refused_at_once(footer, reason):
     with pytest.raises(ValueError, match=reason):

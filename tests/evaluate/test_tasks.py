@@ -345,14 +345,9 @@ def test_the_solutions_of_humaneval_pass_and_other_code_does_not(shared_data: Pa
         assert task.process_results(doc, [solution.replace("string", "1 + string")]) == {
             "pass_at_1": 0.0
         }
-
-
-def test_the_java_pair_class_is_available(shared_data: Path):
-    name = "local_multipl_e_java"
-    tasks = TasksSettings(names=(name,), folder=str(LOCAL), data=str(shared_data / "eval"))
-    task = open_task_manager(tasks).load([name])["tasks"][name]
+    task = manager.load(["local_multipl_e_java"])["tasks"]["local_multipl_e_java"]
     doc = next(doc for doc in task.eval_docs if "even_odd_palindrome" in doc["name"])
-    count = """
+    count = """ // by Java's class for pairs
         long odd = 0, even = 0;
         for (long i = 1; i <= n; i++) {
             String digits = Long.toString(i);

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import rayfuse
+from tests.chaos.runs import IS_LONG
 from tests.interop.other_trainers import train_own
 from tests.interop.reader_process import NUM_BATCHES, NUM_WORKERS, load
 from tests.stored_run import write_run
@@ -47,6 +48,9 @@ def seen(folder) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not IS_LONG, reason="minutes; in one process it always runs; RAYFUSE_LONG_CHAOS=1"
+)
 @pytest.mark.parametrize("name", TRAINERS)
 def test_losses_of_two_processes_are_those_of_our_own_trainer(name, seen, folder, process_group):
     pytest.importorskip(TRAINERS[name])
