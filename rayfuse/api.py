@@ -45,8 +45,8 @@ class Run:
     file: str | None = None
     """The recipe's file, for hints; None if it was given as values."""
     console: Console | None = field(default=None, repr=False)
-    """Where all methods print; without it only `execute` and `verify` print: to stderr, in a
-    notebook to the cell."""
+    """Where all methods print; without it only `execute`, `merge`, `verify` and `watch` print: to
+    stderr, in a notebook to the cell."""
 
     def __repr__(self) -> str:
         sources = ", ".join(source.name for source in self.recipe.sources)

@@ -70,7 +70,8 @@ def verify_recipe(
         file: The recipe's file, for hints.
 
     Raises:
-        UserError: The recipe cannot be used, or the store has another schema version.
+        UserError: The recipe or its section `merge` cannot be used, or the store has another schema
+            version.
     """
     segmentations = verify_segmentations(recipe)
     if repair:  # before the folders have names: a corrupt record of a segmentation hides them
@@ -90,7 +91,7 @@ def verify_recipe(
         stages = tuple(stage for stage in STAGES if stage in {*complete, *corrupt})
         if corrupt:
             run_recipe(recipe, stages, console, file=file)
-        if any(verified.corrupt for verified in merges.values()):
+        if merges and (corrupt or any(verified.corrupt for verified in merges.values())):
             merge_recipe(recipe, console, file=file)
     return {"data_sets": list_numbers(found | merges), "repaired": repair}
 

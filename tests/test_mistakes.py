@@ -135,6 +135,11 @@ MISTAKES = {
         "models on GPUs; set sources.a.dtype=float16, or another accelerator_type",
         arguments=("sources.a.accelerator_type=T4",),
     ),
+    "quantised weights on GPUs without bfloat16": Mistake(
+        "sources.a.accelerator_type is T4, which does not compute in bfloat16, as models of dtype "
+        "int4 do; set sources.a.dtype=float16, or another accelerator_type",
+        arguments=("sources.a.accelerator_type=T4", "sources.a.dtype=int4"),
+    ),
     "training on GPUs without bfloat16": Mistake(
         "train.accelerator_type is T4, which does not compute in bfloat16, the default of models "
         "on GPUs; set target.dtype=float32, or another accelerator_type",

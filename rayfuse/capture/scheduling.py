@@ -13,7 +13,7 @@ from rayfuse.config.models import SourceSettings
 from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.models.files import read_model_files
 from rayfuse.run.layout import Layout
-from rayfuse.runtime.memory import MEMORY
+from rayfuse.runtime.memory import MEMORY, NoRoomError
 from rayfuse.runtime.progress import Progress, ProgressEvent
 from rayfuse.runtime.resources import count_actor_gpus, count_reachable, reserve_memory
 from rayfuse.storage.dataset import DataSet
@@ -55,8 +55,8 @@ class SourceWork:
 
 def plan_work(
     recipe: Recipe, layout: Layout, progress: Progress, then: PlanStep
-) -> list[SourceWork]:
-    """Plan the capture of every source that is incomplete.
+) -> tuple[list[SourceWork], list[tuple[SourceSettings, NoRoomError]]]:
+    """Plan the capture of every source that is incomplete; list those without room on any node.
 
     Args:
         recipe: The run's recipe.
@@ -66,15 +66,20 @@ def plan_work(
 
     Raises:
         UserError: A source's backend is not installed, its recorded dtype is corrupt, or no node
-            has the memory of one of its actors.
+            has the memory of one of its actors and it is required.
     """
-    return size_pools(
-        [
-            _plan_source(recipe, layout, source, progress, then)
-            for source in recipe.sources
-            if not layout.captured[source.name].is_complete()
-        ]
-    )
+    work: list[SourceWork] = []
+    refused: list[tuple[SourceSettings, NoRoomError]] = []
+    for source in recipe.sources:
+        if layout.captured[source.name].is_complete():
+            continue
+        try:
+            work.append(_plan_source(recipe, layout, source, progress, then))
+        except NoRoomError as error:
+            if source.required:
+                raise
+            refused.append((source, error))
+    return size_pools(work), refused
 
 
 def _plan_source(
@@ -126,7 +131,7 @@ def _reserve_memory(
     """Decide how much host memory one actor requests.
 
     Raises:
-        UserError: No node has as much.
+        NoRoomError: No node has as much.
     """
     shard_tokens = max((commit.tokens for commit in layout.corpus.commits().values()), default=0)
     needed = estimate_actor_memory(source, settings, shard_tokens=shard_tokens, on_gpu=gpus > 0)

@@ -61,9 +61,9 @@ Outcome = tuple[SourceSettings | None, BaseException | None]
 
 SHARED_FAULTS = (
     *(StorageUnavailableError, AccessSettingsError, ShardError),
-    *(ConnectionError, RaySystemError),
+    *(OSError, RaySystemError),
 )
-"""Errors that every source may get."""
+"""Errors that every source may get: of the storage, of a disk and of the cluster's connection."""
 
 POLL_SECONDS = 1.0
 """Between two checks whether capture is to stop."""
@@ -113,7 +113,7 @@ def capture_sources(
     context = DataContext.get_current()
     context.max_consecutive_actor_init_deaths = MAX_CRASHES
     context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
-    work = plan_work(recipe, layout, progress, then)
+    work, refused = plan_work(recipe, layout, progress, then)
     control: Any = ray.remote(**on_driver_node())(CaptureControl).remote()
     job = uuid.uuid4().hex[:12]
     ended: SimpleQueue[Outcome] = SimpleQueue()
@@ -127,7 +127,7 @@ def capture_sources(
     except BaseException:  # an interrupt; in a notebook the process lives on, and the threads
         control.request_stop.remote()
         raise
-    _handle_errors(recipe, layout, outcomes)
+    _handle_errors(recipe, layout, [*refused, *outcomes])
 
 
 def _wait_for_sources(

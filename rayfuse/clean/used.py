@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from rayfuse.align.task import record_of_map
-from rayfuse.config.base import UserError
 from rayfuse.config.recipe import Recipe, dump_recipe
-from rayfuse.merge.plan import plan_merge
+from rayfuse.merge.plan import NothingToMergeError, plan_merge
 from rayfuse.run.layout import Layout
 from rayfuse.storage.store import Store
 
@@ -38,10 +37,14 @@ def list_used(recipe: Recipe, layout: Layout) -> set[str]:
 
 
 def _list_merge(recipe: Recipe, layout: Layout) -> set[str]:
-    """List what `rayfuse merge` makes; nothing for a recipe that it refuses."""
+    """List what `rayfuse merge` makes.
+
+    Raises:
+        UserError: A setting of `merge` does not fit, so that the folders have no names.
+    """
     try:
         return plan_merge(recipe, layout).list_items()
-    except UserError:
+    except NothingToMergeError:
         return set()
 
 

@@ -17,6 +17,8 @@ from rayfuse.config.base import Settings, later_setting, result_neutral
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "float8", "int8", "int4"]
 QUANTISED_DTYPES: tuple[DType, ...] = ("float8", "int8", "int4")
+OTHER_THAN_BFLOAT16: tuple[DType, ...] = ("float32", "float16")
+"""The dtypes whose models do not compute in bfloat16 on GPUs; those with quantised weights do."""
 BackendName = Literal["transformers", "vllm"]
 
 

@@ -17,7 +17,13 @@ from rayfuse.config.corpus import CorpusSettings
 from rayfuse.config.evaluate import EvaluateSettings
 from rayfuse.config.fuse import FuseSettings
 from rayfuse.config.merge import MergeSettings
-from rayfuse.config.models import BACKENDS, QUANTISED_DTYPES, ModelSettings, SourceSettings
+from rayfuse.config.models import (
+    BACKENDS,
+    OTHER_THAN_BFLOAT16,
+    QUANTISED_DTYPES,
+    ModelSettings,
+    SourceSettings,
+)
 from rayfuse.config.overrides import shorten
 from rayfuse.config.plan import PlanSettings
 from rayfuse.config.train import TrainSettings
@@ -172,12 +178,15 @@ class Recipe(Settings):
         places.append(("train", self.train.accelerator_type, self.target))
         for place, name, model in places:
             kind = self.plan.gpus.get(name or "")
-            if kind is None or kind.has_bfloat16 or model.dtype not in ("auto", "bfloat16"):
+            if kind is None or kind.has_bfloat16 or model.dtype in OTHER_THAN_BFLOAT16:
                 continue
+            reason = {"auto": "the default of models on GPUs", "bfloat16": "its dtype"}.get(
+                model.dtype, f"as models of dtype {model.dtype} do"
+            )
             remedy = f"{place}.dtype=float16" if place != "train" else "target.dtype=float32"
             raise ValueError(
-                f"{place}.accelerator_type is {name}, which does not compute in bfloat16, the "
-                f"default of models on GPUs; set {remedy}, or another accelerator_type"
+                f"{place}.accelerator_type is {name}, which does not compute in bfloat16, "
+                f"{reason}; set {remedy}, or another accelerator_type"
             )
         return self
 

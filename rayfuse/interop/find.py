@@ -120,10 +120,11 @@ def _is_part(recipe: Recipe, other: Recipe) -> bool:
     own, wider = _describe(recipe), _describe(other)
     if own == wider:
         return True
-    for described in (own, wider):
-        described["fuse"].pop("weights", None)
-        described["train"].pop("baseline", None)
     sources = own.pop("sources")
+    if len(sources) < len(wider["sources"]):  # then it has no weights for the others
+        for described in (own, wider):
+            described["fuse"].pop("weights", None)
+            described["train"].pop("baseline", None)
     return all(source in wider["sources"] for source in sources) and own == {
         name: value for name, value in wider.items() if name != "sources"
     }

@@ -21,6 +21,10 @@ from rayfuse.run.prepare import TARGET
 MIN_MODELS = 2
 
 
+class NothingToMergeError(UserError):
+    """A recipe has no two targets that could be merged, so that nothing is stored for it."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """The fusion of the target with one source."""
@@ -117,8 +121,9 @@ def plan_merge(recipe: Recipe, layout: Layout) -> MergePlan:
         layout: Its run.
 
     Raises:
-        UserError: There are fewer than two sources to fuse with, nothing is learned from them, the
-            target has an adapter, or a method does not fit, or no target has a weight.
+        NothingToMergeError: There are fewer than two sources to fuse with, nothing is learned from
+            them, or the target has an adapter.
+        UserError: A method does not fit, or no target has a weight.
         ShardError: A record is corrupt.
     """
     check_settings(recipe)
@@ -155,18 +160,18 @@ def check_settings(recipe: Recipe) -> None:
     """Check that a recipe can be merged, without reading any record.
 
     Raises:
-        UserError: There are fewer than two sources to fuse with, nothing is learned from them, or
-            the target has an adapter.
+        NothingToMergeError: There are fewer than two sources to fuse with, nothing is learned from
+            them, or the target has an adapter.
     """
     weights = recipe.fuse.weights
     _check_sources([s.name for s in recipe.sources if weights.get(s.name, 1.0) > 0], ())
     if not recipe.train.is_fused:
-        raise UserError(
+        raise NothingToMergeError(
             "train.lambda is 1, so that all targets learn from the text alone and are the same; "
             "set it below 1"
         )
     if recipe.target.adapter is not None:
-        raise UserError(
+        raise NothingToMergeError(
             f"target.adapter is {recipe.target.adapter!r}, which is not in the target's weight "
             "files; merge it into them (merge_and_unload of peft), and name that folder as "
             "target.model"
@@ -177,12 +182,12 @@ def _check_sources(active: list[str], noise: tuple[str, ...]) -> None:
     """Check that there are targets to merge.
 
     Raises:
-        UserError: There is one at most.
+        NothingToMergeError: There is one at most.
     """
     if len(active) >= MIN_MODELS:
         return
     skipped = f" ({', '.join(noise)}: skipped as noise, see fuse.skip_noise)" if noise else ""
-    raise UserError(
+    raise NothingToMergeError(
         f"rayfuse merge needs {MIN_MODELS} sources or more, to fuse the target with each, but the "
         f"recipe has {len(active)}{skipped}: {', '.join(active) or 'none'}; add sources, or set "
         "their fuse.weights above 0"

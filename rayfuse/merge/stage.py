@@ -16,7 +16,7 @@ from rayfuse.merge.streamed import merge_folders
 from rayfuse.models.folder import PLAIN_FILES, find_folder
 from rayfuse.models.host_memory import estimate_merge_memory
 from rayfuse.run.layout import describe_model
-from rayfuse.run.made_models import store_model
+from rayfuse.run.made_models import is_made, store_model
 from rayfuse.runtime.progress import Progress, ProgressEvent
 from rayfuse.runtime.resources import TASK_RETRIES, memory_options, reserve_memory
 from rayfuse.runtime.scratch import scratch_folder
@@ -98,7 +98,12 @@ def _plan_job(plan: MergePlan, name: str) -> MergeJob:
 
 
 def write_merge(job: MergeJob) -> None:
-    """Merge models, and store the result with its record last; a Ray task."""
+    """Merge models, and store the result with its record last; a Ray task.
+
+    Where another job has stored the same merge meanwhile, nothing is written.
+    """
+    if is_made(job.store, job.folder, job.inputs):
+        return
     pivot = find_folder(job.target.model, job.target.revision, ("*.safetensors", *PLAIN_FILES))
     with ExitStack() as stack:
         folders = {

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from rayfuse.config.base import UserError
 from rayfuse.config.recipe import Recipe
 from rayfuse.evaluate.results import find_corrupt_results
-from rayfuse.merge.plan import MergePlan, plan_merge
+from rayfuse.merge.plan import MergePlan, NothingToMergeError, plan_merge
 from rayfuse.run.layout import Layout
 from rayfuse.run.made_models import DONE_FILE, find_faults, find_faults_of_model
 from rayfuse.storage.seal import ShardError, unseal
@@ -16,16 +15,19 @@ from rayfuse.storage.verify import CorruptFile, Verified
 def verify_merges(recipe: Recipe, layout: Layout) -> dict[str, Verified]:
     """Read and check all that `rayfuse merge` has stored; return the results by label.
 
-    Nothing where it was never run, or refuses the recipe; nor where a record of aligned rows is
+    Nothing where it was never run, or has nothing to merge; nor where a record of aligned rows is
     corrupt, which decides the names: verifying the rows reports that.
 
     Args:
         recipe: The recipe, without the sources that have failed.
         layout: Its run.
+
+    Raises:
+        UserError: A setting of `merge` does not fit the sources.
     """
     try:
         plan = plan_merge(recipe, layout)
-    except (UserError, ShardError):
+    except (NothingToMergeError, ShardError):
         return {}
     store = layout.store
     checks = {f"train {pair.run.name}": find_faults(pair.layout, pair.run) for pair in plan.pairs}

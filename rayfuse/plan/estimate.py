@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from rayfuse.config.align import METHODS
-from rayfuse.config.models import BACKENDS, SourceSettings
+from rayfuse.config.models import BACKENDS, OTHER_THAN_BFLOAT16, SourceSettings
 from rayfuse.config.plan import PlanSettings
 from rayfuse.config.recipe import Recipe
 from rayfuse.config.train import TrainSettings
@@ -148,7 +148,7 @@ def _plan_capture(inputs: PlanInputs, model: PlannedModel, source: SourceSetting
             gpus=1.0 if source.gpus is None else source.gpus,
             actors=source.max_actors or source.min_actors,
             accelerator_type=source.accelerator_type,
-            needs_bfloat16=source.dtype in ("auto", "bfloat16"),
+            needs_bfloat16=source.dtype not in OTHER_THAN_BFLOAT16,
             takes_turns=not BACKENDS[source.backend].computes_in_parallel,
         ),
     )

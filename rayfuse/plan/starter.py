@@ -25,14 +25,12 @@ GPU = "H100"
 
 GPU_BYTES = GPU_KINDS[GPU]["memory_gib"] * GIB
 
-WORKER_COUNTS = (1, 2, 4, 8, 16, 32, 64)
-
-BATCH_TOKENS = 16_384
-"""As in the template."""
+WORKER_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 MAX_TOKENS = re.compile(r"(?<=  max_tokens: )\d+")
 TARGET = re.compile(r"(?<=^target:)(.*?\n  model: )[^\n]*", re.M | re.S)
 WORKERS = re.compile(r"(?<=  num_workers: )\d+")
+ZERO_STAGE = re.compile(r"# zero_stage: \d")
 SOURCES = re.compile(r"(?<=^sources:)([^\n]*\n).*?(?=\n\n)", re.M | re.S)
 
 
@@ -61,9 +59,10 @@ class ModelFacts:
 
     def count_gpus(self) -> int:
         """Count the GPUs of type `GPU` that hold the model and a forward pass: a power of two."""
-        plan = PlanSettings()
-        chunk = CaptureSettings().chunk_positions
-        needed = forward_memory(self.size, BATCH_TOKENS, chunk, plan)
+        capture = CaptureSettings()
+        needed = forward_memory(
+            self.size, capture.batch_tokens, capture.chunk_positions, PlanSettings()
+        )
         return 2 ** max(0, math.ceil(math.log2(needed / GPU_BYTES)))
 
 
@@ -87,7 +86,7 @@ def write_recipe(target: str | None = None, sources: Sequence[str] = ()) -> str:
         own = facts["--target"]
         line = f"{_quote(own.model)}  # {own.describe(is_source=False)}"
         text = TARGET.sub(lambda found: found[1] + line, text)
-        text = WORKERS.sub(str(_count_workers(own.size, text)), text)
+        text = _fill_in_workers(own.size, text)
     if sources:
         names = _choose_names(sources, target)
         blocks = [
@@ -98,14 +97,22 @@ def write_recipe(target: str | None = None, sources: Sequence[str] = ()) -> str:
     return text
 
 
-def _count_workers(size: ModelSize, text: str) -> int:
-    """Count the workers, of one GPU of type `GPU` each, that hold a training: a power of two."""
+def _fill_in_workers(size: ModelSize, text: str) -> str:
+    """Fill in the smallest number of workers that hold a training, each with one GPU.
+
+    It is a power of two. Where no number holds all of the weights per worker, ZeRO 3 divides them.
+    """
     recipe = Recipe.model_validate(yaml.safe_load(text))
-    for workers in WORKER_COUNTS:
-        train = recipe.train.model_copy(update={"num_workers": workers})
-        if train_memory(size, recipe.model_copy(update={"train": train})) <= GPU_BYTES:
-            return workers
-    return recipe.train.num_workers
+    default = recipe.train.zero_stage
+    for stage in (default, 3):
+        for workers in WORKER_COUNTS:
+            changes = {"num_workers": workers, "zero_stage": stage}
+            train = recipe.train.model_copy(update=changes)
+            if train_memory(size, recipe.model_copy(update={"train": train})) <= GPU_BYTES:
+                text = WORKERS.sub(str(workers), text)
+                return text if stage == default else ZERO_STAGE.sub(f"zero_stage: {stage}", text)
+    note = f"  # {WORKER_COUNTS[-1]} of one {GPU} each do not hold the target: see train.lora"
+    return WORKERS.sub(lambda found: found[0] + note, text)
 
 
 def _list_models(target: str | None, sources: Sequence[str]) -> list[tuple[str, str]]:

@@ -41,6 +41,10 @@ def _list_amounts(needs: dict[str, float], kinds: Sequence[NodeKind]) -> Iterato
             yield kind.resources.get(MEMORY, 0.0)
 
 
+class NoRoomError(UserError):
+    """No node has the memory that an actor needs."""
+
+
 def check_room(num_bytes: float, room: float, setting: str) -> None:
     """Check that a node can reserve the memory of an actor.
 
@@ -50,10 +54,10 @@ def check_room(num_bytes: float, room: float, setting: str) -> None:
         setting: The setting that gives the actor's memory, such as `sources.a.memory_gib`.
 
     Raises:
-        UserError: No node can.
+        NoRoomError: No node can.
     """
     if num_bytes > room:
-        raise UserError(
+        raise NoRoomError(
             f"{setting} is {num_bytes / GIB:.1f}, the host memory of one actor in GiB, more than "
             f"the {room / GIB:.1f} that the largest fitting node can reserve; add a larger node, "
             f"lower capture.chunk_positions or batch_tokens, or set {setting} if it needs less "

@@ -121,7 +121,7 @@ def reserve_memory(
         setting: The setting to name if no node has as much; None to request what the largest has.
 
     Raises:
-        UserError: No node has as much.
+        NoRoomError: No node has as much.
     """
     has_autoscaler, addable = _read_autoscaler_once(ray.get_runtime_context().gcs_address)
     if accelerator_type is not None:

@@ -28,7 +28,6 @@ LOGIN_REMEDY = "log in again, with `aws sso login`"
 ACCESS_REMEDIES = {
     "NoCredentialsError": CREDENTIALS_REMEDY,
     "PartialCredentialsError": CREDENTIALS_REMEDY,
-    "CredentialRetrievalError": CREDENTIALS_REMEDY,
     "ProfileNotFound": "set AWS_PROFILE to a profile of ~/.aws/config, or unset it",
     "NoRegionError": "set AWS_REGION",
     "SSOTokenLoadError": LOGIN_REMEDY,
@@ -36,6 +35,9 @@ ACCESS_REMEDIES = {
     "TokenRetrievalError": LOGIN_REMEDY,
 }
 """By name, botocore's errors of missing settings: a retry cannot resolve them, but a user can."""
+
+CREDENTIAL_SERVICE_ERRORS = ("CredentialRetrievalError",)
+"""Errors of the service that gives credentials, which may answer later."""
 
 FINAL_ERRORS = (
     *("FileNotFoundError", "FileExistsError", "PermissionError", "IsADirectoryError"),
@@ -160,8 +162,9 @@ def _has_expired(error: BaseException) -> bool:
 
 
 def _unavailable(store: Connection, waited: float, error: Exception) -> StorageUnavailableError:
+    remedy = CREDENTIALS_REMEDY if type(error).__name__ in CREDENTIAL_SERVICE_ERRORS else ""
     return StorageUnavailableError(
         f"storage {store.root} has failed for {waited:.0f} s, the last error is "
         f"{type(error).__name__}: {error}; committed work is kept: run the same command again "
-        "once the storage is back"
+        f"once the storage is back{remedy and f', or {remedy}'}"
     )

@@ -202,7 +202,7 @@ def test_fault_19_the_rejects_of_earlier_jobs_count(models, folder, ray_cluster)
         rejected += len(names)
         rejects = [Reject(name, NOT_FINITE) for name in names]
         captured.write_shard(shard, rows, tokens=1, rejects=rejects)
-    (work,) = plan_work(recipe, layout, report_nothing, plan_align_step)
+    (work,), _ = plan_work(recipe, layout, report_nothing, plan_align_step)
     assert work.shards == [0]
     assert work.rejects_before == rejected > 1
     done = (manifest.num_shards - 1) / manifest.num_shards

@@ -20,8 +20,9 @@ from rayfuse.capture.shard import ShardStats
 from rayfuse.capture.stats import StatsAccumulator, to_line
 from rayfuse.config.base import UserError
 from rayfuse.config.load import parse_recipe
-from rayfuse.config.recipe import Recipe
+from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.pipeline import prepare_run, run_stages
+from rayfuse.runtime.memory import NoRoomError
 from rayfuse.runtime.progress import report_nothing
 from rayfuse.runtime.resources import on_driver_node
 from rayfuse.storage.seal import SEAL
@@ -103,12 +104,19 @@ def test_a_capture_writes_metrics_jsonl_and_rays_metrics(tmp_path, ray_cluster):
     run_stages(recipe, layout, ("corpus",), report_nothing, lambda _: None)
     total = ray.cluster_resources()["memory"]
     recipe = set_memory(recipe, "two", 0.3 * total / 2**30)
-    one, two = plan_work(recipe, layout, report_nothing, plan_align_step)
+    (one, two), refused = plan_work(recipe, layout, report_nothing, plan_align_step)
+    assert refused == []
     assert two.memory_bytes == pytest.approx(0.3 * total)
     assert 2**29 < one.memory_bytes < 2**30  # of a tiny model: what a process takes
     too_much = set_memory(recipe, "two", 2 * total / 2**30)
     with pytest.raises(UserError, match=r"sources.two.memory_gib is .*add a larger node, lower"):
         plan_work(too_much, layout, report_nothing, plan_align_step)
+    values = dump_recipe(too_much)
+    values["sources"][1]["required"] = False
+    (work,), refused = plan_work(parse_recipe(values), layout, report_nothing, plan_align_step)
+    assert work.source.name == "one"
+    ((source, error),) = refused
+    assert (source.name, type(error)) == ("two", NoRoomError)
     assert (one.max_actors, one.settings.batch_tokens) == (3, 256)
     assert 1 <= two.max_actors <= ray.cluster_resources()["CPU"]
     actor = ray.remote(CaptureActor).remote(

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, get_worker_info
 import rayfuse
 from rayfuse.config.recipe import Recipe
 from rayfuse.fuse.reader import ShardReader
+from rayfuse.interop.find import _is_part
 from rayfuse.interop.torch_rows import OPEN_SHARDS, NumberedRows
 from rayfuse.interop.views import check_view
 from rayfuse.models.files import load_recipe_tokenizer
@@ -285,6 +286,15 @@ def test_a_folder_without_rows_is_refused(tmp_path):
         rayfuse.open_dataset(tmp_path)
     with pytest.raises(rayfuse.UserError, match="has no aligned or captured rows"):
         rayfuse.open_dataset(tmp_path / "aligned/a-0123456789ab")
+
+
+def test_the_weights_of_the_same_sources_make_another_recipe(recipe):
+    weighted = recipe.model_copy(
+        update={"fuse": recipe.fuse.model_copy(update={"weights": {"gpt2": 3.0}})}
+    )
+    assert not _is_part(weighted, recipe)
+    assert not _is_part(recipe, weighted)
+    assert _is_part(weighted.model_copy(update={"sources": recipe.sources[:1]}), recipe)
 
 
 def test_a_folder_decides_among_several_recipes_and_incomplete_rows_are_refused(tmp_path):

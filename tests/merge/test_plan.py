@@ -13,7 +13,7 @@ from rayfuse.config.merge import METHODS
 from rayfuse.config.overrides import RecipeError
 from rayfuse.config.recipe import Recipe
 from rayfuse.merge.command import merge_recipe
-from rayfuse.merge.plan import MergePlan, plan_merge
+from rayfuse.merge.plan import MergePlan, NothingToMergeError, plan_merge
 from rayfuse.run.layout import plan_layout
 from rayfuse.run.segmentation import write_segmentation
 from rayfuse.runtime.console import PlainConsole
@@ -36,6 +36,19 @@ def change(recipe: Recipe, **changes: Any) -> Recipe:
 def plan(recipe: Recipe, **changes: Any) -> MergePlan:
     changed = change(recipe, **changes)
     return plan_merge(changed, plan_layout(changed, ALIGN_FACTS))
+
+
+def test_cleaning_keeps_what_a_refused_setting_of_merge_hides(recipe: Recipe):
+    """The folders have no names then, so that all of them would look unused."""
+    refused = change(recipe, merge__weights={"neox": 0, "gpt2": 0})
+    layout = plan_layout(refused, ALIGN_FACTS)
+    with pytest.raises(UserError, match=r"merge\.weights"):
+        list_used(refused, layout)
+    single = change(recipe, fuse__weights={"gpt2": 0})
+    with pytest.raises(NothingToMergeError, match="needs 2 sources"):
+        plan_merge(single, layout)
+    assert plan(recipe).list_items() <= list_used(recipe, plan_layout(recipe, ALIGN_FACTS))
+    assert not any(item.startswith("merge/") for item in list_used(single, layout))
 
 
 def test_each_target_is_trained_on_the_rows_of_the_complete_recipe(recipe: Recipe):

@@ -1,6 +1,7 @@
 """A merge is stored as a model is: on a disk and in object storage, its record last."""
 
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,9 @@ def test_the_stored_merge_is_that_of_the_folders(job: MergeJob, tmp_path: Path):
     assert not is_made(job.store, job.folder, {"fused-a": "2"})  # it was trained again
     record = read_done(job.store, job.folder)
     assert record is not None
+    written = job.store.read(f"{job.folder}/{DONE_FILE}")
+    write_merge(replace(job, models={}))  # of another job: nothing is merged again
+    assert job.store.read(f"{job.folder}/{DONE_FILE}") == written
     assert set(record["files"]) == {f"model/{name}" for name in expected}
 
 
@@ -77,6 +81,6 @@ def test_a_merge_that_stops_while_it_is_replaced_is_incomplete(
 
     monkeypatch.setattr(type(job.store), "upload", fail)
     with pytest.raises(OSError, match="the disk is gone"):
-        write_merge(job)
+        write_merge(replace(job, inputs={"fused-a": "2"}))  # it was trained again
     assert read_done(job.store, job.folder) is None
     assert DONE_FILE not in job.store.sizes(job.folder)

@@ -12,7 +12,7 @@ import rayfuse
 from rayfuse.config.recipe import Recipe
 from rayfuse.config.template import read_template
 from rayfuse.plan.model_size import ModelSize
-from rayfuse.plan.starter import _choose_names, _read_facts
+from rayfuse.plan.starter import _choose_names, _fill_in_workers, _read_facts
 from tests.fakes import byte_level_tokenizer, save_model, save_tokenizer
 
 
@@ -49,6 +49,21 @@ def test_models_are_filled_in_with_what_their_files_state(models: Path):
     assert sum("no model card was found" in line for line in lines) == 2
     kept = read_template().partition("capture:")[2].replace("num_workers: 8", "num_workers: 1")
     assert text.partition("capture:")[2] == kept
+
+
+@pytest.mark.parametrize(
+    ("billions", "expected"),
+    [(1, (1, 2, "")), (70, (16, 3, "")), (405, (128, 3, "")), (9000, (8, 2, "do not hold"))],
+)
+def test_workers_are_as_many_as_hold_the_target(
+    billions: int, expected: tuple[int, int, str], models: Path
+):
+    size = replace(_read_facts("--target", str(models / "target")).size, parameters=billions * 1e9)
+    text = _fill_in_workers(size, read_template())
+    train = Recipe.model_validate(yaml.safe_load(text)).train
+    assert (train.num_workers, train.zero_stage) == expected[:2]
+    assert expected[2] in text
+    assert ("do not hold" in text) == bool(expected[2])
 
 
 def test_one_kind_of_model_leaves_the_others_as_in_the_template(models: Path):

@@ -99,6 +99,8 @@ def test_sources_without_a_weight_are_no_run(stored, tmp_path):
         StorageUnavailableError("down"),
         AccessSettingsError("no credentials"),
         ConnectionError("lost"),
+        PermissionError(13, "Permission denied"),
+        OSError(28, "No space left on device"),
         StoppedEarly(),
         KeyboardInterrupt(),
     ],
