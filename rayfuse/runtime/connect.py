@@ -172,6 +172,8 @@ def _quiet_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # They advise to set `memory` of our own calls; users have sources[].memory_gib.
+    context.issue_detectors_config.detectors = []
     context.raise_original_map_exception = True  # else its message does not reach the driver
     from rayfuse.runtime.ray_internals import drop_startup_warning, quiet_data_loggers
 

@@ -1,6 +1,7 @@
 """Print progress: bars on a terminal and in a notebook, a line from time to time in a log file."""
 
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterable
@@ -149,7 +150,27 @@ class PlainConsole(Console):
         super().__init__(file=file, soft_wrap=True, force_jupyter=False, **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        super().print(*(mask_secrets(o) if isinstance(o, str) else o for o in objects), **options)
+        shown = (self._wrap(mask_secrets(o)) if isinstance(o, str) else o for o in objects)
+        super().print(*shown, **options)
+
+    def _wrap(self, text: str) -> str:
+        """Wrap long lines between words, on a terminal; a path longer than a line is not broken."""
+        if not self.is_terminal:
+            return text
+        return "\n".join(
+            part
+            for line in text.split("\n")
+            for part in textwrap.wrap(
+                line,
+                self.width,
+                subsequent_indent=" " * (len(line) - len(line.lstrip())),
+                break_long_words=False,
+                break_on_hyphens=False,
+                replace_whitespace=False,
+                expand_tabs=False,
+            )
+            or [line]
+        )
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None

@@ -47,6 +47,13 @@ def test_the_error_of_a_task_prints_no_traceback_and_other_errors_stay(capsys):
     assert messages == ["something else"]
 
 
+def test_no_advice_on_the_memory_of_our_own_calls_is_printed():
+    import ray.data
+
+    _quiet_ray_data()
+    assert ray.data.DataContext.get_current().issue_detectors_config.detectors == []
+
+
 def test_an_error_is_described_without_the_advice_of_ray_data():
     from ray.data._internal.util import iterate_with_retry
 

@@ -57,6 +57,20 @@ def test_control_characters_in_text_are_signs(file: type[io.StringIO]):
     assert "\x1b[2J" not in printed
 
 
+@pytest.mark.parametrize(("file", "lines"), [(io.StringIO, 1), (Terminal, 3)])
+def test_sentences_wrap_between_words_on_a_terminal_and_a_path_is_one_piece(
+    file: type[io.StringIO], lines: int
+):
+    output, path = file(), f"/{'folder' * 10}"
+    console = PlainConsole(output)
+    console.width = 40
+    console.print(f"the models of this run are stored here: {path} and there", highlight=False)
+    printed = output.getvalue().splitlines()
+    assert len(printed) == lines
+    assert path in (line.strip() for line in printed) or lines == 1
+    assert " ".join(line.strip() for line in printed).split()[-3:] == [path, "and", "there"]
+
+
 def test_a_long_note_is_shortened_and_not_the_bar_or_the_times():
     console = PlainConsole(Terminal())
     console.width = 100
