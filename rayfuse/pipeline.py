@@ -4,8 +4,8 @@ The stages are imported as they run: they import ray, which reads the environmen
 `join_cluster` sets, and a run that is complete needs no cluster.
 """
 
-import importlib
 import math
+import pkgutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -355,7 +355,6 @@ def _run_stage(
         write_report(recipe, layout)
         return
     join_cluster()
-    module, function = STAGE_FUNCTIONS[stage].split(":")
-    run = getattr(importlib.import_module(module), function)
+    run = pkgutil.resolve_name(STAGE_FUNCTIONS[stage])
     stop = {"should_stop": should_stop} if stage in STOP_STAGES else {}
     run(recipe, layout, progress, **stop)

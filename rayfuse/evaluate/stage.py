@@ -9,7 +9,6 @@ from typing import Any
 import pyarrow as pa
 import ray
 import torch
-from ray.exceptions import RayTaskError
 
 from rayfuse.config.base import UserError
 from rayfuse.config.models import ModelSettings
@@ -45,7 +44,7 @@ from rayfuse.runtime.progress import Progress, ProgressEvent, ShouldStop, never_
 from rayfuse.runtime.resources import (
     TASK_RETRIES,
 )
-from rayfuse.runtime.wait import TaskWait
+from rayfuse.runtime.wait import TaskWait, fetch_result
 from rayfuse.storage.chat_columns import has_answers
 from rayfuse.storage.dataset import DataSet
 from rayfuse.storage.manifest import Commit, check_inputs
@@ -197,7 +196,7 @@ def _gather(
         while pending:
             ready, _ = wait.take_ready(list(pending))
             name, index = pending[ready]
-            found[name][index] = _fetch(ready)
+            found[name][index] = fetch_result(ready, ValueError, ShardError)
             del pending[ready]
             done = sum(len(groups[i]) for i in found[name])
             seconds = sum(part.seconds for part in found[name].values())
@@ -257,7 +256,7 @@ def _wait_for_jobs(names: dict[Any, str], progress: Progress, wait: TaskWait) ->
     try:
         while waiting:
             ready, waiting = wait.take_ready(waiting)
-            number = _fetch(ready)
+            number = fetch_result(ready, ValueError, ShardError)
             part = f"tasks of {names[ready]}"
             progress(ProgressEvent("evaluate", part, number, number, "tasks"))
             wait.check_stored()
@@ -308,16 +307,6 @@ def _join_parts(layout: Layout, name: str, model: str, parts: list[ScoredShards]
     documents = [document for part in parts for document in part.documents]
     seconds, inputs = sum(part.seconds for part in parts), read_inputs(layout, name)
     return Evaluation(name, describe_role(layout, name), model, documents, seconds, inputs)
-
-
-def _fetch(reference: Any) -> Any:
-    """Fetch a task's result; raise its ValueError or ShardError without Ray's traceback."""
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, ValueError | ShardError):
-            raise error.cause from error
-        raise
 
 
 def score_shards(job: ScoringJob, shards: list[int], merge: object = None) -> ScoredShards:

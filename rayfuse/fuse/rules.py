@@ -9,7 +9,7 @@ Mass is conserved: `OpenSource.read` scales each source's entries to one minus i
 source is copied, a mean has weights that sum to 1, and `_mix_into` adds up equal tokens.
 """
 
-import importlib
+import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import no_type_check
@@ -89,8 +89,7 @@ def load_rule(name: str) -> FusionRule:
     Args:
         name: A key of `RULES`, as the recipe's `fuse.method` was checked to be.
     """
-    module, function = RULES[name].split(":")
-    return getattr(importlib.import_module(module), function)
+    return pkgutil.resolve_name(RULES[name])
 
 
 def take_selected(

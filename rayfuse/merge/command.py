@@ -1,6 +1,6 @@
 """`rayfuse merge`: fuse the target with each source, merge the results, and choose among them."""
 
-import importlib
+import pkgutil
 from dataclasses import replace
 from typing import Any
 
@@ -89,18 +89,13 @@ def _is_complete(plan: MergePlan, models: list[str]) -> bool:
 def _make_missing(plan: MergePlan, models: list[str], progress: Progress) -> None:
     """Train, merge and score what is missing, on the cluster."""
     join_cluster()
-    train_together = _load("rayfuse.train.stage:train_together")
+    # Imported here: they import ray, which only a process that has joined the cluster may do.
+    train_together = pkgutil.resolve_name("rayfuse.train.stage:train_together")
     train_together([(pair.recipe, pair.layout) for pair in plan.pairs], progress)
-    _load("rayfuse.merge.stage:merge_models")(plan, progress)
+    pkgutil.resolve_name("rayfuse.merge.stage:merge_models")(plan, progress)
     evaluation, settings = plan.layout.evaluation, plan.recipe.evaluate
     scores = {name: evaluation.scores[name] for name in models}
     layout = replace(plan.layout, evaluation=replace(evaluation, scores=scores))
     text_alone = settings.model_copy(update={"tasks": None})
     recipe = plan.recipe.model_copy(update={"evaluate": text_alone})
-    _load("rayfuse.evaluate.stage:evaluate_models")(recipe, layout, progress)
-
-
-def _load(place: str) -> Any:
-    """Import a function that imports ray: only once the process has joined the cluster."""
-    module, function = place.split(":")
-    return getattr(importlib.import_module(module), function)
+    pkgutil.resolve_name("rayfuse.evaluate.stage:evaluate_models")(recipe, layout, progress)

@@ -5,8 +5,8 @@ pivot's: the target before it was fused. Arithmetic is float32, or float64 for f
 over a tensor's elements are float64.
 """
 
-import importlib
 import math
+import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast, runtime_checkable
@@ -59,8 +59,7 @@ class MergeFunction(Protocol):
 
 def load_method(name: str) -> MergeFunction:
     """Import the function of a registered merge method."""
-    module, function = METHODS[name].function.split(":")
-    return cast(MergeFunction, getattr(importlib.import_module(module), function))
+    return cast(MergeFunction, pkgutil.resolve_name(METHODS[name].function))
 
 
 def average(

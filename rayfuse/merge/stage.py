@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
 
 from rayfuse.config.merge import MergeSettings
 from rayfuse.config.models import ModelSettings
@@ -20,6 +19,7 @@ from rayfuse.run.made_models import is_made, store_model
 from rayfuse.runtime.progress import Progress, ProgressEvent
 from rayfuse.runtime.resources import TASK_RETRIES, memory_options, reserve_memory
 from rayfuse.runtime.scratch import scratch_folder
+from rayfuse.runtime.wait import fetch_result
 from rayfuse.storage.seal import ShardError
 from rayfuse.storage.store import Store
 
@@ -61,21 +61,11 @@ def merge_models(plan: MergePlan, progress: Progress) -> None:
     try:
         while pending:
             (ready,), _ = ray.wait([*pending], num_returns=1)
-            _raise_cause(ready)
+            fetch_result(ready, ValueError, ShardError)
             progress(ProgressEvent("merge", pending.pop(ready), 1, 1, "models"))
     finally:
         for reference in pending:
             ray.cancel(reference)
-
-
-def _raise_cause(reference: Any) -> None:
-    """Raise the error of an ended task, if it has failed, without Ray's traceback."""
-    try:
-        ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, ValueError | ShardError):
-            raise error.cause from error
-        raise
 
 
 def _plan_job(plan: MergePlan, name: str) -> MergeJob:

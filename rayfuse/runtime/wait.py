@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 
 from rayfuse.runtime.progress import ShouldStop, StoppedEarly
 
@@ -12,6 +13,16 @@ POLL_SECONDS = 5.0
 
 MAX_STOP_SECONDS = 1800.0
 """How long after a limit a result in progress may still be completed and stored."""
+
+
+def fetch_result(reference: Any, *expected: type[Exception]) -> Any:
+    """Fetch a task's result; raise an expected error of it without Ray's traceback."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, expected):
+            raise error.cause from error
+        raise
 
 
 class TaskWait:
