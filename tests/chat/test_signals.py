@@ -220,12 +220,18 @@ def has_space(form: ChatFormat, ids: np.ndarray, answer: np.ndarray, text: str) 
     return len(b"".join(pieces)) > len(text.encode())
 
 
-def test_a_row_that_the_sources_template_refuses_has_no_signal_and_a_reason(models, tmp_path):
-    settings = save_family("chatml", tmp_path)
-    save_model("gpt_neox", 430, tmp_path)
-    template = tmp_path / "chat_template.jinja"
+def save_refusing(folder: Path) -> ModelSettings:
+    """Save a tokenizer whose template refuses conversations that end with a 42."""
+    settings = save_family("chatml", folder)
+    template = folder / "chat_template.jinja"
     guard = "{% if '42' in messages[-1]['content'] %}{{ raise_exception('no 42') }}{% endif %}"
     template.write_text(guard + template.read_text())
+    return settings
+
+
+def test_a_row_that_the_sources_template_refuses_has_no_signal_and_a_reason(models, tmp_path):
+    settings = save_refusing(tmp_path)
+    save_model("gpt_neox", 430, tmp_path)
     source, target = load_chat_format(settings), load_chat_format(models["llama-3"])
     corpus = make_corpus(target)
     encoded = source.encode(read_messages(corpus))
@@ -334,6 +340,18 @@ def test_cooccurrence_counts_tokens_that_begin_at_the_same_byte_of_an_answer(
     expected = find_pairs(captured, corpus, ours, theirs)
     pairs = [(pair >> 32, pair & (2**32 - 1)) for pair in counted.pairs.tolist()]
     assert dict(zip(pairs, counted.counts.tolist(), strict=True)) == expected
+
+
+def test_cooccurrence_skips_conversations_that_the_source_refuses(models, tmp_path):
+    ours = load_chat_format(save_refusing(tmp_path))
+    theirs = load_chat_format(models["llama-3"])
+    corpus = make_corpus(theirs)
+    skipped = count_answer_pairs(corpus, ours, theirs)
+    kept = [number for number, talk in enumerate(TALKS) if "42" not in talk[-1].content]
+    assert len(kept) == len(TALKS) - 1
+    expected = count_answer_pairs(corpus.take(kept), ours, theirs)
+    np.testing.assert_array_equal(skipped.pairs, expected.pairs)
+    np.testing.assert_array_equal(skipped.counts, expected.counts)
 
 
 def find_pairs(
