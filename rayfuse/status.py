@@ -17,7 +17,7 @@ from rayfuse.config.recipe import Recipe, dump_recipe
 from rayfuse.config.text import show_on_one_line
 from rayfuse.evaluate.results import find_corrupt_results
 from rayfuse.merge.command import merge_recipe
-from rayfuse.merge.verify import verify_merges
+from rayfuse.merge.stored import describe_started, verify_merges
 from rayfuse.pipeline import STAGES, is_stage_done, run_recipe
 from rayfuse.report.stage import find_corrupt_report
 from rayfuse.run.failed_sources import describe_failed, drop_sources, plan_run
@@ -53,9 +53,13 @@ def show_status(recipe: Recipe, console: Console) -> dict[str, Any]:
     layout = plan_run(recipe, ALIGN_FACTS)
     statuses = read_statuses(layout)
     print_status(layout, statuses, console)
+    merges = describe_started(drop_sources(recipe, layout.failed), layout)
+    if merges is not None:
+        console.print(f"{'merge':<9} {merges}", highlight=False)
     stages = {stage: is_stage_done(stage, layout) for stage in STAGES}
     failed = dict(layout.failed)
-    return {"stages": stages, "data_sets": list_numbers(statuses), "failed_sources": failed}
+    found = {"stages": stages, "data_sets": list_numbers(statuses), "failed_sources": failed}
+    return found | ({"merge": merges} if merges is not None else {})
 
 
 def verify_recipe(

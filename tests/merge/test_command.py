@@ -152,6 +152,7 @@ def test_a_merge_that_is_lost_is_made_again_with_the_same_bytes(run: Run, merged
 
 def test_verify_finds_and_repairs_what_is_damaged(run: Run, merged: dict[str, Any]):
     root, models = Path(run.recipe.storage), merged["models"]
+    assert run.status()["merge"] == f"2 of 2 targets, {len(METHODS)} of {len(METHODS)} merges"
     intact = run.verify(quiet=True)["data_sets"]
     labels = {"train fused-neox", "train fused-gpt2", "scores of merges"}
     labels |= {f"model merged-{method}" for method in METHODS}
