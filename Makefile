@@ -37,6 +37,7 @@ format: .venv/.dev
 schema: .venv/.installed
 	$(BIN)/python -m rayfuse.config.load > recipes/schema.json
 	$(BIN)/python -m docs.recipe_table
+	$(BIN)/python -m docs.recipe_costs
 	$(BIN)/python -m docs.commands_page
 	$(BIN)/python -m docs.columns_page
 	$(BIN)/python -m docs.metrics_page
