@@ -144,5 +144,5 @@ def insert_table(page: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(insert_table(PAGE.read_text()))
-    for each in PLANNED:
-        print(f"{each}: {render_line(each)}")
+    for name in PLANNED:
+        print(f"{name}: {render_line(name)}")
