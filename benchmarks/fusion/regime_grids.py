@@ -55,7 +55,7 @@ GRIDS = {
     "R0": Grid(2, (1, 2, 4), (RATE, *LOW_RATES), (RATE, RATE / 2, RATE / 4)),
     "R1": Grid(8, (2, 4, 8), (RATE, *LOW_RATES, RATE / 16), MULTIPLE_RATES),
     "R2": Grid(8, (4, 8), (RATE, RATE / 2, RATE / 4), MULTIPLE_RATES[:3]),
-    "R4": Grid(1, (1,), (RATE, *LOW_RATES), ()),
+    "R4": Grid(1, (1,), (2 * RATE, RATE, *LOW_RATES), ()),
     "tiny": Grid(2, (1,), (RATE / 2,), (RATE / 2,)),
 }
 GRIDS["R3"] = GRIDS["R1"]
